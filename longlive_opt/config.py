@@ -1,0 +1,370 @@
+"""What can be configured: the two model sizes, and the flat preset that names one experiment.
+
+A preset speaks the vocabulary of the log; its keys are the parameters of the notebooks. `ExperimentConfig.from_mapping`
+is the door: an unknown key, a wrong type or an impossible combination stops here, before anything is built.
+This module imports no torch, so that command lines can refuse a preset at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Mapping
+
+import yaml
+
+from .errors import UserError
+
+VAE_SPATIAL_STRIDE = 8
+VAE_TEMPORAL_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the causal video diffusion transformer (defaults: LongLive-1.3B, i.e. Wan2.1-T2V-1.3B)."""
+
+    dim: int = 1536
+    num_heads: int = 12
+    num_layers: int = 30
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the Wan 2.1 VAE; `temporal_downsample` is in encoder order, the decoder reverses it."""
+
+    dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_dim: int = 16
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the UMT5 text encoder (defaults: UMT5-XXL)."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    text_len: int = 512
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One complete model: transformer, VAE, text encoder and the picture size in pixels."""
+
+    name: str
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // VAE_SPATIAL_STRIDE
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // VAE_SPATIAL_STRIDE
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Transformer tokens in one latent frame (1560 at 480x832)."""
+        _, patch_height, patch_width = self.dit.patch_size
+        return (self.latent_height // patch_height) * (self.latent_width // patch_width)
+
+    def with_size(self, height: int | None, width: int | None) -> ModelConfig:
+        """The same model at another picture size in pixels; both must be positive multiples of 16."""
+        height, width = height or self.height, width or self.width
+        multiple = VAE_SPATIAL_STRIDE * self.dit.patch_size[1]
+        for name, value in (("height", height), ("width", width)):
+            if value <= 0 or value % multiple:
+                raise UserError(f"{name}: {value} is not a positive multiple of {multiple} pixels; "
+                                f"try {max(multiple, round(value / multiple) * multiple)}.")
+        return dataclasses.replace(self, height=height, width=width)
+
+
+def _tiny() -> ModelConfig:
+    text = TextEncoderConfig(vocab_size=384, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2, text_len=64)
+    dit = DiTConfig(dim=256, num_heads=4, num_layers=6, ffn_dim=768, freq_dim=128, text_dim=text.dim,
+                    text_len=text.text_len)
+    return ModelConfig("tiny", dit, VAEConfig(dim=12), text, height=128, width=128)
+
+
+MODELS: Mapping[str, ModelConfig] = MappingProxyType({"longlive-1.3b": ModelConfig("longlive-1.3b"), "tiny": _tiny()})
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+KV_QUANTIZATIONS = ("int8", "fp8")
+DTYPES = ("bfloat16", "float32")
+ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
+ROPE_POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment, flat: exactly the keys of `params/*.yaml` and of the notebooks' parameters cell.
+
+    Frames in `local_attn_size`, `sink_size`, `block_frames` and `switch_frame_indices` are latent frames.
+    """
+
+    name: str = "baseline"
+    title: str = "Baseline"
+    hypothesis: str = ""
+
+    model: str = "tiny"
+    weights: str = "random"
+    lora_alpha: float = 256.0
+    device: str = "cpu"
+    model_dtype: str = "bfloat16"
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    timestep_shift: float = 5.0
+    context_noise: int = 0
+    block_frames: int = 3
+    local_attn_size: int = 12
+    sink_size: int = 3
+    global_sink: bool = True
+    relative_rope: bool = False
+    attention_backend: str = "auto"
+
+    use_cuda_graphs: bool = False
+    use_torch_compile: bool = False
+    compile_mode: str = "default"
+    use_static_kv: bool = False
+    use_quantized_kv: bool = False
+    kv_quantization: str = "int8"
+    use_async_vae: bool = False
+    use_prompt_cache: bool = False
+
+    prompts: tuple[str, ...] = ("A red fox walks through fresh snow at dawn, soft light, slow camera.",
+                                "The fox stops and looks up as the first sunlight falls between the trees.")
+    prompts_file: str | None = None
+    switch_frame_indices: tuple[int, ...] | None = None
+    video_blocks: int = 6
+    video_width: int | None = None
+
+    warmup_blocks: int = 5
+    measure_blocks: int = 4
+    num_switches: int = 1
+    playback_fps: float = 25.0
+    target_ms_per_frame: float = 40.0
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> ExperimentConfig:
+        """Check a flat mapping (a preset, a profile on top, parameters from the command line) and build the config.
+
+        Raises:
+            UserError: naming the key, the value and the remedy.
+        """
+        if not isinstance(mapping, Mapping):
+            raise UserError(f"preset: expected keys and values, found {type(mapping).__name__} {mapping!r}; "
+                            "write one 'key: value' per line.")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = [key for key in mapping if key not in fields]
+        if unknown:
+            raise UserError("preset: " + "; ".join(_unknown_key(str(key), list(fields)) for key in unknown) + ".")
+        config = cls(**{key: _coerce(key, value, str(fields[key].type)) for key, value in mapping.items()})
+        config.validate()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON- and YAML-ready values, in the order of the fields."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def model_config(self) -> ModelConfig:
+        return MODELS[self.model].with_size(self.height, self.width)
+
+    @property
+    def window_blocks(self) -> int:
+        """Blocks until the attention window is full."""
+        return -(-self.local_attn_size // self.block_frames)
+
+    @property
+    def max_blocks(self) -> int | None:
+        """Blocks that one stream can hold: absolute rotary positions end at latent frame 1023; None is no limit."""
+        return None if self.relative_rope else ROPE_POSITIONS // self.block_frames
+
+    def validate(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: naming the key, the value and the remedy.
+        """
+        def one_of(key: str, allowed: tuple[str, ...]) -> None:
+            if getattr(self, key) not in allowed:
+                raise UserError(f"{key}: {getattr(self, key)!r} is unknown; choose one of {', '.join(allowed)}.")
+
+        def at_least(key: str, least: float) -> None:
+            if getattr(self, key) < least:
+                raise UserError(f"{key}: {getattr(self, key)} is too small; it must be at least {least}.")
+
+        one_of("model", tuple(MODELS))
+        one_of("model_dtype", DTYPES)
+        one_of("compile_mode", COMPILE_MODES)
+        one_of("kv_quantization", KV_QUANTIZATIONS)
+        one_of("attention_backend", ATTENTION_BACKENDS)
+        if self.device != "cpu" and not (self.device == "cuda" or self.device.startswith("cuda:")):
+            raise UserError(f"device: {self.device!r} is unknown; write cpu, cuda or cuda:N.")
+        if not self.name or any(c not in _NAME_CHARACTERS for c in self.name):
+            raise UserError(f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' and '.'.")
+        self.model_config()
+        self._validate_sampling(at_least)
+        self._validate_inputs()
+        for key, least in (("seed", 0), ("video_blocks", 1), ("warmup_blocks", self.window_blocks),
+                           ("measure_blocks", 2), ("num_switches", 0)):
+            at_least(key, least)
+        if self.num_switches >= self.measure_blocks:
+            raise UserError(f"num_switches: {self.num_switches} needs more steady blocks between the switches; keep it "
+                            f"below measure_blocks ({self.measure_blocks}).")
+        for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
+        longest = max(self.blocks_in_measurement, self.video_blocks)
+        if self.max_blocks is not None and longest > self.max_blocks:
+            raise UserError(f"measure_blocks: {self.measure_blocks} makes a stream of {longest} blocks, but absolute rotary "
+                            f"positions end after {self.max_blocks}; measure fewer blocks or set relative_rope: true.")
+
+    @property
+    def blocks_in_measurement(self) -> int:
+        """Blocks of the measured stream: warm-up, then the steady-state blocks with the switch blocks among them."""
+        return self.warmup_blocks + self.measure_blocks + self.num_switches
+
+    def _validate_sampling(self, at_least: Any) -> None:
+        steps = self.denoising_steps
+        if not steps:
+            raise UserError("denoising_steps: the list is empty; give at least one, such as [1000, 750, 500, 250].")
+        if any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
+            raise UserError(f"denoising_steps: {list(steps)} must fall strictly and lie in 1..1000, "
+                            "such as [1000, 750, 500, 250].")
+        at_least("block_frames", 1)
+        at_least("sink_size", 0)
+        if not 0 <= self.context_noise < 1000:
+            raise UserError(f"context_noise: {self.context_noise} is no timestep; choose 0..999 (LongLive uses 0).")
+        if self.local_attn_size == -1:
+            raise UserError("local_attn_size: -1 (global attention) needs memory that grows with the video and is not "
+                            "offered; 21 attends the same keys as LongLive's global mode in normal generation.")
+        if self.local_attn_size < self.sink_size + self.block_frames:
+            raise UserError(f"local_attn_size: {self.local_attn_size} is smaller than sink_size {self.sink_size} + "
+                            f"block_frames {self.block_frames}; use at least {self.sink_size + self.block_frames}.")
+
+    def _validate_inputs(self) -> None:
+        if self.prompts_file is None and not self.prompts:
+            raise UserError("prompts: the list is empty; give at least one prompt, or set prompts_file.")
+        for i, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise UserError(f"prompts: entry {i} is empty; write some text or remove it.")
+        if self.switch_frame_indices is not None and self.prompts_file is None:
+            check_switches(self.switch_frame_indices, len(self.prompts), "switch_frame_indices")
+            past_end = [f for f in self.switch_frame_indices if f >= self.video_blocks * self.block_frames]
+            if past_end:
+                raise UserError(f"switch_frame_indices: {past_end[0]} lies past the end of the video, "
+                                f"{self.video_blocks * self.block_frames} latent frames; switch earlier or raise "
+                                "video_blocks.")
+
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
+
+
+def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
+    """Check that `indices` (latent frames) rise and are one fewer than the prompts.
+
+    Raises:
+        UserError: naming `where`, the value and the remedy.
+    """
+    if len(indices) != prompts - 1:
+        raise UserError(f"{where}: {len(indices)} switch frames for {prompts} prompts; {prompts} prompts need "
+                        f"{prompts - 1}.")
+    if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
+        raise UserError(f"{where}: {list(indices)} must rise strictly and not be negative.")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one flat YAML file of parameters.
+
+    Raises:
+        UserError: the file is missing, unreadable, not YAML, empty, repeats a key or is no mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"{path}: {reason}; name a YAML file with one 'key: value' per line.") from error
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: this is not plain YAML ({reason}).") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: expected keys and values, found {found}; write one 'key: value' per line.")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a repeated key, which YAML would let win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else " (README lists the keys)")
+
+
+def _coerce(key: str, value: Any, kind: str) -> Any:
+    """Check `value` against the annotation `kind`; lists become tuples, integers are accepted for floats."""
+    base = kind.removesuffix(" | None")
+    if value is None:
+        if kind != base:
+            return None
+        raise UserError(f"{key}: it is empty; write a value of type {base}.")
+    if base.startswith("tuple["):
+        element = base[len("tuple["):].split(",")[0]
+        if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+            raise UserError(f"{key}: {value!r} is not a list; write [a, b, ...].")
+        return tuple(_coerce(f"{key}[{i}]", item, element) for i, item in enumerate(value))
+    if base == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = {"int": int, "float": float, "str": str, "bool": bool}[base]
+    if type(value) is not expected:
+        hint = ""
+        if isinstance(value, str) and base in ("int", "float"):
+            hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
+        if isinstance(value, bool) and base == "str":
+            hint = " (YAML reads bare yes, no, on and off as booleans: put quotes around it)"
+        raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}{hint}.")
+    if base == "float" and (value != value or value in (float("inf"), float("-inf"))):
+        raise UserError(f"{key}: {value} is not a finite number.")
+    return value

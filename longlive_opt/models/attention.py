@@ -1,0 +1,58 @@
+"""Scaled-dot-product attention on token-major tensors, with the kernel named instead of guessed."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import UserError
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Turn `auto` into the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32 on
+    CUDA, and PyTorch's only choice on the CPU (called `cpu`). The result goes into every run's provenance.
+
+    Raises:
+        UserError: a CUDA kernel is asked for on the CPU, or a half-precision kernel in float32.
+    """
+    if device.type != "cuda":
+        if name not in ("auto", "math"):
+            raise UserError(f"attention_backend: {name!r} runs on CUDA only; use auto with device: {device.type}.")
+        return "cpu" if name == "auto" else name
+    if name == "auto":
+        return "efficient" if dtype == torch.float32 else "cudnn"
+    if dtype == torch.float32 and name in ("cudnn", "flash"):
+        raise UserError(f"attention_backend: {name!r} has no float32 kernel; use auto or model_dtype: bfloat16.")
+    return name
+
+
+def make_attention(backend: str) -> Attention:
+    """Build `attention(q, k, v)` for q [B, L, N, D] and k, v [B, T, N, D]: no mask, scale 1/sqrt(D), result
+    [B, L, N, D]. A pinned backend that cannot run raises; there is no silent second choice.
+    """
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+
+    if backend == "cpu":
+        return attention
+    kernel = _BACKENDS[backend]
+
+    def pinned_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return attention(q, k, v)
+
+    return pinned_attention

@@ -1,0 +1,110 @@
+"""Few-step sampling of one block of latent frames, and the KV recache at a prompt switch (LongLive, arXiv:2509.22622)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+from .models.dit import CausalDiT, TextContext
+from .scheduler import FlowSchedule
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How a block is sampled; counts in latent frames."""
+
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    context_noise: int = 0
+    block_frames: int = 3
+    window: int = 12
+    sink: int = 3
+    global_sink: bool = True
+
+
+class Forward(Protocol):
+    """One pass of the transformer: the seam of everything that makes denoising faster."""
+
+    def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
+                 keys_only: bool = False) -> Tensor:
+        """Run latents [B, F, C, H, W], all at one timestep, against a cache whose `begin` planned this pass.
+
+        Returns the flow, [B, F, C, H, W]. With `keys_only` the caller wants the cache filled and nothing else: what is
+        returned then means nothing, and whatever only serves the flow may be left out.
+        """
+
+
+class EagerForward:
+    """The reference: a plain call of the transformer, the time embedding included, whatever is wanted of it."""
+
+    def __init__(self, dit: CausalDiT):
+        self.dit = dit
+
+    def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
+                 keys_only: bool = False) -> Tensor:
+        timesteps = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
+        return self.dit(latents.transpose(1, 2), timesteps, text, cache.layers).transpose(1, 2)
+
+
+class Sampler:
+    """Denoises blocks and recaches. Latents are [B, F, C, H, W]."""
+
+    def __init__(self, plan: SamplingPlan, forward: Forward):
+        self.plan = plan
+        self.forward = forward
+        self.schedule = FlowSchedule(plan.shift)
+        self.timesteps = self.schedule.warped_steps(plan.denoising_steps)
+
+    @torch.no_grad()
+    def denoise_block(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
+                      step_noise: Tensor) -> Tensor:
+        """Sample latent frames start .. start + F - 1 and leave their clean keys and values in the cache.
+
+        Args:
+            noise: [B, F, C, H, W]; step_noise: [steps - 1, B, F, C, H, W], added back after each step but the last.
+
+        Returns:
+            Clean latents [B, F, C, H, W].
+        """
+        latents = self.denoise(cache, text, start, noise, step_noise)[-1]
+        self.run_pass(cache, text, start, latents, self.plan.context_noise, keys_only=True)
+        return latents
+
+    def denoise(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
+                step_noise: Tensor) -> list[Tensor]:
+        """The clean estimate after each denoising step; the last one is the block."""
+        noisy, estimates = noise, []
+        for i, timestep in enumerate(self.timesteps):
+            flow = self.run_pass(cache, text, start, noisy, timestep)
+            estimates.append(self.schedule.x0_from_flow(flow, noisy, timestep))
+            if i + 1 < len(self.timesteps):
+                noisy = self.schedule.add_noise(estimates[-1], step_noise[i], self.timesteps[i + 1])
+        return estimates
+
+    @torch.no_grad()
+    def recache(self, cache: KVCache, text: TextContext, start: int, latents: Tensor) -> None:
+        """Recompute the cached keys and values of the frames before `start` under a new prompt.
+
+        Args:
+            latents: the last min(window, start) clean latent frames, [B, n, C, H, W].
+        """
+        self.run_pass(cache, text, start - latents.shape[1], latents, self.plan.context_noise, keys_only=True,
+                      recache_sink=not self.plan.global_sink)
+
+    def run_pass(self, cache: KVCache, text: TextContext, start: int, latents: Tensor, timestep: float, *,
+                 keys_only: bool = False, recache_sink: bool = False) -> Tensor:
+        """One pass over latents [B, F, C, H, W] that begin at latent frame `start`; returns the flow, same shape."""
+        cache.begin(start, latents.shape[1], recache_sink=recache_sink)
+        flow = self.forward(latents, timestep, text, cache, keys_only=keys_only)
+        cache.end()
+        return flow
+
+
+def block_noise_shapes(plan: SamplingPlan, latent_shape: Sequence[int], batch: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of (`noise`, `step_noise`) of one block; latent_shape is (C, H, W)."""
+    block = (batch, plan.block_frames, *latent_shape)
+    return block, (len(plan.denoising_steps) - 1, *block)
