@@ -1,0 +1,116 @@
+"""A pipeline: the five seams that optimizations replace. The session cannot tell which of them were replaced."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+
+from .config import ExperimentConfig, ModelConfig
+from .decoder import Decoder, InlineDecoder
+from .errors import UserError
+from .kv_cache import CacheGeometry, KVCache, RollingKVCache
+from .models.attention import make_attention, resolve_backend
+from .models.dit import CausalDiT, TextContext
+from .models.text import TextEncoder
+from .models.vae import StreamingDecoder, WanVAE
+from .models.weights import load_dit, load_text_encoder, load_vae, resolve_weights
+from .sampler import EagerForward, Sampler, SamplingPlan
+from .timeline import NullTimeline, Timeline
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything a session needs.
+
+    The seams are `encode_prompt`, `sampler` (with its `forward`), `make_cache` and `make_decoder`; the session cannot
+    tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does `rooms`: what
+    each optimization did.
+    """
+
+    config: ExperimentConfig
+    model: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    attention_backend: str
+    dit: CausalDiT
+    vae: WanVAE
+    text_encoder: TextEncoder
+    encode_prompt: Callable[[str], TextContext]
+    sampler: Sampler
+    make_cache: Callable[[], KVCache]
+    make_decoder: Callable[[Timeline | NullTimeline], Decoder]
+    weights: dict[str, Any]
+    setup_s: dict[str, float]
+    rooms: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent frame."""
+        return self.model.vae.z_dim, self.model.latent_height, self.model.latent_width
+
+
+def sampling_plan(config: ExperimentConfig) -> SamplingPlan:
+    return SamplingPlan(config.denoising_steps, config.timestep_shift, config.context_noise, config.block_frames,
+                        config.local_attn_size, config.sink_size, config.global_sink)
+
+
+def cache_geometry(config: ExperimentConfig, model: ModelConfig) -> CacheGeometry:
+    _, patch_height, patch_width = model.dit.patch_size
+    return CacheGeometry(model.dit.num_layers, model.dit.num_heads, model.dit.head_dim,
+                         model.latent_height // patch_height, model.latent_width // patch_width,
+                         config.local_attn_size, config.sink_size, config.relative_rope)
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device called `name`.
+
+    Raises:
+        UserError: CUDA is asked for and not there.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise UserError(f"device: {name!r} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+                            "devices here; use device: cpu with model: tiny, or run on a machine with an NVIDIA GPU.")
+    return device
+
+
+def build_reference(config: ExperimentConfig) -> Pipeline:
+    """Load the three networks and put the reference parts together: the baseline of every comparison.
+
+    Raises:
+        UserError: no such device, or weights that are missing or do not fit.
+    """
+    started = time.perf_counter()
+    device = check_device(config.device)
+    model, dtype = config.model_config(), getattr(torch, config.model_dtype)
+    backend = resolve_backend(config.attention_backend, device, dtype)
+    attention = make_attention(backend)
+    files = resolve_weights(config.weights)
+    dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha)
+    vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
+    text_encoder, text_report = load_text_encoder(model.text, files, device, dtype, config.seed)
+    for block in dit.blocks:
+        block.attention = attention
+    geometry = cache_geometry(config, model)
+    height, width = model.latent_height, model.latent_width
+
+    def encode_prompt(prompt: str) -> TextContext:
+        return dit.embed_text(text_encoder.encode([prompt]))
+
+    def make_decoder(timeline: Timeline | NullTimeline) -> Decoder:
+        return InlineDecoder(StreamingDecoder(vae, 1, height, width), timeline)
+
+    return Pipeline(
+        config=config, model=model, device=device, dtype=dtype, attention_backend=backend, dit=dit, vae=vae,
+        text_encoder=text_encoder, encode_prompt=encode_prompt,
+        sampler=Sampler(sampling_plan(config), EagerForward(dit)),
+        make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype), make_decoder=make_decoder,
+        weights={"kind": files.kind, "seed": config.seed if files.kind == "random" else None, "sha256": files.sha256(),
+                 "dit": dit_report, "vae": vae_report, "text_encoder": text_report,
+                 "tokenizer": text_encoder.description},
+        setup_s={"load": time.perf_counter() - started})
