@@ -1,0 +1,406 @@
+"""The Wan 2.1 VAE: latents to frames (streaming), and frames to latents. Source: SPEC section 7.
+
+The network is functional. Every causal convolution looks two frames back; those frames, its *history*, come
+in and go out as tensors of fixed shape and strides, so a step can be compiled or captured in a CUDA graph as
+it stands. Both halves are lists of *stages* with one signature,
+
+    stage(x [B, C, T, H, W], history, first) -> (y, new_history)
+
+with `history` a flat tuple of [B, C, 2, H, W] tensors, one per causal convolution (`stage.history_channels`).
+A fresh history is zeros, which is the causal padding itself. `first` marks the first call of a stream: the
+temporal resamplers skip it, so one latent is one frame there and four frames afterwards.
+
+State lives in `StreamingDecoder` alone:
+
+    decoder = StreamingDecoder(vae, batch=1, latent_height=60, latent_width=104)
+    for latents in blocks:                     # [1, 3, 16, 60, 104], normalised
+        for frames in decoder.push(latents):   # [1, 9, 3, 480, 832], then [1, 12, 3, 480, 832]; in [0, 1]
+            show(frames)
+    decoder.reset()                            # the next push starts a new video
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, VAEConfig
+from ..errors import UserError
+
+History = tuple[Tensor, ...]
+
+HISTORY_FRAMES = 2
+IMAGE_CHANNELS = 3
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+
+def _fold_frames(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]; a view in the channels-last layout."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _unfold_frames(x: Tensor, batch: int) -> Tensor:
+    """[B*T, C, H, W] -> [B, C, T, H, W], always a view."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _last_frames(x: Tensor, history: History) -> History:
+    """The new history: a copy (a slice would keep all of x alive) with the strides of the old one."""
+    return (torch.empty_like(history[0]).copy_(x[:, :, -HISTORY_FRAMES:]),)
+
+
+class RMSNorm(nn.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels; `space_dims` counts the axes after them."""
+
+    def __init__(self, channels: int, space_dims: int = 3):
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * space_dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1, eps=1e-12) * self.scale * self.gamma
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution over the two frames before and the frame itself in time, zero padded in space; a stage."""
+
+    def __init__(self, in_channels: int, out_channels: int, space_kernel: int = 3):
+        super().__init__(in_channels, out_channels, (HISTORY_FRAMES + 1, space_kernel, space_kernel),
+                         padding=(0, space_kernel // 2, space_kernel // 2))
+        self.history_channels = (in_channels,)
+
+    def forward(self, x: Tensor, history: History, first: bool = False) -> tuple[Tensor, History]:
+        x = torch.cat([*history, x], dim=2)
+        return super().forward(x), _last_frames(x, history)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, plus a shortcut; a stage. The keys are those of the checkpoint."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.residual = nn.ModuleDict({
+            "0": RMSNorm(in_channels), "2": CausalConv3d(in_channels, out_channels),
+            "3": RMSNorm(out_channels), "6": CausalConv3d(out_channels, out_channels),
+        })
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.history_channels = (in_channels, out_channels)
+
+    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        y, history1 = conv1(F.silu(norm1(x)), history[:1])
+        y, history2 = conv2(F.silu(norm2(y)), history[1:])
+        return y + self.shortcut(x), history1 + history2
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention among the positions of each frame, plus its input; a stage without history."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, space_dims=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+        self.history_channels = ()
+
+    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        frames = _fold_frames(x)
+        # The fused attention kernels want the channels contiguous.
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()
+        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))  # [B*T, 1 head, H*W, C]
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        y = self.proj(y.transpose(1, 2).reshape(frames.shape))
+        return x + _unfold_frames(y, len(x)), ()
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, half the channels; with `temporal`, also two frames for each. A stage."""
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        # Upstream enlarges in float32; nearest neighbours copy values, so any dtype gives the same.
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"),
+                                      nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(channels, 2 * channels, space_kernel=1) if temporal else None
+        self.history_channels = (channels,) if temporal else ()
+
+    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        # The first latent stays one frame and leaves the history at zeros: later frames never see it here.
+        if self.time_conv is not None and not first:
+            y, history = self.time_conv(x, history)
+            halves = y.chunk(2, dim=1)
+            # Frame t becomes frames 2t and 2t+1. `cat` keeps the memory layout, which `stack` would not.
+            x = torch.cat([half[:, :, t:t + 1] for t in range(x.shape[2]) for half in halves], dim=2)
+        return _unfold_frames(self.resample(_fold_frames(x)), len(x)), history
+
+
+class Downsample(nn.Module):
+    """Half the height and width; with `temporal`, half the frames too. A stage; history at output size."""
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.history_channels = (channels,) if temporal else ()
+
+    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        x = _unfold_frames(self.resample(_fold_frames(x)), len(x))
+        if self.time_conv is None:
+            return x, ()
+        frames = torch.cat([*history, x], dim=2)
+        # A stride of two needs one frame of the past; the history keeps two only to have the common shape.
+        y = x if first else self.time_conv(frames[:, :, HISTORY_FRAMES - 1:])
+        return y, _last_frames(frames, history)
+
+
+class Head(nn.Sequential):
+    """Norm, SiLU, convolution; a stage."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(RMSNorm(in_channels), nn.SiLU(), CausalConv3d(in_channels, out_channels))
+        self.history_channels = (in_channels,)
+
+    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        norm, silu, conv = self
+        return conv(silu(norm(x)), history)
+
+
+class _Stages(nn.Module):
+    """What encoder and decoder share: run the stages in order, each with its part of the flat history."""
+
+    def stages(self) -> list[nn.Module]:
+        """The stages in order; each can be compiled by itself and in place (`stage.compile(...)`)."""
+        raise NotImplementedError
+
+    def init_history(self, batch: int, height: int, width: int, device: torch.device, dtype: torch.dtype,
+                     memory_format: torch.memory_format) -> History:
+        """Zero history for inputs of `height` x `width`: one [batch, C, 2, H, W] per causal convolution."""
+        history = []
+        for stage in self.stages():
+            if isinstance(stage, Downsample):
+                height, width = height // 2, width // 2
+            for channels in stage.history_channels:
+                shape = (batch, channels, HISTORY_FRAMES, height, width)
+                zeros = torch.zeros(shape, device=device, dtype=dtype)
+                history.append(zeros.contiguous(memory_format=memory_format))
+            if isinstance(stage, Upsample):
+                height, width = height * 2, width * 2
+        return tuple(history)
+
+    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        new_history: History = ()
+        for stage in self.stages():
+            used = len(new_history)
+            x, updated = stage(x, history[used:used + len(stage.history_channels)], first)
+            new_history += updated
+        return x, new_history
+
+
+class Encoder(_Stages):
+    """Frames [B, 3, T, H, W] -> mean and log variance [B, 2*z, T/4, H/8, W/8]; first call: one frame."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels = config.dim * config.dim_mult[0]
+        self.conv1 = CausalConv3d(IMAGE_CHANNELS, channels)
+        self.downsamples = nn.ModuleList()
+        for level, mult in enumerate(config.dim_mult):
+            for _ in range(config.num_res_blocks):
+                self.downsamples.append(ResidualBlock(channels, config.dim * mult))
+                channels = config.dim * mult
+            if level < len(config.temporal_downsample):
+                self.downsamples.append(Downsample(channels, config.temporal_downsample[level]))
+        self.middle = nn.ModuleList([
+            ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
+        self.head = Head(channels, 2 * config.z_dim)
+
+    def stages(self) -> list[nn.Module]:
+        return [self.conv1, *self.downsamples, *self.middle, self.head]
+
+
+class Decoder(_Stages):
+    """Latents [B, z, T, h, w] -> frames [B, 3, 4T, 8h, 8w], or [B, 3, 1, 8h, 8w] for the first latent."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels = config.dim * config.dim_mult[-1]
+        self.conv1 = CausalConv3d(config.z_dim, channels)
+        self.middle = nn.ModuleList([
+            ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
+        self.upsamples = nn.ModuleList()
+        temporal_upsample = config.temporal_downsample[::-1]
+        for level, mult in enumerate(reversed(config.dim_mult)):
+            for _ in range(config.num_res_blocks + 1):
+                self.upsamples.append(ResidualBlock(channels, config.dim * mult))
+                channels = config.dim * mult
+            if level < len(temporal_upsample):
+                self.upsamples.append(Upsample(channels, temporal_upsample[level]))
+                channels //= 2
+        self.head = Head(channels, IMAGE_CHANNELS)
+
+    def stages(self) -> list[nn.Module]:
+        return [self.conv1, *self.middle, *self.upsamples, self.head]
+
+
+def latent_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std of the latents, [16, 1, 1, 1] each, rounded to `dtype` as in a run of that dtype."""
+    mean, std = (torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1, 1)
+                 for values in (LATENT_MEAN, LATENT_STD))
+    return mean, 1 / std
+
+
+class WanVAE(nn.Module):
+    """The whole VAE under the names of `Wan2.1_VAE.pth`: 126,892,531 parameters for the default config."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        levels, halvings = len(config.dim_mult), sum(config.temporal_downsample)
+        if (len(config.temporal_downsample) != levels - 1 or config.z_dim != len(LATENT_MEAN)
+                or (2**(levels - 1), 2**halvings) != (VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE)):
+            raise ValueError(f"VAEConfig: the latent space has {len(LATENT_MEAN)} channels and strides "
+                             f"{VAE_SPATIAL_STRIDE} (space), {VAE_TEMPORAL_STRIDE} (time); got {config}.")
+        self.encoder = Encoder(config)
+        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+        self.memory_format = torch.contiguous_format
+
+    def use_channels_last(self) -> WanVAE:
+        """Keep weights, histories and activations channels last, as cuDNN prefers; call it after loading."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
+        self.memory_format = torch.channels_last_3d
+        return self
+
+    def init_history(self, batch: int, latent_height: int, latent_width: int, device: torch.device,
+                     dtype: torch.dtype) -> History:
+        """Zero history of a new stream for `decode`: a flat tuple of [batch, C, 2, H, W]."""
+        return self.decoder.init_history(batch, latent_height, latent_width, device, dtype,
+                                         self.memory_format)
+
+    def decode(self, z: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+        """Decode one step of a stream. No hidden state, no host reads: fit for compiling and graph capture.
+
+        z: unscaled latents [B, 16, T, h, w]; history: from `init_history` or the step before; first: whether
+        z is the first latent of the stream. Returns raw pixels [B, 3, 4T (first: 1), 8h, 8w], about [-1, 1],
+        and the new history. Raises ValueError if first and T > 1.
+        """
+        if first and z.shape[2] != 1:
+            raise ValueError(f"z: the first latent of a stream is decoded alone, got shape {tuple(z.shape)}.")
+        return self.decoder(self.conv2(z.contiguous(memory_format=self.memory_format)), history, first)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents [B, 1 + (T-1)//4, 16, H/8, W/8] of a video [B, 3, T, H, W] in [-1, 1].
+
+        Reads 1, then 4 frames at a time; frames left over at the end are dropped, as upstream does.
+        Raises UserError for an empty video, other than 3 channels, or sides not divisible by 8.
+        """
+        shape = tuple(video.shape)
+        if len(shape) != 5 or shape[1] != IMAGE_CHANNELS or shape[2] == 0:
+            raise UserError(f"video: expected [B, {IMAGE_CHANNELS}, T >= 1, H, W], got {shape}.")
+        batch, _, frames, height, width = shape
+        if height % VAE_SPATIAL_STRIDE or width % VAE_SPATIAL_STRIDE:
+            raise UserError(f"video: height and width must be multiples of {VAE_SPATIAL_STRIDE} pixels, "
+                            f"got {shape}; crop or resize it.")
+        video = video.contiguous(memory_format=self.memory_format)
+        history = self.encoder.init_history(batch, height, width, video.device, video.dtype,
+                                            self.memory_format)
+        parts, start = [], 0
+        for stop in range(1, frames + 1, VAE_TEMPORAL_STRIDE):
+            y, history = self.encoder(video[:, :, start:stop], history, first=start == 0)
+            parts.append(y)
+            start = stop
+        mu, _ = self.conv1(torch.cat(parts, dim=2)).chunk(2, dim=1)
+        mean, inverse_std = latent_statistics(mu.device, mu.dtype)
+        return ((mu - mean) * inverse_std).transpose(1, 2)
+
+
+class StreamingDecoder:
+    """Turns blocks of latents into frames at once and remembers what the next one needs; one video at a time.
+
+    Costs one decoder call per `chunk_latents` latents (1: as upstream). Larger chunks give the same frames,
+    to rounding, with fewer and larger kernels. The first latent of a video is always decoded alone.
+    """
+
+    def __init__(self, vae: WanVAE, batch: int, latent_height: int, latent_width: int,
+                 chunk_latents: int = 1):
+        if chunk_latents < 1:
+            raise UserError(f"chunk_latents: {chunk_latents} latents a call is impossible; use 1 or more.")
+        weight = vae.conv2.weight
+        self.vae = vae
+        self.shape = (batch, weight.shape[1], latent_height, latent_width)
+        self.device, self.dtype = weight.device, weight.dtype
+        self.chunk_latents = chunk_latents
+        self.mean, self.inverse_std = latent_statistics(self.device, self.dtype)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the video; the next push starts a new one."""
+        batch, _, height, width = self.shape
+        self.history = self.vae.init_history(batch, height, width, self.device, self.dtype)
+        self.first = True
+
+    @torch.no_grad()
+    def push(self, latents: Tensor) -> list[Tensor]:
+        """Decode normalised latents [B, F, 16, h, w]; the list holds one tensor: frames [B, T, 3, 8h, 8w].
+
+        Frames are float32 in [0, 1]; T is 4F, or 4F - 3 at the start of a video. Raises ValueError for a
+        wrong shape, dtype or device.
+        """
+        batch, channels, height, width = self.shape
+        count = latents.shape[1] if latents.dim() == 5 else 0
+        if count == 0 or tuple(latents.shape) != (batch, count, channels, height, width):
+            raise ValueError(f"latents: expected [{batch}, F >= 1, {channels}, {height}, {width}], "
+                             f"got {list(latents.shape)}.")
+        if (latents.dtype, latents.device) != (self.dtype, self.device):
+            raise ValueError(f"latents: {latents.dtype} on {latents.device}, but the VAE is {self.dtype} on "
+                             f"{self.device}; cast or move one of them.")
+        z = latents.transpose(1, 2) / self.inverse_std + self.mean
+        frames, start = [], 0
+        while start < count:
+            stop = start + (1 if self.first else self.chunk_latents)
+            pixels, self.history = self.vae.decode(z[:, :, start:stop], self.history, self.first)
+            frames.append(pixels_to_frames(pixels))
+            self.first, start = False, stop
+        return [torch.cat(frames, dim=1)]
+
+    def flush(self) -> list[Tensor]:
+        """Frames still held back: none, since `push` returns all of them."""
+        return []
+
+
+def decode_chunked(vae: WanVAE, latents: Tensor, chunk: int) -> Tensor:
+    """Decode [B, F, 16, h, w] to frames [B, T, 3, 8h, 8w], forgetting the past every `chunk` latents.
+
+    The quirk of upstream's infinity script: each chunk begins anew with a single frame, so 3 latents give 9.
+    Raises UserError if chunk < 1, ValueError for a wrong shape, dtype or device.
+    """
+    if chunk < 1:
+        raise UserError(f"chunk: {chunk} latents is impossible; use 1 or more.")
+    if latents.dim() != 5:
+        raise ValueError(f"latents: expected [B, F, C, h, w], got {list(latents.shape)}.")
+    batch, _, _, height, width = latents.shape
+    decoder = StreamingDecoder(vae, batch, height, width)
+    parts = []
+    for part in latents.split(chunk, dim=1):
+        parts += decoder.push(part)
+        decoder.reset()
+    return torch.cat(parts, dim=1)
+
+
+def pixels_to_frames(pixels: Tensor) -> Tensor:
+    """Raw decoder output [B, 3, T, H, W] -> frames [B, T, 3, H, W], float32 in [0, 1]."""
+    return (pixels.transpose(1, 2).float().clamp(-1, 1) * 0.5 + 0.5).clamp(0, 1)
+
+
+def frames_to_uint8(frames: Tensor) -> Tensor:
+    """Frames in [0, 1] -> uint8, truncated (not rounded) as upstream writes them; any shape."""
+    return (frames * 255).to(torch.uint8)
