@@ -1,0 +1,267 @@
+"""Download the official weights: `python -m longlive_opt.fetch DIR [--what all|dit|vae|text] [--dry-run]`.
+
+Lays out what `longlive_opt.models.weights.resolve_weights(DIR)` reads:
+
+    DIR/longlive_base.pt  DIR/lora.pt
+    DIR/Wan2.1-T2V-1.3B/  config.json  Wan2.1_VAE.pth  models_t5_umt5-xxl-enc-bf16.pth  google/umt5-xxl/
+
+Files arrive in DIR/.fetch, where an interrupted run resumes, are checked against the hub's size and SHA-256,
+and only then take their place. A file that is already there is checked, never overwritten. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Sequence
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FETCH_COMMAND = "python -m longlive_opt.fetch"
+STAGING = ".fetch"
+SPARE_BYTES = 1 << 30
+LONGLIVE_REPO = "Efficient-Large-Model/LongLive-1.3B"
+WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
+WAN_FOLDER = "Wan2.1-T2V-1.3B"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or with a final "/" one folder, of a hub repository and its place under DIR.
+
+    `approx_bytes` is the size when this was written; it is only shown where the hub cannot be asked.
+    """
+
+    part: str
+    repo: str
+    path: str
+    target: str
+    approx_bytes: int
+
+
+SOURCES = (
+    Source("dit", LONGLIVE_REPO, "models/longlive_base.pt", "longlive_base.pt", 5_676_334_208),
+    Source("dit", LONGLIVE_REPO, "models/lora.pt", "lora.pt", 2_800_056_690),
+    Source("dit", WAN_REPO, "config.json", f"{WAN_FOLDER}/config.json", 249),
+    Source("vae", WAN_REPO, "Wan2.1_VAE.pth", f"{WAN_FOLDER}/Wan2.1_VAE.pth", 507_609_880),
+    Source("text", WAN_REPO, "models_t5_umt5-xxl-enc-bf16.pth",
+           f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth", 11_361_920_418),
+    Source("text", WAN_REPO, "google/umt5-xxl/", f"{WAN_FOLDER}/google/umt5-xxl/", 21_454_081),
+)
+PARTS = ("all", "dit", "vae", "text")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """Size and, for files in large-file storage, SHA-256 as the hub states them."""
+
+    nbytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file to fetch: where it comes from, where it goes (relative to DIR), and what it must be."""
+
+    repo: str
+    revision: str
+    path: str
+    target: str
+    file: HubFile
+
+
+class Hub(Protocol):
+    """What is needed of a model hub; tests bring their own."""
+
+    def files(self, repo: str) -> tuple[str, dict[str, HubFile]]:
+        """The current revision of `repo` and its files by path."""
+
+    def download(self, repo: str, revision: str, path: str, folder: Path) -> Path:
+        """Bring one file to `folder`, resuming an earlier try, and return its place."""
+
+
+class HuggingFaceHub:
+    """The Hugging Face hub through its own client, which resumes and retries by itself.
+
+    Raises:
+        UserError: on construction without huggingface_hub; later for anything the client reports.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import huggingface_hub
+            from huggingface_hub import errors
+        except ImportError as error:
+            raise UserError("fetch: a package is missing; run 'pip install huggingface_hub'.") from error
+        self._hub = huggingface_hub
+        # The client changed its HTTP library twice; errors.HTTPError is the base class of whichever it uses.
+        self._errors = (OSError, errors.EntryNotFoundError, errors.HTTPError)
+
+    def files(self, repo: str) -> tuple[str, dict[str, HubFile]]:
+        try:
+            info = self._hub.HfApi().model_info(repo, files_metadata=True)
+        except self._errors as error:
+            raise _hub_error(repo, error) from error
+        return info.sha, {file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else None)
+                          for file in info.siblings}
+
+    def download(self, repo: str, revision: str, path: str, folder: Path) -> Path:
+        try:
+            return Path(self._hub.hf_hub_download(repo, path, revision=revision, local_dir=folder))
+        except self._errors as error:
+            raise _hub_error(f"{repo}/{path}", error) from error
+
+
+def _hub_error(what: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return UserError(f"fetch: could not get {what} from the Hugging Face hub ({reason}); check the network "
+                     "and the free space and run again to resume, or place the files by hand as shown by "
+                     f"'{FETCH_COMMAND} --help'.")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal; reads all of it (about a second per GB)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plan(hub: Hub, what: str = "all") -> list[Download]:
+    """Ask the hub for every file of the part `what`.
+
+    Raises:
+        UserError: `what` is unknown, the hub cannot be reached, or a repository lacks a file.
+    """
+    if what not in PARTS:
+        raise UserError(f"what: {what!r} is unknown; choose one of {', '.join(PARTS)}.")
+    sources = [source for source in SOURCES if what in ("all", source.part)]
+    listings = {repo: hub.files(repo) for repo in dict.fromkeys(source.repo for source in sources)}
+    downloads = []
+    for source in sources:
+        revision, files = listings[source.repo]
+        is_folder = source.path.endswith("/")
+        paths = sorted(p for p in files if p == source.path or is_folder and p.startswith(source.path))
+        if not paths:
+            raise UserError(f"fetch: {source.repo} has no {source.path} at revision {revision}; look for it "
+                            f"on the repository's page and place it as DIR/{source.target}.")
+        for path in paths:
+            target = source.target + path.removeprefix(source.path)
+            downloads.append(Download(source.repo, revision, path, target, files[path]))
+    return downloads
+
+
+def missing_in(folder: Path, downloads: Sequence[Download]) -> list[Download]:
+    """The downloads that are not in `folder` yet; logs all sizes.
+
+    Raises:
+        UserError: the disk has no room for them.
+    """
+    missing = [item for item in downloads if not (folder / item.target).exists()]
+    for item in downloads:
+        state = "to fetch" if item in missing else "there"
+        logger.info("%10s  %-8s  %s", _size(item.file.nbytes), state, item.target)
+    staged = sum(path.stat().st_size for path in (folder / STAGING).rglob("*") if path.is_file())
+    needed = sum(item.file.nbytes for item in missing) - staged + SPARE_BYTES
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if missing and free < needed:
+        raise UserError(f"fetch: {_size(needed)} are needed and the disk of {folder} has {_size(free)} free; "
+                        "make room or name a folder on another disk.")
+    return missing
+
+
+def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
+    """Bring every download to its place in `folder` and return the places.
+
+    Raises:
+        UserError: no network, no room, an existing file that differs, or a download that fails its check.
+    """
+    missing = missing_in(folder, downloads)
+    for item in downloads:
+        if item not in missing:
+            logger.info("checking %s", item.target)
+            problem = _mismatch(folder / item.target, item.file)
+            if problem:
+                raise UserError(f"fetch: {folder / item.target} {problem}, so it is not the official file; "
+                                "move it away and run again.")
+    for item in missing:
+        logger.info("fetching %s from %s", item.target, item.repo)
+        staging = folder / STAGING / item.repo.replace("/", "--")
+        arrived = hub.download(item.repo, item.revision, item.path, staging)
+        problem = _mismatch(arrived, item.file)
+        if problem:
+            arrived.unlink()
+            raise UserError(f"fetch: the download of {item.target} {problem}; it was removed, run again.")
+        (folder / item.target).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(arrived, folder / item.target)
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    return [folder / item.target for item in downloads]
+
+
+def _mismatch(path: Path, expected: HubFile) -> str | None:
+    """What is wrong with the file, in words, or None."""
+    nbytes = path.stat().st_size
+    if nbytes != expected.nbytes:
+        return f"has {nbytes} bytes where the hub has {expected.nbytes}"
+    if expected.sha256 is not None and file_sha256(path) != expected.sha256:
+        return "has another SHA-256 than the hub states"
+    return None
+
+
+def _size(nbytes: int) -> str:
+    if nbytes < 1e4:
+        return f"{nbytes} B"
+    return f"{nbytes / 1e6:.2f} MB" if nbytes < 1e8 else f"{nbytes / 1e9:.2f} GB"
+
+
+def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
+    """Command line; returns the exit code: 0 done, 1 failed with one sentence, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog=FETCH_COMMAND, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where the files go")
+    parser.add_argument("--what", choices=PARTS, default="all", help="which part (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="only show sizes and check the free space")
+    args = parser.parse_args(argv)
+    folder = args.folder.expanduser()
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        hub = hub or HuggingFaceHub()
+        try:
+            downloads = plan(hub, args.what)
+        except UserError:
+            if args.dry_run:
+                _log_recorded_sizes(args.what)
+            raise
+        if args.dry_run:
+            missing_in(folder, downloads)
+        else:
+            fetch(folder, hub, downloads)
+            logger.info("done; use it with weights: %s", folder)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return 1
+    except OSError as error:
+        logger.error("error: fetch: %s (%s); name a folder that you can write to.", folder, error)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; run the same command again to resume.")
+        return 130
+    return 0
+
+
+def _log_recorded_sizes(what: str) -> None:
+    for source in SOURCES:
+        if what in ("all", source.part):
+            logger.info("%10s  recorded  %s", _size(source.approx_bytes), source.target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

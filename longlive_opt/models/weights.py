@@ -1,0 +1,313 @@
+"""Weights into modules: official checkpoints with the LoRA merged on the way, or seeded random values.
+
+A module is built on the meta device and then filled tensor by tensor on its final device in its final dtype,
+so neither the host nor the device ever holds a second copy of the model. Names, shapes and dtypes are checked
+from the headers of the files before any tensor is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Iterable, Mapping, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DiTConfig, TextEncoderConfig, VAEConfig
+from ..errors import UserError
+from ..fetch import FETCH_COMMAND, WAN_FOLDER, file_sha256
+from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
+from .dit import CausalDiT
+from .text import TextEncoder, UMT5Encoder, load_tokenizer
+from .vae import WanVAE
+
+logger = logging.getLogger(__name__)
+
+LORA_ALPHA = 256.0
+LORA_NAME = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
+LAYOUT = {"dit": "longlive_base.pt", "lora": "lora.pt", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
+          "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
+          "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
+# Our own layout, a plain copy of the hub's repositories, and the folders that LongLive's README asks for.
+FOLDERS = ("", "models", "longlive_models/models", "wan_models")
+
+
+class WeightsReport(TypedDict):
+    """What was loaded; goes into the results. `files` maps a part to its file's name and size in bytes."""
+
+    kind: str
+    seed: int | None
+    files: dict[str, dict[str, Any]]
+    tensors: int
+    parameters: int
+    dtype: str
+    lora_targets: int
+    lora_ranks: list[int]
+    lora_alpha: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of one weights folder; without `root` the weights are random."""
+
+    root: Path | None = None
+    dit: Path | None = None
+    lora: Path | None = None
+    vae: Path | None = None
+    text: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """`random`, or `files`: their layout is the official one, only their SHA-256 can tell if they are."""
+        return "random" if self.root is None else "files"
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of every file by part; reads all of them, about a second per GB."""
+        paths = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part: file_sha256(path) for part, path in paths.items() if path and path.is_file()}
+
+
+def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -> WeightFiles:
+    """Find the files for `weights`: "random", or a folder that `longlive_opt.fetch` or LongLive filled.
+
+    Where a `.safetensors` file stands beside the torch file of the same stem, it is the one taken.
+
+    Raises:
+        UserError: no such folder, or a part is missing; names every missing file and the command to fetch it.
+    """
+    if str(weights) == "random":
+        return WeightFiles()
+    root = Path(weights).expanduser()
+    if not root.is_dir():
+        raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; get the files with "
+                        f"'{FETCH_COMMAND} DIR' and write weights: DIR.")
+    found = {part: _find(root, LAYOUT[part]) for part in parts}
+    missing = [LAYOUT[part] for part, path in found.items() if path is None]
+    if missing:
+        raise UserError(f"weights: {root} lacks {', '.join(missing)}; get what is missing with "
+                        f"'{FETCH_COMMAND} {root}'.")
+    return WeightFiles(root, **found)
+
+
+def _find(root: Path, name: str) -> Path | None:
+    for folder in FOLDERS:
+        path = root / folder / name
+        for candidate in (path.with_suffix(".safetensors"), path):
+            if candidate.exists():
+                return candidate
+    return None
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter (arXiv:2106.09685): W of every target becomes W + alpha / rank * B @ A.
+
+    `targets` maps a weight's name to the names of its A [rank, in] and B [out, rank], and the rank.
+    """
+
+    checkpoint: Checkpoint
+    targets: Mapping[str, tuple[str, str, int]]
+    alpha: float
+
+    def merge(self, name: str, weight: Tensor) -> Tensor:
+        """The merged weight, in float32 on the weight's device, if `name` is a target; else the weight."""
+        if name not in self.targets:
+            return weight
+        name_a, name_b, rank = self.targets[name]
+        a, b = (self.checkpoint.read(half).to(weight.device).float() for half in (name_a, name_b))
+        return torch.addmm(weight.float(), b, a, alpha=self.alpha / rank)
+
+
+def open_lora(path: Path, module: nn.Module, alpha: float) -> LoRA:
+    """Open a PEFT adapter and match it with the weights of `module`.
+
+    Raises:
+        UserError: naming every tensor that is no half of a LoRA, or has no other half, no target or no fit.
+    """
+    checkpoint = open_checkpoint(path, ("generator_lora", None))
+    shapes = _shapes(module)
+    halves: dict[str, dict[str, str]] = {}
+    strangers, alone, untargeted, misshapen = [], [], [], []
+    for name, header in checkpoint.headers.items():
+        match = LORA_NAME.fullmatch(name)
+        if match and header.is_float and len(header.shape) == 2:
+            halves.setdefault(f"{match['target']}.weight", {})[match["half"]] = name
+        else:
+            strangers.append(f"{name} ({header.dtype} {list(header.shape)})")
+    targets = {}
+    for target, names in halves.items():
+        if len(names) < 2:
+            alone += names.values()
+        elif target not in shapes:
+            untargeted.append(target)
+        else:
+            a, b = (checkpoint.headers[names[half]].shape for half in "AB")
+            targets[target] = (names["A"], names["B"], a[0])
+            if (b[0], a[1]) != shapes[target] or b[1] != a[0]:
+                misshapen.append(f"{target} {list(shapes[target])} with A {list(a)} and B {list(b)}")
+    raise_problems(path, {"not LoRA tensors": strangers, "without their other half": alone,
+                          "targets that the model lacks": untargeted, "of the wrong shape": misshapen})
+    return LoRA(checkpoint, targets, alpha)
+
+
+def fill_(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype,
+          lora: LoRA | None = None) -> None:
+    """Give `module`, wherever it is (meta included), the checkpoint's values on `device` in `dtype`.
+
+    The LoRA is merged in float32, and the sum rounded once.
+
+    Raises:
+        UserError: names, shapes or dtypes do not fit (before anything is read), or there is NaN or infinity.
+    """
+    _check_headers(checkpoint, module)
+    tensors, sums = {}, []
+    for name in checkpoint.headers:
+        stored = checkpoint.read(name)
+        tensor = stored.to(device)
+        if lora is not None:
+            tensor = lora.merge(name, tensor)
+        tensor = tensor.to(dtype).contiguous()
+        if tensor.data_ptr() == stored.data_ptr():  # on the CPU: still a view of the file
+            tensor = tensor.clone()
+        tensors[name] = tensor
+        sums.append(tensor.sum(dtype=torch.float32))  # not finite as soon as one value is not
+    bad = [name for name, finite in zip(tensors, torch.stack(sums).isfinite().tolist()) if not finite]
+    if bad:
+        raise UserError(f"{checkpoint.path}: NaN or infinity in {listed(bad)}; get the files again with "
+                        f"'{FETCH_COMMAND} DIR'.")
+    _assign(module, tensors, device)
+
+
+def _check_headers(checkpoint: Checkpoint, module: nn.Module) -> None:
+    shapes, headers = _shapes(module), checkpoint.headers
+    common = [name for name in shapes if name in headers]
+    raise_problems(checkpoint.path, {
+        "missing": [name for name in shapes if name not in headers],
+        "unexpected": [name for name in headers if name not in shapes],
+        "of the wrong shape": [f"{name} {list(headers[name].shape)} instead of {list(shapes[name])}"
+                               for name in common if headers[name].shape != shapes[name]],
+        "of an unusable dtype": [f"{name} ({headers[name].dtype})"
+                                 for name in common if not headers[name].is_float]})
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give `module`, wherever it is (meta included), seeded random values drawn on `device` in `dtype`.
+
+    Every tensor has a stream of its own, seeded by `seed` and its name, so that order does not matter. CPU
+    and CUDA draw different values. The scales keep activations sane through the depth of all three networks.
+    """
+    generator = torch.Generator(device=device)
+    tensors = {}
+    for name, shape in _shapes(module).items():
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        mean, std = _random_scale(name, shape)
+        tensor = torch.empty(shape, device=device, dtype=dtype)
+        tensors[name] = tensor.normal_(mean, std, generator=generator)
+    _assign(module, tensors, device)
+
+
+def _random_scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a random tensor, by its role."""
+    if name.endswith(".bias"):
+        return 0.0, 0.02
+    if name.endswith(".gamma") or len(shape) == 1:
+        return 1.0, 0.05
+    if name.endswith("modulation"):
+        return 0.0, shape[-1] ** -0.5
+    if name.endswith("embedding.weight") and len(shape) == 2:
+        return 0.0, 1.0
+    std = torch.Size(shape[1:]).numel() ** -0.5
+    if ".attn.q." in name:  # UMT5 does not divide its logits by sqrt(D), 8 at full size
+        std /= 8
+    return 0.0, std
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device | str) -> None:
+    """Make `tensors` the parameters of `module`, for inference: evaluation mode, no gradients."""
+    module.load_state_dict(tensors, strict=True, assign=True)
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if left:
+        raise RuntimeError(f"{type(module).__name__}: the buffers {listed(left)} come from no checkpoint and "
+                           "were built on the meta device; compute them when they are used.")
+    module.to(device).eval().requires_grad_(False)
+
+
+def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
+             seed: int = 0, lora_alpha: float = LORA_ALPHA,
+             use_ema: bool = False) -> tuple[CausalDiT, WeightsReport]:
+    """The transformer for inference on `device`: from `files`, the LoRA merged, or random from `seed`.
+
+    `use_ema` takes the averaged weights under `generator_ema`; LongLive runs with the plain ones.
+
+    Raises:
+        UserError: a file is missing, unreadable, unsafe, or does not fit the config.
+    """
+    with torch.device("meta"):
+        module = CausalDiT(config)
+    containers = ("generator_ema",) if use_ema else ("generator", "model", None)
+    return module, _load(module, "dit", files, device, dtype, seed, containers, lora_alpha)
+
+
+def load_vae(config: VAEConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
+             seed: int = 0) -> tuple[WanVAE, WeightsReport]:
+    """The VAE, as `load_dit`."""
+    with torch.device("meta"):
+        module = WanVAE(config)
+    return module, _load(module, "vae", files, device, dtype, seed)
+
+
+def load_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: torch.device | str,
+                      dtype: torch.dtype, seed: int = 0) -> tuple[TextEncoder, WeightsReport]:
+    """The text encoder with its tokenizer (for random weights the byte-level stand-in), as `load_dit`."""
+    tokenizer = load_tokenizer(files.tokenizer or "bytes", config.text_len)
+    with torch.device("meta"):
+        module = UMT5Encoder(config)
+    report = _load(module, "text", files, device, dtype, seed)
+    return TextEncoder(module, tokenizer), report
+
+
+def _load(module: nn.Module, part: str, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
+          seed: int, containers: tuple[str | None, ...] = (None,),
+          lora_alpha: float = LORA_ALPHA) -> WeightsReport:
+    """Fill `module` from `files` or, where they are random, from `seed`."""
+    started = time.perf_counter()
+    used: dict[str, Path] = {}
+    lora = None
+    if files.root is None:
+        random_init_(module, seed, device, dtype)
+    else:
+        path = getattr(files, part)
+        if path is None:
+            raise UserError(f"weights: {files.root} was resolved without the part {part!r}; add it.")
+        used[part] = path
+        if part == "dit" and files.lora is not None:
+            used["lora"] = files.lora
+            lora = open_lora(files.lora, module, lora_alpha)
+        fill_(module, open_checkpoint(path, containers), device, dtype, lora)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    report = WeightsReport(
+        kind=files.kind,
+        seed=seed if files.root is None else None,
+        files={key: {"name": path.name, "bytes": path.stat().st_size} for key, path in used.items()},
+        tensors=len(module.state_dict()),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        dtype=str(dtype).removeprefix("torch."),
+        lora_targets=len(lora.targets) if lora else 0,
+        lora_ranks=sorted({rank for _, _, rank in lora.targets.values()}) if lora else [],
+        lora_alpha=lora_alpha if lora else None,
+        seconds=time.perf_counter() - started)
+    logger.info("%s: %s weights in %.1f s", part, files.kind, report["seconds"])
+    return report

@@ -1,0 +1,420 @@
+"""Weights: official layouts, the LoRA merge, damaged and hostile files, random values."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from longlive_opt.config import DiTConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.errors import UserError
+from longlive_opt.models.checkpoint import Checkpoint, Header, open_checkpoint
+from longlive_opt.models.dit import CausalDiT
+from longlive_opt.models.text import UMT5Encoder
+from longlive_opt.models.vae import WanVAE
+from longlive_opt.models.weights import (
+    WeightFiles,
+    fill_,
+    load_dit,
+    load_text_encoder,
+    load_vae,
+    open_lora,
+    random_init_,
+    resolve_weights,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+DIT = DiTConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=40, freq_dim=16, text_dim=20, text_len=6)
+VAE = VAEConfig(dim=6)
+TEXT = TextEncoderConfig(vocab_size=259, dim=16, dim_attn=24, dim_ffn=20, num_heads=2, num_layers=1,
+                         text_len=6)
+RANK, ALPHA = 4, 8.0
+
+
+def random_state(module: nn.Module, seed: int = 5) -> dict[str, Tensor]:
+    random_init_(module, seed, "cpu", torch.float32)
+    return module.state_dict()
+
+
+def lora_state(linears: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for name, weight in linears.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        state[f"{prefix}A.weight"] = torch.randn(RANK, weight.shape[1], generator=generator)
+        state[f"{prefix}B.weight"] = torch.randn(weight.shape[0], RANK, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="module")
+def dit_state() -> dict[str, Tensor]:
+    return random_state(CausalDiT(DIT))
+
+
+@pytest.fixture(scope="module")
+def adapter(dit_state) -> dict[str, Tensor]:
+    return lora_state({k: v for k, v in dit_state.items() if k.startswith("blocks.") and v.dim() == 2})
+
+
+@pytest.fixture
+def folder(tmp_path, dit_state, adapter) -> Path:
+    """A small weights folder in the formats of the official one, averaged weights and an old pickle too."""
+    from tokenizers import Tokenizer, models, processors
+
+    def averaged(name: str) -> str:
+        return "model._fsdp_wrapped_module." + name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module.")
+
+    wan = tmp_path / "Wan2.1-T2V-1.3B"
+    (wan / "google" / "umt5-xxl").mkdir(parents=True)
+    torch.save({"generator": {f"model.{k}": v for k, v in dit_state.items()},
+                "generator_ema": {averaged(k): -v for k, v in dit_state.items()}, "step": 700},
+               tmp_path / "longlive_base.pt")
+    torch.save({"generator_lora": adapter, "critic_lora": {"x": torch.ones(1)}, "step": 3000},
+               tmp_path / "lora.pt")
+    torch.save(OrderedDict(random_state(WanVAE(VAE))), wan / "Wan2.1_VAE.pth",
+               _use_new_zipfile_serialization=False)
+    torch.save({k: v.bfloat16() for k, v in random_state(UMT5Encoder(TEXT)).items()},
+               wan / "models_t5_umt5-xxl-enc-bf16.pth")
+    tokenizer = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=2))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(wan / "google" / "umt5-xxl" / "tokenizer.json"))
+    return tmp_path
+
+
+def merged(weight: Tensor, adapter: dict[str, Tensor], name: str) -> Tensor:
+    prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+    if f"{prefix}A.weight" not in adapter:
+        return weight
+    return weight + ALPHA / RANK * adapter[f"{prefix}B.weight"] @ adapter[f"{prefix}A.weight"]
+
+
+def test_official_folder_loads(folder, dit_state, adapter):
+    """Container key, wrapper prefix, PEFT names, old pickle: each could make the real files unloadable."""
+    files = resolve_weights(folder)
+    dit, report = load_dit(DIT, files, "cpu", torch.float32, lora_alpha=ALPHA)
+    for name, tensor in dit.state_dict().items():
+        torch.testing.assert_close(tensor, merged(dit_state[name], adapter, name), rtol=1e-6, atol=1e-6)
+    assert (report["kind"], report["lora_targets"], report["lora_ranks"]) == ("files", 20, [RANK])
+    assert report["files"]["lora"] == {"name": "lora.pt", "bytes": (folder / "lora.pt").stat().st_size}
+    assert not dit.training and not any(parameter.requires_grad for parameter in dit.parameters())
+
+    vae, _ = load_vae(VAE, files, "cpu", torch.bfloat16)
+    expected = random_state(WanVAE(VAE))
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in vae.state_dict().items())
+
+    text, report = load_text_encoder(TEXT, files, "cpu", torch.bfloat16)
+    assert text.encode(["aa"]).shape == (1, 6, 16)
+    assert (text.tokenizer.kind, report["tensors"]) == ("umt5-xxl", 12)
+    assert set(files.sha256()) == {"dit", "lora", "vae", "text"}
+
+
+def test_lora_is_rounded_once(folder, dit_state, adapter):
+    """Adding an already rounded product to an already rounded weight loses a bit of most weights."""
+    dit, _ = load_dit(DIT, resolve_weights(folder), "cpu", torch.bfloat16, lora_alpha=ALPHA)
+    name = "blocks.1.ffn.0.weight"
+    exact = merged(dit_state[name].double(), {k: v.double() for k, v in adapter.items()}, name)
+    assert (dit.state_dict()[name] == exact.bfloat16()).float().mean() > 0.999
+
+
+def test_lora_merge_matches_upstream(tmp_path):
+    """A transposed product or alpha in place of alpha/rank would show (golden: rank 4, alpha 8)."""
+    golden = load_file(GOLDEN / "lora_merge.safetensors")
+    module = nn.Module()
+    module.blocks = nn.ModuleList([nn.Module()])
+    module.blocks[0].self_attn = nn.Module()
+    module.blocks[0].self_attn.q = nn.Linear(96, 96, bias=False)
+    save_file({k: v for k, v in golden.items() if "lora" in k}, tmp_path / "lora.safetensors")
+    lora = open_lora(tmp_path / "lora.safetensors", module, 8)
+    error = (lora.merge("blocks.0.self_attn.q.weight", golden["weight"]) - golden["merged"]).abs().max()
+    assert error <= 1e-6
+
+
+def test_averaged_weights(folder, dit_state):
+    """FSDP's prefix stands anywhere in the averaged names; plain weights must not pass for averaged ones."""
+    files = resolve_weights(folder, ("dit",))
+    dit, report = load_dit(DIT, files, "cpu", torch.float32, use_ema=True)
+    assert all(torch.equal(tensor, -dit_state[name]) for name, tensor in dit.state_dict().items())
+    assert report["lora_targets"] == 0
+    torch.save(dit_state, folder / "longlive_base.pt")
+    with pytest.raises(UserError, match="expected the key 'generator_ema'"):
+        load_dit(DIT, files, "cpu", torch.float32, use_ema=True)
+    save_file(dit_state, folder / "longlive_base.safetensors")
+    with pytest.raises(UserError, match="no key generator_ema"):
+        load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.float32, use_ema=True)
+
+
+@pytest.mark.parametrize("key", ["model", None])
+def test_other_containers(folder, dit_state, key):
+    """The plain script also accepts the key `model`; a flat file is what other tools write."""
+    torch.save({key: dit_state} if key else dit_state, folder / "longlive_base.pt")
+    dit, _ = load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.float32)
+    assert torch.equal(dit.state_dict()["head.modulation"], dit_state["head.modulation"])
+
+
+def test_safetensors_equal_pickles(folder, dit_state, adapter):
+    """Both formats must go through the same names and the same merge."""
+    from_pickle, _ = load_dit(DIT, resolve_weights(folder), "cpu", torch.bfloat16, lora_alpha=ALPHA)
+    save_file({f"model.{k}": v for k, v in dit_state.items()}, folder / "longlive_base.safetensors")
+    save_file(adapter, folder / "lora.safetensors")
+    files = resolve_weights(folder)
+    assert files.dit.suffix == files.lora.suffix == ".safetensors"
+    both, _ = load_dit(DIT, files, "cpu", torch.bfloat16, lora_alpha=ALPHA)
+    for name, tensor in both.state_dict().items():
+        assert torch.equal(tensor, from_pickle.state_dict()[name])
+
+
+def test_longlive_folders_are_found(folder):
+    """Whoever has run LongLive has 20 GB in its layout and should not fetch them again."""
+    (folder / "longlive_models" / "models").mkdir(parents=True)
+    (folder / "wan_models").mkdir()
+    for name in ("longlive_base.pt", "lora.pt"):
+        (folder / name).rename(folder / "longlive_models" / "models" / name)
+    (folder / "Wan2.1-T2V-1.3B").rename(folder / "wan_models" / "Wan2.1-T2V-1.3B")
+    assert resolve_weights(folder).dit == folder / "longlive_models" / "models" / "longlive_base.pt"
+
+
+def test_full_size_names_match(tmp_path):
+    """The published inventories at full size (the files hold one number per tensor, expanded)."""
+    with torch.device("meta"):
+        dit = CausalDiT(DiTConfig())
+    keys = {part: json.loads((GOLDEN / f"keys_{part}.json").read_text()) for part in ("dit", "lora")}
+    one = torch.zeros(1)
+    base = {f"model.{k}": one.expand(v) for k, v in keys["dit"].items()}
+    lora = {k: one.expand(v) for k, v in keys["lora"].items()}
+    torch.save({"generator": base}, tmp_path / "base.pt")
+    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
+    headers = open_checkpoint(tmp_path / "base.pt", ("generator",)).headers
+    expected = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+    assert {name: header.shape for name, header in headers.items()} == expected
+    targets = open_lora(tmp_path / "lora.pt", dit, 256).targets
+    assert len(targets) == 300 and {rank for _, _, rank in targets.values()} == {256}
+
+
+def test_every_misfit_is_named_before_anything_is_read(dit_state):
+    """One error for all problems, from the headers alone: 17 GB are not read to find a missing bias."""
+    headers = {k: Header(tuple(v.shape), "float32") for k, v in dit_state.items()}
+    del headers["head.modulation"]
+    headers["vace.weight"] = Header((1,), "float32")
+    headers["blocks.0.norm3.weight"] = Header((99,), "float32")
+    headers["blocks.1.ffn.0.weight"] = Header(headers["blocks.1.ffn.0.weight"].shape, "int8")
+
+    def read(name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
+
+    with torch.device("meta"):
+        module = CausalDiT(DIT)
+    with pytest.raises(UserError) as error:
+        fill_(module, Checkpoint(Path("base.pt"), headers, read), "cpu", torch.float32)
+    for part in ("1 missing: head.modulation", "1 unexpected: vace.weight",
+                 "blocks.0.norm3.weight [99] instead of [24]", "blocks.1.ffn.0.weight (int8)"):
+        assert part in str(error.value)
+
+
+def test_long_lists_are_cut(folder):
+    """Weights of another size would otherwise print hundreds of names."""
+    with pytest.raises(UserError, match=r"\d+ missing: .* and \d+ more") as error:
+        load_dit(DiTConfig(), resolve_weights(folder, ("dit",)), "meta", torch.float32)
+    assert len(str(error.value)) < 4000
+
+
+def test_lora_misfits_are_named(tmp_path, dit_state, adapter):
+    """Half an adapter, or one of another model, must not be merged as far as it goes."""
+    broken = dict(adapter)
+    del broken["base_model.model.blocks.0.ffn.0.lora_B.weight"]
+    broken["base_model.model.blocks.9.ffn.0.lora_A.weight"] = torch.zeros(4, 24)
+    broken["base_model.model.blocks.9.ffn.0.lora_B.weight"] = torch.zeros(40, 4)
+    broken["base_model.model.blocks.0.ffn.2.lora_A.weight"] = torch.zeros(4, 41)
+    broken["blocks.0.ffn.2.alpha"] = torch.tensor(4.0)
+    torch.save(broken, tmp_path / "lora.pt")
+    with pytest.raises(UserError) as error:
+        open_lora(tmp_path / "lora.pt", CausalDiT(DIT), ALPHA)
+    for part in ("not LoRA tensors: blocks.0.ffn.2.alpha",
+                 "other half: base_model.model.blocks.0.ffn.0.lora_A.weight",
+                 "model lacks: blocks.9.ffn.0.weight",
+                 "blocks.0.ffn.2.weight [24, 40] with A [4, 41] and B [24, 4]"):
+        assert part in str(error.value)
+
+
+def test_nan_is_named(folder, dit_state):
+    """One bad value otherwise shows as a black video."""
+    dit_state = {k: v.clone() for k, v in dit_state.items()}
+    dit_state["blocks.1.cross_attn.k.bias"][3] = float("nan")
+    dit_state["head.head.weight"][0, 0] = 3.4e38  # finite in float32, not in bfloat16
+    torch.save({"generator": dit_state}, folder / "longlive_base.pt")
+    with pytest.raises(UserError, match="NaN or infinity in blocks.1.cross_attn.k.bias, head.head.weight"):
+        load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.bfloat16)
+
+
+def test_weights_are_no_view_of_the_file(folder, dit_state):
+    """A file replaced or cut while a notebook runs must not change the model (or kill the process)."""
+    dit, _ = load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.float32)
+    with open(folder / "longlive_base.pt", "r+b") as file:
+        file.write(bytes((folder / "longlive_base.pt").stat().st_size))
+    assert all(torch.equal(tensor, dit_state[name]) for name, tensor in dit.state_dict().items())
+
+
+class _Hostile:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def _saved(content: object, old: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=not old)
+    return buffer.getvalue()
+
+
+ONES = torch.ones(99)
+BAD_FILES = {
+    "empty": (lambda mark: b"", "is empty"),
+    "lfs": (lambda mark: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+    "html": (lambda mark: b"\n<!DOCTYPE html><html>404</html>", "web page"),
+    "text": (lambda mark: b"weights", "not a torch file"),
+    "cut": (lambda mark: _saved({"generator": {"a": ONES}})[:-200], "cut short"),
+    "cut old": (lambda mark: _saved({"a": ONES}, old=True)[:-200], "cut short"),
+    "bare pickle": (lambda mark: pickle.dumps({"a": 1}, 2), "no torch file"),
+    "hostile": (lambda mark: _saved({"generator": {"a": _Hostile(mark)}}), "posix.system"),
+    "hostile old": (lambda mark: _saved(_Hostile(mark), old=True), "posix.system"),
+    "hostile pickle": (lambda mark: pickle.dumps(_Hostile(mark), 2), "posix.system"),
+    "foreign class": (lambda mark: _saved({"a": ONES, "args": argparse.Namespace()}), "argparse.Namespace"),
+    "wrong key": (lambda mark: _saved({"critic": {"a": ONES}, "step": 1}), "the keys 'critic', 'step'"),
+    "no dictionary": (lambda mark: _saved([ONES]), "type list"),
+    "nothing": (lambda mark: _saved({}), r"keys \(none\)"),
+    "same name twice": (lambda mark: _saved({"a": ONES, "model.a": ONES}), "one tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_torch_files(tmp_path, monkeypatch, case):
+    """One sentence each, never torch's own advice; nothing hostile runs, whatever the environment says."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    make, expected = BAD_FILES[case]
+    path = tmp_path / "longlive_base.pt"
+    path.write_bytes(make(tmp_path / "executed"))
+    with pytest.raises(UserError, match=expected) as error:
+        open_checkpoint(path, ("generator", "model", None))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"", "is empty"),
+    (b"<html>", "web page"),
+    (b"version https://git-lfs", "git-lfs"),
+    (b"weights", "damaged"),
+    (None, "damaged, cut short"),
+])
+def test_bad_safetensors(tmp_path, content, expected):
+    """The same classes of damage in the other format."""
+    path = tmp_path / "x.safetensors"
+    if content is None:
+        save_file({"a": torch.ones(99)}, path)
+        content = path.read_bytes()[:-20]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=expected) as error:
+        open_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    """A path that is a folder, or nothing, is the commonest mistake of all."""
+    with pytest.raises(UserError, match="does not exist; get it with"):
+        open_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="is a folder"):
+        open_checkpoint(tmp_path)
+
+
+def test_resolve_names_everything_that_is_missing(folder):
+    """Being told of one missing file per attempt costs an attempt per file."""
+    (folder / "lora.pt").unlink()
+    (folder / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth").unlink()
+    with pytest.raises(UserError, match="lacks lora.pt, Wan2.1-T2V-1.3B/Wan2.1_VAE.pth; get .*fetch"):
+        resolve_weights(folder)
+    with pytest.raises(UserError, match="neither 'random' nor a folder"):
+        resolve_weights("randon")
+    assert resolve_weights("random") == WeightFiles() and WeightFiles().kind == "random"
+
+
+def test_random_weights_depend_on_seed_and_name_only():
+    """Were all tensors drawn from one stream, one more layer would change every weight after it."""
+    first, report = load_dit(DIT, WeightFiles(), "cpu", torch.float32, seed=1)
+    again, _ = load_dit(DIT, WeightFiles(), "cpu", torch.float32, seed=1)
+    other, _ = load_dit(DIT, WeightFiles(), "cpu", torch.float32, seed=2)
+    deeper, _ = load_dit(replace(DIT, num_layers=3), WeightFiles(), "cpu", torch.float32, seed=1)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+        assert torch.equal(tensor, deeper.state_dict()[name])
+        assert not torch.equal(tensor, other.state_dict()[name])
+    assert (report["kind"], report["seed"], report["files"]) == ("random", 1, {})
+
+
+def test_random_scales():
+    """Norms near 0 or linears near 1 would silence the network or blow it up; nor may values repeat."""
+    state = random_state(UMT5Encoder(replace(TEXT, dim=64, dim_attn=64, num_layers=2)))
+    assert state["blocks.0.norm1.weight"].mean() == pytest.approx(1, abs=0.05)
+    assert state["blocks.0.attn.k.weight"].std() == pytest.approx(64 ** -0.5, rel=0.1)
+    assert state["blocks.0.attn.q.weight"].std() == pytest.approx(64 ** -0.5 / 8, rel=0.1)
+    assert state["token_embedding.weight"].std() == pytest.approx(1, rel=0.1)
+    assert not torch.equal(state["blocks.0.attn.k.weight"], state["blocks.1.attn.k.weight"])
+
+
+def test_random_text_encoder_uses_the_stand_in():
+    """Random weights need no file at all, and the result must say which tokenizer was used."""
+    text, _ = load_text_encoder(TEXT, WeightFiles(), "cpu", torch.bfloat16)
+    out = text.encode(["fox", "snow"])
+    assert out.dtype == torch.bfloat16 and out.isfinite().all() and not torch.equal(out[0], out[1])
+    assert "stand-in" in text.description["tokenizer"]
+
+
+def test_buffers_outside_the_checkpoint_are_refused():
+    """A table built in a constructor stays on the meta device and would fail far away, at its first use."""
+    with torch.device("meta"):
+        module = nn.Linear(2, 2)
+        module.register_buffer("table", torch.arange(3), persistent=False)
+    with pytest.raises(RuntimeError, match="buffers table"):
+        random_init_(module, 0, "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_loads_the_same_values(folder):
+    """A merge on the GPU that runs in TF32 would be off by 1e-3."""
+    files = resolve_weights(folder)
+    gpu, _ = load_dit(DIT, files, "cuda", torch.float32, lora_alpha=ALPHA)
+    cpu, _ = load_dit(DIT, files, "cpu", torch.float32, lora_alpha=ALPHA)
+    for name, tensor in gpu.state_dict().items():
+        torch.testing.assert_close(tensor.cpu(), cpu.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("source", ["random", "file"])
+def test_cuda_holds_one_copy(tmp_path, source):
+    """At 5.7 billion parameters a second copy, or one in float32, is what no longer fits."""
+    with torch.device("meta"):
+        module = UMT5Encoder(replace(TEXT, dim=512, dim_attn=512, dim_ffn=1280, num_heads=8, num_layers=8))
+    size = 2 * sum(parameter.numel() for parameter in module.parameters())
+    if source == "file":
+        ones = {name: torch.ones(tensor.shape).bfloat16() for name, tensor in module.state_dict().items()}
+        torch.save(ones, tmp_path / "t5.pth")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    if source == "file":
+        fill_(module, open_checkpoint(tmp_path / "t5.pth"), "cuda", torch.bfloat16)
+    else:
+        random_init_(module, 0, "cuda", torch.bfloat16)
+    assert size <= torch.cuda.max_memory_allocated() - before < 1.2 * size
