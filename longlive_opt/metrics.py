@@ -1,0 +1,432 @@
+"""Pure functions from events to figures. `DEFINITIONS` says in words what each figure is; the report prints
+it.
+
+The session records, on the host clock, the marks "block_start", "switch_request" and, after a synchronise at
+the block edge, "chunk_ready" (the block's frames are complete in pixels); and spans for the stages.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from longlive_opt.errors import UserError
+from longlive_opt.results import is_na, na
+from longlive_opt.timeline import Event
+
+FULL_BLOCKS = 100  # steady-state samples and switches of a full run; anything smaller is called quick
+FULL_SWITCHES = 20
+P99_SAMPLES = 299  # 0.99^299 < 5 %: with fewer, even the largest sample is no 95 % upper bound of the p99
+CLOCK_THRESHOLD = 0.05
+NOISE_FLOOR = 0.02  # one A/A pair can agree by luck: no gain below this counts
+STAGES = ("text_encode", "recache", "denoise", "decode")
+
+DEFINITIONS = {
+    "ss_ms_per_frame":
+        "Steady-state (SS) latency per video frame: block interval / video frames in a block. The interval "
+        "runs from one block's frames being complete in pixels to the next one's, on the host clock, "
+        "synchronised at block edges. Only blocks after warm-up count (window full, compilation over), "
+        "without those at which a prompt switch took effect: their interval contains text encoding and "
+        "recache; they count as switches.",
+    "ss_with_switches":
+        "The same with the switch blocks left in, so that nothing is hidden.",
+    "ps_ms":
+        "Prompt-switch (PS) latency: from the request at a block boundary to the first new frames in pixels.",
+    "ps_breakdown_ms":
+        "Mean time of each stage within the switch blocks (CUDA events on a GPU); 'other' is what remains "
+        "of the mean PS latency on the host clock, negative where stages overlap.",
+    "first_frame_ms":
+        "From the first event of the stream to its first frames in pixels. Contains compilation if nothing "
+        "was warmed up before.",
+    "stages_ms":
+        "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU).",
+    "fps":
+        "Video frames of the measured blocks / wall-clock time, any switch among them included.",
+    "playback":
+        "A viewer shows frame i at start + i / FPS. Start-up buffer: the smallest delay after the first "
+        "chunk that never stalls. Stalls: how often a viewer without a buffer has to wait. Deadline miss: a "
+        "chunk comes later than the chunk before it lasts on screen.",
+    "percentile":
+        "Percentiles interpolate linearly between order statistics (numpy's default). p99 is printed from "
+        f"{P99_SAMPLES} samples up; below, the maximum stands for it.",
+    "clocks":
+        "The headline is what a viewer feels: perf_counter, synchronised at block edges. CUDA events give "
+        f"the stages. Where their sum differs from the block interval by more than {CLOCK_THRESHOLD:.0%}, "
+        "the report says so.",
+    "aa_noise":
+        "The same preset run twice in one campaign: absolute difference / mean of the two.",
+    "memory_gb":
+        "Peaks of the CUDA caching allocator in 1e9 bytes: allocated (tensors), reserved (held from the "
+        "driver).",
+    "setup_s":
+        "Load, compile and capture seconds, each apart, never part of a latency.",
+}
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100), linear between order statistics at rank q/100 * (n-1)."""
+    ordered = sorted(values)
+    rank = q / 100 * (len(ordered) - 1)
+    low = math.floor(rank)
+    high = math.ceil(rank)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def distribution(values: Sequence[float]) -> dict[str, Any]:
+    """{n, mean, p50, p95, p99 (n/a below 299 samples), max} of at least one value; nothing is trimmed."""
+    n = len(values)
+    p99 = percentile(values, 99) if n >= P99_SAMPLES else na(
+        f"n too small for p99 (n={n} < {P99_SAMPLES})", f"read max, or measure {P99_SAMPLES} samples")
+    return {"n": n, "mean": math.fsum(values) / n, "p50": percentile(values, 50),
+            "p95": percentile(values, 95), "p99": p99, "max": max(values)}
+
+
+def _marks(events: Iterable[Event], name: str) -> dict[int, float]:
+    """block -> time of the mark, by block; a block that repeats means two streams in one timeline."""
+    times: dict[int, float] = {}
+    for event in events:
+        if event.name == name and event.block is not None:
+            if event.block in times:
+                raise ValueError(f"two {name!r} marks for block {event.block}: one timeline holds one stream")
+            times[event.block] = event.start_ms
+    return dict(sorted(times.items()))
+
+
+def _stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """(stage -> block -> ms, stage -> clock), on the cuda clock where a stage has cuda events."""
+    spans = [event for event in events if event.duration_ms > 0 and event.block is not None]
+    clocks = {event.name: "host" for event in spans} | {e.name: "cuda" for e in spans if e.clock == "cuda"}
+    totals: dict[str, dict[int, float]] = {name: defaultdict(float) for name in clocks}
+    for event in spans:
+        if event.clock == clocks[event.name]:
+            totals[event.name][event.block] += event.duration_ms
+    return totals, clocks
+
+
+def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
+    """block -> chunk_ready[block] - chunk_ready[block - 1], ms, of the measured blocks."""
+    ready = _marks(events, "chunk_ready")
+    intervals = {block: time - ready[block - 1] for block, time in ready.items()
+                 if block >= first_measured_block and block - 1 in ready}
+    if not intervals:
+        raise UserError(f"no block was measured: the stream has {len(ready)} blocks and measuring starts "
+                        f"at block {first_measured_block}; raise measure_blocks or lower warmup_blocks")
+    return intervals
+
+
+def _steady(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
+    """block -> interval of the steady-state blocks: measured, and no switch took effect at them."""
+    switched = _marks(events, "switch_request")
+    intervals = _intervals(events, first_measured_block)
+    steady = {block: interval for block, interval in intervals.items() if block not in switched}
+    if not steady:
+        raise UserError(f"all {len(intervals)} measured blocks are switch blocks: lower num_switches or "
+                        "raise measure_blocks")
+    return steady
+
+
+def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frames_per_block: int = 12,
+                    switch_events: Sequence[Event] | None = None, target_ms: float = 40.0) -> dict[str, Any]:
+    """The `latency` section of result.json (shape in `results`, meanings in `DEFINITIONS`).
+
+    `events`: one stream. `first_measured_block`: its first block after warm-up; the caller sees to it that by
+    then the window is full and compilation and capture are over. The interval of block k is chunk_ready[k] -
+    chunk_ready[k - 1] and contains whatever the consumer does between blocks. Measured blocks with a
+    "switch_request" mark count in PS, the others in SS. `switch_events`: a second stream with the same
+    warm-up that gives the PS figures instead, for when the switches would eat up the steady-state samples.
+    `target_ms`: per frame, for `ss_over_target`.
+
+    Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
+    """
+    steady = _steady(events, first_measured_block)
+    per_frame = [interval / frames_per_block for interval in steady.values()]
+    ready = _marks(events, "chunk_ready")
+    first = min(ready)
+    begin = min(event.start_ms for event in events if event.block in (None, first))
+    stages, clocks = _stage_totals(events)
+    streams = [events] if switch_events is None else [events, switch_events]
+    measured = [interval / frames_per_block for stream in streams
+                for interval in _intervals(stream, first_measured_block).values()]
+    over_target = sum(ms > target_ms for ms in per_frame)
+    return {
+        "ss_ms_per_frame": distribution(per_frame),
+        "ss_block_ms": list(steady.values()),
+        "ss_blocks": list(steady),
+        "ss_over_target": {"target_ms": target_ms, "share": over_target / len(per_frame)},
+        "ss_with_switches": {"n": len(measured), "mean": math.fsum(measured) / len(measured),
+                             "max": max(measured)},
+        **_switch_metrics(streams[-1], first_measured_block),
+        "first_frame_ms": ready[first] - begin,
+        "stages_ms": {
+            name: distribution([totals.get(block, 0.0) for block in steady]) | {"clock": clocks[name]}
+            for name, totals in stages.items() if steady.keys() & totals.keys()},
+        "clock_disagreement": clock_agreement(events, first_measured_block=first_measured_block),
+    }
+
+
+def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[str, Any]:
+    ready = _marks(events, "chunk_ready")
+    latencies = {block: ready[block] - request for block, request in _marks(events, "switch_request").items()
+                 if block >= first_measured_block and block in ready}
+    if not latencies:
+        missing = na("no prompt switch in the measured blocks", "set num_switches to at least 1")
+        return {"ps_ms": {"n": 0} | dict.fromkeys(("mean", "p50", "p99", "max"), missing), "ps_ms_all": [],
+                "ps_blocks": [], "ps_breakdown_ms": dict.fromkeys((*STAGES, "other"), missing)}
+    values = list(latencies.values())
+    summary = distribution(values)
+    stages, _ = _stage_totals(events)
+    parts = {name: math.fsum(stages.get(name, {}).get(block, 0.0) for block in latencies) / len(latencies)
+             for name in STAGES}
+    return {"ps_ms": {key: summary[key] for key in ("n", "mean", "p50", "p99", "max")}, "ps_ms_all": values,
+            "ps_blocks": list(latencies),
+            "ps_breakdown_ms": parts | {"other": summary["mean"] - math.fsum(parts.values())}}
+
+
+def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
+                    threshold: float = CLOCK_THRESHOLD) -> dict[str, Any]:
+    """Host block interval against the sum of the CUDA spans of `STAGES`, over the steady-state blocks.
+
+    `share` is (host - cuda) / host of the totals: positive for host work and gaps that no stage covers,
+    negative for stages that overlap on several streams. `flag` when |share| exceeds `threshold`; `sentence`
+    is for the report.
+    """
+    steady = _steady(events, first_measured_block)
+    stages, clocks = _stage_totals(events)
+    on_cuda = [stages[name] for name in STAGES if clocks.get(name) == "cuda"]
+    if not on_cuda:
+        return {"available": False, "share": None, "threshold": threshold, "flag": None,
+                "sentence": "No CUDA events in this run: every figure is on the host clock."}
+    covered = {block: math.fsum(totals.get(block, 0.0) for totals in on_cuda) for block in steady}
+    host_ms, cuda_ms = math.fsum(steady.values()) / len(steady), math.fsum(covered.values()) / len(steady)
+    share = (host_ms - cuda_ms) / host_ms
+    worst = max(((steady[block] - covered[block]) / steady[block] for block in steady), key=abs)
+    figures = f"host clock {host_ms:.1f} ms per block, CUDA stages {cuda_ms:.1f} ms ({abs(share):.1%} apart)"
+    if abs(share) <= threshold:
+        sentence = f"The clocks agree within {threshold:.0%}: {figures}."
+    else:
+        cause = ("host work and gaps that no stage covers" if share > 0
+                 else "stages that overlap on several streams, so that their sum exceeds the interval")
+        sentence = f"The clocks disagree: {figures}; the reason is {cause}. The host clock is the headline."
+    return {"available": True, "share": share, "threshold": threshold, "flag": abs(share) > threshold,
+            "worst_block_share": worst, "host_block_ms": host_ms, "cuda_block_ms": cuda_ms,
+            "sentence": sentence}
+
+
+def wall_clock_fps(events: Sequence[Event], *, first_measured_block: int,
+                   frames_per_block: int = 12) -> float:
+    """Video frames of the measured blocks per second of wall clock, any switch among them included."""
+    intervals = _intervals(events, first_measured_block)
+    return len(intervals) * frames_per_block / math.fsum(intervals.values()) * 1e3
+
+
+def playback(chunk_ready_ms: Sequence[float], frames_per_chunk: Sequence[int], fps: float) -> dict[str, Any]:
+    """What a viewer sees who shows frame i at start + i / fps, given when each chunk became ready.
+
+    `startup_buffer_ms`: smallest delay of the start after the first chunk's arrival that never stalls. With
+    no delay, playback pauses when the next chunk is not there and resumes on its arrival:
+    `stalls_at_zero_buffer` pauses, `stall_ms_at_zero_buffer` in total (which equals the start-up buffer: one
+    waits at once or in pieces). `deadline_miss_share`: share of the chunks after the first that come later
+    than the chunk before them lasts on screen. `sustained`: production keeps up with `fps`; if it does not,
+    the buffer grows with the stream's length.
+
+    Raises UserError for fps <= 0, unequal lengths, empty chunks or decreasing times.
+    """
+    steps = list(zip(chunk_ready_ms, chunk_ready_ms[1:], frames_per_chunk, strict=False))
+    if fps <= 0:
+        raise UserError(f"playback_fps: {fps} must be greater than 0.")
+    if len(chunk_ready_ms) != len(frames_per_chunk) or not frames_per_chunk or min(frames_per_chunk) < 1 \
+            or any(ready < before for before, ready, _ in steps):
+        raise UserError(f"playback: {len(chunk_ready_ms)} times for {len(frames_per_chunk)} chunks; give one "
+                        "time per chunk, in order, and at least one frame in each.")
+    # When a chunk is to start on screen: without any pause, and with the pauses so far.
+    due = clock = chunk_ready_ms[0]
+    buffer_ms = stall_ms = 0.0
+    stalls = misses = 0
+    for before, ready, frames in steps:
+        lasts_ms = frames * 1e3 / fps
+        misses += ready - before > lasts_ms
+        due += lasts_ms
+        buffer_ms = max(buffer_ms, ready - due)
+        clock += lasts_ms
+        if ready > clock:
+            stalls += 1
+            stall_ms += ready - clock
+            clock = ready
+    produced_ms = chunk_ready_ms[-1] - chunk_ready_ms[0]
+    sustained = produced_ms <= sum(frames_per_chunk[1:]) * 1e3 / fps
+    return {"fps": fps, "startup_buffer_ms": buffer_ms, "stalls_at_zero_buffer": stalls,
+            "stall_ms_at_zero_buffer": stall_ms, "deadline_ms": max(frames_per_chunk) * 1e3 / fps,
+            "deadline_miss_share": misses / len(steps) if steps else 0.0, "sustained": sustained,
+            "chunks": len(chunk_ready_ms), "frames": sum(frames_per_chunk),
+            "note": "" if sustained else f"slower than {fps:g} FPS: a longer stream needs a larger buffer"}
+
+
+def measurements(events: Sequence[Event], *, first_measured_block: int, frames_per_block: int = 12,
+                 switch_events: Sequence[Event] | None = None, playback_fps: float = 25.0,
+                 target_ms: float = 40.0) -> dict[str, Any]:
+    """The sections `sizes`, `latency`, `fps` and `playback` of result.json.
+
+    Arguments as for `latency_metrics`. Playback is that of the measured blocks of `events`: the block before
+    them starts the show. With `switch_events`, `playback.switch_stream` is the same for that stream.
+    """
+    section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
+    latency = latency_metrics(events, **section, switch_events=switch_events, target_ms=target_ms)
+
+    def shown(stream: Sequence[Event]) -> dict[str, Any]:
+        ready = [time for block, time in _marks(stream, "chunk_ready").items()
+                 if block >= first_measured_block - 1]
+        return playback(ready, [frames_per_block] * len(ready), playback_fps)
+
+    viewed = shown(events)
+    if switch_events is not None:
+        viewed["switch_stream"] = shown(switch_events)
+    blocks, switches = latency["ss_ms_per_frame"]["n"], latency["ps_ms"]["n"]
+    quick = blocks < FULL_BLOCKS or switches < FULL_SWITCHES
+    note = (f"{'quick' if quick else 'full'} run: {blocks} steady-state blocks, {switches} prompt switches "
+            f"(a full run has at least {FULL_BLOCKS} and {FULL_SWITCHES})")
+    return {
+        "sizes": {"blocks_measured": blocks, "warmup_blocks": first_measured_block, "switches": switches,
+                  "frames_per_block": frames_per_block, "quick": quick, "note": note},
+        "latency": latency,
+        "fps": wall_clock_fps(events, **section),
+        "playback": viewed,
+    }
+
+
+_FIGURES = {
+    "ss_mean": ("latency", "ss_ms_per_frame", "mean"), "ss_p50": ("latency", "ss_ms_per_frame", "p50"),
+    "ss_max": ("latency", "ss_ms_per_frame", "max"), "ps_mean": ("latency", "ps_ms", "mean"), "fps": ("fps",),
+    "peak_allocated": ("memory_gb", "peak_allocated"),
+}
+_FAIR = (("environment", "gpu"), ("environment", "cpu"), ("environment", "torch"), ("model", "name"),
+         ("weights", "kind"), ("parameters", "height"), ("parameters", "width"), ("seed",),
+         ("sizes", "frames_per_block"))
+
+
+def _at(result: Mapping[str, Any], path: Sequence[str]) -> Any:
+    value: Any = result
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """Empty if the two runs may be compared, else the first difference that forbids it."""
+    for path in _FAIR:
+        if _at(a, path) != _at(b, path):
+            return f"{'.'.join(path)} is {_at(a, path)!r} against {_at(b, path)!r}"
+    return ""
+
+
+def aa_noise(result_a: Mapping[str, Any], result_b: Mapping[str, Any]) -> dict[str, Any]:
+    """Run-to-run noise from one preset run twice: figure -> |a - b| / mean(a, b), or n/a.
+
+    Figures: ss_mean, ss_p50, ss_max, ps_mean, fps, peak_allocated. One pair is a rough estimate: see
+    `NOISE_FLOOR`. Raises UserError when the two are not runs of one preset on one kind of machine.
+    """
+    difference = _unfair(result_a, result_b)
+    if result_a["preset"] != result_b["preset"]:
+        difference = f"preset is {result_a['preset']!r} against {result_b['preset']!r}"
+    if difference:
+        raise UserError(f"A/A noise needs the same run twice, but {difference}: run one preset twice")
+    noise: dict[str, Any] = {"preset": result_a["preset"]}
+    for name, path in _FIGURES.items():
+        a, b = _at(result_a, path), _at(result_b, path)
+        if is_na(a) or is_na(b):
+            noise[name] = a if is_na(a) else b
+        else:
+            noise[name] = 2 * abs(a - b) / (a + b) if a + b else 0.0
+    return noise
+
+
+def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """`aa_noise` of the first preset in `results` that was run twice, None if there is none."""
+    seen: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        if result["preset"] in seen:
+            return aa_noise(seen[result["preset"]], result)
+        seen[result["preset"]] = result
+    return None
+
+
+_OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
+               "memory": ("peak_allocated", "peak allocated memory", "GB")}
+_LIMITS = {"min_psnr_db": ("psnr_db", 1), "min_ssim": ("ssim", 1), "min_ms_ssim": ("ms_ssim", 1),
+           "max_lpips": ("lpips", -1), "min_clip_delta": ("clip_delta", 1)}
+
+
+def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise: Mapping[str, Any] | None,
+           gate: Mapping[str, Any]) -> dict[str, Any]:
+    """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
+
+    `noise`: from `aa_noise`, None if nothing was run twice (then undecided). `gate`: `{"level": "exact"}`, or
+    `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim, min_ms_ssim, max_lpips,
+    min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the default), "switch" or
+    "memory".
+    """
+    objective, level, limits = _read_gate(gate)
+    figure, words, unit = _OBJECTIVES[objective]
+    quality = ("the frames are bit-identical to the baseline's" if level == "exact"
+               else "quality passes " + ", ".join(f"{key} {limit:g}" for key, limit in limits.items()))
+    rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
+            f"(at least {NOISE_FLOOR:.0%}) and {quality}")
+
+    def verdict(keep: bool | None, rationale: str) -> dict[str, Any]:
+        return {"keep": keep, "rule": rule, "rationale": rationale}
+
+    if result["preset"] == "baseline":
+        return {"keep": None, "rule": "reference", "rationale": "the others are compared with the baseline"}
+    if baseline is None:
+        return verdict(None, "undecided: the campaign has no baseline result")
+    if difference := _unfair(result, baseline):
+        return verdict(None, f"undecided: not comparable with the baseline, {difference}")
+    ours, reference = _at(result, _FIGURES[figure]), _at(baseline, _FIGURES[figure])
+    spread = noise[figure] if noise else na("no A/A noise", "run one preset twice in the campaign")
+    for value in (ours, reference, spread):
+        if is_na(value):
+            return verdict(None, f"undecided: {value['reason']}; {value['how_to_fix']}")
+    gain, threshold = (reference - ours) / reference, max(spread, NOISE_FLOOR)
+    compared = (f"{words} {ours:.4g} {unit} against {reference:.4g}: {'gain' if gain >= 0 else 'loss'} "
+                f"{abs(gain):.1%}, threshold {threshold:.1%}")
+    if gain <= threshold:
+        return verdict(False, f"{compared}: no gain above the noise")
+    passed, why = _passes(result["quality"], level, limits)
+    return verdict(passed, f"{compared}; {why}")
+
+
+def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, dict[str, float]]:
+    objective, level = gate.get("objective", "latency"), gate.get("level")
+    limits = {key: gate[key] for key in _LIMITS if gate.get(key) is not None}
+    if unknown := sorted(set(gate) - {"objective", "level", *_LIMITS}):
+        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, "
+                        f"{', '.join(_LIMITS)}.")
+    if objective not in _OBJECTIVES:
+        raise UserError(f"quality gate: objective {objective!r} is unknown; choose one of "
+                        f"{', '.join(_OBJECTIVES)}.")
+    if level not in ("exact", "lossy") or (level == "lossy") != bool(limits):
+        raise UserError(f"quality gate: level {level!r} with limits {sorted(limits)}; write 'exact' without "
+                        f"limits, or 'lossy' with at least one of {', '.join(_LIMITS)}.")
+    return objective, level, limits
+
+
+def _passes(quality: Mapping[str, Any], level: str, limits: Mapping[str, float]) -> tuple[bool | None, str]:
+    """(True, False, or None if it cannot be told; why)."""
+    identical = quality.get("identical")
+    if quality.get("flags"):
+        return False, f"quality check failed: {quality['flags'][0]}"
+    if identical is None:
+        return None, "undecided: the frames were not compared with the baseline's"
+    if identical:
+        return True, "the frames are identical"
+    if level == "exact":
+        return False, "declared exact, but the frames differ from the baseline's"
+    undecided = ""
+    for key, limit in limits.items():
+        name, sign = _LIMITS[key]
+        metric = quality[name]
+        if is_na(metric):
+            undecided = undecided or f"undecided: {name} is n/a, {metric['reason']}; {metric['how_to_fix']}"
+        # A null mean is a PSNR that is infinite: every compared frame was equal.
+        elif metric["mean"] is not None and sign * metric["mean"] < sign * limit:
+            return False, f"{name} {metric['mean']:.4g} misses {key} {limit:g}"
+    return (None, undecided) if undecided else (True, "the quality gate is passed")

@@ -1,0 +1,236 @@
+"""result.json: one measured run of one preset, schema version 1. Plain JSON, written last and atomically.
+
+Conventions: a unit ends the name (`_ms`, `_s`, `_gb` = 1e9 bytes, `_db`); a frame is a video frame; NaN and
+infinity never occur. METRIC below means a number, or `{"value": null, "reason": str, "how_to_fix": str}` from
+`na()`.
+
+    schema_version  1                       status      "ok" (nothing else is ever written)
+    campaign, preset, title, hypothesis     strings     run         1; 2 for the A/A repeat of the preset
+    parameters      {flat preset}           created_utc "2026-01-31T12:00:00Z"
+    environment     see `provenance.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
+                    attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled (null where
+                    unknown: why is in `reasons` {field: reason}), packages {}, env_vars {}, clocks_before {},
+                    clocks_after {}
+    model           {name, parameters: int, ...}
+    weights         {kind: "random" | "official" | ..., seed?, files?, sha256?}
+    tokenizer       string or null          seed        int
+    sizes           {blocks_measured (SS samples), warmup_blocks, switches, frames_per_block, quick, note}
+    latency         ss_ms_per_frame    {n, mean, p50, p95, p99: METRIC, max}
+                    ss_block_ms        [interval of each SS block]; ss_blocks [its index]
+                    ss_over_target     {target_ms, share of SS blocks above it}
+                    ss_with_switches   {n, mean, max} per frame, switch blocks included
+                    ps_ms              {n, mean, p50, p99, max}, each but n a METRIC
+                    ps_ms_all          [one per switch]; ps_blocks [its block]
+                    ps_breakdown_ms    {text_encode, recache, denoise, decode, other: METRIC}, mean per switch
+                    first_frame_ms     METRIC
+                    stages_ms          {stage: {n, mean, p50, p95, p99: METRIC, max, clock: "cuda" | "host"}}
+                    clock_disagreement {available: bool, share, threshold, flag: bool or null, sentence, ...}
+    fps             number
+    playback        {fps, startup_buffer_ms, stalls_at_zero_buffer, stall_ms_at_zero_buffer, deadline_ms,
+                    deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
+                    switch_stream, optional, {the same of a separate switch stream}
+    memory_gb       {peak_allocated, peak_reserved, kv_cache: METRIC}
+    setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
+    quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
+                    frames_total, psnr_db, ssim, ms_ssim, lpips, clip_delta, ...}; psnr_db to lpips are n/a or
+                    {mean, min, max, per_frame [], worst_frame}; clip_delta is n/a or {mean, ...}.
+                    Identical frames: psnr_db has null for all of these and identical is true
+    rooms           [{name, applied: bool, report {}}]
+    events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
+                    switch_events, optional, the same of a separate stream that gave the PS figures
+    decision        {keep: bool or null, rule, rationale}
+
+The meanings of the latency figures are in `metrics.DEFINITIONS`.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longlive_opt.errors import UserError
+
+SCHEMA_VERSION = 1
+
+# Kind (see _KINDS) -> dotted paths of the fields that must be there; others are allowed.
+_SCHEMA = {
+    "int": "seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
+           "latency.ss_ms_per_frame.n latency.ps_ms.n",
+    "str": "campaign preset title hypothesis created_utc model.name weights.kind decision.rule "
+           "decision.rationale latency.clock_disagreement.sentence",
+    "str?": "tokenizer environment.gpu environment.torch environment.git_commit",
+    "bool": "sizes.quick latency.clock_disagreement.available",
+    "bool?": "decision.keep environment.git_dirty quality.identical",
+    "number": "fps playback.fps latency.ss_ms_per_frame.mean latency.ss_ms_per_frame.p50 "
+              "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max",
+    "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
+              "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
+              "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
+              "memory_gb.kv_cache",
+    "numbers": "latency.ss_block_ms latency.ps_ms_all",
+    "list": "rooms events quality.flags",
+    "dict": "parameters environment.packages environment.env_vars latency.ps_breakdown_ms latency.stages_ms "
+            "setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips quality.clip_delta",
+}
+
+
+def na(reason: str, how_to_fix: str) -> dict[str, Any]:
+    """A metric that could not be measured: why, and what the reader can do about it (both non-empty)."""
+    if not reason or not how_to_fix:
+        raise ValueError("na() needs a reason and a remedy")
+    return {"value": None, "reason": reason, "how_to_fix": how_to_fix}
+
+
+def is_na(metric: Any) -> bool:
+    """True for a value made by `na()`."""
+    return isinstance(metric, dict) and "reason" in metric and metric.get("value", 0) is None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_KINDS = {
+    "str": ("a string", lambda v: isinstance(v, str)),
+    "str?": ("a string or null", lambda v: v is None or isinstance(v, str)),
+    "int": ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "bool?": ("true, false or null", lambda v: v is None or isinstance(v, bool)),
+    "number": ("a number", _is_number),
+    "metric": ("a number, or null with a reason", lambda v: _is_number(v) or is_na(v)),
+    "numbers": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))),
+    "list": ("a list", lambda v: isinstance(v, list)),
+    "dict": ("an object", lambda v: isinstance(v, dict)),
+}
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON cannot hold, naming its place: a NaN must not surface first in a plot."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}: results hold finite numbers only, store results.na(...)")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{where} has the key {key!r} of type {type(key).__name__}: keys are strings")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise UserError(f"{where} is a {type(value).__name__}: make it a plain number, string, list or dict")
+
+
+def validate(result: Any, source: str = "result") -> dict[str, Any]:
+    """Return `result` if it follows the schema; else raise UserError: `source`, field, remedy."""
+    if not isinstance(result, dict):
+        raise UserError(f"{source}: is a {type(result).__name__}, not an object; run the preset again")
+    version = result.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        remedy = "update this package" if newer else "run the preset again"
+        raise UserError(f"{source}: schema_version is {version!r}, expected {SCHEMA_VERSION}; {remedy}")
+    if result.get("status") != "ok":
+        raise UserError(f"{source}: status is {result.get('status')!r}, not 'ok'; run the preset again")
+    for kind, paths in _SCHEMA.items():
+        words, accepts = _KINDS[kind]
+        for path in paths.split():
+            value: Any = result
+            for key in path.split("."):
+                if not isinstance(value, dict) or key not in value:
+                    raise UserError(f"{source}: the field {path} is missing; run the preset again")
+                value = value[key]
+            if not accepts(value):
+                raise UserError(f"{source}: {path} is {_short(value)}, not {words}; run the preset again")
+    _check_json(result, f"{source}: $")
+    return result
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it into place when the body succeeds, delete it when it
+    fails.
+
+    The folder is created. Raises UserError for any OSError (disk full, read-only folder), naming path and
+    remedy.
+    """
+    path = Path(path)
+    # Same suffix: writers that choose a format by suffix (PIL, PyAV) must see it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write {path}: {reason}; free space there, check its permissions, "
+                        "or choose another output folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Validate and write `result` as JSON, atomically: readers see the old file or the complete new one.
+
+    One line per top-level key, so that a diff of two runs stays readable. Raises UserError (invalid, disk
+    full).
+    """
+    validate(result, str(path))
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+             for key, value in result.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read and validate one result.json; raises UserError naming the file, the field and the remedy."""
+    path = Path(path)
+
+    def refuse(token: str) -> None:
+        raise UserError(f"{path}: contains {token}, which is not JSON; run the preset again")
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; run the preset first") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON, probably truncated ({error}); delete it and run the preset "
+                        "again") from error
+    return validate(result, str(path))
+
+
+def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
+    """Read `folder/*/result.json`: (valid results, baseline first, then by folder name; problems as (path,
+    reason)).
+
+    One bad file never hides the others. A preset folder that holds an executed notebook but no result is a
+    problem too: that run did not finish. Raises UserError only when `folder` itself is not a folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"campaign folder {folder} does not exist; run the campaign first, or check its name")
+    results: list[dict[str, Any]] = []
+    problems: list[tuple[Path, str]] = []
+    for preset_folder in sorted(item for item in folder.iterdir() if item.is_dir()):
+        path = preset_folder / "result.json"
+        if path.exists():
+            try:
+                results.append(read_result(path))
+            except UserError as error:
+                problems.append((path, str(error)))
+        elif (preset_folder / "notebook.ipynb").exists() and "summary" not in preset_folder.name:
+            problems.append((path, f"{path}: missing although the notebook was executed, so the run did not "
+                                   "finish; read the end of the notebook and run the preset again"))
+    results.sort(key=lambda result: (result["preset"] != "baseline", result.get("run", 1)))
+    return results, problems

@@ -1,0 +1,123 @@
+"""A timeline remembers what happened when; every figure is derived from it afterwards (`metrics.py`).
+
+Two clocks. "host" is `time.perf_counter`: for a span on a GPU it only says how long launching took, but a
+mark made after a synchronise at a block edge is what a viewer feels. "cuda" is a pair of CUDA events on the
+stream that was current: how long the device took. Recording never synchronises; `resolve()` does, once, at
+the end.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Event:
+    """One interval (or instant, `duration_ms` 0), in ms since the timeline's origin.
+
+    `block` is the index of the block it belongs to, None for none. `clock` is "host" or "cuda".
+    """
+
+    name: str
+    start_ms: float
+    duration_ms: float
+    block: int | None
+    clock: str
+
+    def to_row(self) -> list[Any]:
+        """Compact JSON form [name, start_ms, duration_ms, block, clock], times rounded to a microsecond."""
+        return [self.name, round(self.start_ms, 3), round(self.duration_ms, 3), self.block, self.clock]
+
+    @classmethod
+    def from_row(cls, row: list[Any]) -> "Event":
+        """Inverse of `to_row`."""
+        return cls(*row)
+
+
+class Timeline:
+    """Records spans and marks of one stream of blocks on `device`.
+
+    On a CUDA device a span yields two Events after `resolve()`, one per clock. CUDA events come from a pool
+    and are reused after `resolve()`. Creating and clearing synchronise once, so that both clocks share their
+    origin to within a kernel launch. A span whose body raises leaves no event. Not for use inside a CUDA
+    graph capture.
+    """
+
+    def __init__(self, device: "torch.device | str") -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._cuda = torch.cuda if self.device.type == "cuda" else None
+        self._pool: list[torch.cuda.Event] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything and restart both clocks at zero."""
+        self._events: list[Event] = []
+        self._pending: list[tuple[str, int | None, Any, Any]] = []
+        if self._cuda:
+            self._cuda.synchronize(self.device)
+            self._cuda_origin = self._record()
+            self._cuda.synchronize(self.device)
+        self._origin = time.perf_counter()
+
+    def mark(self, name: str, block: int | None = None) -> None:
+        """An instant on the host clock. Synchronise before it if it shall mean "done on the device"."""
+        self._events.append(Event(name, self._now(), 0.0, block, "host"))
+
+    @contextlib.contextmanager
+    def span(self, name: str, block: int | None = None) -> Iterator[None]:
+        """Time the body on the host clock and, on CUDA, on the stream current at its begin and end."""
+        start_ms = self._now()
+        start = self._record() if self._cuda else None
+        yield
+        if start is not None:
+            self._pending.append((name, block, start, self._record()))
+        self._events.append(Event(name, start_ms, self._now() - start_ms, block, "host"))
+
+    def resolve(self) -> list[Event]:
+        """Synchronise once, turn CUDA events into times, return all events sorted by start. Idempotent."""
+        if self._pending:
+            self._cuda.synchronize(self.device)
+            for name, block, start, end in self._pending:
+                # The duration directly, not as a difference of times since the origin: those are float32 and
+                # coarse (16 us after 200 s).
+                start_ms, duration_ms = self._cuda_origin.elapsed_time(start), start.elapsed_time(end)
+                self._events.append(Event(name, start_ms, duration_ms, block, "cuda"))
+                self._pool += (start, end)
+            self._pending = []
+        return sorted(self._events, key=lambda event: (event.start_ms, -event.duration_ms))
+
+    def _now(self) -> float:
+        return (time.perf_counter() - self._origin) * 1e3
+
+    def _record(self) -> "torch.cuda.Event":
+        try:  # no "if": an asynchronous decoder may record from its own thread
+            event = self._pool.pop()
+        except IndexError:
+            event = self._cuda.Event(enable_timing=True)
+        event.record(self._cuda.current_stream(self.device))
+        return event
+
+
+class NullTimeline:
+    """The interface of `Timeline` for runs that are not measured: remembers nothing, costs nothing."""
+
+    def clear(self) -> None:
+        """Nothing to forget."""
+
+    def mark(self, name: str, block: int | None = None) -> None:
+        """Nothing is recorded."""
+
+    def span(self, name: str, block: int | None = None) -> contextlib.AbstractContextManager[None]:
+        """A context manager that does nothing."""
+        return contextlib.nullcontext()
+
+    def resolve(self) -> list[Event]:
+        """Always empty."""
+        return []

@@ -1,0 +1,107 @@
+"""Complete, valid synthetic results for tests of everything that reads result.json. No GPU, no clock, no
+torch."""
+
+import random
+from collections.abc import Collection
+from typing import Any
+
+from longlive_opt import metrics
+from longlive_opt.results import SCHEMA_VERSION, na
+from longlive_opt.timeline import Event
+
+# ms per block on an H100 (see MEASURED.md), scaled by the caller
+_STAGES = {"denoise": 466.0, "decode": 266.0}
+_SWITCH = {"text_encode": 25.0, "recache": 305.0}
+
+
+def example_events(scale: float = 1.0, blocks: int = 308, switch_at: Collection[int] = (),
+                   seed: int = 0) -> list[Event]:
+    """One stream on both clocks with 1 % jitter, 1.5 ms host overhead and switches at `switch_at`."""
+    rng = random.Random(seed)
+    events: list[Event] = []
+    now = 0.0
+    for block in range(blocks):
+        stages = (_SWITCH if block in switch_at else {}) | _STAGES
+        if block in switch_at:
+            events.append(Event("switch_request", now, 0.0, block, "host"))
+        events.append(Event("block_start", now, 0.0, block, "host"))
+        for name, milliseconds in stages.items():
+            duration = milliseconds * scale * rng.gauss(1.0, 0.01)
+            events.append(Event(name, now, 2.0, block, "host"))
+            events.append(Event(name, now, duration, block, "cuda"))
+            now += duration
+        now += 1.5
+        events.append(Event("chunk_ready", now, 0.0, block, "host"))
+    return events
+
+
+def _quality(preset: str, exact: bool, frames: int = 24) -> dict[str, Any]:
+    common = {"frames_compared": frames, "frames_total": 96, "flags": [],
+              "label": "numerical fidelity with random weights",
+              "clip_delta": na("random weights: prompt alignment has no meaning", "use official weights")}
+    if preset == "baseline":
+        reason = na("this is the reference itself", "look at the other presets")
+        return common | {"reference": None, "identical": None, "frames_compared": 0} | dict.fromkeys(
+            ("psnr_db", "ssim", "ms_ssim", "lpips", "clip_delta"), reason)
+
+    def metric(worst: float, best: float) -> dict[str, Any]:
+        values = [best + (worst - best) * index / (frames - 1) for index in range(frames)]
+        return {"mean": sum(values) / frames, "min": min(values), "max": max(values), "per_frame": values,
+                "worst_frame": 0 if exact else frames - 1}
+
+    psnr = metric(31.0, 44.0)
+    if exact:
+        psnr = {"mean": None, "min": None, "max": None, "per_frame": [None] * frames, "worst_frame": None,
+                "identical_frames": frames}
+    return common | {
+        "reference": "baseline", "identical": exact, "psnr_db": psnr,
+        "ssim": metric(1.0, 1.0) if exact else metric(0.93, 0.995),
+        "ms_ssim": metric(1.0, 1.0) if exact else metric(0.96, 0.998),
+        "lpips": na("the AlexNet trunk alexnet-owt-7be5be79.pth was not found", "fetch it, see README")}
+
+
+def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1, steady: int = 300,
+                   switches: int = 20, exact: bool = False, seed: int = 0,
+                   gpu: str | None = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
+    """A complete result; `scale` multiplies every stage's time, `exact`: frames equal the baseline's."""
+    first = 8
+    events = example_events(scale, first + steady, seed=seed + run)
+    last = first + 2 * switches
+    switch_events = example_events(scale, last, range(first, last, 2), seed + run)
+    memory = {"peak_allocated": 9.5 * scale**0.5, "peak_reserved": 11.0 * scale**0.5, "kv_cache": 3.45}
+    if gpu is None:
+        memory = dict.fromkeys(memory, na("no CUDA device", "run on a GPU"))
+    clocks = {"sm_mhz": 1980, "memory_mhz": 2619, "temperature_c": 40, "power_w": 120.0,
+              "throttle_reasons": []}
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "status": "ok", "campaign": "example", "preset": preset, "run": run,
+        "title": preset.replace("_", " ").capitalize(), "hypothesis": "Saves 3.45 GB of copies per pass.",
+        "parameters": {"name": preset, "model": "longlive-1.3b", "weights": "random", "device": "cuda",
+                       "model_dtype": "bfloat16", "height": 480, "width": 832, "seed": 0,
+                       "denoising_steps": [1000, 750, 500, 250], "local_attn_size": 12, "sink_size": 3,
+                       "use_cuda_graphs": preset == "cuda_graphs", "use_torch_compile": False,
+                       "use_static_kv": preset == "static_kv", "use_quantized_kv": False,
+                       "use_async_vae": False, "use_prompt_cache": False, "measure_blocks": steady,
+                       "warmup_blocks": first, "num_switches": switches},
+        "environment": {"gpu": gpu, "driver": "580.159", "cuda": "13.0", "torch": "2.11.0+cu130",
+                        "cudnn": "91002", "triton": "3.6.0", "python": "3.11.7", "cpu": "Example CPU",
+                        "attention_backend": "cudnn", "git_commit": "0123456789abcdef" * 2 + "01234567",
+                        "git_dirty": False, "gpu_power_limit_w": 700.0, "co_scheduled": False, "reasons": {},
+                        "packages": {"torch": "2.11.0"}, "env_vars": {"CUDA_VISIBLE_DEVICES": "0"},
+                        "clocks_before": clocks,
+                        "clocks_after": clocks | {"sm_mhz": 1755, "throttle_reasons": ["sw_power_cap"]}},
+        "model": {"name": "longlive-1.3b", "parameters": 1418996800},
+        "weights": {"kind": "random", "seed": 0}, "tokenizer": None, "seed": 0,
+        **metrics.measurements(events, first_measured_block=first, switch_events=switch_events),
+        "memory_gb": memory,
+        "setup_s": {"load": 12.5, "compile": 0.0, "capture": 0.0, "first_block": 1.9},
+        "quality": _quality(preset, exact),
+        "rooms": [] if preset == "baseline" else [{"name": preset, "applied": True, "report": {}}],
+        "events": [event.to_row() for event in events],
+        "switch_events": [event.to_row() for event in switch_events],
+        "created_utc": "2026-01-31T12:00:00Z",
+    }
+    gate = {"level": "exact"} if exact else {"level": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9}
+    baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
+    noise = dict.fromkeys(("ss_mean", "ss_p50", "ss_max", "ps_mean", "fps", "peak_allocated"), 0.004)
+    return result | {"decision": metrics.decide(result, baseline, noise, gate)}

@@ -1,0 +1,192 @@
+"""Claims about result.json: complete or absent, never half, never NaN; and about what a campaign folder may
+hold."""
+
+import errno
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from example_results import example_result
+
+from longlive_opt import provenance, results
+from longlive_opt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def example():
+    return example_result(steady=20, switches=2)
+
+
+def changed(result, path, value):
+    """A copy with the dotted `path` set to `value`, or deleted for `...`."""
+    copy = json.loads(json.dumps(result))
+    *parents, last = path.split(".")
+    holder = copy
+    for key in parents:
+        holder = holder[key]
+    if value is ...:
+        del holder[last]
+    else:
+        holder[last] = value
+    return copy
+
+
+def test_written_results_come_back_equal(example, tmp_path):
+    """Would catch: a value that JSON changes (tuple keys, rounded floats, lost unicode)."""
+    example = changed(example, "title", "Füchse <script> 🦊")
+    path = tmp_path / "campaign" / "baseline" / "result.json"
+    results.write_result(path, example)
+    assert results.read_result(path) == example
+    assert os.listdir(path.parent) == ["result.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_nan_is_refused_by_place(example, tmp_path, value):
+    """Would catch: `NaN` in a file that only Python calls JSON."""
+    broken = changed(example, "latency.stages_ms", {"decode": {"mean": [1.0, float(value)]}})
+    with pytest.raises(UserError, match=r"\$\.latency\.stages_ms\.decode\.mean\[1\] is -?(nan|inf)"):
+        results.write_result(tmp_path / "result.json", broken)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [np.float32(1.0), {1: 2}, object(), b"x", {"a": {1, 2}}])
+def test_what_json_cannot_hold_is_refused_by_place(example, tmp_path, value):
+    """Would catch: an hour of measuring ended by a bare TypeError for a numpy scalar; an int key made str."""
+    example = dict(example, weights={"kind": "random", "extra": value})
+    with pytest.raises(UserError, match=r"\$\.weights\.extra"):
+        results.write_result(tmp_path / "result.json", example)
+
+
+@pytest.mark.parametrize("path", ["schema_version", "latency", "latency.ss_ms_per_frame.p99", "decision.keep",
+                                  "quality.lpips", "environment.gpu", "setup_s"])
+def test_missing_fields_are_named(example, path):
+    """Would catch: a KeyError in the summary notebook instead of one sentence."""
+    with pytest.raises(UserError, match=path):
+        results.validate(changed(example, path, ...))
+
+
+@pytest.mark.parametrize(("path", "value"), [
+    ("fps", "fast"), ("fps", True), ("fps", None), ("decision.keep", "yes"), ("preset", 3),
+    ("latency.ps_ms.mean", None), ("memory_gb.kv_cache", {"value": None}), ("rooms", {}),
+    ("latency.ss_block_ms", [1.0, "2"]), ("sizes.blocks_measured", 3.0)])
+def test_wrong_types_are_named(example, path, value):
+    """Would catch: a bare null where a reason is due, or true passing for 1."""
+    with pytest.raises(UserError, match=f"{path} is .*, not"):
+        results.validate(changed(example, path, value))
+
+
+def test_na_is_a_metric(example):
+    """Would catch: an honest "n/a" refused, which would push people to write 0."""
+    missing = results.na("no CUDA device", "run on a GPU")
+    assert results.is_na(missing) and not results.is_na({"mean": 1.0}) and not results.is_na(None)
+    results.validate(changed(example, "memory_gb.peak_allocated", missing))
+    with pytest.raises(ValueError, match="reason"):
+        results.na("", "x")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "not valid JSON"), ('{"schema_version": 1, "status"', "truncated"), ("[1]", "not an object"),
+    ('{"schema_version": 0}', "run the preset again"), ('{"schema_version": 2}', "update this package"),
+    ('{"fps": NaN}', "contains NaN"), ('{"schema_version": 1, "status": "running"}', "'running'"),
+    ("[" * 9999, "JSON")])
+def test_bad_files_are_one_sentence_with_the_file_in_it(tmp_path, text, words):
+    """Would catch: a traceback from the summary for a file that a killed run left behind."""
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        results.read_result(path)
+    assert str(path) in str(caught.value)
+
+
+def test_binary_and_missing_files(tmp_path):
+    """Would catch: UnicodeDecodeError or FileNotFoundError reaching the user."""
+    path = tmp_path / "result.json"
+    with pytest.raises(UserError, match="run the preset first"):
+        results.read_result(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid JSON"):
+        results.read_result(path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(example, tmp_path, monkeypatch):
+    """Would catch: result.json emptied by a failed overwrite, then read as a finished run."""
+    path = tmp_path / "result.json"
+    results.write_result(path, example)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device.*free space"):
+        results.write_result(path, changed(example, "title", "new"))
+    assert os.listdir(tmp_path) == ["result.json"]
+    assert results.read_result(path) == example
+
+
+def test_an_output_folder_that_is_a_file(example, tmp_path):
+    """Would catch: NotADirectoryError with a traceback."""
+    (tmp_path / "outputs").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        results.write_result(tmp_path / "outputs" / "result.json", example)
+
+
+def test_a_campaign_reads_past_its_bad_files(example, tmp_path):
+    """Would catch: one truncated file that takes the whole summary with it."""
+    for preset in ("zeta", "baseline", "alpha"):
+        results.write_result(tmp_path / preset / "result.json", changed(example, "preset", preset))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "result.json").write_text("{")
+    (tmp_path / "died").mkdir()
+    (tmp_path / "died" / "notebook.ipynb").write_text("{}")
+    (tmp_path / "summary").mkdir()
+    (tmp_path / "summary" / "notebook.ipynb").write_text("{}")
+    (tmp_path / "notes.txt").write_text("hello")
+    found, problems = results.read_campaign(tmp_path)
+    assert [result["preset"] for result in found] == ["baseline", "alpha", "zeta"]
+    assert [(path.parent.name, path.name) for path, _ in problems] == [("broken", "result.json"),
+                                                                      ("died", "result.json")]
+    assert "truncated" in problems[0][1] and "did not finish" in problems[1][1]
+    with pytest.raises(UserError, match="does not exist"):
+        results.read_campaign(tmp_path / "nowhere")
+
+
+def test_environment_fits_the_schema_and_names_no_place(example, monkeypatch, tmp_path):
+    """Would catch: a home folder, host name or token in a report that is shared."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_API_TOKEN", "sesame")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    found = provenance.environment("cpu") | {"clocks_before": provenance.clocks("cpu")}
+    text = json.dumps(found)
+    assert found["env_vars"]["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert found["env_vars"]["TORCH_HOME"].startswith("(hidden")
+    private = (str(tmp_path), "sesame", "GPU-1234", os.uname().nodename, os.getcwd())
+    assert not any(word in text for word in private)
+    assert found["gpu"] is None and "cpu" in found["reasons"]["gpu"]
+    results.validate(dict(example, environment=found))
+
+
+def test_commit_without_git_comes_from_the_variables(tmp_path):
+    """Would catch: results from a GPU host without history that cannot be traced to a commit."""
+    told = {"LONGLIVE_OPT_GIT_COMMIT": "abc", "LONGLIVE_OPT_GIT_DIRTY": "1"}
+    assert provenance.git_state(tmp_path, told) == ("abc", True, None)
+    commit, dirty, reason = provenance.git_state(tmp_path, {})
+    assert commit is None and dirty is None and "LONGLIVE_OPT_GIT_COMMIT" in reason
+
+
+def test_a_machine_without_nvidia_smi_loses_no_run(monkeypatch):
+    """Would catch: a measured hour thrown away because a tool is missing, fails or hangs."""
+    monkeypatch.setenv("PATH", "")
+    assert provenance._run("nvidia-smi") is None
+    assert provenance.throttle_reasons("0x0000000000000024") == ["sw_power_cap", "sw_thermal"]
+    assert provenance.throttle_reasons("0x0000000000000001") == []
+    assert provenance.throttle_reasons(None) is None and provenance.throttle_reasons("[N/A]") is None
+
+
+def test_memory_is_na_on_a_cpu():
+    """Would catch: 0 GB peak memory in the table of a CPU run."""
+    memory = provenance.memory_gb("cpu", 3_450_000_000)
+    assert results.is_na(memory["peak_allocated"]) and memory["kv_cache"] == 3.45
+    assert results.is_na(provenance.memory_gb("cpu")["kv_cache"])
