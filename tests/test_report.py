@@ -1,0 +1,299 @@
+"""The report fills the log's template without changing its form, and draws whatever a result holds."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from example_results import example_result
+
+from longlive_opt import figures, report
+from longlive_opt.errors import UserError
+from longlive_opt.results import na, write_result
+
+ROOT = Path(report.__file__).resolve().parent.parent
+TEMPLATE = (ROOT / "longlive_opt" / "log_template.md").read_text(encoding="utf-8")
+SCALES = {"baseline": 1.0, "cuda_graphs": 0.97, "static_kv": 0.9, "async_vae": 1.02, "quality": 0.85,
+          "balanced": 0.63, "speed": 0.45}
+EXACT = {"cuda_graphs", "static_kv", "async_vae", "quality"}
+
+
+def make(preset: str, scale: float | None = None, **more: Any) -> dict[str, Any]:
+    options = {"steady": 12, "switches": 2, "exact": preset in EXACT, **more}
+    return example_result(preset, SCALES.get(preset, 0.8) if scale is None else scale, **options)
+
+
+@pytest.fixture(scope="module")
+def seven() -> list[dict[str, Any]]:
+    results = [make(preset, steady=300 if preset == "baseline" else 12) for preset in SCALES]
+    for result in results[4:]:
+        # The example's parameters are no preset's; these three sections print a configuration of their own.
+        result["parameters"]["use_prompt_cache"] = True
+    return results
+
+
+def section(text: str, heading: str) -> str:
+    """What stands between a heading and the next one of the same or a higher level."""
+    start = text.index(heading) + len(heading)
+    return re.split(rf"(?m)^(?:{heading.split()[0]}|##) ", text[start:])[0]
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"(?m)^#+ .*$", text)
+
+
+def test_log_without_results_is_the_template():
+    """Would catch a changed heading, table or blank: the template is the contract."""
+    text = report.render_log([])
+    assert text.startswith(TEMPLATE.rstrip("\n"))
+    assert text.count("___") == TEMPLATE.count("___")
+    assert "generated" in text[len(TEMPLATE):]
+
+
+def test_seven_presets_leave_no_blank_and_keep_every_other_line(seven):
+    """Would catch a blank that was overlooked, and a template line that was reworded, moved or lost."""
+    text = report.render_log(seven)
+    assert "___" not in text
+    assert headings(text) == headings(TEMPLATE)
+    lines = iter(text.split("\n"))
+    for line in TEMPLATE.split("\n"):
+        if "___" not in line and "[ ]" not in line and line != "-" and not line.startswith("| GPU |"):
+            assert line in lines, line  # an iterator: also the order
+
+
+def test_only_the_baseline_leaves_the_experiments_blank():
+    """Would catch a recommendation drawn from a baseline alone, or baseline numbers in blank experiments."""
+    text = report.render_log([make("baseline")])
+    assert text[text.index("## Optimization Experiments"):text.index("## Summary Table")] == \
+        TEMPLATE[TEMPLATE.index("## Optimization Experiments"):TEMPLATE.index("## Summary Table")]
+    assert "**Preset**: ___" in text and "\n-\n-\n-\n" in text and "- Quality: ___" in text
+    assert "___" not in section(text, "## Baseline Measurement")
+    assert "| Baseline | 6" in text and "| Quality | ___ms | ___ | ___GB | ___ | [ ] |" in text
+    assert "random, seed 0" in text and "580.159" in text
+
+
+def test_not_run_experiments_keep_exactly_their_blanks(seven):
+    """Would catch blanks of an experiment that was not run being filled, or counted wrongly."""
+    text = report.render_log([result for result in seven if result["preset"] not in ("speed", "static_kv")])
+    for heading in ("### Experiment 2: Static KV Cache Only", "### Experiment 6: Speed Preset (Aggressive)"):
+        assert section(text, heading) == section(TEMPLATE, heading)
+    assert "| Speed | ___ms | ___ | ___GB | ___ | [ ] |" in text and "- Speed: ___" in text
+    assert len(re.findall("___", text)) == 12 + 19 + 4 + 1
+
+
+def test_numbers_changes_and_ticks(seven):
+    """Would catch a wrong column, sign or unit, and a tick that contradicts the decision or the target."""
+    baseline, speed = copy.deepcopy(seven[0]), copy.deepcopy(seven[6])
+    for result, mean, worst in ((baseline, 50.0, 60.0), (speed, 40.0, 40.0)):
+        result["latency"]["ss_ms_per_frame"] |= {"mean": mean, "max": worst}
+    speed["decision"] = {"keep": True, "rule": "a rule", "rationale": "because"}
+    text = report.render_log([baseline, speed])
+    part = section(text, "### Experiment 6")
+    assert "| SS Mean | 50.0 ms | 40.0 ms | -20.0% |" in part
+    assert "| SS Max | 60.0 ms | 40.0 ms | -33.3% |" in part
+    assert "**Decision**: [x] Keep  [ ] Drop\nBecause. Rule: A rule." in part
+    assert re.search(r"\| Speed \| 40.0ms \| .* \| \[x\] \|", text)  # exactly 40 ms meets the target
+    assert re.search(r"\| Baseline \| 60.0ms \| .* \| Reference \| \[ \] \|", text)
+    assert "**Preset**: Speed" in text
+    speed["decision"]["keep"] = False
+    text = report.render_log([baseline, speed])
+    assert "[ ] Keep  [x] Drop" in text and "**Preset**: none" in text
+
+
+def test_undecided_ticks_neither_box_and_is_not_recommended(seven):
+    """Would catch a fast preset recommended although nobody could judge its quality."""
+    speed = copy.deepcopy(seven[6])
+    speed["decision"] = {"keep": None, "rule": "r", "rationale": "undecided: no A/A noise"}
+    text = report.render_log([seven[0], speed])
+    assert "[ ] Keep  [ ] Drop\nUndecided: no A/A noise." in text
+    assert "**Preset**: none" in text and "Not Speed" in text
+
+
+def test_decision_is_made_anew_once_the_noise_is_known():
+    """Would catch verdicts that stay undecided because the baseline's repeat ran after the preset."""
+    baseline, again, speed = make("baseline"), make("baseline", run=2), make("speed")
+    speed["decision"] = {"keep": None, "rule": "r", "rationale": "undecided",
+                         "gate": {"level": "lossy", "min_psnr_db": 30.0}}
+    assert report.decided([baseline, speed])[1]["decision"]["keep"] is None
+    assert report.decided([baseline, again, speed])[2]["decision"]["keep"] is True
+    assert "baseline run twice): SS mean" in report.render_log([baseline, again, speed])
+
+
+def test_p99_only_with_enough_samples(seven):
+    """Would catch the largest of a few samples being sold as a 99th percentile."""
+    assert re.search(r"\| SS P99 \| [\d.]+ ms \|", report.render_log(seven[:1]))
+    few = make("baseline", steady=100)
+    text = report.render_log([few])
+    assert re.search(r"\| SS P99 \| n/a: n too small \(n=100\), max [\d.]+ ms \|", text)
+    assert "- SS P99 is n/a: N too small for p99" in text
+
+
+def test_missing_values_say_why():
+    """Would catch a null printed as None or 0, and an n/a whose reason and remedy are nowhere."""
+    result = make("quality", gpu=None)
+    result["quality"]["ssim"] = na("frames differ in size (<b>8x8</b>)", "set `___` | *size*")
+    part = section(report.render_log([make("baseline", gpu=None), result]), "### Experiment 4")
+    assert "| Memory | n/a (no CUDA device) | n/a (no CUDA device) | n/a |" in part
+    assert "- SSIM: n/a (frames differ in size)" in part and "- PSNR: infinite" in part
+    assert r"Frames differ in size (&lt;b&gt;8x8&lt;/b&gt;); set \`\_\_\_\` \| \*size\*." in part
+    assert "None" not in part and "___" not in part
+
+
+def test_incomparable_runs_have_no_change():
+    """Would catch percentages between two machines."""
+    text = report.render_log([make("baseline"), make("static_kv", gpu="NVIDIA H200")])
+    assert re.search(r"\| SS Mean \| [\d.]+ ms \| [\d.]+ ms \| n/a \|", text)
+    assert "not comparable: environment.gpu" in text
+
+
+def test_differing_configuration_is_named():
+    """Would catch a run of other parameters hiding behind the template's configuration block."""
+    result = make("async_vae")
+    result["parameters"]["use_async_vae"] = False
+    assert "run with use_async_vae false, not true" in report.render_log([result])
+
+
+def test_extra_presets_get_sections_and_rows():
+    """Would catch an ablation that was measured but does not appear, or that breaks the numbering."""
+    extra = make("low_memory")
+    extra["title"] = "Low | memory <i>"
+    extra["parameters"]["local_attn_size"] = 9
+    extra["notes"] = ["an oddity"]
+    text = report.render_log([make("baseline"), extra])
+    part = section(text, "### Experiment 7: Low \\| memory &lt;i&gt;")
+    assert "local_attn_size: 9" in part and "- An oddity." in part and "___" not in part
+    assert text.index("### Experiment 6") < text.index("### Experiment 7") < text.index("## Summary Table")
+    assert re.search(r"(?m)^\| Low \\\| memory &lt;i&gt; \| [\d.]+ms \|", text)
+    assert headings(text[:text.index("### Experiment 7")]) == headings(TEMPLATE)[:10]
+
+
+def test_user_text_cannot_change_the_log():
+    """Would catch HTML, markup, table cells or new lines from a preset's hypothesis."""
+    result = make("baseline")
+    result["hypothesis"] = "<script>x</script>\n## Heading | ___ [a](http://b) use_static_kv"
+    text = report.render_log([result])
+    assert "<script>" not in text and headings(text) == headings(TEMPLATE)
+    assert r"&lt;script&gt;x&lt;/script&gt; ## Heading \| \_\_\_ \[a\](http://b) use_static_kv" in text
+
+
+def campaign_of(folder: Path) -> Path:
+    write_result(folder / "baseline" / "result.json", make("baseline"))
+    write_result(folder / "balanced" / "result.json", make("balanced"))
+    (folder / "truncated").mkdir()
+    (folder / "truncated" / "result.json").write_text('{"schema_version": 1, "sta')
+    (folder / "old").mkdir()
+    (folder / "old" / "result.json").write_text('{"schema_version": 0, "status": "ok"}')
+    for place, label in (("speed", "speed"), ("balanced.failed", "balanced"), ("summary", "summary")):
+        (folder / place).mkdir()
+        (folder / place / "notebook.ipynb").touch()
+        (folder / place / "failed.json").write_text(json.dumps(
+            {"label": label, "meaning": "out of memory <b>", "parameters": {"name": label, "title": "T"}}))
+    return folder
+
+
+def test_campaign_lists_failures_and_problems(tmp_path):
+    """Would catch one bad file stopping the report, a failed preset passing for one not run, and paths of the
+    machine in a log that is published."""
+    campaign = report.load(campaign_of(tmp_path / "c"))
+    assert [result["preset"] for result in campaign.results] == ["baseline", "balanced"]
+    assert [failure.label for failure in campaign.failures] == ["balanced", "speed"]
+    assert {place for place, _ in campaign.problems} == {"truncated/result.json", "old/result.json"}
+    text = report.write_campaign_log(campaign).read_text()
+    part = section(text, "### Experiment 6")
+    assert "| SS Mean | 61." in part and "n/a (failed) | n/a |" in part and "___" not in part
+    assert "Failed: Out of memory &lt;b&gt;." in part
+    assert "| Speed | n/a (failed) |" in text and re.search(r"\| Balanced \| [\d.]+ms", text)
+    assert "Not usable: truncated/result.json: Not valid JSON" in text and str(tmp_path) not in text
+    assert list(report.runs_table(campaign)["status"]) == ["ok"] * 2 + ["failed"] * 2 + ["not usable"] * 2
+
+
+def test_command_line_writes_log_table_and_figures(tmp_path, capsys):
+    """Would catch a command that needs the notebook, and a log that differs from run to run."""
+    folder = campaign_of(tmp_path / "c")
+    assert report.main([str(folder)]) == 0
+    first = (folder / report.LOG_NAME).read_bytes()
+    again = report.write_campaign_log(report.load(folder), tmp_path / "x" / "LOG.md")
+    assert again.read_bytes() == first
+    assert {path.stem for path in (folder / "summary").glob("*.png")} == set(figures.campaign_figures([]))
+    header = (folder / "summary" / "summary.csv").read_text().splitlines()[0]
+    assert header.startswith("preset,run,ss_mean_ms,")
+    assert report.main([str(tmp_path / "nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
+    with pytest.raises(UserError):
+        report.load(tmp_path / "nowhere")
+
+
+def test_tables(seven):
+    """Would catch an n/a that becomes a number, and a repeat mistaken for a preset of its own."""
+    table = report.summary_table([*seven, make("baseline", run=2)])
+    assert len(table) == 8 and table["change_ss_mean_pct"][0] == 0
+    assert table["ss_p99_ms"].notna().sum() == 1 and table["lpips"].isna().all()
+    assert list(report.noise_table([*seven, make("baseline", run=2)])["preset"]) == ["baseline"]
+    assert report.noise_table(seven).empty and report.summary_table([]).empty
+
+
+def test_figures_take_any_number_of_presets(seven):
+    """Would catch a chart that needs the baseline, a second preset or a known name."""
+    strange = make("costs $5 and $")
+    for results in ([], [*seven, strange, make("fp8"), make("low_memory")]):
+        for name, chart in figures.campaign_figures(results).items():
+            assert chart._repr_png_().startswith(b"\x89PNG"), name
+    assert len({figures.colour_of(preset) for preset in SCALES}) == len(SCALES)
+
+
+@pytest.mark.parametrize("path", [
+    "events", "switch_events", "latency", "latency.ss_block_ms", "latency.ss_blocks", "latency.stages_ms",
+    "latency.ps_ms", "playback", "quality.psnr_db", "sizes"])
+def test_figures_survive_missing_parts(seven, path):
+    """Would catch a figure that takes the report down with it because one field is null or absent."""
+    *parents, last = path.split(".")
+    whole, null = seven[6], copy.deepcopy(seven[6])
+    place = null
+    for key in parents:
+        place = place[key]
+    place[last] = None
+    absent = copy.deepcopy(null)
+    place = absent
+    for key in parents:
+        place = place[key]
+    del place[last]
+    assert figures.run_figures(null).keys() == figures.run_figures(whole).keys()
+    for draw in (figures.pareto, figures.latency_boxes, figures.waterfall):
+        assert isinstance(draw([seven[0], absent]), figures.Chart)
+
+
+def test_names_of_lines_never_overlap():
+    """Would catch names printed on top of each other where lines end close together."""
+    moved = figures._spread([0.1, 0.1, 0.11, 0.5, 0.98, 0.99], 0.05)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in zip(moved, moved[1:], strict=False))
+    assert moved[3] == 0.5
+
+
+def test_summary_notebook_is_thin_and_clean():
+    """Would catch outputs, code that belongs into the library, or a parameters cell that papermill misses."""
+    notebook = nbformat.read(ROOT / "notebooks" / "99_summary.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0].source.startswith('campaign_dir = "outputs/demo"')
+    for cell in code:
+        assert not cell.outputs and cell.execution_count is None
+        assert len(cell.source.split("\n")) <= 5
+        assert not re.search(r"(?m)^\s*(def|class|for|while|with)\b|Path\(", cell.source)
+
+
+def test_summary_notebook_runs(tmp_path, monkeypatch):
+    """Would catch a cell that calls what the library does not have; runs the cells without a kernel."""
+    folder = campaign_of(tmp_path / "c")
+    notebook = nbformat.read(ROOT / "notebooks" / "99_summary.ipynb", as_version=4)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names["campaign_dir"] = str(folder)
+    assert (folder / report.LOG_NAME).is_file() and (folder / "summary" / "pareto.png").is_file()
