@@ -105,7 +105,8 @@ class ModelConfig:
 
 
 def _tiny() -> ModelConfig:
-    text = TextEncoderConfig(vocab_size=384, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2, text_len=64)
+    text = TextEncoderConfig(vocab_size=384, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2,
+                             text_len=128)
     dit = DiTConfig(dim=256, num_heads=4, num_layers=6, ffn_dim=768, freq_dim=128, text_dim=text.dim,
                     text_len=text.text_len)
     return ModelConfig("tiny", dit, VAEConfig(dim=12), text, height=128, width=128)
@@ -117,6 +118,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 KV_QUANTIZATIONS = ("int8", "fp8")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
+OBJECTIVES = ("latency", "switch", "memory")
 ROPE_POSITIONS = 1024
 
 
@@ -158,6 +160,8 @@ class ExperimentConfig:
     kv_quantization: str = "int8"
     use_async_vae: bool = False
     use_prompt_cache: bool = False
+    prompt_cache_mb: int = 1024
+    prompt_cache_dir: str | None = None
 
     prompts: tuple[str, ...] = ("A red fox walks through fresh snow at dawn, soft light, slow camera.",
                                 "The fox stops and looks up as the first sunlight falls between the trees.")
@@ -165,11 +169,16 @@ class ExperimentConfig:
     switch_frame_indices: tuple[int, ...] | None = None
     video_blocks: int = 6
     video_width: int | None = None
+    video_crf: int = 23
 
     warmup_blocks: int = 5
     measure_blocks: int = 4
     num_switches: int = 1
     playback_fps: float = 25.0
+    objective: str = "latency"
+    min_psnr_db: float | None = None
+    min_ssim: float | None = None
+    max_lpips: float | None = None
     target_ms_per_frame: float = 40.0
 
     @classmethod
@@ -226,6 +235,7 @@ class ExperimentConfig:
         one_of("compile_mode", COMPILE_MODES)
         one_of("kv_quantization", KV_QUANTIZATIONS)
         one_of("attention_backend", ATTENTION_BACKENDS)
+        one_of("objective", OBJECTIVES)
         if self.device != "cpu" and not (self.device == "cuda" or self.device.startswith("cuda:")):
             raise UserError(f"device: {self.device!r} is unknown; write cpu, cuda or cuda:N.")
         if not self.name or any(c not in _NAME_CHARACTERS for c in self.name):

@@ -15,8 +15,8 @@ class Decoder(Protocol):
     """Turns latents into frames. Returned frames are complete: the device has finished them."""
 
     def push(self, latents: Tensor) -> list[Tensor]:
-        """Take one block of latents [B, F, C, h, w]; return the blocks of frames, uint8 [B, T, 3, H, W], that are
-        complete by now, oldest first.
+        """Take one block of latents [B, F, C, h, w]; return the blocks of frames, uint8 [B, T, 3, H, W], that are due,
+        oldest first.
         """
 
     def flush(self) -> list[Tensor]:
@@ -35,10 +35,15 @@ class InlineDecoder:
         self._block = 0
 
     def push(self, latents: Tensor) -> list[Tensor]:
-        with self._timeline.span("decode", self._block):
-            frames = [frames_to_uint8(part) for part in self._decoder.push(latents)]
+        frames = self.enqueue(latents)
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
+        return frames
+
+    def enqueue(self, latents: Tensor) -> list[Tensor]:
+        """`push` without waiting: the frames are complete once the current stream has come here."""
+        with self._timeline.span("decode", self._block):
+            frames = [frames_to_uint8(part) for part in self._decoder.push(latents)]
         self._block += 1
         return frames
 

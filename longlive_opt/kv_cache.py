@@ -88,7 +88,8 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
     new_filled = filled + new_end - end - evict
     first = new_filled - frames
     protect = recompute and not (recache_sink and not rolls)
-    return PassPlan(start, frames, evict, first, max(first, sink) if protect else first, new_filled, new_end)
+    write_from = min(max(first, sink), new_filled) if protect else first
+    return PassPlan(start, frames, evict, first, write_from, new_filled, new_end)
 
 
 class KVCache(Protocol):
@@ -99,7 +100,13 @@ class KVCache(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that hold keys and values now."""
+        """Bytes of memory that the cache holds."""
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What the planned pass does in Python. Passes of one signature run the same kernels on the same addresses,
+        so that one captured CUDA graph serves them all.
+        """
 
     def begin(self, start: int, frames: int, *, recache_sink: bool = False) -> PassPlan:
         """Plan a pass over latent frames start .. start + frames - 1."""
@@ -142,6 +149,11 @@ class RollingKVCache:
         """(highest frame processed plus one, filled slots), in latent frames."""
         return self._end, self._filled
 
+    @property
+    def signature(self) -> tuple[object, ...]:
+        assert self.plan is not None, "signature outside begin() and end()"
+        return self.plan.frames, self.plan.evict, self.plan.write_from, self.plan.dropped, self.plan.filled
+
     def begin(self, start: int, frames: int, *, recache_sink: bool = False) -> PassPlan:
         geometry = self.geometry
         plan = plan_pass(start, frames, window=geometry.window, sink=geometry.sink, end=self._end,
@@ -178,16 +190,20 @@ class _RollingLayer:
         self.key = key
         self.value = value
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self._cache
-        q = cache.rotate_new(q)
-        if cache.geometry.relative_rope:
-            key = cache.rotate_window(self._store(self.key, k))
-        else:
-            key = self._store(self.key, cache.rotate_new(k))
-        return self._attention(q, key, self._store(self.value, v))
+    def store(self, k: Tensor, v: Tensor) -> None:
+        self._store(k, v)
 
-    def _store(self, buffer: Tensor, new: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        key, value = self._store(k, v)
+        if self._cache.geometry.relative_rope:
+            key = self._cache.rotate_window(key)
+        return self._attention(self._cache.rotate_new(q), key, value)
+
+    def _store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k = k if self._cache.geometry.relative_rope else self._cache.rotate_new(k)
+        return self._update(self.key, k), self._update(self.value, v)
+
+    def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Bring `buffer` to the state after the pass and return the attended slots, [B, filled * tokens, N, D]."""
         geometry, plan = self._cache.geometry, self._cache.plan
         assert plan is not None, "attend() outside begin() and end()"

@@ -25,8 +25,8 @@ from .timeline import NullTimeline, Timeline
 class Pipeline:
     """Everything a session needs.
 
-    The seams are `encode_prompt`, `sampler` (with its `forward`), `make_cache` and `make_decoder`; the session cannot
-    tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does `rooms`: what
+    The seams are `encode_prompt`, `sampler` (with its `forward`), `make_cache`, `make_vae_decoder` (which network calls
+    make frames) and `make_decoder` (when they run); the session cannot tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does `rooms`: what
     each optimization did.
     """
 
@@ -41,7 +41,8 @@ class Pipeline:
     encode_prompt: Callable[[str], TextContext]
     sampler: Sampler
     make_cache: Callable[[], KVCache]
-    make_decoder: Callable[[Timeline | NullTimeline], Decoder]
+    make_vae_decoder: Callable[[], StreamingDecoder]
+    make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline], Decoder]
     weights: dict[str, Any]
     setup_s: dict[str, float]
     rooms: tuple[dict[str, Any], ...] = ()
@@ -102,14 +103,12 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
     def encode_prompt(prompt: str) -> TextContext:
         return dit.embed_text(text_encoder.encode([prompt]))
 
-    def make_decoder(timeline: Timeline | NullTimeline) -> Decoder:
-        return InlineDecoder(StreamingDecoder(vae, 1, height, width), timeline)
-
     return Pipeline(
         config=config, model=model, device=device, dtype=dtype, attention_backend=backend, dit=dit, vae=vae,
         text_encoder=text_encoder, encode_prompt=encode_prompt,
         sampler=Sampler(sampling_plan(config), EagerForward(dit)),
-        make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype), make_decoder=make_decoder,
+        make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
+        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width), make_decoder=InlineDecoder,
         weights={"kind": files.kind, "seed": config.seed if files.kind == "random" else None, "sha256": files.sha256(),
                  "dit": dit_report, "vae": vae_report, "text_encoder": text_report,
                  "tokenizer": text_encoder.description},

@@ -53,11 +53,21 @@ class EagerForward:
 class Sampler:
     """Denoises blocks and recaches. Latents are [B, F, C, H, W]."""
 
-    def __init__(self, plan: SamplingPlan, forward: Forward):
+    def __init__(self, plan: SamplingPlan, forward: Forward, trim_recache: bool = False):
+        """Args: trim_recache: leave out of a recache the frames whose keys a protected sink would drop."""
         self.plan = plan
         self.forward = forward
+        self.trim_recache = trim_recache
         self.schedule = FlowSchedule(plan.shift)
         self.timesteps = self.schedule.warped_steps(plan.denoising_steps)
+
+    def with_forward(self, forward: Forward) -> Sampler:
+        """The same sampler with another `forward`."""
+        return Sampler(self.plan, forward, self.trim_recache)
+
+    def trimming_recache(self) -> Sampler:
+        """The same sampler with `trim_recache`."""
+        return Sampler(self.plan, self.forward, trim_recache=True)
 
     @torch.no_grad()
     def denoise_block(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
@@ -92,8 +102,11 @@ class Sampler:
         Args:
             latents: the last min(window, start) clean latent frames, [B, n, C, H, W].
         """
-        self.run_pass(cache, text, start - latents.shape[1], latents, self.plan.context_noise, keys_only=True,
-                      recache_sink=not self.plan.global_sink)
+        plan = self.plan
+        if self.trim_recache and plan.global_sink and start > plan.window:
+            latents = latents[:, -(plan.window - plan.sink):]
+        self.run_pass(cache, text, start - latents.shape[1], latents, plan.context_noise, keys_only=True,
+                      recache_sink=not plan.global_sink)
 
     def run_pass(self, cache: KVCache, text: TextContext, start: int, latents: Tensor, timestep: float, *,
                  keys_only: bool = False, recache_sink: bool = False) -> Tensor:

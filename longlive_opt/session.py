@@ -54,7 +54,7 @@ class StreamingSession:
         self._noise = noise or StreamNoise(self.plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device,
                                            pipeline.dtype)
         self.cache = pipeline.make_cache()
-        self._decoder = pipeline.make_decoder(self.timeline)
+        self._decoder = pipeline.make_decoder(pipeline.make_vae_decoder(), self.timeline)
         self._forget()
 
     def reset(self) -> None:

@@ -20,6 +20,9 @@ from .attention import Attention, make_attention
 class LayerCache(Protocol):
     """One layer's share of a KV cache during one pass."""
 
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Rotate k and store k and v, [B, L, N, D], without attending."""
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate q and k, store k and v, attend; q, k, v and the result are [B, L, N, D]."""
 
@@ -119,6 +122,11 @@ class DiTBlock(nn.Module):
         x = x + self.cross_attn.output(attended)
         return add_gated(x, self.ffn(modulate(self.norm2(x), shift_f, scale_f)), gate_f)
 
+    def store_keys(self, x: Tensor, time: Tensor, layer: LayerCache) -> None:
+        """Only what leaves keys and values in the cache: all that the last block of a clean pass is for."""
+        shift, scale = (self.modulation + time)[:, :, :2].split(1, dim=2)
+        layer.store(*self.self_attn.key_value(modulate(self.norm1(x), shift, scale)))
+
 
 class Head(nn.Module):
     """Final modulated norm and projection to patches."""
@@ -183,6 +191,16 @@ class CausalDiT(nn.Module):
         for block, layer, key, value in zip(self.blocks, layers, text.keys, text.values, strict=True):
             tokens = block(tokens, time.blocks, layer, key, value)
         return self.unpatchify(self.head(tokens, time.head), height, width)
+
+    def store_keys(self, x: Tensor, time: TimeContext, text: TextContext, layers: Sequence[LayerCache]) -> None:
+        """Fill the caches as `forward` does and leave out all that only serves the flow: the last block after its keys
+        and values, and the head.
+        """
+        tokens = self.patchify(x)
+        *inner, last = zip(self.blocks, layers, text.keys, text.values, strict=True)
+        for block, layer, key, value in inner:
+            tokens = block(tokens, time.blocks, layer, key, value)
+        last[0].store_keys(tokens, time.blocks, last[1])
 
     def embed_time(self, timestep: Tensor) -> TimeContext:
         """Embed timesteps [B, F]: sinusoid in float64 (cosines first), then two small MLPs in the model's dtype."""
