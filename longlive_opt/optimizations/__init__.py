@@ -1,0 +1,38 @@
+"""The optimizations: which there are, in which order they are applied, and what goes with what."""
+
+from __future__ import annotations
+
+from ..config import ExperimentConfig
+from ..pipeline import Pipeline, build_reference
+from .async_vae import AsyncVAE
+from .cuda_graphs import CudaGraphs
+from .prompt_cache import PromptCache
+from .room import Room
+from .static_kv_cache import StaticKV
+from .torch_compile import TorchCompile
+
+
+def rooms_of(config: ExperimentConfig) -> list[Room]:
+    """The rooms that a preset's flags switch on, in order of application: caches, then what runs the passes (compiled
+    code can be captured, captured code cannot be compiled), then what wraps whole stages.
+    """
+    table: list[tuple[bool, Room]] = [
+        (config.use_static_kv, StaticKV()),
+        (config.use_torch_compile, TorchCompile(config.compile_mode)),
+        (config.use_cuda_graphs, CudaGraphs()),
+        (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),
+        (config.use_async_vae, AsyncVAE()),
+    ]
+    return [room for wanted, room in table if wanted]
+
+
+def build_pipeline(config: ExperimentConfig) -> Pipeline:
+    """Load the model and apply every optimization of the preset.
+
+    Raises:
+        UserError: weights or device are missing, or an optimization cannot be applied here and says why.
+    """
+    pipeline = build_reference(config)
+    for room in rooms_of(config):
+        pipeline = room.apply(pipeline)
+    return pipeline

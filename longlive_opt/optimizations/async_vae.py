@@ -1,0 +1,113 @@
+"""Async VAE: decode a block while the next one is denoised.
+
+Idea: frames of block k are decoded on their own CUDA stream (on the CPU: a worker thread) while block k + 1 is
+denoised; the hand-over is double-buffered, so that at most one decode runs behind. Chunks come in order, one block later
+at the most.
+
+Seam: `make_decoder`. Costs: one more block of frames in memory, and up to one
+block of delay for each chunk, prompt switches included. It hides launch gaps and hands out frames while the host works;
+on one GPU it cannot remove compute, since both streams share the same multiprocessors.
+Bit-exact: the same kernels on the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Callable, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..decoder import Decoder, InlineDecoder
+from ..models.vae import StreamingDecoder
+from ..pipeline import Pipeline
+from ..timeline import NullTimeline, Timeline
+from .room import Level, Room
+
+
+@dataclass(frozen=True)
+class AsyncVAE(Room):
+    name: ClassVar[str] = "async_vae"
+    level: ClassVar[Level] = "exact"
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        device = pipeline.device
+
+        def make_decoder(vae: StreamingDecoder, timeline: Timeline | NullTimeline) -> Decoder:
+            inner = InlineDecoder(vae, timeline)
+            return StreamDecoder(inner, device) if device.type == "cuda" else ThreadDecoder(inner)
+
+        pipeline = dataclasses.replace(pipeline, make_decoder=make_decoder)
+        return self.report(pipeline, "decoding on its own " + ("stream" if device.type == "cuda" else "thread"))
+
+
+IN_FLIGHT = 1
+"""Blocks whose decode may still run when `push` returns."""
+
+
+class ThreadDecoder:
+    """Decodes in one worker thread, in order. An error in the worker is raised by the next call."""
+
+    def __init__(self, inner: InlineDecoder):
+        self._inner = inner
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._pending: deque[Future[list[Tensor]]] = deque()
+
+    def push(self, latents: Tensor) -> list[Tensor]:
+        self._pending.append(self._worker.submit(self._inner.push, latents))
+        return self._collect(lambda: len(self._pending) > IN_FLIGHT or self._pending[0].done())
+
+    def flush(self) -> list[Tensor]:
+        return self._collect(lambda: True)
+
+    def reset(self) -> None:
+        self._collect(lambda: True)
+        self._inner.reset()
+
+    def _collect(self, due: Callable[[], bool]) -> list[Tensor]:
+        frames: list[Tensor] = []
+        while self._pending and due():
+            frames += self._pending.popleft().result()
+        return frames
+
+
+class StreamDecoder:
+    """Decodes on a CUDA stream of its own, behind the latents' stream and in order."""
+
+    def __init__(self, inner: InlineDecoder, device: torch.device):
+        self._inner = inner
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pending: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
+
+    def push(self, latents: Tensor) -> list[Tensor]:
+        denoising = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(denoising)
+        # The allocator must not hand out the latents' memory again before this stream has read them.
+        latents.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            frames, done = self._inner.enqueue(latents), torch.cuda.Event()
+            done.record()
+        for part in frames:
+            part.record_stream(denoising)
+        self._pending.append((frames, done))
+        return self._collect(lambda: len(self._pending) > IN_FLIGHT or self._pending[0][1].query())
+
+    def flush(self) -> list[Tensor]:
+        return self._collect(lambda: True)
+
+    def reset(self) -> None:
+        self._collect(lambda: True)
+        with torch.cuda.stream(self._stream):
+            self._inner.reset()
+
+    def _collect(self, due: Callable[[], bool]) -> list[Tensor]:
+        ready: list[Tensor] = []
+        while self._pending and due():
+            frames, done = self._pending.popleft()
+            done.synchronize()
+            ready += frames
+        return ready

@@ -1,0 +1,117 @@
+"""CUDA graphs: capture each kind of transformer pass once, replay it afterwards.
+
+Idea: a pass is a few thousand kernel launches that are the same every time; replaying them costs one launch. What
+changes between replays, changes in memory at fixed addresses: the latents and the prompt are copied in, and the cache
+keeps its slots and rotation tables where they are (`KVCache.signature` says which passes are alike). Positions, ring
+and roll therefore need no recapture; a new kind of pass (another fill of the window, a recache, another timestep) runs
+eagerly once and is captured for the next time.
+
+Seam: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Does not help where the
+GPU is busy anyway: launches of large kernels already overlap with the kernels before them.
+Bit-exact: the same kernels on the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NotAvailable
+from ..kv_cache import KVCache
+from ..models.dit import TextContext
+from ..pipeline import Pipeline
+from ..sampler import Forward
+from .room import Level, Room
+
+
+@dataclass(frozen=True)
+class CudaGraphs(Room):
+    name: ClassVar[str] = "cuda_graphs"
+    level: ClassVar[Level] = "exact"
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        forward = GraphedForward(pipeline.sampler.forward, pipeline.device)
+        pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
+        return self.report(pipeline, "each kind of transformer pass is captured once and replayed", stats=forward.stats)
+
+
+@dataclass
+class GraphStats:
+    """Counts, seconds and bytes of capture."""
+
+    captured: int = 0
+    replayed: int = 0
+    eager: int = 0
+    capture_s: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    latents: Tensor
+    flow: Tensor
+
+
+@dataclass
+class GraphedForward:
+    """Replays captured passes of `inner`. The flow it returns is overwritten by the next call."""
+
+    inner: Forward
+    device: torch.device
+    stats: GraphStats = field(default_factory=GraphStats)
+
+    def __post_init__(self) -> None:
+        if self.device.type != "cuda":
+            raise NotAvailable(f"use_cuda_graphs: CUDA graphs need device: cuda, and this run is on {self.device.type}.")
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Any, _Captured] = {}
+        self._cache: weakref.ref[Any] = weakref.ref(self)
+        self._text: TextContext | None = None
+        self._shown: TextContext | None = None
+
+    def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
+                 keys_only: bool = False) -> Tensor:
+        if self._cache() is not cache:
+            # Graphs point into the memory of one cache.
+            self._graphs.clear()
+            self._cache = weakref.ref(cache)
+        text = self._at_fixed_addresses(text)
+        key = (cache.signature, tuple(latents.shape), timestep, keys_only)
+        captured = self._graphs.get(key)
+        if captured is None:
+            flow = self.inner(latents, timestep, text, cache, keys_only=keys_only)
+            self.stats.eager += 1
+            self._graphs[key] = self._capture(latents, timestep, text, cache, keys_only)
+            return flow
+        captured.latents.copy_(latents)
+        captured.graph.replay()
+        self.stats.replayed += 1
+        return captured.flow
+
+    def _at_fixed_addresses(self, text: TextContext) -> TextContext:
+        if self._text is None:
+            self._text = TextContext(tuple(t.clone() for t in text.keys), tuple(t.clone() for t in text.values))
+        elif text is not self._shown:
+            torch._foreach_copy_([*self._text.keys, *self._text.values], [*text.keys, *text.values])
+        self._shown = text
+        return self._text
+
+    def _capture(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache,
+                 keys_only: bool) -> _Captured:
+        """Record the pass that `inner` just ran; nothing is executed, so the cache stays as it is."""
+        torch.cuda.synchronize(self.device)
+        started, before = time.perf_counter(), torch.cuda.memory_reserved(self.device)
+        graph, static_latents = torch.cuda.CUDAGraph(), latents.clone()
+        with torch.cuda.graph(graph, pool=self._pool):
+            flow = self.inner(static_latents, timestep, text, cache, keys_only=keys_only)
+        self.stats.captured += 1
+        self.stats.capture_s += time.perf_counter() - started
+        self.stats.memory_bytes += torch.cuda.memory_reserved(self.device) - before
+        return _Captured(graph, static_latents, flow)

@@ -1,0 +1,97 @@
+"""torch.compile by region: one transformer block, one VAE stage; the same compiled code serves all of them.
+
+Idea: fuse the element-wise work around the matrix products (norms, modulation, rotation, cache write, gates, SiLU).
+Compiling one block instead of the whole transformer keeps compilation at seconds, since the 30 blocks differ only in
+their weights. Full graphs, static shapes: a graph break is an error, and after the rehearsal nothing is compiled again.
+What depends on the timestep alone is computed once, the clean pass leaves out what only serves the flow, and the VAE
+decodes a whole block of latents in one call in the channels-last layout.
+
+`compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its kernel choices.
+The graphs are those of the CUDA-graph room (one per kind of pass) and not Inductor's trees, which would keep one
+recording per block and address.
+
+Seams: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported apart. Equal within rounding: fused kernels keep
+float32 where eager rounds to bf16 between operations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kv_cache import KVCache
+from ..models.dit import CausalDiT, TextContext, TimeContext
+from ..models.vae import StreamingDecoder
+from ..pipeline import Pipeline
+from .cuda_graphs import GraphedForward
+from .room import Level, Room
+
+# One block is specialised for every fill of the window, for recaches of several lengths and for each kind of pass.
+RECOMPILE_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class TorchCompile(Room):
+    name: ClassVar[str] = "torch_compile"
+    level: ClassVar[Level] = "rounding"
+
+    mode: str = "default"
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        config = pipeline.config
+        if not (config.use_static_kv or config.use_quantized_kv):
+            raise UserError("use_torch_compile: the reference cache changes its shapes in Python; switch on use_static_kv "
+                            "or use_quantized_kv as well.")
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        inductor_mode = {"default": "default", "reduce-overhead": "default",
+                         "max-autotune": "max-autotune-no-cudagraphs"}[self.mode]
+        regions = compile_regions(pipeline, inductor_mode)
+        forward = CompiledForward(pipeline.dit)
+        facts = {"regions": regions, "inductor_mode": inductor_mode}
+        if self.mode != "default" and pipeline.device.type == "cuda":
+            forward = GraphedForward(forward, pipeline.device)
+            facts["stats"] = forward.stats
+        latents = config.block_frames
+        vae, model = pipeline.vae, pipeline.model
+        pipeline = dataclasses.replace(
+            pipeline, sampler=pipeline.sampler.with_forward(forward),
+            make_vae_decoder=lambda: StreamingDecoder(vae, 1, model.latent_height, model.latent_width, latents))
+        return self.report(pipeline, f"{len(pipeline.dit.blocks)} transformer blocks and the VAE decoder's stages are "
+                                     f"compiled; {latents} latents a VAE call, channels last", **facts)
+
+
+def compile_regions(pipeline: Pipeline, mode: str) -> int:
+    """Compile every block and every VAE decoder stage in place; returns how many modules were marked."""
+    vae = pipeline.vae.use_channels_last()
+    modules = [*pipeline.dit.blocks, pipeline.dit.head, *vae.decoder.stages()]
+    for module in modules:
+        module.compile(fullgraph=True, dynamic=False, mode=mode)
+    return len(modules)
+
+
+class CompiledForward:
+    """Calls compiled blocks; embeds each timestep once, and fills the cache without computing a flow nobody reads."""
+
+    def __init__(self, dit: CausalDiT):
+        self.dit = dit
+        self._times: dict[tuple[float, torch.Size], TimeContext] = {}
+
+    def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
+                 keys_only: bool = False) -> Tensor:
+        time = self._embedded(timestep, latents)
+        if keys_only:
+            self.dit.store_keys(latents.transpose(1, 2), time, text, cache.layers)
+            return latents
+        return self.dit.forward_embedded(latents.transpose(1, 2), time, text, cache.layers).transpose(1, 2)
+
+    def _embedded(self, timestep: float, latents: Tensor) -> TimeContext:
+        key = (timestep, latents.shape[:2])
+        if key not in self._times:
+            full = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
+            self._times[key] = self.dit.embed_time(full)
+        return self._times[key]
