@@ -1,0 +1,324 @@
+"""What the notebooks call: one experiment from its parameters to its result.json, a few verbs in order.
+
+    run = Experiment.open(globals())   # check the parameters
+    run.build()                        # load the model, apply the optimizations
+    run.measure()                      # rehearse, then measure the stream
+    run.film()                         # a short video
+    run.compare()                      # quality against the campaign's baseline
+    run.save()                         # result.json, the only sign of success
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import time
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import pandas as pd
+import torch
+from IPython.display import HTML, display
+
+from . import figures, metrics, provenance, quality, report, results, video
+from .config import VAE_TEMPORAL_STRIDE, ExperimentConfig
+from .errors import UserError
+from .fidelity import Reference, compare_blocks, difference_chart
+from .inputs import Script, read_scripts
+from .optimizations import build_pipeline
+from .session import Chunk, StreamingSession
+from .timeline import Timeline
+
+RUN_KEYS = ("campaign", "run", "output_dir")
+PROGRESS_SECONDS = 10.0
+REFERENCE_FILE = "reference.safetensors"
+RESULT_FILE = "result.json"
+
+
+class Experiment:
+    """One run of one preset. Shows what it does by `print`, since a notebook is its terminal."""
+
+    def __init__(self, config: ExperimentConfig, campaign: str, run: int, folder: Path):
+        self.config = config
+        self.campaign = campaign
+        self.number = run
+        self.folder = folder
+        self.script = script_of(config)
+
+    @classmethod
+    def open(cls, namespace: Mapping[str, Any]) -> Experiment:
+        """Check the notebook's parameters, `globals()` of its first cells, before anything is built.
+
+        Raises:
+            UserError: an unknown parameter, a wrong type or value, or a folder that cannot be written.
+        """
+        given = notebook_parameters(namespace)
+        campaign, run, output_dir = (given.pop(key, default) for key, default in
+                                     zip(RUN_KEYS, ("manual", 1, "")))
+        config = ExperimentConfig.from_mapping(given)
+        if not isinstance(run, int) or run < 1:
+            raise UserError(f"run: {run!r} is no run number; write 1, or 2 for a repetition.")
+        folder = report.project_path(output_dir or f"outputs/{campaign}/{config.name}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot make {output_dir}: {error.strerror}; choose another folder.") from error
+        print(f"{config.title}: preset {config.name}, {config.model}, {config.device}, {config.model_dtype}")
+        return cls(config, campaign, run, folder)
+
+    def parameters(self) -> pd.DataFrame:
+        """The parameters that are not the baseline's on the laptop, as a table."""
+        default, own = ExperimentConfig().to_dict(), self.config.to_dict()
+        rows = {key: {"value": own[key], "default": default[key]} for key in own if own[key] != default[key]}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default"])
+
+    def build(self) -> pd.DataFrame:
+        """Load the model and apply the optimizations; returns what each did."""
+        self.pipeline = build_pipeline(self.config)
+        self.timeline = Timeline(self.pipeline.device)
+        self.session = StreamingSession(self.pipeline, timeline=self.timeline)
+        print(f"ready after {self.pipeline.setup_s['load']:.1f} s: {self.pipeline.model.name}, weights: "
+              f"{self.pipeline.weights['kind']}, attention: {self.pipeline.attention_backend}")
+        return pd.DataFrame([{"optimization": room["name"], "level": room["level"], "what it did": room["report"]["done"]}
+                             for room in self.pipeline.rooms], columns=["optimization", "level", "what it did"])
+
+    def measure(self) -> pd.DataFrame:
+        """Rehearse (compilation and capture happen here), then measure; returns the headline figures.
+
+        The measured stream fills the window, then runs `measure_blocks` blocks with `num_switches` prompt switches
+        spread evenly among them. Every second switch asks for a prompt that was never seen before.
+        """
+        self._rehearse()
+        device, config = self.pipeline.device, self.config
+        self._start_over()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        clocks_before = provenance.clocks(device)
+        for _ in self._stream_with_switches(config.blocks_in_measurement, switch_blocks(config)):
+            pass
+        events = self.timeline.resolve()
+        self.measured = metrics.measurements(
+            events, first_measured_block=config.warmup_blocks, frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
+            playback_fps=config.playback_fps, target_ms=config.target_ms_per_frame)
+        self.measured["events"] = [event.to_row() for event in events]
+        self.measured["memory_gb"] = provenance.memory_gb(device, self.session.cache.nbytes)
+        self.clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
+        return self._headline()
+
+    def _rehearse(self) -> None:
+        """One short stream through everything that the measured one will do, timed as set-up."""
+        started = time.perf_counter()
+        self._start_over()
+        blocks = self.config.warmup_blocks + 4
+        chunks = self._stream_with_switches(blocks, [self.config.warmup_blocks + 1])
+        next(chunks)
+        setup = self.pipeline.setup_s
+        setup["first_block"] = time.perf_counter() - started
+        for _ in chunks:
+            pass
+        setup["rehearsal"] = time.perf_counter() - started
+        setup["capture"] = sum(stats.capture_s for stats in self._stats() if hasattr(stats, "capture_s"))
+        setup["compile"] = compile_seconds()
+        print(f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling {setup['compile']:.1f} s, "
+              f"capturing {setup['capture']:.1f} s")
+
+    def _start_over(self) -> None:
+        self.session.reset()
+        self.timeline.clear()
+
+    def _stream_with_switches(self, blocks: int, switches: list[int]) -> Iterator[Chunk]:
+        prompts, pending, last_shown = self.script.prompts, list(switches), time.perf_counter()
+        for chunk in self.session.stream(prompts[0], blocks):
+            yield chunk
+            if pending and self.session.next_block >= pending[0]:
+                number = len(switches) - len(pending) + 1
+                pending.pop(0)
+                prompt = prompts[number % len(prompts)]
+                self.session.switch_prompt(prompt if number % 2 else f"{prompt} (variation {number})")
+            if time.perf_counter() - last_shown > PROGRESS_SECONDS:
+                last_shown = time.perf_counter()
+                print(f"block {chunk.block + 1} of {blocks}", flush=True)
+
+    def _stats(self) -> list[Any]:
+        return [room["report"]["stats"] for room in self.pipeline.rooms if "stats" in room["report"]]
+
+    def film(self) -> HTML:
+        """Generate the script's video with its prompt switches; returns a player. Not measured."""
+        self._start_over()
+        self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
+                       for chunk in self.session.play(self.script, self.config.video_blocks)]
+        self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
+        shown = video.shrink(self.frames, self.config.video_width)
+        video.write_mp4(self.folder / "video.mp4", shown, self.pipeline.model.fps, crf=self.config.video_crf)
+        labels = [f"block {chunk.block}" + (": new prompt" if chunk.switched else "") for chunk in self.chunks]
+        video.contact_sheet(self.folder / "frames.png", torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
+                            labels=labels)
+        if self.config.name == "baseline" and self.number == 1:
+            Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)
+        return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
+
+    def compare(self) -> pd.DataFrame:
+        """Quality against the baseline of the same campaign, by two protocols; the headline is the one-block protocol.
+
+        one block: every block is generated from the baseline's own past, so that differences cannot add up.
+        free-running: the video of `film` against the baseline's video, where differences do add up.
+        """
+        kind = self.pipeline.weights["kind"]
+        path = self.folder.parent / "baseline" / REFERENCE_FILE
+        if self.config.name == "baseline" and self.number == 1:
+            self.quality = quality.not_compared("this is the reference itself", "look at the other presets", kind)
+        elif not path.is_file():
+            self.quality = quality.not_compared("the campaign has no baseline video", "run the baseline first", kind)
+        else:
+            reference = Reference.load(path)
+            self.quality = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
+            self.quality["free_running"] = quality.compare(
+                reference.frames, self.frames, weights_kind=kind, prompts=reference.frame_prompts(self.script.prompts))
+        rows = {"one block": quality.log_numbers(self.quality)}
+        if "free_running" in self.quality:
+            rows["free-running"] = quality.log_numbers(self.quality["free_running"])
+        return pd.DataFrame({name: {key: plain(value) for key, value in row.items()} for name, row in rows.items()}).T
+
+    def definitions(self) -> HTML:
+        """What every figure means."""
+        rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
+                       for name, text in metrics.DEFINITIONS.items())
+        return HTML(f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>")
+
+    def difference(self) -> figures.Chart:
+        """Heat map of the mean absolute difference between this video and the baseline's, beside a frame of each.
+
+        Raises:
+            UserError: the campaign has no baseline video.
+        """
+        path = self.folder.parent / "baseline" / REFERENCE_FILE
+        if not path.is_file():
+            raise UserError(f"campaign: {self.campaign!r} has no baseline video to compare with; run the baseline first.")
+        reference = Reference.load(path)
+        video.write_mp4(self.folder / "side_by_side.mp4",
+                        quality.side_by_side(video.shrink(reference.frames, self.config.video_width),
+                                             video.shrink(self.frames, self.config.video_width)),
+                        self.pipeline.model.fps, crf=self.config.video_crf)
+        return difference_chart(reference.frames, self.frames)
+
+    def charts(self) -> None:
+        """Show every figure of this run, beside the campaign's baseline where there is one."""
+        for chart in figures.run_figures(self.result, self.baseline()).values():
+            display(chart)
+
+    def save(self) -> HTML:
+        """Write result.json, last of all and atomically; returns the decision."""
+        results.write_result(self.folder / RESULT_FILE, self.result)
+        decision = self.result["decision"]
+        keep = {True: "Keep", False: "Drop", None: "No decision"}[decision["keep"]]
+        return HTML(f"<p><b>{keep}.</b> {html.escape(decision['rationale'])}</p>"
+                    f"<p>Rule: {html.escape(decision['rule'])}.</p>")
+
+    @functools.cached_property
+    def result(self) -> dict[str, Any]:
+        """What `save` writes; everything before must have been called."""
+        config, pipeline = self.config, self.pipeline
+        environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend)
+        result = plain_json({
+            "schema_version": results.SCHEMA_VERSION, "status": "ok", "campaign": self.campaign, "preset": config.name,
+            "run": self.number, "title": config.title, "hypothesis": config.hypothesis, "parameters": config.to_dict(),
+            "environment": environment | self.clocks,
+            "model": {"name": pipeline.model.name, "parameters": pipeline.weights["dit"]["parameters"],
+                      "sizes": dataclasses.asdict(pipeline.model)},
+            "weights": pipeline.weights, "tokenizer": pipeline.weights["tokenizer"]["tokenizer"], "seed": config.seed,
+            **self.measured, "setup_s": pipeline.setup_s, "quality": self.quality, "rooms": self._room_reports(),
+            "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        campaign, _ = results.read_campaign(self.folder.parent)
+        gate = gate_of(config, result["rooms"])
+        result["decision"] = metrics.decide(result, self.baseline(), metrics.campaign_noise(campaign), gate)
+        return result
+
+    def baseline(self) -> dict[str, Any] | None:
+        """The finished baseline of this campaign, None if there is none."""
+        path = self.folder.parent / "baseline" / RESULT_FILE
+        return results.read_result(path) if path.is_file() else None
+
+    def _room_reports(self) -> list[dict[str, Any]]:
+        return [room | {"report": {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+                                   for key, value in room["report"].items()}} for room in self.pipeline.rooms]
+
+    def _headline(self) -> pd.DataFrame:
+        latency, memory = self.measured["latency"], self.measured["memory_gb"]
+        steady, switch = latency["ss_ms_per_frame"], latency["ps_ms"]
+        rows = {f"SS {key}, ms per frame": steady[key] for key in ("mean", "p50", "p95", "p99", "max")}
+        rows |= {f"PS {key}, ms": switch[key] for key in ("mean", "max")}
+        rows |= {"first frame, ms": latency["first_frame_ms"], "FPS": self.measured["fps"],
+                 "peak memory, GB": memory["peak_allocated"], "KV cache, GB": memory["kv_cache"]}
+        print(self.measured["sizes"]["note"])
+        print(latency["clock_disagreement"]["sentence"])
+        return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a notebook's globals: every public name with a plain value.
+
+    papermill injects unknown names with no more than a warning; here they reach the config, which refuses them.
+    """
+    shell = {"In", "Out"}
+    return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
+            and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
+
+
+def script_of(config: ExperimentConfig) -> Script:
+    """The prompts of a preset and when they take over in its video: as given, or spread evenly.
+
+    Raises:
+        UserError: a prompt file that cannot be read, or switches that do not fit.
+    """
+    if config.prompts_file is not None:
+        script = read_scripts(report.project_path(config.prompts_file), config.switch_frame_indices)[0]
+        late = [frame for frame in script.switch_frames if frame >= config.video_blocks * config.block_frames]
+        if late:
+            raise UserError(f"switch_frame_indices: {late[0]} lies past the end of the video, "
+                            f"{config.video_blocks * config.block_frames} latent frames; raise video_blocks.")
+        return script
+    if config.switch_frame_indices is not None:
+        return Script(config.prompts, config.switch_frame_indices)
+    used = config.prompts[:config.video_blocks]
+    blocks = [config.video_blocks * i // len(used) for i in range(1, len(used))]
+    return Script(used, tuple(block * config.block_frames for block in blocks))
+
+
+def switch_blocks(config: ExperimentConfig) -> list[int]:
+    """Blocks of the measured stream at which the prompt switches, evenly spread, never two in a row."""
+    section = config.measure_blocks + config.num_switches
+    return [config.warmup_blocks + section * (i + 1) // (config.num_switches + 1) for i in range(config.num_switches)]
+
+
+def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, Any]:
+    """The quality gate of `metrics.decide`: bit-identical frames if every optimization is exact, else the preset's
+    limits.
+    """
+    limits = {"min_psnr_db": config.min_psnr_db, "min_ssim": config.min_ssim, "max_lpips": config.max_lpips}
+    limits = {key: value for key, value in limits.items() if value is not None}
+    if all(room["level"] == "exact" for room in rooms):
+        return {"level": "exact", "objective": config.objective}
+    return {"level": "lossy", "objective": config.objective, **(limits or {"min_psnr_db": 45.0})}
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has spent in this process."""
+    times = torch._dynamo.utils.compilation_time_metrics
+    return sum(times.get("_compile.compile_inner", []))
+
+
+def plain(value: Any) -> Any:
+    """A figure for a table: rounded, or 'n/a: reason'."""
+    if results.is_na(value):
+        return f"n/a: {value['reason']}"
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with tuples as lists, so that it equals what is read back."""
+    if isinstance(value, Mapping):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return value
