@@ -310,7 +310,7 @@ def _at(result: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """Empty if the two runs may be compared, else the first difference that forbids it."""
     for path in _FAIR:
         if _at(a, path) != _at(b, path):
@@ -324,7 +324,7 @@ def aa_noise(result_a: Mapping[str, Any], result_b: Mapping[str, Any]) -> dict[s
     Figures: ss_mean, ss_p50, ss_max, ps_mean, fps, peak_allocated. One pair is a rough estimate: see
     `NOISE_FLOOR`. Raises UserError when the two are not runs of one preset on one kind of machine.
     """
-    difference = _unfair(result_a, result_b)
+    difference = unfair(result_a, result_b)
     if result_a["preset"] != result_b["preset"]:
         difference = f"preset is {result_a['preset']!r} against {result_b['preset']!r}"
     if difference:
@@ -378,7 +378,7 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return {"keep": None, "rule": "reference", "rationale": "the others are compared with the baseline"}
     if baseline is None:
         return verdict(None, "undecided: the campaign has no baseline result")
-    if difference := _unfair(result, baseline):
+    if difference := unfair(result, baseline):
         return verdict(None, f"undecided: not comparable with the baseline, {difference}")
     ours, reference = _at(result, _FIGURES[figure]), _at(baseline, _FIGURES[figure])
     spread = noise[figure] if noise else na("no A/A noise", "run one preset twice in the campaign")

@@ -132,18 +132,9 @@ def _noise(results: Sequence[Result]) -> dict[str, Any] | None:
         return None
 
 
-def _difference(result: Result, baseline: Result) -> str:
-    """Empty if the two runs may be compared, else what forbids it."""
-    for path in ("environment.gpu", "environment.cpu", "environment.torch", "model.name", "weights.kind",
-                 "parameters.height", "parameters.width", "seed", "sizes.frames_per_block"):
-        if lookup(result, path) != lookup(baseline, path):
-            return f"{path} is {lookup(result, path)} against {lookup(baseline, path)}"
-    return ""
-
-
 def _change(result: Result, baseline: Result | None, label: str) -> float | None:
     """Percent against the baseline; None where either is n/a or the two may not be compared."""
-    if baseline is None or _difference(result, baseline):
+    if baseline is None or metrics.unfair(result, baseline):
         return None
     value, reference = number(result, _FIGURES[label]), number(baseline, _FIGURES[label])
     return None if value is None or not reference else 100 * (value / reference - 1)
@@ -534,7 +525,7 @@ def _run_notes(run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) ->
 def _outcome(run: _Run, base: _Run) -> str:
     """What the hypothesis is to be compared with."""
     text = f"Outcome: SS mean {run.figure('SS Mean')} ms per video frame against {base.figure('SS Mean')}"
-    if difference := _difference(run.result, base.result):
+    if difference := metrics.unfair(run.result, base.result):
         return f"{text}, not comparable: {_escape(difference)}."
     moved = []
     for name in run.result["latency"]["stages_ms"]:

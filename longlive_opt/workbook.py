@@ -28,12 +28,13 @@ from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import Script, read_scripts
 from .optimizations import build_pipeline
 from .session import Chunk, StreamingSession
-from .timeline import Timeline
+from .timeline import Event, Timeline
 
 RUN_KEYS = ("campaign", "run", "output_dir")
 PROGRESS_SECONDS = 10.0
 REFERENCE_FILE = "reference.safetensors"
 RESULT_FILE = "result.json"
+SWITCH_EVERY = 3
 
 
 class Experiment:
@@ -86,22 +87,23 @@ class Experiment:
     def measure(self) -> pd.DataFrame:
         """Rehearse (compilation and capture happen here), then measure; returns the headline figures.
 
-        The measured stream fills the window, then runs `measure_blocks` blocks with `num_switches` prompt switches
-        spread evenly among them. Every second switch asks for a prompt that was never seen before.
+        Two streams, each filling the window first: one of `measure_blocks` blocks without a switch, for the steady
+        state, and one with a prompt switch at every third block. Every second switch asks for a prompt that was never
+        seen before.
         """
         self._rehearse()
         device, config = self.pipeline.device, self.config
-        self._start_over()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         clocks_before = provenance.clocks(device)
-        for _ in self._stream_with_switches(config.blocks_in_measurement, switch_blocks(config)):
-            pass
-        events = self.timeline.resolve()
+        steady = self._record(config.warmup_blocks + config.measure_blocks, [])
+        switched = self._record(config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config))
         self.measured = metrics.measurements(
-            events, first_measured_block=config.warmup_blocks, frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
-            playback_fps=config.playback_fps, target_ms=config.target_ms_per_frame)
-        self.measured["events"] = [event.to_row() for event in events]
+            steady, first_measured_block=config.warmup_blocks, frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
+            switch_events=switched if config.num_switches else None, playback_fps=config.playback_fps,
+            target_ms=config.target_ms_per_frame)
+        self.measured["events"] = [event.to_row() for event in steady]
+        self.measured["switch_events"] = [event.to_row() for event in switched]
         self.measured["memory_gb"] = provenance.memory_gb(device, self.session.cache.nbytes)
         self.clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
         return self._headline()
@@ -122,6 +124,12 @@ class Experiment:
         setup["compile"] = compile_seconds()
         print(f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling {setup['compile']:.1f} s, "
               f"capturing {setup['capture']:.1f} s")
+
+    def _record(self, blocks: int, switches: list[int]) -> list[Event]:
+        self._start_over()
+        for _ in self._stream_with_switches(blocks, switches):
+            pass
+        return self.timeline.resolve()
 
     def _start_over(self) -> None:
         self.session.reset()
@@ -231,7 +239,9 @@ class Experiment:
             "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         campaign, _ = results.read_campaign(self.folder.parent)
         gate = gate_of(config, result["rooms"])
-        result["decision"] = metrics.decide(result, self.baseline(), metrics.campaign_noise(campaign), gate)
+        # The gate stays with the result: once the noise is known, the report decides again.
+        result["decision"] = metrics.decide(result, self.baseline(), metrics.campaign_noise(campaign), gate) | {
+            "gate": gate}
         return result
 
     def baseline(self) -> dict[str, Any] | None:
@@ -286,9 +296,8 @@ def script_of(config: ExperimentConfig) -> Script:
 
 
 def switch_blocks(config: ExperimentConfig) -> list[int]:
-    """Blocks of the measured stream at which the prompt switches, evenly spread, never two in a row."""
-    section = config.measure_blocks + config.num_switches
-    return [config.warmup_blocks + section * (i + 1) // (config.num_switches + 1) for i in range(config.num_switches)]
+    """Blocks of the switch stream at which the prompt switches: every third one after warm-up."""
+    return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]
 
 
 def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, Any]:

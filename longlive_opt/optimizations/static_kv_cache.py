@@ -5,7 +5,7 @@ keeps its slots; the other slots form a ring in which a new block overwrites the
 concatenated or allocated; each pass writes the new frames' keys and values in place.
 
 Seam: `make_cache`, and the sampler's recache, which leaves out the frames whose keys a protected sink would drop.
-The cache owns rotation, so this also replaces the float64 complex rotation by float32 tables made once per block.
+The cache owns rotation, so this also replaces the float64 rotation by one in float32 with tables made once per block.
 
 Costs: nothing; memory equals the reference's. Does not help where attention itself dominates.
 Equal to the reference up to the order of summation over keys and float32 against float64 rotation.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Callable, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,18 +35,31 @@ class StaticKV(Room):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         geometry = cache_geometry(pipeline.config, pipeline.model)
         attention = make_attention(pipeline.attention_backend)
+        rotation = rotate_real if pipeline.config.use_torch_compile else rotate_complex
 
         def make_cache() -> StaticKVCache:
-            return StaticKVCache(geometry, attention, 1, pipeline.device, pipeline.dtype)
+            return StaticKVCache(geometry, attention, 1, pipeline.device, pipeline.dtype, rotation)
 
         pipeline = dataclasses.replace(pipeline, make_cache=make_cache, sampler=pipeline.sampler.trimming_recache())
         ring = geometry.window - geometry.sink
         return self.report(pipeline, f"ring of {ring} latent frames behind a sink of {geometry.sink}")
 
 
-def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the pairs (2j, 2j+1) of x [B, tokens, N, D] by tables [tokens, 1, D/2]; in float32, returned as x's dtype."""
+Rotation = Callable[[Tensor, Tensor], Tensor]
+"""Rotates the pairs (2j, 2j+1) of x [B, tokens, N, D] by a table, float32 [tokens, 1, D/2, 2] of cosine and sine; computed
+in float32, returned in the dtype of x."""
+
+
+def rotate_complex(x: Tensor, table: Tensor) -> Tensor:
+    """A `Rotation` in three kernels when run eagerly."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).to(x.dtype)
+
+
+def rotate_real(x: Tensor, table: Tensor) -> Tensor:
+    """A `Rotation` that Inductor fuses with its neighbours; it has no complex numbers."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = table.unbind(-1)
     return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -58,10 +71,11 @@ class RingKVCache:
     rotated anew whenever the window moves, so that its distance stays that of its slot.
     """
 
-    def __init__(self, geometry: CacheGeometry, device: torch.device):
+    def __init__(self, geometry: CacheGeometry, device: torch.device, rotation: Rotation):
         self.geometry = geometry
         self.device = device
-        self._tables: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.rotation = rotation
+        self._tables: dict[tuple[str, int], Tensor] = {}
         self._slots: dict[int, Tensor] = {}
         self.reset()
 
@@ -97,12 +111,12 @@ class RingKVCache:
         self._sink_shift = shift
         moment = (start, frames, plan.write_from, self._offset)
         if moment != self._prepared:
-            self.cosine, self.sine = self._table("new", start, frames)
+            self.table = self._table("new", start, frames)
             self.slots = self._slot_indices(plan, ring)
             self._prepared = moment
         if self.turns_sink:
             self.sink_slots = min(geometry.sink, plan.filled)
-            self.sink_cosine, self.sink_sine = self._table("sink", shift, self.sink_slots)
+            self.sink_table = self._table("sink", shift, self.sink_slots)
         self.plan = plan
         return plan
 
@@ -111,27 +125,22 @@ class RingKVCache:
         self._end, self._filled = self.plan.end, self.plan.filled
         self.plan = None
 
-    def _table(self, role: str, start: int, frames: int) -> tuple[Tensor, Tensor]:
+    def _table(self, role: str, start: int, frames: int) -> Tensor:
         positions = torch.arange(start, start + frames, device=self.device)
         angles = rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns)[:, None]
-        fresh = angles.cos().float(), angles.sin().float()
-        kept = self._tables.setdefault((role, frames), fresh)
-        for table, values in zip(kept, fresh):
-            table.copy_(values)
-        return kept
+        fresh = torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+        return self._tables.setdefault((role, frames), fresh).copy_(fresh)
 
     def _slot_indices(self, plan: PassPlan, ring: int) -> Tensor:
         """Physical slots of the stored frames, int64 [stored]: the sink stays, the rest turns."""
         sink = self.geometry.sink
         slots = torch.arange(plan.write_from, plan.filled, device=self.device)
         slots = torch.where(slots < sink, slots, sink + (slots - sink + self._offset) % ring)
-        kept = self._slots.setdefault(len(slots), slots)
-        kept.copy_(slots)
-        return kept
+        return self._slots.setdefault(len(slots), slots).copy_(slots)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate q or k of the new frames, [B, tokens, N, D]."""
-        return rotate_pairs(x, self.cosine, self.sine)
+        return self.rotation(x, self.table)
 
     def stored_frames(self, x: Tensor) -> Tensor:
         """k or v of the new frames, [B, L, N, D], as the frames that are stored, [B, stored, tokens, N, D]."""
@@ -142,8 +151,8 @@ class StaticKVCache(RingKVCache):
     """A ring in the model's dtype."""
 
     def __init__(self, geometry: CacheGeometry, attention: Attention, batch: int, device: torch.device,
-                 dtype: torch.dtype):
-        super().__init__(geometry, device)
+                 dtype: torch.dtype, rotation: Rotation = rotate_complex):
+        super().__init__(geometry, device, rotation)
         self.layers = [StaticLayer(self, attention, batch, dtype) for _ in range(geometry.layers)]
 
     @property
@@ -190,5 +199,5 @@ class StaticLayer:
             first, slots = cache.plan.write_from, cache.sink_slots
             self.raw_sink[:, first:slots] = cache.stored_frames(k)[:, :slots - first]
         raw = self.raw_sink[:, :cache.sink_slots]
-        self.key[:, :cache.sink_slots] = rotate_pairs(raw.flatten(1, 2), cache.sink_cosine,
-                                                      cache.sink_sine).unflatten(1, raw.shape[1:3])
+        turned = cache.rotation(raw.flatten(1, 2), cache.sink_table)
+        self.key[:, :cache.sink_slots] = turned.unflatten(1, raw.shape[1:3])

@@ -1,0 +1,49 @@
+# Every target sets up the environment first (once; scripts/bootstrap.py explains how) and then uses it.
+# PYTHON   the Python that makes the environment       make demo PYTHON=python3.12
+# ARGS     more arguments for the runner or for pytest make campaign-h100 ARGS="--overwrite"
+
+PYTHON ?= python3
+ARGS ?=
+PYTHON_TARGET ?= 3.12
+CAMPAIGN ?= demo
+
+SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
+RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint lab summary wheelhouse install-offline campaign-h100 clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+install: ## set up the environment (.venv, or the active one where it has torch already)
+	@$(SETUP); echo "environment ready: $$py"
+
+demo: ## run every notebook on the tiny model (CPU, minutes): outputs/demo
+	@$(RUNNER) run --campaign demo --profile params/profiles/laptop.yaml --repeat-baseline 1 $(ARGS)
+
+test: ## run the tests
+	@$(SETUP); "$$py" -m pytest $(ARGS)
+
+lint: ## check the code with ruff
+	@$(SETUP); "$$py" -m ruff check $(ARGS) .
+
+lab: ## open JupyterLab
+	@$(SETUP); "$$py" -m jupyterlab $(ARGS)
+
+summary: ## compare the finished runs of one campaign again (CAMPAIGN=demo)
+	@$(RUNNER) summary --campaign $(CAMPAIGN) $(ARGS)
+
+campaign-h100: ## measure every preset on an H100: outputs/h100 and OPTIMIZATION_LOG.md
+	@$(RUNNER) run --campaign h100 --profile params/profiles/h100.yaml --repeat-baseline 1 \
+		--log OPTIMIZATION_LOG.md $(ARGS)
+
+wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
+	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse
+
+install-offline: ## set up from wheelhouse/ without network, on a host that has torch
+	@$(PYTHON) scripts/bootstrap.py --offline wheelhouse
+
+clean: ## remove the environment and the caches; outputs/ stays
+	rm -rf .venv .bootstrap .pytest_cache .ruff_cache longlive_opt.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

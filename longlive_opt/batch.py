@@ -1,0 +1,261 @@
+"""Execute notebooks in kernels of their own and leave each run's folder in a state that can be trusted.
+
+A run is finished when papermill came to its end AND the notebook's last cell wrote a result.json with status
+"ok". The executed notebook alone proves nothing: after a killed kernel its metadata says "completed" of every
+cell. papermill is imported when the first notebook starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longlive_opt.errors import UserError
+from longlive_opt.html import export_html
+
+log = logging.getLogger(__name__)
+
+STDERR_LINES = 40
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to execute: `parameters` go into it, `folder` receives everything that it makes."""
+
+    label: str
+    notebook: Path
+    folder: Path
+    parameters: Mapping[str, Any]
+    title: str
+    needs_result: bool = True
+
+
+class RunFailed(Exception):
+    """A notebook did not finish; `report` is what failed.json holds."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__(report["meaning"])
+        self.report = report
+
+
+class NoResult(Exception):
+    """The notebook came to its end, but not with a finished result."""
+
+
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """The finished result in `folder`, or None when it is missing, cut off or not "ok"."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("status") == "ok" else None
+
+
+@contextlib.contextmanager
+def locked(jobs: Sequence[Job]) -> Iterator[None]:
+    """Hold the folders of `jobs`. The system drops a lock with its process, so none is ever stale.
+
+    Raises:
+        UserError: another process runs one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            locks = job.folder.parent / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(locks / job.label, "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(f"{job.label}: process {file.read().strip() or '?'} is running it in this "
+                                "campaign; wait for it or take another --campaign") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
+
+
+def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
+    """Run `jobs` in their order and return those that failed; one failure does not stop the rest."""
+    failed = []
+    for number, job in enumerate(jobs, 1):
+        log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
+        started = time.perf_counter()
+        try:
+            run_job(root, job)
+        except RunFailed as error:
+            failed.append(job)
+            log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
+            continue
+        log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
+        if not export_report(root, job):
+            failed.append(job)
+    return failed
+
+
+def export_report(root: Path, job: Job) -> bool:
+    """Export the HTML report of a finished run; a failure is logged and leaves the result as it is."""
+    report = job.folder / "report.html"
+    try:
+        # The summary is read; a run is also checked, by its code.
+        export_html(job.folder / "notebook.ipynb", report, title=job.title, hide_code=not job.needs_result)
+    except Exception as error:
+        log.error("[%s] the run is finished, but its report is not: %s", job.label, error)
+        return False
+    log.info("[%s] report: %s", job.label, report.relative_to(root))
+    return True
+
+
+def run_job(root: Path, job: Job) -> None:
+    """Execute `job` and leave in its folder either a finished run or failed.json.
+
+    A finished run that is there already stays until its successor is finished: that is made in <label>.new
+    and moved into place at the end. If it fails, it is kept as <label>.failed beside the finished one.
+
+    Raises:
+        RunFailed: the notebook raised, its kernel died, or it ended without a result.
+        KeyboardInterrupt: after the kernel was ended.
+    """
+    replaces = finished_result(job.folder) is not None
+    folder = job.folder.with_name(f"{job.label}.new") if replaces else job.folder
+    failed = job.folder.with_name(f"{job.label}.failed")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    stderr: deque[str] = deque(maxlen=STDERR_LINES)
+    started = time.time()
+    try:
+        _execute(root, job, folder, stderr)
+        if job.needs_result:
+            _check_result(folder, started)
+    except (Exception, KeyboardInterrupt) as error:
+        report = _failure(job, error, stderr, started)
+        # A result that came before the failure must not pass for a finished one.
+        (folder / "result.json").unlink(missing_ok=True)
+        text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
+        (folder / "failed.json").write_text(text, encoding="utf-8")
+        if replaces:
+            _move(folder, failed)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RunFailed(report) from error
+    if replaces:
+        _move(folder, job.folder)
+    shutil.rmtree(failed, ignore_errors=True)
+
+
+def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
+    """Run the notebook in a new kernel; its output becomes log lines, and its stderr is kept in `stderr`."""
+    import papermill
+
+    output = folder.relative_to(root)
+    parameters = dict(job.parameters)
+    if "output_dir" in parameters:
+        parameters["output_dir"] = output.as_posix()
+    cells = _Cells(job.label)
+    papermill_log = logging.getLogger("papermill")
+    papermill_log.setLevel(logging.INFO)
+    papermill_log.propagate = False
+    papermill_log.addHandler(cells)
+    try:
+        # papermill records its paths in the notebook, so they are relative. The log level hides a warning
+        # that the kernel prints at every start, and its traceback when it is interrupted.
+        with contextlib.chdir(root):
+            papermill.execute_notebook(job.notebook.relative_to(root), output / "notebook.ipynb", parameters,
+                                       cwd=".", kernel_name="python3", progress_bar=False, log_output=True,
+                                       stdout_file=_Lines(job.label), stderr_file=_Lines(job.label, stderr),
+                                       extra_arguments=["--log-level=50"])
+    finally:
+        papermill_log.removeHandler(cells)
+
+
+class _Cells(logging.Handler):
+    """From papermill's log, the cell that starts. What the cells show as rich output is for the report."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(logging.INFO)
+        self.label = label
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cell = re.fullmatch(r"Executing Cell (\d+)-+", record.getMessage())
+        if cell:
+            log.info("[%s] cell %s", self.label, cell.group(1))
+
+
+class _Lines:
+    """A stream of a notebook as log lines with a label; they are kept in `keep`, too."""
+
+    def __init__(self, label: str, keep: deque[str] | None = None) -> None:
+        self.label = label
+        self.keep = keep
+
+    def write(self, text: str) -> None:
+        for line in filter(str.strip, text.splitlines()):
+            log.info("[%s]   %s", self.label, line)
+            if self.keep is not None:
+                self.keep.append(line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _check_result(folder: Path, started: float) -> None:
+    path = folder / "result.json"
+    if not path.exists():
+        raise NoResult("no result.json was written")
+    # One second of slack: some file systems store whole seconds.
+    if path.stat().st_mtime < started - 1:
+        raise NoResult("result.json is older than this run")
+    if finished_result(folder) is None:
+        raise NoResult("result.json is not a finished result with status 'ok'")
+
+
+def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: float) -> dict[str, Any]:
+    """What failed.json holds: the kind of end, what it means, what to do, and the last lines of stderr."""
+    kind = type(error).__name__
+    name, message = getattr(error, "ename", kind), getattr(error, "evalue", str(error))
+    meaning, hint = f"{name}: {message}", "see stderr_tail in failed.json"
+    if kind == "KeyboardInterrupt":
+        meaning, hint = "interrupted", "run the same command again; finished presets are skipped"
+    elif kind == "DeadKernelError":
+        meaning = "the kernel's process ended abruptly: killed (out of memory?) or crashed in native code"
+        hint = "look at the system's log (dmesg); take a smaller profile or fewer blocks"
+    elif name == "OutOfMemoryError" or "out of memory" in message:
+        hint = "the GPU's memory is full: end other processes on it or take a smaller profile"
+    elif kind == "PapermillExecutionError":
+        hint = "the cell that failed is marked in the executed notebook.ipynb"
+    elif kind == "NoResult":
+        meaning, hint = message, "the notebook's last cell has to write it; see the executed notebook.ipynb"
+    elif kind == "NoSuchKernel":
+        hint = "the environment is incomplete: make install"
+    traceback = "\n".join(getattr(error, "traceback", ())).splitlines()
+    tail = [_ANSI.sub("", line) for line in [*stderr, *traceback][-STDERR_LINES:]]
+    return {"status": "failed", "label": job.label, "notebook": job.notebook.name, "kind": kind,
+            "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": dict(job.parameters),
+            "started_utc": _utc(started), "failed_utc": _utc(time.time())}
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move folder `source` to `target`; what was there is deleted last."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

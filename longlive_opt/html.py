@@ -1,0 +1,94 @@
+"""Executed notebook -> one HTML file that opens without a network: every style, picture and video lies in it.
+
+nbconvert's own templates load require.js, MathJax, Mermaid and the widget manager from the internet, even
+with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets.
+HTML outputs pass through unchanged: whoever prints a prompt or another string as HTML escapes it.
+"""
+
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from longlive_opt.errors import UserError
+
+_TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block jupyter_widgets -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+"""
+
+_LOADING_ATTRIBUTES = ("src", "srcset", "href", "xlink:href", "poster", "data", "background", "style")
+_REMOTE = re.compile(r"^\s*(https?:)?//", re.IGNORECASE)
+_REMOTE_IN_CSS = re.compile(r"""(?:url\(\s*['"]?|@import\s+['"])((?:https?:)?//[^'")\s]+)""", re.IGNORECASE)
+_REMOTE_IN_JS = re.compile(r"""\b(?:import|from|fetch|src|href)\b[^'"`;\n]*['"`]((?:https?:)?//[^'"`\s]+)""")
+
+
+def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: bool = False) -> None:
+    """Write an executed notebook as one self-contained HTML file, on request without its code.
+
+    Raises:
+        UserError: the notebook cannot be read, or the report would load something from the network.
+    """
+    import nbformat
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    try:
+        notebook = nbformat.read(notebook_path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise UserError(f"{notebook_path}: this is not a readable notebook ({error}); run it") from error
+    # The template takes the title from here before anything else.
+    notebook.metadata["title"] = title
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": _TEMPLATE})],
+                            template_file="offline.html.j2", embed_images=True, exclude_input=hide_code,
+                            exclude_input_prompt=hide_code, exclude_output_prompt=hide_code)
+    # The path is where relative pictures in prose are looked for, to be embedded.
+    resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}}
+    html, _ = exporter.from_notebook_node(notebook, resources=resources)
+    references = network_references(html)
+    if references:
+        raise UserError(f"{notebook_path}: the report would load {references[0]} from the network; "
+                        "embed it as data or link to it")
+    temporary = html_path.with_name(html_path.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, html_path)
+
+
+def network_references(html: str) -> list[str]:
+    """The remote addresses that a browser loads when it opens `html`; links (`<a href>`) are not loaded."""
+    finder = _ReferenceFinder()
+    finder.feed(html)
+    finder.close()
+    return finder.found
+
+
+class _ReferenceFinder(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("style", "script"):
+            self._inside = tag
+        for name, value in attrs:
+            if tag in ("a", "area") and name == "href" or not value or name not in _LOADING_ATTRIBUTES:
+                continue
+            if name == "style":
+                self.found += _REMOTE_IN_CSS.findall(value)
+            elif name == "srcset":
+                self.found += [part.split()[0] for part in value.split(",") if _REMOTE.match(part)]
+            elif _REMOTE.match(value):
+                self.found.append(value.strip())
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._inside:
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "style":
+            self.found += _REMOTE_IN_CSS.findall(data)
+        elif self._inside == "script":
+            self.found += _REMOTE_IN_JS.findall(data)

@@ -1,0 +1,25 @@
+"""Before any test module is imported: no network, no caches of this user, no display, two threads."""
+
+import os
+import tempfile
+
+import pytest
+
+_HOME = tempfile.TemporaryDirectory(prefix="longlive-tests-")
+os.environ |= {
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "2",
+    "MKL_NUM_THREADS": "2",
+    "HF_HUB_OFFLINE": "1",
+    **{name: os.path.join(_HOME.name, name.lower())
+       for name in ("HF_HOME", "TORCH_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")},
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU; torch takes seconds to import, so only such a test asks it."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")

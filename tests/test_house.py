@@ -1,0 +1,329 @@
+"""The house: packaging, set-up, and the rules that every notebook and tracked file keeps."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+
+from longlive_opt.errors import UserError
+from longlive_opt.html import export_html, network_references
+from longlive_opt.runner import QUICK, Layout, plan, plan_summary
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROFILES = sorted((ROOT / "params/profiles").glob("*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
+
+# Import name -> package, where they differ.
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
+# Declared, but not imported: torchvision is for lpips, ipykernel for papermill, the rest are commands.
+NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "ruff"}
+# Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
+NOT_DECLARED = {"triton", "jinja2", "IPython", "flash_attn", "cutlass", "quack", "mlflow", "ipywidgets"}
+MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
+REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
+FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-")
+
+
+# ---- packaging
+
+
+def test_conda_and_pip_ask_for_the_same() -> None:
+    """A dependency added to one of the two files only: the other way to install is broken from then on."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    pip = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    assert sorted(pip[0]) == sorted(REQUIREMENTS)
+    assert conda == ["python" + PROJECT["requires-python"], "pip"]
+
+
+def test_imports_are_declared() -> None:
+    """A package that is there on the developer's machine by chance, or a dependency that nothing uses."""
+    imported = set()
+    for path in (ROOT / "longlive_opt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    imported -= {*sys.stdlib_module_names, *NOT_DECLARED, "longlive_opt"}
+    used = {PACKAGES.get(name, name).replace("_", "-") for name in imported}
+    declared = {name_of(requirement) for requirement in REQUIREMENTS}
+    assert used - declared == set(), "add these to pyproject.toml and environment.yml"
+    assert declared - used - NOT_IMPORTED == set(), "nothing imports these"
+
+
+def test_make_help_names_every_target() -> None:
+    """A target that nobody finds."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
+    assert targets == set(re.search(r"\.PHONY: (.*)", makefile).group(1).split())
+    assert targets == set(re.findall(r"^([a-z0-9-]+):.* ## ", makefile, re.MULTILINE))
+
+
+# ---- notebooks
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_clean(path: Path) -> None:
+    """Outputs or the author's kernel in the repository; logic in a notebook where no test reaches it."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count is not None], "strip outputs"
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for cell in code:
+        tree = ast.parse(cell.source)
+        found = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, FORBIDDEN)]
+        assert found == [], f"this belongs into longlive_opt: {cell.source}"
+        assert not re.search(r"sys\.path|chdir|https?://|['\"]/", cell.source), cell.source
+    for statement in ast.parse(tagged[0].source).body:
+        ast.literal_eval(statement.value)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.name)
+def test_notebooks_presets_and_profiles_fit(profile: Path) -> None:
+    """A preset without a notebook, or a key that a notebook does not take, found on the GPU host."""
+    layout = Layout(ROOT)
+    jobs = plan(layout, "house", profile=profile, settings=QUICK, repeats=1)
+    presets = {path.stem for path in layout.params.glob("*.yaml")}
+    # Smoke is for tests, which build it without a notebook.
+    assert presets - {"smoke"} == {job.label for job in jobs} - {"baseline.repeat2"}
+    plan_summary(layout, "house")
+
+
+# ---- tracked files
+
+
+def tracked_files() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_path_of_one_machine_and_no_registry() -> None:
+    """Text that is true on the author's machine only."""
+    found = []
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" in content[:8192]:
+            continue
+        for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), 1):
+            hit = MACHINE_PATH.search(line) or REGISTRY.search(line)
+            if hit:
+                found.append(f"{path.relative_to(ROOT)}:{number}: {hit.group()}")
+    assert found == []
+
+
+def test_gitignore() -> None:
+    """An environment of 6 GB in a commit, or the measured campaign left out of it."""
+    tracked_files()
+    candidates = {
+        ".venv/bin/python": True, "wheelhouse/a.whl": True, ".bootstrap/stamp.json": True,
+        "outputs/demo/baseline/result.json": True, "longlive_opt/__pycache__/a.pyc": True,
+        "notebooks/.ipynb_checkpoints/a.ipynb": True, "checkpoints/a.pt": True,
+        "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,
+        "outputs/h100/baseline/result.json": False, "outputs/h100/baseline/video.mp4": False,
+        "notebooks/01_baseline.ipynb": False, "params/profiles/h100.yaml": False,
+    }
+    command = ["git", "check-ignore", "--no-index", *candidates]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert set(done.stdout.splitlines()) == {path for path, ignored in candidates.items() if ignored}
+
+
+# ---- set-up
+
+
+@pytest.fixture
+def bootstrap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """scripts/bootstrap.py with its state in a folder of the test."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("bootstrap")
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "STATE", tmp_path / ".bootstrap")
+    return module
+
+
+def stopped(capsys: pytest.CaptureFixture, function: object, *arguments: object) -> str:
+    """The one line with which the set-up ends in `function`."""
+    with pytest.raises(SystemExit) as caught:
+        function(*arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    return lines[-1]
+
+
+def test_old_python_can_read_the_set_up() -> None:
+    """A SyntaxError where the message should say which Python is needed."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 6))
+
+
+def test_too_old_python(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of installation that end in an error of some package."""
+    old = SimpleNamespace(version_info=(3, 9), exit=sys.exit, stderr=sys.stderr)
+    monkeypatch.setattr(bootstrap, "sys", old)
+    assert "Python 3.9, the project needs 3.11" in stopped(capsys, bootstrap.main)
+
+
+@pytest.mark.parametrize(("version", "reused"), [
+    ("2.11.0+cu130", True), ("2.10.0", True), ("2.12.0a0+git1", True), ("2.10.0a0+nv25", False),
+    ("2.9.1", False),
+])
+def test_only_a_recent_torch_is_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                       tmp_path: Path, version: str, reused: bool) -> None:
+    """A torch below 2.10 (unsafe to load weights with) is kept, or a good one of 3 GB is installed again."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").touch()
+    (tmp_path / f"torch-{version}.dist-info").mkdir()
+    (tmp_path / f"torch-{version}.dist-info/METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert bootstrap.installed_torch(sys.executable) == (version if reused else None)
+
+
+def test_broken_torch_is_not_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                    tmp_path: Path) -> None:
+    """A torch whose libraries are missing: everything is installed around it and nothing runs."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise OSError('libcudnn.so.9: cannot open shared object')")
+    (tmp_path / "torch-2.11.0.dist-info").mkdir()
+    (tmp_path / "torch-2.11.0.dist-info/METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert bootstrap.installed_torch(sys.executable) is None
+
+
+def test_stamp(bootstrap: ModuleType, tmp_path: Path) -> None:
+    """Installing on every make, or not even after the dependencies changed or the environment went away."""
+    bootstrap.STATE.mkdir()
+    stamp = {"digest": "a", "root": str(bootstrap.ROOT), "python": sys.executable}
+    path = bootstrap.STATE / "stamp.json"
+    path.write_text(json.dumps(stamp))
+    assert bootstrap.finished_python("a") == sys.executable
+    assert bootstrap.finished_python("b") is None
+    path.write_text(json.dumps(stamp | {"python": str(tmp_path / "gone")}))
+    assert bootstrap.finished_python("a") is None
+    path.write_text(json.dumps(stamp | {"root": str(tmp_path / "moved")}))
+    assert bootstrap.finished_python("a") is None
+    path.write_text('{"dig')
+    assert bootstrap.finished_python("a") is None
+
+
+def test_installation_never_changes_torch(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                          tmp_path: Path) -> None:
+    """pip upgrades the GPU host's torch because the newest torchvision asks for it."""
+    commands = []
+
+    def popen(command: list[str], **kwargs: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout=[], wait=lambda: 0)
+
+    monkeypatch.setattr(bootstrap.subprocess, "Popen", popen)
+    bootstrap.STATE.mkdir()
+    bootstrap.install("python", "2.11.0", tmp_path)
+    assert (bootstrap.STATE / "constraints.txt").read_text() == "torch==2.11.0\n"
+    assert commands[0][commands[0].index("--constraint") + 1] == str(bootstrap.STATE / "constraints.txt")
+    assert {"--no-index", "--find-links", str(tmp_path)} < set(commands[0])
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("NewConnectionError: [Errno 101] Network is unreachable", "PIP_INDEX_URL"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "TMPDIR"),
+    ("python: No module named pip", "ensurepip"),
+    ("ERROR: No matching distribution found for nonsense", "nonsense"),
+])
+def test_pip_failures_in_one_sentence(bootstrap: ModuleType, line: str, words: str) -> None:
+    """Two screens of pip where one sentence with the remedy would do."""
+    assert words in bootstrap.explain(["Collecting torch", line], None)
+    assert "\n" not in bootstrap.explain(["Collecting torch", line], None)
+
+
+def test_missing_ensurepip_and_full_disk(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's python3 without python3-venv, and a disk that fills up in the middle of the installation."""
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    assert "python3-venv" in stopped(capsys, bootstrap.make_venv, "python", None)
+    monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    assert "needs 8 GB" in stopped(capsys, bootstrap.check_disk, bootstrap.NEED_FULL)
+
+
+def test_stand_ins_hold_the_versions_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip does not accept the stand-in, and the wheelhouse grows by torch and 3 GB of CUDA libraries."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    wheelhouse = importlib.import_module("wheelhouse")
+    listed = "torch==2.11.0+cu130\nTyping.Extensions==4.15.0\nlonglive_opt==0.1.0\n"
+    (tmp_path / "have.txt").write_text(listed)
+    have = wheelhouse.read_have(tmp_path / "have.txt")
+    assert have == {"torch": "2.11.0+cu130", "typing_extensions": "4.15.0"}
+    constraints = [wheelhouse.write_stand_in(tmp_path, *item) for item in have.items()]
+    assert constraints == ["torch==2.11.0+cu130\n", "typing_extensions==4.15.0+host\n"]
+    (tmp_path / "constraints.txt").write_text("".join(constraints))
+    command = [sys.executable, "-m", "pip", "download", "--no-index", "--find-links", ".", "--dest", "out",
+               "--constraint", "constraints.txt", "torch>=2.10", "typing-extensions>=4"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert len(list((tmp_path / "out").glob("*.whl"))) == 2
+    with zipfile.ZipFile(next((tmp_path / "out").glob("torch-*.whl"))) as wheel:
+        assert not any(name.endswith(".py") for name in wheel.namelist())
+
+
+# ---- reports
+
+
+def write_notebook(path: Path, prose: str) -> None:
+    v4 = nbformat.v4
+    data = {"text/html": "<video src='data:video/mp4;base64,AAAA'></video>"}
+    video = v4.new_output("display_data", data=data)
+    cells = [v4.new_markdown_cell(prose), v4.new_code_cell("cell_code", outputs=[video])]
+    nbformat.write(v4.new_notebook(cells=cells), path)
+
+
+def test_report_is_self_contained(tmp_path: Path) -> None:
+    """nbconvert's templates load three scripts from the internet: offline, a report hangs or looks broken."""
+    notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
+    write_notebook(notebook, "# Title\n\n[a link](https://example.org) is no reference")
+    export_html(notebook, report, title="<b>bold</b> & co")
+    html = report.read_text(encoding="utf-8")
+    assert network_references(html) == []
+    assert "data:video/mp4;base64,AAAA" in html and "cell_code" in html
+    assert "<title>&lt;b&gt;bold&lt;/b&gt; &amp; co</title>" in html
+    export_html(notebook, report, title="x", hide_code=True)
+    assert "cell_code" not in report.read_text(encoding="utf-8")
+
+
+def test_remote_picture_is_refused(tmp_path: Path) -> None:
+    """A report that tells a server who reads it, and shows a hole without a network."""
+    write_notebook(tmp_path / "notebook.ipynb", '<img src="//example.org/a.png">')
+    with pytest.raises(UserError, match="example.org/a.png"):
+        export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("html", [
+    '<script src="https://h/a.js"></script>', '<link rel="stylesheet" href="http://h/a.css">',
+    "<img src='//h/a.png'>", '<img srcset="a.png 1x, https://h/b.png 2x">', '<video poster="https://h/a">',
+    "<style>a { background: url(https://h/a.png) }</style>", '<style>@import "https://h/a.css"</style>',
+    '<p style="background: url(//h/a.png)">', "<script>import a from 'https://h/a.js'</script>",
+    "<script>fetch('https://h/a')</script>", '<svg><image href="https://h/a.png"/></svg>',
+])
+def test_references_are_found(html: str) -> None:
+    """A kind of reference that the check of the reports does not see."""
+    assert len(network_references(html)) == 1

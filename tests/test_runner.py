@@ -1,0 +1,338 @@
+"""The runner: what it refuses before it starts, and what it leaves behind however a notebook ends.
+
+A throw-away project with notebooks of two or three cells; each kernel costs a second, so one campaign serves
+several tests.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from longlive_opt import batch, runner
+from longlive_opt.errors import UserError
+from longlive_opt.html import network_references
+
+PARAMETERS = """campaign: str = "x"
+run: int = 1
+output_dir: str = "x"
+name: str = "x"
+seed: int = 99
+device: str = "cpu"
+"""
+FINISH = """import json, pathlib
+result = {"status": "ok", "run": run, "parameters": {"name": name, "seed": seed}}
+pathlib.Path(output_dir, "result.json").write_text(json.dumps(result))"""
+KILL = """import os, signal
+os.kill(os.getpid(), signal.SIGKILL)"""
+TELL_PID = """import os, pathlib
+pathlib.Path(output_dir, "pid").write_text(str(os.getpid()))"""
+ENDINGS = {
+    "baseline": [FINISH],
+    "raises": ["import sys\nprint('a warning', file=sys.stderr)", FINISH, "1 / 0"],
+    "killed": [FINISH, KILL],
+    "silent": ["pass"],
+}
+
+
+def write_notebook(path: Path, parameters: str, cells: list[str], tags: int = 1) -> None:
+    """A notebook as the repository holds them: stripped, kernel python3, `tags` cells tagged parameters."""
+    v4 = nbformat.v4
+    code = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}) for _ in range(tags)]
+    code += [v4.new_code_cell(source) for source in cells]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(v4.new_notebook(cells=code, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A project in which every ending was met once, and the exit status of that campaign."""
+    root = tmp_path_factory.mktemp("finished")
+    make_project(root, ENDINGS)
+    return root, runner.main(["run", "--campaign", "c"], root)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    make_project(tmp_path, {"baseline": [FINISH]})
+    return tmp_path
+
+
+def make_project(root: Path, endings: dict[str, list[str]]) -> None:
+    (root / "notebooks").mkdir()
+    (root / "params").mkdir()
+    for number, (preset, cells) in enumerate(endings.items(), 1):
+        write_notebook(root / "notebooks" / f"{number:02}_{preset}.ipynb", PARAMETERS, cells)
+        content = {"name": preset, "seed": 3, "device": "cpu"}
+        (root / "params" / f"{preset}.yaml").write_text(yaml.safe_dump(content))
+    summary = 'campaign_dir: str = ""\nlog_path: str = ""'
+    write_notebook(root / "notebooks" / "99_summary.ipynb", summary, ["print('<b>summary</b>')"])
+
+
+def failure(root: Path, label: str) -> dict:
+    return json.loads((root / "outputs/c" / label / "failed.json").read_text())
+
+
+def error_of(root: Path, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line on stderr with which the command line refuses `arguments`."""
+    assert runner.main(["run", "--campaign", "c", *arguments], root) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- endings
+
+
+def test_success_leaves_result_notebook_and_offline_report(finished: tuple[Path, int]) -> None:
+    """Parameters not injected (the notebook's seed is 99), absolute paths, a report that needs a network."""
+    folder = finished[0] / "outputs/c/baseline"
+    assert json.loads((folder / "result.json").read_text())["parameters"] == {"name": "baseline", "seed": 3}
+    assert not (folder / "failed.json").exists()
+    recorded = nbformat.read(folder / "notebook.ipynb", 4).metadata.papermill
+    assert recorded.output_path == "outputs/c/baseline/notebook.ipynb"
+    assert network_references((folder / "report.html").read_text()) == []
+
+
+def test_failures_do_not_stop_the_campaign(finished: tuple[Path, int]) -> None:
+    """Exit status 0 after failures, or presets and summary after a failed one never run."""
+    root, status = finished
+    assert status == 1
+    assert (root / "outputs/c/summary/report.html").exists()
+
+
+def test_exception_is_reported(finished: tuple[Path, int]) -> None:
+    """A result written before the exception counts as finished, or stderr and traceback are lost."""
+    root, _ = finished
+    report = failure(root, "raises")
+    assert report["meaning"] == "ZeroDivisionError: division by zero"
+    assert report["stderr_tail"][0] == "a warning" and "1 / 0" in "\n".join(report["stderr_tail"])
+    assert not (root / "outputs/c/raises/result.json").exists()
+
+
+def test_killed_kernel_is_a_failure(finished: tuple[Path, int]) -> None:
+    """After SIGKILL papermill's notebook says that every cell completed, and here a result is there, too."""
+    root, _ = finished
+    assert failure(root, "killed")["kind"] == "DeadKernelError"
+    assert "out of memory?" in failure(root, "killed")["meaning"]
+    assert not (root / "outputs/c/killed/result.json").exists()
+
+
+def test_missing_result_is_a_failure(finished: tuple[Path, int]) -> None:
+    """A notebook that skips its last act passes as finished."""
+    assert failure(finished[0], "silent")["kind"] == "NoResult"
+
+
+def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
+    """After Ctrl-C: an orphaned kernel that holds the GPU, or a traceback instead of one line."""
+    make_project(tmp_path, {"baseline": [TELL_PID, "import time; time.sleep(60)"]})
+    code = "import sys, pathlib; from longlive_opt import runner; " \
+           "sys.exit(runner.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "run", "--campaign", "c"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pid_file = tmp_path / "outputs/c/baseline/pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text() != "" or process.poll() is not None)
+    kernel = int(pid_file.read_text())
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.splitlines() == ["interrupted; run the same command again to go on"]
+    assert failure(tmp_path, "baseline")["kind"] == "KeyboardInterrupt"
+    wait_until(lambda: not alive(kernel))
+
+
+def wait_until(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ---- finished runs
+
+
+def pretend_finished(root: Path, seed: int = 3) -> Path:
+    folder = root / "outputs/c/baseline"
+    folder.mkdir(parents=True)
+    result = {"status": "ok", "parameters": {"name": "baseline", "seed": seed}, "mark": "old"}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "report.html").touch()
+    return folder / "result.json"
+
+
+def stub_kernel(monkeypatch: pytest.MonkeyPatch, act: object) -> list[str]:
+    """Replace the execution of a notebook by `act(job, folder)`; returns the labels that were executed."""
+    executed: list[str] = []
+
+    def execute(root: Path, job: batch.Job, folder: Path, stderr: object) -> None:
+        executed.append(job.label)
+        act(job, folder)
+
+    monkeypatch.setattr(batch, "_execute", execute)
+    monkeypatch.setattr(batch, "export_html", lambda notebook, html, **options: html.touch())
+    return executed
+
+
+def write_new(job: batch.Job, folder: Path) -> None:
+    result = {"status": "ok", "parameters": dict(job.parameters), "mark": "new"}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A campaign that was cut off starts again from the beginning, or overwrites what was measured."""
+    result = pretend_finished(project)
+    executed = stub_kernel(monkeypatch, write_new)
+    assert runner.main(["run", "--campaign", "c", "--repeat-baseline", "2"], project) == 0
+    assert executed == ["baseline.repeat2", "baseline.repeat3", "summary"]
+    assert json.loads(result.read_text())["mark"] == "old"
+
+
+def test_other_parameters_are_refused(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """Results of two configurations mixed in one campaign under one name."""
+    pretend_finished(project, seed=4)
+    assert "seed: 4, not 3" in error_of(project, capsys)
+
+
+def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leftovers of the old run among the new one's files, or a working folder that stays."""
+    result = pretend_finished(project)
+    (result.parent / "leftover.png").touch()
+    stub_kernel(monkeypatch, write_new)
+    assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 0
+    assert json.loads(result.read_text())["mark"] == "new"
+    assert not (result.parent / "leftover.png").exists()
+    assert sorted(p.name for p in (project / "outputs/c").iterdir()) == [".locks", "baseline", "summary"]
+
+
+def test_failed_overwrite_keeps_the_old_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measured result lost to a run that failed, or a failure that is told after it was mended."""
+    result = pretend_finished(project)
+    stub_kernel(monkeypatch, lambda job, folder: 1 / 0)
+    assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 1
+    assert json.loads(result.read_text())["mark"] == "old"
+    assert failure(project, "baseline.failed")["kind"] == "ZeroDivisionError"
+    stub_kernel(monkeypatch, write_new)
+    assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 0
+    assert not (project / "outputs/c/baseline.failed").exists()
+
+
+def test_stale_result_is_a_failure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result.json copied in from an earlier run passes as this run's."""
+    def copy_old(job: batch.Job, folder: Path) -> None:
+        write_new(job, folder)
+        os.utime(folder / "result.json", (0, 0))
+
+    stub_kernel(monkeypatch, copy_old)
+    assert runner.main(["run", "--campaign", "c"], project) == 1
+    assert "older than this run" in failure(project, "baseline")["meaning"]
+
+
+def test_failed_report_keeps_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of measuring thrown away because the HTML export failed."""
+    stub_kernel(monkeypatch, write_new)
+    monkeypatch.setattr(batch, "export_html", lambda *args, **kwargs: 1 / 0)
+    assert runner.main(["run", "--campaign", "c"], project) == 1
+    assert batch.finished_result(project / "outputs/c/baseline") is not None
+
+
+def test_second_runner_is_refused(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two processes write into one folder, and time each other's work."""
+    with batch.locked(runner.plan(runner.Layout(project), "c")):
+        assert f"process {os.getpid()} is running it" in error_of(project, capsys)
+
+
+# ---- refused before anything runs
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("", "found nothing"),
+    ("- a\n- b\n", "found list"),
+    ("just text\n", "found str"),
+    ("name: baseline\nseed: 1\nseed: 2\n", "stands twice"),
+    ("name: !!python/object/apply:os.getcwd []\n", "not plain YAML"),
+    ("name: baseline\ntimestep_shift: 1e-3\n", "1.0e-3"),
+    ("name: baseline\nsede: 1\n", "did you mean 'seed'"),
+    ("name: other\n", "name is 'other'"),
+    ("name: baseline\nwidth: 64\n", "would ignore width"),
+])
+def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
+                                 content: str, words: str) -> None:
+    """papermill runs most of these: it warns about unknown names and injects '1e-3' as text."""
+    (project / "params/baseline.yaml").write_text(content)
+    assert words in error_of(project, capsys)
+    assert not (project / "outputs").exists()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--presets", "basline"], "did you mean 'baseline'? known: baseline"),
+    (["--presets", "orphan"], "add notebooks/NN_orphan.ipynb"),
+    (["--profile", "missing.yaml"], "No such file"),
+    (["--set", "seed"], "not key=value"),
+    (["--set", "seed=[1"], "not a YAML value"),
+    (["--set", "seed=1.5"], "expected int"),
+    (["--campaign", "../escape"], "cannot name a folder"),
+])
+def test_bad_arguments_are_refused(project: Path, capsys: pytest.CaptureFixture,
+                                   arguments: list[str], words: str) -> None:
+    """A mistake on the command line found an hour later, or told as a traceback."""
+    (project / "params/orphan.yaml").write_text("name: orphan\n")
+    assert words in error_of(project, capsys, *arguments)
+
+
+@pytest.mark.parametrize("tags", [0, 2])
+def test_notebook_needs_one_parameters_cell(project: Path, capsys: pytest.CaptureFixture, tags: int) -> None:
+    """Without the tag papermill injects on top, and the notebook's defaults overwrite what was asked for."""
+    write_notebook(project / "notebooks/01_baseline.ipynb", PARAMETERS, [FINISH], tags)
+    assert f"{tags} cells are tagged" in error_of(project, capsys)
+
+
+def test_order_of_precedence(project: Path) -> None:
+    """A profile that hides --set, or a default of the notebook (seed 99) that hides everything."""
+    layout = runner.Layout(project)
+    profile = project / "profile.yaml"
+    profile.write_text("seed: 5\n")
+    assert runner.plan(layout, "c")[0].parameters["seed"] == 3
+    assert runner.plan(layout, "c", profile=profile)[0].parameters["seed"] == 5
+    assert runner.plan(layout, "c", profile=profile, settings={"seed": 6})[0].parameters["seed"] == 6
+    (project / "params/baseline.yaml").write_text("name: baseline\n")
+    assert runner.plan(layout, "c")[0].parameters["seed"] == 0
+
+
+def test_no_gpu_is_noticed_before_anything_runs(project: Path) -> None:
+    """A campaign that dies in its first kernel, after minutes, for want of a GPU."""
+    jobs = runner.plan(runner.Layout(project), "c", settings={"device": "cuda"})
+    with pytest.raises(UserError, match="laptop.yaml"):
+        runner.check_machine(project / "outputs/c", jobs, cuda=lambda: False)
+    runner.check_machine(project / "outputs/c", jobs, cuda=lambda: True)
+
+
+def test_unwritable_folder_and_full_disk(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that cannot be written at the end of a run. (A file in the way: root may write anywhere.)"""
+    (project / "outputs").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        runner.check_machine(project / "outputs/c", [])
+    monkeypatch.setattr(runner, "MIN_FREE_BYTES", 2**62)
+    with pytest.raises(UserError, match="free some space"):
+        runner.check_machine(project / "results", [])
+
+
+def test_start_is_cheap() -> None:
+    """`--help` and a refused preset wait seconds for torch or papermill to be imported."""
+    code = "import sys, longlive_opt.runner; print({'torch', 'papermill', 'nbconvert'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
