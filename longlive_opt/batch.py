@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longlive_opt.errors import UserError
+from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.html import export_html
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
-    """Run `jobs` in their order and return those that failed; one failure does not stop the rest."""
+    """Run `jobs` in their order and return those that failed; one failure does not stop the rest. What this machine
+    lacks the means for is told, recorded and no failure.
+    """
     failed = []
     for number, job in enumerate(jobs, 1):
         log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
@@ -96,6 +98,9 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
         try:
             run_job(root, job)
         except RunFailed as error:
+            if error.report["status"] == "not available":
+                log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
+                continue
             failed.append(job)
             log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
             continue
@@ -242,7 +247,10 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
         hint = "the environment is incomplete: make install"
     traceback = "\n".join(getattr(error, "traceback", ())).splitlines()
     tail = [_ANSI.sub("", line) for line in [*stderr, *traceback][-STDERR_LINES:]]
-    return {"status": "failed", "label": job.label, "notebook": job.notebook.name, "kind": kind,
+    status = "not available" if name == NotAvailable.__name__ else "failed"
+    if status == "not available":
+        meaning, hint = message, "run it on a machine that has what it needs"
+    return {"status": status, "label": job.label, "notebook": job.notebook.name, "kind": kind,
             "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": dict(job.parameters),
             "started_utc": _utc(started), "failed_utc": _utc(time.time())}
 

@@ -116,10 +116,13 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType({"longlive-1.3b": ModelConf
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 KV_QUANTIZATIONS = ("int8", "fp8")
+KV_READ_PATHS = ("fused", "dequantize")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
 ROPE_POSITIONS = 1024
+RUN_KEYS = ("campaign", "run", "output_dir")
+"""What a notebook is told beside its configuration."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class ExperimentConfig:
     use_static_kv: bool = False
     use_quantized_kv: bool = False
     kv_quantization: str = "int8"
+    kv_read_path: str = "fused"
     use_async_vae: bool = False
     use_prompt_cache: bool = False
     prompt_cache_mb: int = 1024
@@ -234,6 +238,7 @@ class ExperimentConfig:
         one_of("model_dtype", DTYPES)
         one_of("compile_mode", COMPILE_MODES)
         one_of("kv_quantization", KV_QUANTIZATIONS)
+        one_of("kv_read_path", KV_READ_PATHS)
         one_of("attention_backend", ATTENTION_BACKENDS)
         one_of("objective", OBJECTIVES)
         if self.device != "cpu" and not (self.device == "cuda" or self.device.startswith("cuda:")):
@@ -256,8 +261,8 @@ class ExperimentConfig:
 
     @property
     def blocks_in_measurement(self) -> int:
-        """Blocks of the longer measured stream: steady state, or prompt switches at every third block."""
-        return self.warmup_blocks + max(self.measure_blocks, 3 * self.num_switches)
+        """Blocks of the longer measured stream: steady state, or prompt switches at every second block."""
+        return self.warmup_blocks + max(self.measure_blocks, 2 * self.num_switches)
 
     def _validate_sampling(self, at_least: Any) -> None:
         steps = self.denoising_steps

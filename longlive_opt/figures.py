@@ -39,10 +39,10 @@ _STAGES = tuple(STAGE_COLOURS)
 class Chart(Figure):
     """A Figure that a notebook shows by itself: no pyplot, hence no global state."""
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return buffer.getvalue(), {"alt": "; ".join(ax.get_title(loc="left") for ax in self.axes)}
 
 
 def colour_of(preset: str) -> str:

@@ -53,11 +53,14 @@ _WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without a result: its folder's label, why, and the parameters that it was given."""
+    """A run that ended without a result: its folder's label, why, and the parameters that it was given. `outcome` is
+    "failed", or "not available" where the machine lacks what the preset needs.
+    """
 
     label: str
     reason: str
     parameters: Mapping[str, Any]
+    outcome: str = "failed"
 
     @property
     def preset(self) -> str:
@@ -105,7 +108,7 @@ def _read_failure(path: Path) -> Failure:
         return Failure(label, "failed.json is not readable", {})
     parameters = report.get("parameters")
     return Failure(str(report.get("label", label)), str(report.get("meaning", "no reason recorded")),
-                   parameters if isinstance(parameters, dict) else {})
+                   parameters if isinstance(parameters, dict) else {}, str(report.get("status", "failed")))
 
 
 def decided(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -186,7 +189,7 @@ def runs_table(campaign: Campaign) -> pd.DataFrame:
         rows.append({"run": f"{result['preset']}{repeat}", "status": "ok",
                      "detail": lookup(result, "sizes.note"), "weights": lookup(result, "weights.kind"),
                      "device": lookup(result, "environment.gpu") or "CPU"})
-    rows += [{"run": f.label, "status": "failed", "detail": f.reason} for f in campaign.failures]
+    rows += [{"run": f.label, "status": f.outcome, "detail": f.reason} for f in campaign.failures]
     rows += [{"run": place, "status": "not usable", "detail": reason} for place, reason in campaign.problems]
     return pd.DataFrame(rows, columns=["run", "status", "detail", "weights", "device"]).fillna("")
 
@@ -252,7 +255,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
         if failure.label == failure.preset and failure.preset not in found:  # a repeat has no section
             words = {key: failure.parameters.get(key) for key in ("title", "hypothesis")}
             known = {"preset": failure.preset, **words, "parameters": failure.parameters}
-            found[failure.preset] = _Run(known, failure.reason)
+            found[failure.preset] = _Run(known, failure.reason, failure.outcome)
     order = [preset for preset in (BASELINE, *EXPERIMENTS) if preset in found]
     runs = {preset: found[preset] for preset in [*order, *(p for p in found if p not in order)]}
     noise = _noise(results)
@@ -282,6 +285,7 @@ class _Run:
 
     result: Result  # of a failed run: preset, title, hypothesis and parameters only
     failure: str = ""
+    outcome: str = ""
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -302,7 +306,7 @@ class _Run:
         if value is not None:
             return _digits(value)
         if self.failure:
-            return "n/a (failed)"
+            return f"n/a ({self.outcome})"
         places = (lookup(self.result, at) for at in (path, path.rpartition(".")[0]))
         absent = next(filter(is_na, places), {"reason": "not recorded", "how_to_fix": "run the preset again"})
         self.missing[label] = f"{absent['reason']}; {absent.get('how_to_fix', '')}"
@@ -373,7 +377,7 @@ def _settings(run: _Run) -> dict[str, str]:
     steps = parameters.get("denoising_steps")
     count = f"{len(steps)} ({', '.join(map(str, steps))})" if steps else "n/a"
     gpu, cpu = lookup(run.result, "environment.gpu"), lookup(run.result, "environment.cpu")
-    device = "n/a (failed)" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
+    device = f"n/a ({run.outcome})" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
     return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else _escape(model), "GPU": _escape(device),
             "Denoising Steps": _escape(count),
             "Local Attention": f"{_escape(parameters.get('local_attn_size', 'n/a'))} frames",
@@ -433,7 +437,7 @@ def _fill_experiment(section: str, run: _Run, base: _Run | None, noise: Mapping[
         elif line.startswith("**Decision**"):
             decision = run.result.get("decision") or {"keep": None}
             keep, drop = ("x" if decision["keep"] is wanted else " " for wanted in (True, False))
-            reason = "No decision: the run failed." if run.failure else \
+            reason = f"No decision: {run.outcome}." if run.failure else \
                 f"{_sentence(decision['rationale'])} Rule: {_sentence(decision['rule'])}"
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
@@ -459,7 +463,7 @@ def _quality(run: _Run, label: str, unit: str) -> str:
 def _quality_sentence(run: _Run) -> str:
     """The free text of experiments 1 to 3."""
     if run.failure:
-        return "n/a (failed)"
+        return f"n/a ({run.outcome})"
     quality = run.result["quality"]
     if not quality.get("reference"):
         return f"Not compared: {_sentence(lookup(quality, 'psnr_db.reason') or 'no reference')}"
@@ -634,7 +638,7 @@ def _kept(run: _Run) -> bool:
 def _when(run: _Run, other: _Run | None) -> str:
     """When to take `run` (quality or speed) instead of `other`, the recommended one or the baseline."""
     if run.failure:
-        return "n/a (failed)"
+        return f"n/a ({run.outcome})"
     if run is other:
         return "it is the recommended one"
     facts = f"SS max {run.figure('SS Max')} ms, {_quality_short(run)}{'' if _kept(run) else ', not kept'}"
@@ -678,7 +682,7 @@ def _observations(results: Sequence[Result], runs: Mapping[str, _Run],
 
 
 def _troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
-    return [*(f"Failed: {_escape(failure.label)}: {_sentence(failure.reason)}" for failure in failures),
+    return [*(f"{failure.outcome.capitalize()}: {_escape(failure.label)}: {_sentence(failure.reason)}" for failure in failures),
             *(f"Not usable: {_escape(place)}: {_sentence(reason)}" for place, reason in problems)]
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from longlive_opt.batch import Job, export_report, finished_result, locked, run_jobs
-from longlive_opt.config import ExperimentConfig, load_yaml
+from longlive_opt.config import RUN_KEYS, ExperimentConfig, load_yaml
 from longlive_opt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 BASELINE = "baseline"
 SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
-# What a notebook is told beside its configuration; it declares these, too.
-RUN_KEYS = ("campaign", "run", "output_dir")
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30

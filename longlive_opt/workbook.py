@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import html
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -22,7 +23,7 @@ import torch
 from IPython.display import HTML, display
 
 from . import figures, metrics, provenance, quality, report, results, video
-from .config import VAE_TEMPORAL_STRIDE, ExperimentConfig
+from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import Script, read_scripts
@@ -30,11 +31,13 @@ from .optimizations import build_pipeline
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
 
-RUN_KEYS = ("campaign", "run", "output_dir")
+# torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 PROGRESS_SECONDS = 10.0
 REFERENCE_FILE = "reference.safetensors"
 RESULT_FILE = "result.json"
-SWITCH_EVERY = 3
+SWITCH_EVERY = 2
 
 
 class Experiment:
@@ -88,7 +91,7 @@ class Experiment:
         """Rehearse (compilation and capture happen here), then measure; returns the headline figures.
 
         Two streams, each filling the window first: one of `measure_blocks` blocks without a switch, for the steady
-        state, and one with a prompt switch at every third block. Every second switch asks for a prompt that was never
+        state, and one with a prompt switch at every second block. Every second switch asks for a prompt that was never
         seen before.
         """
         self._rehearse()
@@ -296,7 +299,7 @@ def script_of(config: ExperimentConfig) -> Script:
 
 
 def switch_blocks(config: ExperimentConfig) -> list[int]:
-    """Blocks of the switch stream at which the prompt switches: every third one after warm-up."""
+    """Blocks of the switch stream at which the prompt switches: every second one after warm-up."""
     return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]
 
 

@@ -1,0 +1,102 @@
+"""Attention over an 8-bit cache as one PyTorch operator: Triton on CUDA, its emulation elsewhere.
+
+    out = attention8(q, cache, num_keys)
+
+No mask: every slot below `num_keys` is attended, so the order of cached keys does not matter and a ring
+buffer needs no rolling. The operator allocates only its output and never synchronises: it can be captured in
+a CUDA graph and sits in a compiled region (`fullgraph=True`) as one node. `num_keys` is a Python int, so each
+of its values (four while the window grows) is its own graph.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longlive_opt.kernels.emulation import attention8_emulated
+from longlive_opt.kernels.quantize import FP8, V_GROUP, QuantizedKV
+
+
+class Tile(NamedTuple):
+    """How the kernel is launched.
+
+    `two_level` adds each tile's P V to the sum in float32 rather than in the tensor core, whose fp8
+    accumulators keep about 14 bits: as many instructions, less overlap between tiles. `max_registers` caps a
+    thread's registers (168 lets three programs of 4 warps share a multiprocessor, for a few spills); 0 is no
+    cap. `gluon` takes the kernel of `gluon_attention` instead, which reads `block_n` and `num_stages` only.
+    """
+
+    block_m: int = 64
+    block_n: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+    two_level: bool = False
+    max_registers: int = 0
+    gluon: bool = False
+
+
+# By (K dtype, V dtype). 128 queries with 8 warps read the L2 cache half as often as 64 with 4, of which fp8
+# would ask 5 TB/s. Stages and level are those for which ptxas (12.8) leaves the products asynchronous.
+TILES = {
+    (torch.int8, FP8): Tile(128, 128, 8, 3, two_level=True),
+    (FP8, FP8): Tile(128, 128, 8, 3),
+    (torch.int8, torch.int8): Tile(128, 128, 8, 3),
+    (torch.int8, torch.bfloat16): Tile(128, 128, 8, 2),
+}
+
+
+def attention8(q: Tensor, cache: QuantizedKV, num_keys: int, tile: Tile | None = None) -> Tensor:
+    """Attention of q [B,L,N,D] over the first `num_keys` slots of an 8-bit cache -> [B,L,N,D] in q's dtype.
+
+    q: contiguous, bf16 on CUDA (any float elsewhere); softmax scale 1/sqrt(D). `tile` None takes the entry of
+    TILES. Raises ValueError when shapes, dtypes or layouts do not fit.
+    """
+    tile = tile or TILES.get((cache.k.dtype, cache.v.dtype), TILES[torch.int8, torch.bfloat16])
+    return torch.ops.longlive.attention8(q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys, *tile)
+
+
+@torch.library.custom_op("longlive::attention8", mutates_args=())
+def _attention8(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int,
+                block_m: int, block_n: int, num_warps: int, num_stages: int, two_level: bool,
+                max_registers: int, gluon: bool) -> Tensor:
+    _check(q, k, v, k_scale, v_scale, num_keys)
+    if q.is_cuda and gluon:
+        from longlive_opt.kernels import gluon_attention
+
+        return gluon_attention.launch(q, k, v, k_scale, v_scale, num_keys, block_n, num_stages)
+    if q.is_cuda:
+        from longlive_opt.kernels import attention8_triton
+
+        return attention8_triton.launch(q, k, v, k_scale, v_scale, num_keys, block_m, block_n, num_warps,
+                                        num_stages, two_level, max_registers)
+    return attention8_emulated(q, k, v, k_scale, v_scale, num_keys, block_n)
+
+
+@_attention8.register_fake
+def _attention8_fake(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int,
+                     block_m: int, block_n: int, num_warps: int, num_stages: int, two_level: bool,
+                     max_registers: int, gluon: bool) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int) -> None:
+    """Shapes of the module `quantize`; a wrong one would make the kernel read elsewhere rather than fail."""
+    batch, _, heads, dim = q.shape
+    slots = k.shape[1]
+    per_head, per_token = (batch, heads), (batch, heads, slots)
+    expected = {"k": (batch, slots, heads, dim), "v": (batch, slots, heads, dim),
+                "k_scale": per_token if k.dtype == torch.int8 else per_head, "v_scale": per_token}
+    if v.dtype == FP8:
+        expected |= {"v": (batch, heads, dim, -(-slots // V_GROUP) * V_GROUP), "v_scale": per_head}
+    for name, tensor in {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}.items():
+        if tensor is not None and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; q {tuple(q.shape)} needs {expected[name]}")
+    if k.dtype not in (torch.int8, FP8) or (v_scale is None) == (v.dtype in (torch.int8, FP8)):
+        given = "absent" if v_scale is None else "given"
+        raise ValueError(f"k is {k.dtype}, v {v.dtype}, v_scale {given}: see the table in quantize.py")
+    if not 0 < num_keys <= slots:
+        raise ValueError(f"num_keys is {num_keys}; the cache has {slots} slots")
+    if not all(t.is_contiguous() for t in (q, k, v, k_scale, v_scale) if t is not None):
+        raise ValueError("q, k, v and their scales must be contiguous: the kernel takes no strides")

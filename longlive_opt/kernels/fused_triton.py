@@ -1,0 +1,212 @@
+"""Triton kernels behind `fused`: a program per token, intermediates rounded where eager PyTorch rounds them.
+
+All are memory bound, so they are launched without fused multiply-add: a product is rounded before it is
+added, as in eager code. A row of C channels is one program of 4 warps; C is padded to a power of two and the
+padding masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longlive_opt.kernels.quantize import FP8, V_GROUP
+
+ROUND = tl.constexpr(12582912.0)
+V_TOKENS = 64
+
+
+@triton.jit
+def _vector(pointer, batch, frame, batch_stride, frame_stride, cols, mask):
+    """One per-frame vector [C] of a [B,F,C] tensor, float32."""
+    vector = pointer + batch * batch_stride + frame * frame_stride
+    return tl.load(vector + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr, tokens, channels,
+                frame_tokens, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame, eps,
+                RESIDUAL: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr, BLOCK: tl.constexpr):
+    """x + gate * y, LayerNorm, then modulation per frame or, weight and bias in their places, affine."""
+    row = tl.program_id(0)
+    batch = row // tokens
+    frame = row % tokens // frame_tokens
+    cols = tl.arange(0, BLOCK)
+    mask = cols < channels
+    dtype = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * channels + cols, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        y = tl.load(y_ptr + row * channels + cols, mask=mask, other=0.0).to(tl.float32)
+        if GATE:
+            gate = _vector(gate_ptr, batch, frame, gate_batch, gate_frame, cols, mask)
+            y = (gate * y).to(dtype).to(tl.float32)
+        rounded = (x + y).to(dtype)
+        tl.store(x_out_ptr + row * channels + cols, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    mean = tl.sum(x, 0) / channels
+    centred = tl.where(mask, x - mean, 0.0)
+    h = centred * tl.rsqrt(tl.sum(centred * centred, 0) / channels + eps)
+    scale = _vector(scale_ptr, batch, frame, scale_batch, scale_frame, cols, mask)
+    shift = _vector(shift_ptr, batch, frame, shift_batch, shift_frame, cols, mask)
+    if MODULATE:
+        h = (h.to(dtype).to(tl.float32) * (1.0 + scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    else:
+        h = h * scale
+    tl.store(out_ptr + row * channels + cols, (h + shift).to(dtype), mask=mask)
+
+
+@triton.jit
+def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, channels, eps, BLOCK: tl.constexpr):
+    """RMS norm of one row over all channels, rounded before the weight."""
+    row = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < channels
+    dtype = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * channels + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / channels + eps)).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * channels + cols, (normed * weight).to(dtype), mask=mask)
+
+
+@triton.jit
+def _store_row(pointer, scale_ptr, x, batch, slot, slots, heads, N: tl.constexpr, D: tl.constexpr,
+               KIND: tl.constexpr):
+    """Put a token x [heads, D] into its cache row: int8 and its scales, e4m3 by the scales found, or plain.
+
+    A negative slot stores nothing.
+    """
+    kept = heads < tl.where(slot < 0, 0, N)
+    target = pointer + ((batch * slots + slot) * N + heads)[:, None] * D + tl.arange(0, D)[None, :]
+    if KIND == "int8":
+        x = x.to(tl.float32)
+        absmax = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
+        x = ((x * (tl.div_rn(1.0, absmax) * 127.0)[:, None] + ROUND) - ROUND).to(tl.int8)
+        tl.store(scale_ptr + (batch * N + heads) * slots + slot, absmax * (1.0 / 127.0), mask=kept)
+    elif KIND == "fp8":
+        scale = tl.load(scale_ptr + batch * N + heads, mask=kept, other=1.0)
+        x = x.to(tl.float32) * tl.div_rn(1.0, scale)[:, None]
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
+    tl.store(target, x, mask=kept[:, None])
+
+
+@triton.jit
+def qk_norm_rope_write_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr,
+                              v_ptr, k_scale_ptr, v_scale_ptr, tokens, slots, frame_tokens, eps,
+                              N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, K_KIND: tl.constexpr,
+                              V_KIND: tl.constexpr):
+    """Program (token, role): 0 normalises and rotates q; 1 does so for k and stores it; 2 stores v."""
+    row = tl.program_id(0)
+    role = tl.program_id(1)
+    batch = row // tokens
+    token = row % tokens
+    frame = token // frame_tokens
+    first = tl.load(slots_ptr + frame)
+    slot = tl.where(first < 0, -1, first + token % frame_tokens)
+    heads = tl.arange(0, HEADS)
+    mask = (heads < N)[:, None]
+    offsets = heads[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(qkv_ptr + (row * 3 + role) * N * D + offsets, mask=mask, other=0.0)
+    if role == 2:
+        _store_row(v_ptr, v_scale_ptr, x, batch, slot, slots, heads, N, D, V_KIND)
+    else:
+        dtype = x.dtype
+        weights = tl.where(role == 0, q_weight_ptr, k_weight_ptr)
+        weight = tl.load(weights + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(tl.float32)
+        square = tl.sum(tl.sum(x * x, 1), 0)
+        x = (x * tl.rsqrt(square / (N * D) + eps)).to(dtype).to(tl.float32)
+        x = (x * weight).to(dtype).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, [HEADS, D // 2, 2]))
+        pairs = token * (D // 2) + tl.arange(0, D // 2)[None, :]
+        cos = tl.load(cos_ptr + pairs)
+        sin = tl.load(sin_ptr + pairs)
+        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, D]).to(dtype)
+        if role == 0:
+            tl.store(q_ptr + row * N * D + offsets, x, mask=mask)
+        else:
+            _store_row(k_ptr, k_scale_ptr, x, batch, slot, slots, heads, N, D, K_KIND)
+
+
+@triton.jit
+def write_v_transposed_kernel(qkv_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, capacity, frame_tokens, blocks,
+                              N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (block of columns of a frame, batch and head): V as e4m3 [B,N,D,T'], slots permuted.
+
+    It walks the cache's columns, so that stores are contiguous, and fetches the token that belongs to each.
+    """
+    frame = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    batch_head = tl.program_id(1)
+    batch = batch_head // N
+    head = batch_head % N
+    first = tl.load(slots_ptr + frame)
+    end = first + tl.where(first < 0, 0, frame_tokens)
+    start = first // 16 * 16 + block * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    low = column % 16
+    slot = column - low + low % 4 // 2 * 8 + low // 4 * 2 + low % 2
+    inside = (slot >= first) & (slot < end)
+    row = batch * tokens + frame * frame_tokens + slot - first
+    channels = tl.arange(0, D)
+    source = qkv_ptr + ((row * 3 + 2) * N + head)[:, None] * D + channels[None, :]
+    x = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
+    x = x * tl.div_rn(1.0, tl.load(v_scale_ptr + batch_head))
+    stored = tl.trans(tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv))
+    target = v_ptr + (batch_head * D + channels)[:, None] * capacity + column[None, :]
+    if start >= first and start + BLOCK <= end:
+        tl.store(target, stored)  # unmasked, so 16 bytes at a time
+    else:
+        tl.store(target, stored, mask=inside[None, :])
+
+
+def norm(x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, frame_tokens: int,
+         modulate: bool, eps: float) -> tuple[Tensor | None, Tensor]:
+    """Launch `norm_kernel` -> (new residual stream or None without y, normed).
+
+    scale and shift are [B,F,C] if `modulate`, else weight and bias [C].
+    """
+    batch, tokens, channels = x.shape
+    out = torch.empty_like(x)
+    x_out = None if y is None else torch.empty_like(x)
+    strides = []
+    for t in (gate, scale, shift):
+        strides += t.stride()[:2] if t is not None and t.dim() == 3 else (0, 0)
+    norm_kernel[(batch * tokens,)](
+        x, x if y is None else y, x if gate is None else gate, scale, shift, out if x_out is None else x_out,
+        out, tokens, channels, frame_tokens, *strides, eps, RESIDUAL=y is not None, GATE=gate is not None,
+        MODULATE=modulate, BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
+    return x_out, out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Launch `rms_norm_kernel` over the last dimension of a contiguous x."""
+    out = torch.empty_like(x)
+    channels = x.shape[-1]
+    block = triton.next_power_of_2(channels)
+    rms_norm_kernel[(x.numel() // channels,)](x, weight, out, channels, eps, BLOCK=block, num_warps=4,
+                                              enable_fp_fusion=False)
+    return out
+
+
+def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+                       slots: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+                       frame_tokens: int, eps: float) -> Tensor:
+    """Launch the write kernels; k, v and their scales per token change in place. Returns q [B,L,N,D]."""
+    batch, tokens, _ = qkv.shape
+    _, capacity, heads, dim = k.shape
+    kinds = {torch.int8: "int8", FP8: "fp8"}
+    transposed = v.dtype == FP8
+    q = torch.empty(batch, tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    qk_norm_rope_write_kernel[(batch * tokens, 2 if transposed else 3)](
+        qkv, q_weight, k_weight, cos, sin, slots, q, k, v, q if k_scale is None else k_scale,
+        q if v_scale is None else v_scale, tokens, capacity, frame_tokens, eps, N=heads, D=dim,
+        HEADS=triton.next_power_of_2(heads), K_KIND=kinds.get(k.dtype, "plain"),
+        V_KIND="plain" if transposed else kinds.get(v.dtype, "plain"), num_warps=4, enable_fp_fusion=False)
+    if transposed:
+        blocks = triton.cdiv(frame_tokens + V_GROUP, V_TOKENS)
+        write_v_transposed_kernel[(slots.shape[0] * blocks, batch * heads)](
+            qkv, slots, v, v_scale, tokens, v.shape[3], frame_tokens, blocks, N=heads, D=dim, BLOCK=V_TOKENS,
+            num_warps=8, enable_fp_fusion=False)
+    return q

@@ -1,0 +1,177 @@
+"""8-bit formats of the KV cache: what is stored, in which order, and the arithmetic of quantisation.
+
+Letters: B batch, T cache slots (tokens), N heads, D head dim. A mode names the formats of K and of V:
+
+| mode      | K, k_scale                        | V, v_scale                               | of bf16 |
+|-----------|-----------------------------------|------------------------------------------|---------|
+| int8_bf16 | int8 [B,T,N,D], per token [B,N,T] | bf16 [B,T,N,D], none                     | 3/4     |
+| int8_int8 | int8 [B,T,N,D], per token [B,N,T] | int8 [B,T,N,D], per token [B,N,T]        | 1/2     |
+| int8_fp8  | int8 [B,T,N,D], per token [B,N,T] | e4m3 [B,N,D,T'] permuted, per head [B,N] | 1/2     |
+| fp8_fp8   | e4m3 [B,T,N,D], per head [B,N]    | e4m3 [B,N,D,T'] permuted, per head [B,N] | 1/2     |
+
+A scale per token adds 4 bytes per head, 3 % of int8 at D = 128. Scales are float32. Every format is written
+slot by slot and quantised once, when written.
+
+*Why V is transposed in fp8.* Hopper's 8-bit matrix product wants both operands contiguous along the summed
+dimension; for P V that is the slots. T' is T rounded up to 16 bytes, the granularity of the copy engine.
+
+*Why its slots are permuted.* P leaves the first product with a thread holding columns 2q, 2q+1, 8+2q, 9+2q of
+each 16, and enters the second as columns 4q..4q+3. Attention does not care about the order of keys, so V is
+stored in the order in which P lies in registers, and the exchange between threads disappears (`slot_column`).
+
+*Why fp8 has one fixed scale per head.* e4m3 is a floating-point format: 15 binades lie between its smallest
+normal number and its largest, so a scale per token buys no precision and costs a multiplication per score. A
+scale of 1 covers 0.016 to 448; values beyond saturate. `head_scale` derives another one from data. int8 needs
+its scale per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127.0
+FP8_MAX = 448.0
+FP8 = torch.float8_e4m3fn
+TINY = 1e-12
+V_GROUP = 16
+MODES = {
+    "int8_bf16": ("int8", "bf16"),
+    "int8_int8": ("int8", "int8"),
+    "int8_fp8": ("int8", "fp8"),
+    "fp8_fp8": ("fp8", "fp8"),
+}
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """One layer's 8-bit cache; the module docstring gives the layouts. `v_scale` is None when V is bf16."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor
+    v_scale: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, scales included."""
+        return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
+
+
+def allocate_kv(mode: str, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device | str,
+                dtype: torch.dtype = torch.bfloat16) -> QuantizedKV:
+    """An empty cache of `tokens` slots; zeroed, since a kernel may read slots that hold no token (weight 0).
+
+    `dtype` is that of V in int8_bf16. Scales start at 1. Raises ValueError for an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+    k_kind, v_kind = MODES[mode]
+    rows = (batch, tokens, heads, head_dim)
+    per_token, per_head = (batch, heads, tokens), (batch, heads)
+    k = torch.zeros(rows, dtype=torch.int8 if k_kind == "int8" else FP8, device=device)
+    k_scale = torch.ones(per_token if k_kind == "int8" else per_head, device=device)
+    if v_kind == "fp8":
+        padded = -(-tokens // V_GROUP) * V_GROUP
+        v = torch.zeros((batch, heads, head_dim, padded), dtype=FP8, device=device)
+        return QuantizedKV(k, v, k_scale, torch.ones(per_head, device=device))
+    v = torch.zeros(rows, dtype=torch.int8 if v_kind == "int8" else dtype, device=device)
+    return QuantizedKV(k, v, k_scale, torch.ones(per_token, device=device) if v_kind == "int8" else None)
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> (int8 [..., D], float32 scale [...]), scale = absmax / 127, round half to even.
+
+    The order of operations is a contract with the kernels: one reciprocal a row, then products in float32.
+    """
+    x = x.float()
+    absmax = x.abs().amax(-1).clamp_min(TINY)
+    q = torch.round(x * (absmax.reciprocal() * INT8_MAX)[..., None])
+    return q.to(torch.int8), absmax * (1 / INT8_MAX)
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> (e4m3 [..., D], float32 scale [...]), scale = absmax / 448."""
+    x = x.float()
+    absmax = x.abs().amax(-1).clamp_min(TINY)
+    return saturate_fp8(x * (absmax.reciprocal() * FP8_MAX)[..., None]), absmax * (1 / FP8_MAX)
+
+
+def saturate_fp8(x: Tensor) -> Tensor:
+    """float32 -> e4m3, clamped to +-448: a plain cast of a larger value gives NaN on some devices."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """q [..., D] and its scale [...] -> float32 [..., D]."""
+    return q.float() * scale[..., None]
+
+
+def head_scale(x: Tensor, margin: float = 4.0) -> Tensor:
+    """Fixed e4m3 scale per head from a sample x [B,T,N,D] -> float32 [B,N].
+
+    absmax may grow `margin` times before it saturates; that costs two of fifteen binades at the lower end.
+    """
+    return x.float().abs().amax((1, 3)).clamp_min(TINY) * (margin / FP8_MAX)
+
+
+def subtract_key_mean(k: Tensor) -> Tensor:
+    """k [B,T,N,D] less its mean over tokens; shifts all scores of a query alike, so softmax is unchanged.
+
+    Helps int8 when keys share a large offset (SageAttention's smoothing). Reference only: the mean moves with
+    every block, so stored keys would have to be quantised again.
+    """
+    return k - k.float().mean(1, keepdim=True).to(k.dtype)
+
+
+def token_slots(slots: Tensor, frame_tokens: int) -> Tensor:
+    """First slot of each latent frame, int [F] -> slot of each token, int64 [F*frame_tokens]; -1: dropped."""
+    table = slots.long()[:, None] + torch.arange(frame_tokens, device=slots.device)
+    return torch.where(slots[:, None] < 0, -1, table).flatten()
+
+
+def slot_column(slots: Tensor) -> Tensor:
+    """Slot -> column of the transposed fp8 V: bits (h,q1,q0,e) of its place in 16 become (q1,q0,h,e)."""
+    low = slots % V_GROUP
+    return slots - low + low % 8 // 2 * 4 + low // 8 * 2 + low % 2
+
+
+def gather_v(v: Tensor, num_keys: int) -> Tensor:
+    """Undo the transposed layout: v [B,N,D,T'] -> [B,num_keys,N,D], same dtype, slots in natural order."""
+    columns = slot_column(torch.arange(num_keys, device=v.device))
+    return v.view(torch.uint8)[..., columns].permute(0, 3, 1, 2).contiguous().view(v.dtype)
+
+
+def write_kv(cache: QuantizedKV, k: Tensor, v: Tensor, slots: Tensor, frame_tokens: int) -> None:
+    """Put k, v [B,L,N,D] into their slots, in place, in the cache's formats. The fused kernels do the same.
+
+    slots: int [F], first slot of each latent frame of the call, negative = do not store it; L = F *
+    frame_tokens. Scales per head are read, scales per token written; formats without scales are stored plain.
+    """
+    index = token_slots(slots, frame_tokens)
+    kept, index = index >= 0, index[index >= 0]
+    _write_rows(cache.k, cache.k_scale, k[:, kept], index)
+    if cache.v.dtype == FP8:
+        columns = _by_head(v[:, kept], cache.v_scale).permute(0, 2, 3, 1).contiguous()
+        cache.v.view(torch.uint8).index_copy_(3, slot_column(index), columns.view(torch.uint8))
+    else:
+        _write_rows(cache.v, cache.v_scale, v[:, kept], index)
+
+
+def _by_head(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B,L,N,D] in units of a scale per head [B,N], as e4m3."""
+    return saturate_fp8(x.float() * scale.reciprocal()[:, None, :, None])
+
+
+def _write_rows(rows: Tensor, scale: Tensor | None, x: Tensor, index: Tensor) -> None:
+    """Put x [B,L,N,D] into rows [B,T,N,D] at `index`, in the format of `rows`."""
+    if rows.dtype == torch.int8:
+        x, token_scale = quantize_int8(x)
+        scale.index_copy_(2, index, token_scale.transpose(1, 2))
+        rows.index_copy_(1, index, x)
+    elif rows.dtype == FP8:
+        rows.view(torch.uint8).index_copy_(1, index, _by_head(x, scale).view(torch.uint8))
+    else:
+        rows.index_copy_(1, index, x.to(rows.dtype))

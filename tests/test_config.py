@@ -1,0 +1,209 @@
+"""The door of the library: what a preset may say, and what every refusal tells."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longlive_opt.config import MODELS, ExperimentConfig, ModelConfig, load_yaml
+from longlive_opt.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "params").glob("*.yaml"))
+PROFILES = sorted((ROOT / "params" / "profiles").glob("*.yaml"))
+
+
+def refusal(mapping: object) -> str:
+    with pytest.raises(UserError) as error:
+        ExperimentConfig.from_mapping(mapping)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("model", "big", "longlive-1.3b"), ("model_dtype", "float16", "bfloat16"), ("compile_mode", "fast", "max-autotune"),
+    ("kv_quantization", "int4", "fp8"), ("kv_read_path", "copy", "fused"), ("attention_backend", "flash3", "cudnn"),
+    ("objective", "speed", "latency"), ("device", "gpu", "cuda:N"), ("name", "a/b", "letters"), ("name", "", "letters"),
+    ("height", 100, "try 96"), ("height", -16, "try 16"), ("width", 8, "try 16"),
+    ("denoising_steps", [], "at least one"), ("denoising_steps", [1000, 1000], "fall strictly"),
+    ("denoising_steps", [250, 500], "fall strictly"), ("denoising_steps", [1001], "1..1000"),
+    ("denoising_steps", [500, 0], "1..1000"), ("block_frames", 0, "at least 1"), ("sink_size", -1, "at least 0"),
+    ("context_noise", 1000, "0..999"), ("context_noise", -1, "0..999"), ("local_attn_size", -1, "21"),
+    ("local_attn_size", 5, "at least 6"), ("seed", -1, "at least 0"), ("video_blocks", 0, "at least 1"),
+    ("warmup_blocks", 3, "at least 4"), ("measure_blocks", 1, "at least 2"), ("num_switches", -1, "at least 0"),
+    ("playback_fps", 0, "greater than 0"), ("target_ms_per_frame", -1.0, "greater than 0"),
+    ("lora_alpha", 0, "greater than 0"), ("timestep_shift", 0.0, "greater than 0"),
+    ("measure_blocks", 400, "relative_rope"), ("prompts", [], "at least one prompt"), ("prompts", ["a", " "], "write some"),
+    ("switch_frame_indices", [3, 6], "2 prompts need 1"), ("switch_frame_indices", [-3], "not be negative"),
+    ("switch_frame_indices", [18], "raise video_blocks"),
+])
+def test_refused_value_names_key_value_and_remedy(key, value, says):
+    """A value that fails minutes later, inside torch, or that is taken and means something else."""
+    message = refusal({key: value})
+    assert message.startswith(f"{key}:") and says in message
+    assert isinstance(value, list) or str(value) in message
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("seed", "1", "expected int"), ("seed", True, "expected int"), ("seed", 1.0, "expected int"),
+    ("seed", None, "write a value of type int"), ("playback_fps", "1e-3", "1.0e-3"), ("playback_fps", True, "expected float"),
+    ("playback_fps", float("nan"), "finite"), ("min_ssim", float("inf"), "finite"), ("use_static_kv", 1, "expected bool"),
+    ("use_static_kv", "true", "expected bool"), ("title", 5, "expected str"), ("title", False, "quotes"),
+    ("prompts", "one prompt", "is not a list"), ("prompts", {"a": "b"}, "is not a list"), ("prompts", 3, "is not a list"),
+    ("prompts", ["a", 2], "prompts[1]"), ("prompts", ["a", None], "prompts[1]"), ("prompts", ["no", False], "quotes"),
+    ("denoising_steps", ["1e3"], "denoising_steps[0]"), ("denoising_steps", 1000, "is not a list"),
+    ("switch_frame_indices", "6", "is not a list"),
+])
+def test_wrong_type_is_refused(key, value, says):
+    """Python would take True for 1, "1" for a path and a text for a list of letters."""
+    message = refusal({key: value})
+    assert message.startswith(key) and says in message
+
+
+def test_integers_are_floats_where_floats_are_meant():
+    """`playback_fps: 25` is what people write."""
+    assert ExperimentConfig.from_mapping({"playback_fps": 30}).playback_fps == 30.0
+    assert isinstance(ExperimentConfig.from_mapping({"min_psnr_db": 40}).min_psnr_db, float)
+
+
+def test_unknown_key_suggests_the_right_one():
+    """A misspelt flag that is ignored makes a run without the optimization that it is named after."""
+    assert "did you mean 'use_static_kv'" in refusal({"use_static_kw": True})
+    message = refusal({"qqq": 1, "sed": 2})
+    assert "'qqq'" in message and "did you mean 'seed'" in message
+    assert "unknown key '1'" in refusal({1: 2})
+
+
+@pytest.mark.parametrize("mapping", [None, [], "seed: 1", 3])
+def test_no_mapping_is_refused(mapping):
+    """An empty YAML file is None."""
+    assert "expected keys and values" in refusal(mapping)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("height", 0), ("width", 0), ("device", "cuda:x"), ("device", "cuda:-1"), ("device", "cuda:"), ("name", ".."),
+    ("name", "."), ("seed", 2**64), ("playback_fps", 10**400), ("prompt_cache_mb", -1), ("video_crf", -5),
+    ("video_crf", 99), ("video_width", 0), ("video_width", -64),
+], ids=lambda part: str(part)[:24])
+@pytest.mark.xfail(strict=True, reason="config.py takes these; they fail later or mean something else")
+def test_value_at_the_edge_is_refused_at_the_door(key, value):
+    """0 pixels taken for "the model's own size", a folder called "..", a seed that torch cannot take."""
+    assert refusal({key: value}).startswith(f"{key}:")
+
+
+def test_defaults_and_round_trip():
+    """A tuple that comes back as a list, a key that to_dict forgets: a stored preset would not build again."""
+    config = ExperimentConfig.from_mapping({})
+    assert config == ExperimentConfig()
+    other = ExperimentConfig.from_mapping({
+        "name": "x", "denoising_steps": [900, 100], "prompts": ["a", "b", "c"], "switch_frame_indices": [1, 2],
+        "height": 64, "width": 32, "min_ssim": 0.5, "relative_rope": True, "prompt_cache_dir": "d"})
+    for one in (config, other):
+        stored = json.loads(json.dumps(one.to_dict()))
+        assert ExperimentConfig.from_mapping(stored) == one
+        assert ExperimentConfig.from_mapping(yaml.safe_load(yaml.safe_dump(stored))) == one
+    assert list(config.to_dict())[:3] == ["name", "title", "hypothesis"]
+
+
+def test_limits_that_depend_on_other_keys():
+    """A limit of the default window or block that stays when these change."""
+    assert "at least 8" in refusal({"local_attn_size": 7, "sink_size": 4, "block_frames": 4})
+    assert "at least 12" in refusal({"block_frames": 1, "sink_size": 1, "warmup_blocks": 11})
+    small = ExperimentConfig.from_mapping({"block_frames": 1, "sink_size": 0, "local_attn_size": 1, "warmup_blocks": 1})
+    assert (small.window_blocks, small.max_blocks) == (1, 1024)
+    endless = ExperimentConfig.from_mapping({"relative_rope": True, "measure_blocks": 5000})
+    assert endless.max_blocks is None
+    assert ExperimentConfig.from_mapping({}).max_blocks == 341
+    assert "341" in refusal({"video_blocks": 342})
+    assert ExperimentConfig.from_mapping({"video_blocks": 341}).video_blocks == 341
+
+
+def test_model_sizes():
+    """1560 tokens per latent frame is the number behind every measurement."""
+    full, tiny = MODELS["longlive-1.3b"], MODELS["tiny"]
+    assert (full.latent_height, full.latent_width, full.tokens_per_frame) == (60, 104, 1560)
+    assert full.dit.head_dim == 128
+    assert tiny.dit.text_dim == tiny.text.dim and tiny.dit.text_len == tiny.text.text_len
+    assert ModelConfig("m").with_size(64, None).height == 64
+    assert ModelConfig("m").with_size(64, None).width == 832
+
+
+@pytest.mark.parametrize("text, says", [
+    ("", "found nothing"), ("# only a comment\n", "found nothing"), ("- a\n- b\n", "found list"), ("just text\n", "found str"),
+    ("seed: 1\nseed: 2\n", "'seed' stands twice"), ("a: {b: 1, b: 2}\n", "'b' stands twice"),
+    ("seed: [1\n", "not plain YAML"), ("seed:\t1\n\t- x: 2", "not plain YAML"), ("seed: 1\n---\nseed: 2\n", "not plain YAML"),
+    ("seed: !!python/object/apply:os.system ['true']\n", "not plain YAML"), ("seed: !!python/tuple [1]\n", "not plain YAML"),
+    ("prompts: &a [x]\n<<: *b\n", "not plain YAML"), ("title: \x07\n", "not plain YAML"),
+])
+def test_yaml_that_is_no_flat_mapping(tmp_path, text, says):
+    """An empty file, two values for one key, code in a tag: YAML lets most of them pass."""
+    with pytest.raises(UserError) as error:
+        load_yaml(write(tmp_path / "preset.yaml", text))
+    message = str(error.value)
+    assert says in message and "preset.yaml" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["? [a, b]\n: 1\n", "{a: 1}: 2\n", "? {a: 1}\n: 2\n"])
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="config.py _StrictLoader: unhashable key")
+def test_yaml_key_that_is_a_list_or_mapping(tmp_path, text):
+    """An unhashable key is a TypeError inside the search for repeated keys."""
+    with pytest.raises(UserError, match="not plain YAML"):
+        load_yaml(write(tmp_path / "preset.yaml", text))
+
+
+def test_yaml_file_that_cannot_be_read(tmp_path):
+    """A path typed wrong, a folder, a file in another encoding."""
+    with pytest.raises(UserError, match="No such file"):
+        load_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="directory"):
+        load_yaml(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"title: caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_yaml(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("line, says", [
+    ("playback_fps: 1e-3", "write 1.0e-3"), ("title: no", "quotes"), ("use_static_kv: 'yes'", "expected bool"),
+    ("seed: 08", "expected int"), ("seed:", "write a value"), ("prompts: a fox", "is not a list"),
+    ("name: 2026-01-31", "expected str"), ("denoising_steps: [1_000, 0.5]", "denoising_steps[1]"),
+])
+def test_yaml_traps_are_refused_with_their_remedy(tmp_path, line, says):
+    """YAML 1.1 reads 1e-3 as text and bare `no` as false."""
+    assert says in refusal(load_yaml(write(tmp_path / "preset.yaml", line + "\n")))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_shipped_preset_is_valid_with_every_profile(preset):
+    """A preset that cannot run, or whose name is not the file's: outputs would land in another folder."""
+    own = load_yaml(preset)
+    config = ExperimentConfig.from_mapping(own)
+    assert config.name == preset.stem
+    assert own.get("title") and (own.get("hypothesis") or preset.stem == "smoke")
+    for profile in PROFILES:
+        merged = ExperimentConfig.from_mapping(own | load_yaml(profile))
+        assert merged.name == config.name and merged.device in ("cpu", "cuda")
+
+
+def test_profiles_leave_the_experiment_alone():
+    """A profile names the machine; a flag or a sampling value in it would change what presets are compared."""
+    assert {"laptop", "h100"} <= {path.stem for path in PROFILES}
+    for profile in PROFILES:
+        keys = load_yaml(profile).keys()
+        assert not [key for key in keys if key.startswith("use_") or key in ("name", "title", "hypothesis", "seed",
+                    "denoising_steps", "local_attn_size", "sink_size", "prompts")]
+
+
+def test_importing_the_config_needs_no_torch():
+    """`longlive_opt.config` must refuse a preset at once; torch takes seconds."""
+    code = ("import sys, longlive_opt.config, longlive_opt.inputs, longlive_opt.errors; "
+            "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,421 @@
+"""8-bit cache formats, fused kernels and their operators.
+
+Tests named test_triton_... launch kernels: on CUDA where there is one, else in a subprocess under Triton's
+interpreter (`test_kernels_under_the_interpreter`), where they equal the plain PyTorch forms bit for bit.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlive_opt.kernels import emulation, fused, quantize
+from longlive_opt.kernels.attention8 import Tile, attention8
+from longlive_opt.kernels.quantize import FP8, MODES, QuantizedKV, allocate_kv
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if ON_CUDA else "cpu"
+# Relative error against float32 attention on random normal data; `emulation` gives 0.9, 1.1, 3.8 and 5.3 %.
+TOLERANCE = {"int8_bf16": 0.013, "int8_int8": 0.016, "int8_fp8": 0.045, "fp8_fp8": 0.062}
+
+NO_KERNELS = pytest.mark.skipif(not INTERPRETED, reason="needs CUDA or the interpreter")
+runs_kernels = pytest.mark.gpu if ON_CUDA else NO_KERNELS
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
+    return difference.item()
+
+
+def random_cache(mode: str, tokens: int, heads: int, dim: int,
+                 frame_tokens: int) -> tuple[QuantizedKV, Tensor, Tensor]:
+    """A cache written frame by frame from the last slot to the first; its k and v in the order of slots."""
+    k, v = torch.randn(2, 1, tokens, heads, dim, device=DEVICE)
+    cache = allocate_kv(mode, 1, tokens, heads, dim, DEVICE, torch.float32)
+    for first in reversed(range(0, tokens, frame_tokens)):
+        frame = slice(first, first + frame_tokens)
+        quantize.write_kv(cache, k[:, frame], v[:, frame], torch.tensor([first], device=DEVICE), frame_tokens)
+    return cache, k, v
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_error_against_float32_stays_within_its_named_tolerance(mode):
+    """A scale on the wrong axis, a lost log2(e), a shuffled V, or P out of e4m3's range."""
+    torch.manual_seed(0)
+    cache, k, v = random_cache(mode, 192, 2, 64, 24)
+    q = torch.randn(1, 64, 2, 64, device=DEVICE)
+    for num_keys in (192, 130, 1):
+        expected = emulation.attention_reference(q, k[:, :num_keys], v[:, :num_keys])
+        arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys)
+        out = emulation.attention8_emulated(*arguments, block_n=64)
+        assert relative_error(out, expected) < TOLERANCE[mode]
+
+
+def test_the_error_is_the_formats_and_not_the_softmax():
+    """A bias from the running maximum or its shift: tiles must not matter, and storage explains the error."""
+    torch.manual_seed(1)
+    cache, k, v = random_cache("int8_int8", 192, 2, 64, 24)
+    q = 3 * torch.randn(1, 32, 2, 64, device=DEVICE)
+    arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, 192)
+    outs = [emulation.attention8_emulated(*arguments, block_n=n) for n in (16, 64, 256)]
+    assert relative_error(outs[0], outs[2]) < 1e-3 and relative_error(outs[1], outs[2]) < 1e-3
+    assert relative_error(outs[0], emulation.attention8_dequantized(*arguments)) < 0.025
+
+
+def test_large_values_survive_where_the_format_promises_it():
+    """Overflow of fp8 to NaN (it saturates at 448 scales), a calibration that saturates, a zero row's 0/0."""
+    k = torch.full((1, 16, 1, 32), 1000.0)
+    cache = allocate_kv("fp8_fp8", 1, 16, 1, 32, "cpu")
+    quantize.write_kv(cache, k, k, torch.tensor([0]), 16)
+    assert quantize.gather_v(cache.v, 16).float().unique().tolist() == [448.0]
+    cache.v_scale.copy_(quantize.head_scale(k))
+    quantize.write_kv(cache, k, k, torch.tensor([0]), 16)
+    kept = quantize.dequantize(quantize.gather_v(cache.v, 16), cache.v_scale[:, None])
+    torch.testing.assert_close(kept, k, rtol=0.04, atol=0)
+    zeros = torch.zeros(2, 8)
+    for quantized, scale in (quantize.quantize_int8(zeros), quantize.quantize_fp8(zeros)):
+        assert not quantized.float().any() and (scale > 0).all()
+
+
+def test_the_mean_of_keys_does_not_matter():
+    """A smoothing that subtracts per token rather than over tokens would change the result."""
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 1, 20, 2, 16)
+    smooth = quantize.subtract_key_mean(k + 5)
+    torch.testing.assert_close(emulation.attention_reference(q, smooth, v),
+                               emulation.attention_reference(q, k, v))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ring_slots_receive_their_frames(mode):
+    """Frames in the wrong slots after the ring wraps, a dropped frame stored, a neighbour overwritten."""
+    torch.manual_seed(3)
+    fs, heads, dim, tokens = 6, 2, 16, 30
+    k, v = torch.randn(2, 1, 5 * fs, heads, dim)
+    cache = allocate_kv(mode, 1, tokens, heads, dim, "cpu", torch.float32)
+    first, second = torch.tensor([[4 * fs, 0, fs], [-1, 2 * fs, 0]], dtype=torch.int32)
+    quantize.write_kv(cache, k[:, :3 * fs], v[:, :3 * fs], first, fs)
+    quantize.write_kv(cache, k[:, 2 * fs:], v[:, 2 * fs:], second, fs)
+    stored_v = quantize.gather_v(cache.v, tokens) if cache.v.dtype == FP8 else cache.v
+    for stored, scale, original in ((cache.k, cache.k_scale, k), (stored_v, cache.v_scale, v)):
+        if scale is None:
+            scale = torch.ones(1, 1, heads)
+        scale = scale.transpose(1, 2) if scale.shape[-1] == tokens else scale.view(1, 1, heads)
+        found = quantize.dequantize(stored, scale).unflatten(1, (5, fs))
+        frames = original.unflatten(1, (5, fs))
+        for slot, frame in {0: 4, 1: 2, 2: 3, 4: 0}.items():
+            assert relative_error(found[:, slot], frames[:, frame]) < 0.04
+        assert not found[:, 3].any()
+
+
+def test_columns_of_v_are_a_permutation_within_groups_of_sixteen():
+    """A slot order that loses tokens, or that reaches beyond the group that tiles and padding rely on."""
+    columns = quantize.slot_column(torch.arange(48))
+    assert sorted(columns.tolist()) == list(range(48))
+    assert (columns // 16 == torch.arange(48) // 16).all()
+    assert columns[:10].tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 2, 3]
+
+
+def test_an_8_bit_cache_halves_memory():
+    """Scales stored per element, or V kept in two copies."""
+    for mode, share in (("int8_bf16", 0.77), ("int8_int8", 0.54), ("int8_fp8", 0.52), ("fp8_fp8", 0.51)):
+        assert allocate_kv(mode, 1, 1560, 12, 128, "meta").nbytes < share * 2 * 2 * 1560 * 12 * 128
+
+
+def block_inputs(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Small inputs of the element-wise operators: 2 x (3 frames of 5 tokens), 3 heads of 32."""
+    generator = torch.Generator().manual_seed(4)
+    table = torch.randn(2, 3, 6, 96, generator=generator)
+    draws = {"x": (2, 15, 96), "y": (2, 15, 96), "weight": (96,), "bias": (96,), "qkv": (2, 15, 288)}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in draws.items()}
+    inputs |= {name: table[:, :, i] for i, name in enumerate(("shift", "scale", "gate"))}
+    inputs = {name: tensor.to(DEVICE, dtype) for name, tensor in inputs.items()}
+    angle = torch.rand(15, 16, generator=generator) * 100
+    return inputs | {"cos": angle.cos().to(DEVICE), "sin": angle.sin().to(DEVICE)}
+
+
+def test_references_follow_the_formulas_of_the_block():
+    """Modulation by the wrong frame, RMS per head instead of over all heads, RoPE on half-split pairs."""
+    i = block_inputs(torch.float32)
+    frame = torch.arange(15, device=DEVICE) // 5
+    residual = i["x"] + i["gate"][:, frame] * i["y"]
+    deviation = (residual.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    normed = (residual - residual.mean(-1, keepdim=True)) / deviation
+    expected = normed * (1 + i["scale"][:, frame]) + i["shift"][:, frame]
+    found = fused.gate_residual_reference(i["x"], i["y"], i["gate"], 5)
+    torch.testing.assert_close(found, residual)
+    torch.testing.assert_close(fused.layernorm_modulate_reference(found, i["shift"], i["scale"], 5), expected)
+
+    rms = i["x"] / i["x"].square().mean(-1, keepdim=True).add(1e-6).sqrt() * i["weight"]
+    torch.testing.assert_close(fused.rms_norm_reference(i["x"], i["weight"]), rms)
+    heads = rms.view(2, 15, 3, 32)
+    pairs = torch.view_as_complex(heads.double().unflatten(-1, (16, 2)))
+    rotated = torch.view_as_real(pairs * torch.complex(i["cos"], i["sin"])[:, None]).flatten(-2).float()
+    torch.testing.assert_close(fused.rope_reference(heads, i["cos"], i["sin"]), rotated, rtol=1e-4, atol=1e-4)
+
+
+def write(inputs: dict[str, Tensor], mode: str, slots: Tensor) -> tuple[Tensor, QuantizedKV]:
+    """q and the cache after one write through the operator. Scales per head differ, so that a swap shows."""
+    cache = allocate_kv(mode, 2, 64, 3, 32, inputs["qkv"].device)
+    for scale in (cache.k_scale, cache.v_scale):
+        if scale is not None and scale.dim() == 2:
+            scale.copy_(torch.linspace(0.005, 0.02, scale.numel()).view_as(scale))
+    return fused.qk_norm_rope_write8(*write_arguments(inputs), slots, cache, 5), cache
+
+
+def write_arguments(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(inputs[name] for name in ("qkv", "weight", "bias", "cos", "sin"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_compile_in_one_graph(mode):
+    """A graph break, a fake output of the wrong shape, or a cache write that functionalisation drops."""
+    inputs = {name: tensor.cpu() for name, tensor in block_inputs().items()}
+    slots = torch.tensor([40, -1, 7], dtype=torch.int32)
+
+    def block(inputs: dict[str, Tensor], cache: QuantizedKV) -> Tensor:
+        h = fused.layernorm_modulate(inputs["x"], inputs["shift"], inputs["scale"], 5)
+        q = fused.qk_norm_rope_write8(*write_arguments(inputs), slots, cache, 5)
+        y = attention8(q, cache, 50, Tile(32, 32)).flatten(2)
+        x, h = fused.gate_residual_layernorm_affine(h, y, inputs["gate"], inputs["weight"], inputs["bias"], 5)
+        x, h = fused.gate_residual_layernorm_modulate(x, h, None, inputs["shift"], inputs["scale"], 5)
+        return x + fused.rms_norm(h, inputs["weight"])
+
+    plain, compiled = (allocate_kv(mode, 2, 64, 3, 32, "cpu") for _ in range(2))
+    expected = block(inputs, plain)
+    found = torch.compile(block, backend="eager", fullgraph=True)(inputs, compiled)
+    assert torch.equal(found, expected)
+    assert plain.k.float().any() and torch.equal(plain.k.float(), compiled.k.float())
+    assert torch.equal(plain.v.float(), compiled.v.float())
+
+
+def test_operators_are_registered_consistently():
+    """An undeclared mutation or an aliased output, which corrupt compiled graphs without a message."""
+    i = {name: tensor.cpu() for name, tensor in block_inputs().items()}
+    slots = torch.tensor([40, -1, 7], dtype=torch.int32)
+    cache = allocate_kv("int8_int8", 2, 64, 3, 32, "cpu")  # the checks cannot copy float8
+    ops = torch.ops.longlive
+    torch.library.opcheck(ops.layernorm_modulate, (i["x"], i["shift"], i["scale"], 5, 1e-6))
+    torch.library.opcheck(ops.rms_norm, (i["x"], i["weight"], 1e-6))
+    arguments = (i["x"], i["y"], i["gate"], i["shift"], i["scale"], 5, 1e-6)
+    torch.library.opcheck(ops.gate_residual_layernorm_modulate, arguments)
+    arguments = (*write_arguments(i), slots, cache.k, cache.v, cache.k_scale, cache.v_scale, 5, 1e-6)
+    torch.library.opcheck(ops.qk_norm_rope_write, arguments)
+    q = torch.randn(2, 8, 3, 32)
+    torch.library.opcheck(ops.attention8, (q, cache.k, cache.v, cache.k_scale, cache.v_scale, 64, *Tile()))
+
+
+def test_misfits_are_refused():
+    """A shape that does not fit: a kernel would read another head's memory and return plausible numbers."""
+    cache = allocate_kv("int8_int8", 1, 32, 2, 16, "cpu")
+    q = torch.randn(1, 4, 2, 16)
+    with pytest.raises(ValueError, match="num_keys is 33"):
+        attention8(q, cache, 33)
+    with pytest.raises(ValueError, match="v_scale absent"):
+        attention8(q, QuantizedKV(cache.k, cache.v, cache.k_scale, None), 32)
+    with pytest.raises(ValueError, match="k_scale is"):
+        attention8(q, QuantizedKV(cache.k, cache.v, cache.k_scale.mT.contiguous(), cache.v_scale), 32)
+    with pytest.raises(ValueError, match="whole number of frames"):
+        fused.layernorm_modulate(torch.randn(1, 7, 8), torch.randn(1, 2, 8), torch.randn(1, 2, 8), 3)
+    with pytest.raises(ValueError, match="use one of"):
+        allocate_kv("int4", 1, 8, 1, 8, "cpu")
+
+
+def test_the_package_loads_without_triton():
+    """A module-level Triton import, which breaks laptops."""
+    code = "import sys; sys.modules['triton'] = None; from longlive_opt.kernels import attention8, fused"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the subprocess")
+def test_kernels_under_the_interpreter():
+    """A wrong index, mask or tail in a Triton kernel, seen without a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton < 3.7 cannot loop to a tensor with NumPy >= 2.4")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_triton", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[1],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def exact_interpreter(monkeypatch):
+    """Give the interpreter PyTorch's casts: its own truncate bf16, misround e4m3, multiply bf16 as ints."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    kinds = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: FP8, tl.float16: torch.float16,
+             tl.float32: torch.float32}
+    bits = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16), 4: (torch.uint32, np.uint32)}
+
+    def convert(data, source, target, rounding):
+        values = torch.from_numpy(np.ascontiguousarray(data)).view(kinds[source]).to(kinds[target])
+        raw, numpy_raw = bits[values.element_size()]
+        return values.view(raw).numpy().view(numpy_raw).reshape(data.shape)
+
+    def operand(handle):
+        kind = handle.dtype.scalar
+        if kind in kinds:
+            return convert(handle.data, kind, tl.float32, None).view(np.float32)
+        return handle.data.astype(np.int32)
+
+    def dot(self, a, b, d, *_):
+        return interpreter.TensorHandle(np.matmul(operand(a), operand(b)) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def assert_agrees(found: Tensor, expected: Tensor, tolerance: float = 3e-3, exact: bool = True) -> None:
+    """Bit for bit under the interpreter (unless not `exact`); on CUDA sums run in another order."""
+    found, expected = found.float(), expected.to(found.device).float()
+    assert torch.isfinite(found).all()
+    if INTERPRETED and exact:
+        assert torch.equal(found, expected)
+    else:
+        assert relative_error(found, expected) < tolerance
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode, two_level", [*((mode, False) for mode in MODES), ("fp8_fp8", True)])
+def test_triton_attention_equals_its_emulation(mode, two_level, exact_interpreter):
+    """Tails of queries and keys, the permutation of P, a scale of another head, a stale tile in the pipe."""
+    from longlive_opt.kernels import attention8_triton
+
+    torch.manual_seed(5)
+    tokens, heads, dim, block_m, block_n = (1040, 3, 128, 64, 128) if ON_CUDA else (112, 2, 32, 32, 64)
+    cache, _, _ = random_cache(mode, tokens, heads, dim, tokens // 2)
+    if cache.v.dtype == torch.float32:
+        cache = QuantizedKV(cache.k, cache.v.bfloat16(), cache.k_scale, None)
+    q = torch.randn(1, block_m + 8, heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    for num_keys in (tokens, tokens // 2, block_n):
+        arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys)
+        expected = emulation.attention8_emulated(*arguments, block_n=block_n)
+        out = attention8_triton.launch(*arguments, block_m, block_n, 4, 2, two_level, 0)
+        # Sums of e4m3 products depend on their order, and Hopper keeps fewer bits of them.
+        tolerance = 5e-3 if mode.startswith("int8") and "fp8" not in mode else 0.02 if ON_CUDA else 2e-3
+        assert_agrees(out, expected, tolerance, exact=mode != "fp8_fp8")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["int8_bf16", "int8_fp8", "fp8_fp8"])
+def test_gluon_attention_equals_its_emulation(mode):
+    """A barrier's phase off by one (a stale or half-filled tile), registers reused while a product reads."""
+    from longlive_opt.kernels import gluon_attention
+
+    torch.manual_seed(6)
+    cache, _, _ = random_cache(mode, 1040, 3, 128, 520)
+    if cache.v.dtype == torch.float32:
+        cache = QuantizedKV(cache.k, cache.v.bfloat16(), cache.k_scale, None)
+    q = torch.randn(1, 200, 3, 128, device="cuda", dtype=torch.bfloat16)
+    for num_keys in (1040, 520, 256, 128, 100):
+        arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys)
+        outs = [gluon_attention.launch(*arguments, 128, 3) for _ in range(3)]
+        assert_agrees(outs[0], emulation.attention8_emulated(*arguments), 0.02 if "fp8" in mode else 5e-3)
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@runs_kernels
+@pytest.mark.parametrize("gated", [False, True])
+def test_triton_norms_equal_eager_pytorch(gated, exact_interpreter):
+    """A rounding left out, the gate of another frame, variance over the padding, weight and bias swapped."""
+    from longlive_opt.kernels import fused_triton
+
+    i = block_inputs()
+    gate = i["gate"] if gated else None
+    _, h = fused_triton.norm(i["x"], None, None, i["scale"], i["shift"], 5, True, 1e-6)
+    assert_agrees(h, fused.layernorm_modulate_reference(i["x"], i["shift"], i["scale"], 5))
+    residual = fused.gate_residual_reference(i["x"], i["y"], gate, 5)
+    x, h = fused_triton.norm(i["x"], i["y"], gate, i["scale"], i["shift"], 5, True, 1e-6)
+    assert_agrees(x, residual, 1e-6)
+    assert_agrees(h, fused.layernorm_modulate_reference(residual, i["shift"], i["scale"], 5))
+    x, h = fused_triton.norm(i["x"], i["y"], gate, i["weight"], i["bias"], 5, False, 1e-6)
+    assert_agrees(h, torch.nn.functional.layer_norm(residual, (96,), i["weight"], i["bias"], 1e-6))
+    assert_agrees(fused_triton.rms_norm(i["x"], i["weight"], 1e-6),
+                  fused.rms_norm_reference(i["x"], i["weight"]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode", [*MODES, "bf16"])
+def test_triton_writes_equal_the_reference(mode, exact_interpreter):
+    """A token in another frame's slot, a dropped frame stored, edges of the transposed V, k and v swapped."""
+    from longlive_opt.kernels import fused_triton
+
+    i = block_inputs()
+    reference = {name: tensor.cpu() for name, tensor in i.items()}
+    slots = torch.tensor([40, -1, 7], dtype=torch.int32)
+    if mode == "bf16":
+        caches = [torch.zeros(2, 2, 64, 3, 32, dtype=torch.bfloat16) for _ in range(2)]
+        expected = (*caches[0], None, None)
+        q = fused.qk_norm_rope_write(*write_arguments(reference), slots, *expected, 5)
+        found = (*caches[1].to(DEVICE), None, None)
+    else:
+        q, cache = write(reference, mode, slots)
+        expected = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        blank = [t if t is None or t.dim() == 2 else torch.zeros_like(t) for t in expected[:2]]
+        scales = [t if t is None or t.dim() == 2 else torch.ones_like(t) for t in expected[2:]]
+        found = tuple(t if t is None else t.to(DEVICE) for t in (*blank, *scales))
+    out = fused_triton.qk_norm_rope_write(*write_arguments(i), slots.to(DEVICE), *found, 5, 1e-6)
+    assert_agrees(out, q)
+    for stored, wanted in zip(found, expected, strict=True):
+        if stored is not None:
+            assert_agrees(stored, wanted)
+
+
+@runs_kernels
+def test_triton_transposed_v_takes_both_its_store_paths(exact_interpreter, monkeypatch):
+    """Whole groups of slots stored without a mask where the frame begins or ends inside one."""
+    from longlive_opt.kernels import fused_triton
+
+    monkeypatch.setattr(fused_triton, "V_TOKENS", 16)
+    qkv = torch.randn(1, 40, 3 * 16)
+    cos, sin = torch.rand(2, 40, 8)
+    arguments = (qkv, torch.ones(16), torch.ones(16), cos, sin, torch.tensor([8], dtype=torch.int32))
+    found, wanted = (allocate_kv("int8_fp8", 1, 64, 1, 16, device) for device in (DEVICE, "cpu"))
+    fused.qk_norm_rope_write8(*arguments, wanted, 40)
+    scales = (found.k_scale, found.v_scale)
+    fused_triton.qk_norm_rope_write(*(t.to(DEVICE) for t in arguments), found.k, found.v, *scales, 40, 1e-6)
+    assert_agrees(found.v, wanted.v)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_CUDA, reason="needs CUDA")
+def test_one_captured_graph_serves_every_ring_position():
+    """Slots baked into the graph at capture: the second replay would overwrite the first one's frames."""
+    i = block_inputs()
+    slots = torch.tensor([0, 5, 10], dtype=torch.int32, device="cuda")
+    cache = allocate_kv("int8_fp8", 2, 64, 3, 32, "cuda")
+
+    def step() -> Tensor:
+        q = fused.qk_norm_rope_write8(*write_arguments(i), slots, cache, 5)
+        return attention8(q, cache, 64, Tile(64, 64))
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for first in ([0, 5, 10], [30, 45, 50], [50, 0, -1]):
+        before = [t.clone() for t in (cache.k, cache.v, cache.k_scale)]
+        slots.copy_(torch.tensor(first))
+        expected = step().clone()
+        after = cache.k.clone()
+        for tensor, old in zip((cache.k, cache.v, cache.k_scale), before, strict=True):
+            tensor.copy_(old)
+        graph.replay()
+        assert torch.equal(out, expected) and torch.equal(cache.k, after)
+    assert math.isfinite(out.float().sum().item())
