@@ -68,6 +68,7 @@ class Experiment:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir: cannot make {output_dir}: {error.strerror}; choose another folder.") from error
+        pd.set_option("display.max_colwidth", None)
         print(f"{config.title}: preset {config.name}, {config.model}, {config.device}, {config.model_dtype}")
         return cls(config, campaign, run, folder)
 
@@ -164,7 +165,7 @@ class Experiment:
         video.write_mp4(self.folder / "video.mp4", shown, self.pipeline.model.fps, crf=self.config.video_crf)
         labels = [f"block {chunk.block}" + (": new prompt" if chunk.switched else "") for chunk in self.chunks]
         video.contact_sheet(self.folder / "frames.png", torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
-                            labels=labels)
+                            labels=labels, max_width=4 * (self.config.video_width or 400))
         if self.config.name == "baseline" and self.number == 1:
             Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)
         return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
