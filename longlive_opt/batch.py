@@ -88,8 +88,8 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
-    """Run `jobs` in their order and return those that failed; one failure does not stop the rest. What this machine
-    lacks the means for is told, recorded and no failure.
+    """Run `jobs` in their order and return those that failed; one failure does not stop the rest. What this
+    machine lacks the means for is told, recorded and no failure.
     """
     failed = []
     for number, job in enumerate(jobs, 1):

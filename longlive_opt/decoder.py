@@ -15,8 +15,8 @@ class Decoder(Protocol):
     """Turns latents into frames. Returned frames are complete: the device has finished them."""
 
     def push(self, latents: Tensor) -> list[Tensor]:
-        """Take one block of latents [B, F, C, h, w]; return the blocks of frames, uint8 [B, T, 3, H, W], that are due,
-        oldest first.
+        """Take one block of latents [B, F, C, h, w]; return the blocks of frames, uint8 [B, T, 3, H, W], that
+        are due, oldest first.
         """
 
     def flush(self) -> list[Tensor]:
@@ -27,7 +27,8 @@ class Decoder(Protocol):
 
 
 class InlineDecoder:
-    """The reference: decodes on the stream that denoises, waits, returns. Records one `decode` span a block."""
+    """The reference: decodes on the stream that denoises, waits, returns. Records one `decode` span a block.
+    """
 
     def __init__(self, decoder: StreamingDecoder, timeline: Timeline | NullTimeline):
         self._decoder = decoder

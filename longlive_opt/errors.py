@@ -6,4 +6,6 @@ class UserError(ValueError):
 
 
 class NotAvailable(UserError):
-    """What was asked for is right and cannot run on this machine; a campaign goes on and reports `n/a: reason`."""
+    """What was asked for is right and cannot run on this machine; a campaign goes on and reports `n/a:
+    reason`.
+    """

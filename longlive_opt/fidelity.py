@@ -24,8 +24,8 @@ FIELDS = ("latents", "frames", "frames_per_block", "segments")
 
 @dataclass(frozen=True)
 class Reference:
-    """A baseline's video: `latents` [blocks, B, F, C, h, w], `frames` uint8 [T, 3, H, W], and per block its number of
-    frames and the number of prompt switches up to it.
+    """A baseline's video: `latents` [blocks, B, F, C, h, w], `frames` uint8 [T, 3, H, W], and per block its
+    number of frames and the number of prompt switches up to it.
     """
 
     latents: Tensor
@@ -52,8 +52,11 @@ class Reference:
 
     def frame_prompts(self, prompts: Sequence[str]) -> list[str]:
         """The prompt of every frame."""
-        return [prompts[segment] for segment, count in zip(self.segments.tolist(), self.frames_per_block.tolist())
-                for _ in range(count)]
+        return [
+            prompts[segment]
+            for segment, count in zip(self.segments.tolist(), self.frames_per_block.tolist())
+            for _ in range(count)
+        ]
 
 
 @torch.no_grad()
@@ -61,13 +64,15 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
                    weights_kind: str) -> dict[str, Any]:
     """The `quality` section by the one-block protocol.
 
-    For every block: the preset denoises it with the baseline's noise from a cache that it filled with the baseline's
-    clean latents, and decodes it with a history of the baseline's latents. Then the baseline's block takes its place.
-    Errors of one block are seen alone; they cannot add up over blocks.
+    For every block: the preset denoises it with the baseline's noise from a cache that it filled with the
+    baseline's clean latents, and decodes it with a history of the baseline's latents. Then the baseline's
+    block takes its place. Errors of one block are seen alone; they cannot add up over blocks.
     """
     session.reset()
     sampler, cache, plan = pipeline.sampler, session.cache, pipeline.sampler.plan
-    noise_source = StreamNoise(plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device, pipeline.dtype)
+    noise_source = StreamNoise(
+        plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device, pipeline.dtype
+    )
     history_decoder, block_decoder = pipeline.make_vae_decoder(), pipeline.make_vae_decoder()
     latents = reference.latents.to(pipeline.device, pipeline.dtype)
     prompts = script.prompts[1:] if script.switch_frames[:1] == (0,) else script.prompts
@@ -84,9 +89,16 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
         frames += [frames_to_uint8(part[0]) for part in block_decoder.push(made)]
         sampler.run_pass(cache, text, start, clean, plan.context_noise, keys_only=True)
         history_decoder.push(clean)
-    compared = quality.compare(reference.frames.to(pipeline.device), torch.cat(frames), weights_kind=weights_kind,
-                               prompts=reference.frame_prompts(prompts))
-    return compared | {"protocol": "one block from the baseline's own past", "latent_relative_error": latent_errors}
+    compared = quality.compare(
+        reference.frames.to(pipeline.device),
+        torch.cat(frames),
+        weights_kind=weights_kind,
+        prompts=reference.frame_prompts(prompts),
+    )
+    return compared | {
+        "protocol": "one block from the baseline's own past",
+        "latent_relative_error": latent_errors,
+    }
 
 
 def _relative_error(made: Tensor, clean: Tensor) -> float:
@@ -95,7 +107,9 @@ def _relative_error(made: Tensor, clean: Tensor) -> float:
 
 
 def difference_chart(reference: Tensor, variant: Tensor) -> Chart:
-    """The last frame of each of two clips, uint8 [T, 3, H, W], and the mean absolute difference of all frames."""
+    """The last frame of each of two clips, uint8 [T, 3, H, W], and the mean absolute difference of all
+    frames.
+    """
     chart = Chart(figsize=(9, 2.6), layout="constrained")
     pictures = {"baseline, last frame": video.as_images(reference[-1:])[0],
                 "this run, last frame": video.as_images(variant[-1:])[0],

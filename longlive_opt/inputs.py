@@ -1,5 +1,5 @@
-"""Prompt files in the formats of LongLive: a text file with one prompt a line, or JSONL with a list of prompts a line
-that follow one another in one video.
+"""Prompt files in the formats of LongLive: a text file with one prompt a line, or JSONL with a list of
+prompts a line that follow one another in one video.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ class Script:
     switch_frames: tuple[int, ...] = ()
 
 
-def read_scripts(path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None) -> list[Script]:
-    """Read `*.txt` (one prompt a line, each its own video) or `*.jsonl` ({"prompts": [...]} a line, one video each).
+def read_scripts(
+    path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None
+) -> list[Script]:
+    """Read `*.txt` (one prompt a line, each its own video) or `*.jsonl` ({"prompts": [...]} a line, one video
+    each).
 
-    A line of JSONL may carry its own `switch_frame_indices`; otherwise the argument holds for all lines, as a number,
-    a list or LongLive's comma-separated text.
+    A line of JSONL may carry its own `switch_frame_indices`; otherwise the argument holds for all lines, as a
+    number, a list or LongLive's comma-separated text.
 
     Raises:
         UserError: naming the file, the line, the value and the remedy.
@@ -34,8 +37,10 @@ def read_scripts(path: str | Path, switch_frame_indices: int | str | Sequence[in
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"prompts_file: cannot read {path}: {error.strerror or error}; name an existing .txt or .jsonl "
-                        "file.") from error
+        raise UserError(
+            f"prompts_file: cannot read {path}: {error.strerror or error}; name an existing .txt or .jsonl "
+            "file."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"prompts_file: {path} is not UTF-8 text; save it as UTF-8.") from error
     numbered = [(f"{path} line {i}", line.rstrip()) for i, line in enumerate(lines, 1) if line.strip()]
@@ -46,8 +51,10 @@ def read_scripts(path: str | Path, switch_frame_indices: int | str | Sequence[in
         scripts = [_script(where, line, shared) for where, line in numbered]
         counts = {len(script.prompts) for script in scripts}
         if len(counts) > 1:
-            raise UserError(f"prompts_file: the lines of {path} hold {sorted(counts)} prompts; every line needs the same "
-                            "number.")
+            raise UserError(
+                f"prompts_file: the lines of {path} hold {sorted(counts)} prompts; every line needs the same "
+                "number."
+            )
         return scripts
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
@@ -62,30 +69,43 @@ def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> 
     """
     if value is None:
         return None
-    parts: Sequence[Any] = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    parts: Sequence[Any] = (
+        value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    )
     try:
         if any(isinstance(part, (bool, float)) for part in parts):
             raise ValueError
         return tuple(int(part) for part in parts)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {value!r} is no list of latent frames; write for example 40,80,120.") from error
+        raise UserError(
+            f"{where}: {value!r} is no list of latent frames; write for example 40,80,120."
+        ) from error
 
 
 def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"prompts_file: {where} is not JSON ({error.msg}); write {{\"prompts\": [\"...\"]}}.") from error
+        raise UserError(
+            f'prompts_file: {where} is not JSON ({error.msg}); write {{"prompts": ["..."]}}.'
+        ) from error
     prompts = entry.get("prompts") if isinstance(entry, dict) else None
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise UserError(f"prompts_file: {where} has no list 'prompts' of non-empty texts; write {{\"prompts\": "
-                        "[\"...\"]}.")
+    if (
+        not isinstance(prompts, list)
+        or not prompts
+        or not all(isinstance(p, str) and p.strip() for p in prompts)
+    ):
+        raise UserError(
+            f'prompts_file: {where} has no list \'prompts\' of non-empty texts; write {{"prompts": ["..."]}}.'
+        )
     own = parse_switch_frames(entry.get("switch_frame_indices"), f"{where}, switch_frame_indices")
     switches = own if own is not None else shared
     if switches is None:
         if len(prompts) > 1:
-            raise UserError(f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; give "
-                            f"{len(prompts) - 1} latent frames in the preset or on the line.")
+            raise UserError(
+                f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; give "
+                f"{len(prompts) - 1} latent frames in the preset or on the line."
+            )
         switches = ()
     check_switches(switches, len(prompts), f"{where}, switch_frame_indices")
     return Script(tuple(prompts), switches)

@@ -1,15 +1,16 @@
 """The KV cache: a window of past latent frames with an attention sink (LongLive, arXiv:2509.22622; sinks:
 arXiv:2309.17453).
 
-`plan_pass` is the whole rule of which slot holds what, in latent frames and plain integers, shared by every cache.
+`plan_pass` is the whole rule of which slot holds what, in latent frames and plain integers, shared by every
+cache.
 `RollingKVCache` is the obvious reference that carries the rule out with concatenations. A cache is used so:
 
     cache.begin(start_frame, frames)     # plan one pass
     dit(x, timestep, text, cache.layers) # every layer rotates, stores and attends
     cache.end()                          # the pass counts
 
-A pass over frames that the cache already holds overwrites their slots and moves nothing, so that the denoising
-passes of a block and its clean pass may repeat; only a pass over new frames moves the window.
+A pass over frames that the cache already holds overwrites their slots and moves nothing, so that the
+denoising passes of a block and its clean pass may repeat; only a pass over new frames moves the window.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class CacheGeometry:
 class PassPlan:
     """One pass over `frames` new latent frames, in slots of one latent frame each.
 
-    Slots [sink, sink + evict) leave the window first; new frame i belongs to slot `first + i` and is stored there
-    unless that lies below `write_from` (a frame that is recomputed never overwrites the sink). Afterwards `filled`
-    slots hold frames, and all of them are attended.
+    Slots [sink, sink + evict) leave the window first; new frame i belongs to slot `first + i` and is stored
+    there unless that lies below `write_from` (a frame that is recomputed never overwrites the sink).
+    Afterwards `filled` slots hold frames, and all of them are attended.
     """
 
     start: int
@@ -80,8 +81,10 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
     """
     new_end = start + frames
     if not 0 < frames <= window or not start <= end <= new_end:
-        raise ValueError(f"cannot place latent frames {start}..{new_end - 1}: the cache ends at frame {end} and holds "
-                         f"{window}")
+        raise ValueError(
+            f"cannot place latent frames {start}..{new_end - 1}: the cache ends at frame {end} and holds "
+            f"{window}"
+        )
     recompute = new_end == end and start > 0
     rolls = new_end > end and filled + frames > window
     evict = filled + frames - window if rolls else 0
@@ -104,8 +107,8 @@ class KVCache(Protocol):
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """What the planned pass does in Python. Passes of one signature run the same kernels on the same addresses,
-        so that one captured CUDA graph serves them all.
+        """What the planned pass does in Python. Passes of one signature run the same kernels on the same
+        addresses, so that one captured CUDA graph serves them all.
         """
 
     def begin(self, start: int, frames: int, *, recache_sink: bool = False) -> PassPlan:
@@ -119,11 +122,12 @@ class KVCache(Protocol):
 
 
 class RollingKVCache:
-    """The reference, as LongLive does it: each pass puts the attended window together by concatenation, attends, and
-    copies it back over the layer's buffer.
+    """The reference, as LongLive does it: each pass puts the attended window together by concatenation,
+    attends, and copies it back over the layer's buffer.
 
-    With absolute positions keys are stored rotated. With `relative_rope` (LongLive's infinity variant) they are
-    stored as they come and all of them are rotated anew in every pass, the slot number being the position.
+    With absolute positions keys are stored rotated. With `relative_rope` (LongLive's infinity variant) they
+    are stored as they come and all of them are rotated anew in every pass, the slot number being the
+    position.
     """
 
     def __init__(self, geometry: CacheGeometry, attention: Attention, batch: int, device: torch.device,
@@ -132,8 +136,15 @@ class RollingKVCache:
         self._device = device
         self._rotaries: dict[tuple[str, int], Rotary] = {}
         shape = (batch, geometry.window * geometry.tokens_per_frame, geometry.heads, geometry.head_dim)
-        self.layers = [_RollingLayer(self, attention, torch.zeros(shape, device=device, dtype=dtype),
-                                     torch.zeros(shape, device=device, dtype=dtype)) for _ in range(geometry.layers)]
+        self.layers = [
+            _RollingLayer(
+                self,
+                attention,
+                torch.zeros(shape, device=device, dtype=dtype),
+                torch.zeros(shape, device=device, dtype=dtype),
+            )
+            for _ in range(geometry.layers)
+        ]
         self.reset()
 
     def reset(self) -> None:
@@ -173,11 +184,13 @@ class RollingKVCache:
         self.plan = None
 
     def _rotary(self, role: str, start: int, frames: int) -> Rotary:
-        """The rotary of one role and length, set to positions from `start` on; its memory stays where it is, so that
-        a captured pass finds the new positions there.
+        """The rotary of one role and length, set to positions from `start` on; its memory stays where it is,
+        so that a captured pass finds the new positions there.
         """
         positions = torch.arange(start, start + frames, device=self._device)
-        fresh = Rotary(rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns))
+        fresh = Rotary(
+            rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns)
+        )
         kept = self._rotaries.setdefault((role, frames), fresh)
         kept.factors.copy_(fresh.factors)
         return kept
@@ -204,7 +217,9 @@ class _RollingLayer:
         return self._update(self.key, k), self._update(self.value, v)
 
     def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Bring `buffer` to the state after the pass and return the attended slots, [B, filled * tokens, N, D]."""
+        """Bring `buffer` to the state after the pass and return the attended slots, [B, filled * tokens, N,
+        D].
+        """
         geometry, plan = self._cache.geometry, self._cache.plan
         assert plan is not None, "attend() outside begin() and end()"
         tokens = geometry.tokens_per_frame

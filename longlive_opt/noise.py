@@ -1,5 +1,5 @@
-"""Where a session's Gaussian noise comes from. A fixed order from one seeded generator makes presets comparable
-frame by frame: on one kind of device every preset sees the same noise.
+"""Where a session's Gaussian noise comes from. A fixed order from one seeded generator makes presets
+comparable frame by frame: on one kind of device every preset sees the same noise.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ class NoiseSource(Protocol):
 
 
 class StreamNoise:
-    """Noise for an endless stream, drawn by the device's generator: per block the block's noise, then that of each
-    step. LongLive draws the blocks of a whole video first, which a stream without an end cannot do: one seed gives
-    other videos there than here.
+    """Noise for an endless stream, drawn by the device's generator: per block the block's noise, then that of
+    each step. LongLive draws the blocks of a whole video first, which a stream without an end cannot do: one
+    seed gives other videos there than here.
     """
 
-    def __init__(self, plan: SamplingPlan, latent_shape: tuple[int, int, int], seed: int, device: torch.device,
-                 dtype: torch.dtype, batch: int = 1):
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch: int = 1,
+    ):
         self._shapes = block_noise_shapes(plan, latent_shape, batch)
         self._seed, self._device, self._dtype = seed, device, dtype
         self.reset()
@@ -38,6 +45,8 @@ class StreamNoise:
         self._generator = torch.Generator(self._device).manual_seed(self._seed)
 
     def next_block(self) -> tuple[Tensor, Tensor]:
-        noise, step_noise = (torch.randn(shape, generator=self._generator, device=self._device, dtype=self._dtype)
-                             for shape in self._shapes)
+        noise, step_noise = (
+            torch.randn(shape, generator=self._generator, device=self._device, dtype=self._dtype)
+            for shape in self._shapes
+        )
         return noise, step_noise

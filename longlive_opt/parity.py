@@ -1,7 +1,7 @@
 """Compare this implementation with recorded tensors: `python -m longlive_opt.parity DIR`.
 
-DIR holds safetensors files and a `manifest.json` whose `configs` give every size, window and switch frame; each file
-that is there is checked, one line a case with its largest absolute error.
+DIR holds safetensors files and a `manifest.json` whose `configs` give every size, window and switch frame;
+each file that is there is checked, one line a case with its largest absolute error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One compared case: the largest absolute error, the tensor that has it, and how many tensors were compared."""
+    """One compared case: the largest absolute error, the tensor that has it, and how many tensors were
+    compared.
+    """
 
     name: str
     error: float
@@ -65,7 +67,9 @@ class Comparison:
     def add(self, what: str, ours: Tensor, recorded: Tensor) -> None:
         """Compare two tensors; another shape or a NaN counts as an infinite error."""
         if tuple(ours.shape) != tuple(recorded.shape):
-            self.errors[f"{what} (shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)})"] = float("inf")
+            self.errors[f"{what} (shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)})"] = float(
+                "inf"
+            )
             return
         error = (ours.double() - recorded.double()).abs().max().item() if recorded.numel() else 0.0
         self.errors[what] = error if error == error else float("inf")
@@ -88,8 +92,10 @@ def check_directory(directory: Path) -> Iterator[Case]:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         manifest["configs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory}: no readable manifest.json with 'configs' ({error}); name a folder laid out like "
-                        "tests/golden.") from error
+        raise UserError(
+            f"{directory}: no readable manifest.json with 'configs' ({error}); name a folder laid out like "
+            "tests/golden."
+        ) from error
     found = False
     for name, check in _cases(directory, manifest):
         found = True
@@ -108,7 +114,9 @@ def _cases(directory: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Cal
         try:
             return load_file(directory / f"{stem}.safetensors")
         except FileNotFoundError as error:
-            raise UserError(f"{directory}: {stem}.safetensors is missing, and another case needs it.") from error
+            raise UserError(
+                f"{directory}: {stem}.safetensors is missing, and another case needs it."
+            ) from error
 
     checks: dict[str, Callable[[Comparison, Tensors], None]] = {
         "dit_forward": lambda c, t: _dit_forward(c, t, load("stream_weights"), configs["dit"]),
@@ -158,11 +166,20 @@ def make_rolling_cache(dit: CausalDiT, config: Mapping[str, Any], batch: int, re
 
 
 def sampling_plan(config: Mapping[str, Any], global_sink: bool = True) -> SamplingPlan:
-    return SamplingPlan(tuple(config["steps"]), config["shift"], 0, config["block"], config["window"], config["sink"],
-                        global_sink)
+    return SamplingPlan(
+        tuple(config["steps"]),
+        config["shift"],
+        0,
+        config["block"],
+        config["window"],
+        config["sink"],
+        global_sink,
+    )
 
 
-def _dit_forward(comparison: Comparison, recorded: Tensors, weights: Tensors, config: Mapping[str, Any]) -> None:
+def _dit_forward(
+    comparison: Comparison, recorded: Tensors, weights: Tensors, config: Mapping[str, Any]
+) -> None:
     dit = build_dit(config, weights)
     outputs: dict[str, Tensor] = {}
     _record_intermediates(dit, outputs)
@@ -181,7 +198,9 @@ def _dit_forward(comparison: Comparison, recorded: Tensors, weights: Tensors, co
         for name, value in _below(recorded, f"call{call}.").items():
             if name in ours:
                 same_size = ours[name].numel() == value.numel()
-                comparison.add(f"call{call}.{name}", ours[name].reshape(value.shape) if same_size else ours[name], value)
+                comparison.add(
+                    f"call{call}.{name}", ours[name].reshape(value.shape) if same_size else ours[name], value
+                )
 
 
 def _record_intermediates(dit: CausalDiT, outputs: dict[str, Tensor]) -> None:
@@ -214,13 +233,22 @@ def _cache_tensors(cache: RollingKVCache, text: TextContext) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(cache.layers):
         filled = cache.pointers[1] * cache.geometry.tokens_per_frame
-        tensors[f"cache_k.layer{i}"], tensors[f"cache_v.layer{i}"] = layer.key[:, :filled], layer.value[:, :filled]
+        tensors[f"cache_k.layer{i}"], tensors[f"cache_v.layer{i}"] = (
+            layer.key[:, :filled],
+            layer.value[:, :filled],
+        )
         tensors[f"cross_k.layer{i}"], tensors[f"cross_v.layer{i}"] = text.keys[i], text.values[i]
     return tensors
 
 
-def _stream(comparison: Comparison, recorded: Tensors, weights: Tensors, inputs: Tensors, config: Mapping[str, Any],
-            options: Mapping[str, Any]) -> None:
+def _stream(
+    comparison: Comparison,
+    recorded: Tensors,
+    weights: Tensors,
+    inputs: Tensors,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
     """A whole rollout with the prompt switches of `options`, through the sampler that every run uses."""
     dit = build_dit(config, weights)
     plan = sampling_plan(config, options.get("global_sink", True))
@@ -228,7 +256,10 @@ def _stream(comparison: Comparison, recorded: Tensors, weights: Tensors, inputs:
     cache = make_rolling_cache(dit, config, inputs["noise"].shape[0], bool(options.get("infinity")))
     switches = list(options.get("switches", []))
     batch = inputs["noise"].shape[0]
-    texts = [dit.embed_text(inputs["prompt_embeds"][i:i + 1].expand(batch, -1, -1)) for i in range(len(switches) + 1)]
+    texts = [
+        dit.embed_text(inputs["prompt_embeds"][i : i + 1].expand(batch, -1, -1))
+        for i in range(len(switches) + 1)
+    ]
     segment, latents = 0, inputs["noise"][:, :0]
     tokens_per_frame = cache.geometry.tokens_per_frame
     for block in range(config["num_blocks"]):
@@ -250,7 +281,9 @@ def _stream(comparison: Comparison, recorded: Tensors, weights: Tensors, inputs:
     comparison.add("latents", latents, recorded["latents"])
 
 
-def _add_cache(comparison: Comparison, moment: str, cache: RollingKVCache, recorded: Tensors, tokens: int) -> None:
+def _add_cache(
+    comparison: Comparison, moment: str, cache: RollingKVCache, recorded: Tensors, tokens: int
+) -> None:
     for name, value in _below(recorded, f"{moment}.").items():
         if name == "pointers":
             comparison.add(f"{moment}.pointers", torch.tensor(cache.pointers) * tokens, value)
@@ -264,13 +297,17 @@ def _scheduler(comparison: Comparison, recorded: Tensors, config: Mapping[str, A
     schedule = FlowSchedule(config["shift"])
     comparison.add("sigmas", schedule.sigmas, recorded["sigmas"])
     comparison.add("timesteps", schedule.timesteps / 1000, recorded["timesteps"] / 1000)
-    comparison.add("warped_steps", torch.tensor(schedule.warped_steps(config["steps"])), recorded["warped_steps"])
+    comparison.add(
+        "warped_steps", torch.tensor(schedule.warped_steps(config["steps"])), recorded["warped_steps"]
+    )
     t = recorded["t"]
     for prefix, dtype in (("", torch.float32), ("bf16_", torch.bfloat16)):
         if f"{prefix}x0_from_flow" not in recorded:
             continue
         flow, noisy, clean, noise = (recorded[name].to(dtype) for name in ("flow", "xt", "clean", "noise"))
-        comparison.add(f"{prefix}x0_from_flow", schedule.x0_from_flow(flow, noisy, t), recorded[f"{prefix}x0_from_flow"])
+        comparison.add(
+            f"{prefix}x0_from_flow", schedule.x0_from_flow(flow, noisy, t), recorded[f"{prefix}x0_from_flow"]
+        )
         comparison.add(f"{prefix}noised", schedule.add_noise(clean, noise, t), recorded[f"{prefix}noised"])
 
 
@@ -286,7 +323,9 @@ def _vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -
     outputs: dict[str, Tensor] = {}
     for name, module in vae.decoder.named_modules():
         if any(key.startswith(f"decoder.{name}.latent") for key in recorded):
-            module.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: output[0]}))
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: outputs.update({name: output[0]})
+            )
     scaled = latents.transpose(1, 2) / inverse_std + mean
     history, parts = vae.init_history(batch, height, width, latents.device, latents.dtype), []
     for i in range(count):
@@ -301,7 +340,9 @@ def _vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -
     frames = torch.cat([decoder.push(part)[0] for part in latents.split(3, dim=1)], dim=1)
     comparison.add("decode_pixel", frames, recorded["decode_pixel"])
     if "decode_chunked3_pixel" in recorded:
-        comparison.add("decode_chunked3_pixel", decode_chunked(vae, latents, 3), recorded["decode_chunked3_pixel"])
+        comparison.add(
+            "decode_chunked3_pixel", decode_chunked(vae, latents, 3), recorded["decode_chunked3_pixel"]
+        )
     comparison.add("encode", vae.encode(recorded["clip"]), recorded["encode"])
 
 
@@ -317,7 +358,9 @@ def _t5(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) ->
     comparison.add("bucket_of_distance", buckets, recorded["bucket_of_distance"])
     length = recorded["pos_bias_block0"].shape[-1]
     position = torch.arange(length)
-    bias = encoder.blocks[0].pos_embedding(distance_bucket(position - position[:, None], config["num_buckets"], 128))
+    bias = encoder.blocks[0].pos_embedding(
+        distance_bucket(position - position[:, None], config["num_buckets"], 128)
+    )
     comparison.add("pos_bias_block0", bias, recorded["pos_bias_block0"])
     comparison.add("prompt_embeds", hidden * recorded["mask"][..., None], recorded["prompt_embeds"])
 
@@ -341,7 +384,8 @@ def _lora(comparison: Comparison, recorded: Tensors, weights: Tensors, config: M
 
 
 def _keys(comparison: Comparison, path: Path) -> None:
-    """Key inventories of the full-size modules, on the meta device: names and shapes must be exactly those."""
+    """Key inventories of the full-size modules, on the meta device: names and shapes must be exactly those.
+    """
     inventory = json.loads(path.read_text(encoding="utf-8"))
     ours = full_size_inventory(path.stem.removeprefix("keys_"))
     for name in sorted(inventory.keys() | ours.keys()):
@@ -350,7 +394,9 @@ def _keys(comparison: Comparison, path: Path) -> None:
 
 
 def full_size_inventory(part: str) -> dict[str, list[int]]:
-    """Name -> shape of every tensor of the full-size "dit", "vae", "umt5" or, as PEFT saves it at rank 256, "lora"."""
+    """Name -> shape of every tensor of the full-size "dit", "vae", "umt5" or, as PEFT saves it at rank 256,
+    "lora".
+    """
     build = {"vae": lambda: WanVAE(VAEConfig()), "umt5": lambda: UMT5Encoder(TextEncoderConfig())}
     with torch.device("meta"):
         module = build.get(part, lambda: CausalDiT(DiTConfig()))()
@@ -379,7 +425,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     failed = [case.name for case in cases if not case.passed]
-    print(f"{len(cases) - len(failed)} of {len(cases)} cases within {LIMIT:g}" + (f"; failed: {failed}" if failed else ""))
+    print(
+        f"{len(cases) - len(failed)} of {len(cases)} cases within {LIMIT:g}"
+        + (f"; failed: {failed}" if failed else "")
+    )
     return 1 if failed else 0
 
 

@@ -1,4 +1,5 @@
-"""A pipeline: the five seams that optimizations replace. The session cannot tell which of them were replaced."""
+"""A pipeline: the five seams that optimizations replace. The session cannot tell which of them were replaced.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ from .timeline import NullTimeline, Timeline
 class Pipeline:
     """Everything a session needs.
 
-    The seams are `encode_prompt`, `sampler` (with its `forward`), `make_cache`, `make_vae_decoder` (which network calls
-    make frames) and `make_decoder` (when they run); the session cannot tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does `rooms`: what
-    each optimization did.
+    The seams are `encode_prompt`, `sampler` (with its `forward`), `make_cache`, `make_vae_decoder` (which
+    network calls make frames) and `make_decoder` (when they run); the session cannot tell which of them were
+    replaced. `weights` and `setup_s` (seconds) go into the result, and so does `rooms`: what each
+    optimization did.
     """
 
     config: ExperimentConfig
@@ -54,8 +56,15 @@ class Pipeline:
 
 
 def sampling_plan(config: ExperimentConfig) -> SamplingPlan:
-    return SamplingPlan(config.denoising_steps, config.timestep_shift, config.context_noise, config.block_frames,
-                        config.local_attn_size, config.sink_size, config.global_sink)
+    return SamplingPlan(
+        config.denoising_steps,
+        config.timestep_shift,
+        config.context_noise,
+        config.block_frames,
+        config.local_attn_size,
+        config.sink_size,
+        config.global_sink,
+    )
 
 
 def cache_geometry(config: ExperimentConfig, model: ModelConfig) -> CacheGeometry:
@@ -75,8 +84,10 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise UserError(f"device: {name!r} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
-                            "devices here; use device: cpu with model: tiny, or run on a machine with an NVIDIA GPU.")
+            raise UserError(
+                f"device: {name!r} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+                "devices here; use device: cpu with model: tiny, or run on a machine with an NVIDIA GPU."
+            )
     return device
 
 
@@ -104,12 +115,27 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         return dit.embed_text(text_encoder.encode([prompt]))
 
     return Pipeline(
-        config=config, model=model, device=device, dtype=dtype, attention_backend=backend, dit=dit, vae=vae,
-        text_encoder=text_encoder, encode_prompt=encode_prompt,
+        config=config,
+        model=model,
+        device=device,
+        dtype=dtype,
+        attention_backend=backend,
+        dit=dit,
+        vae=vae,
+        text_encoder=text_encoder,
+        encode_prompt=encode_prompt,
         sampler=Sampler(sampling_plan(config), EagerForward(dit)),
         make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
-        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width), make_decoder=InlineDecoder,
-        weights={"kind": files.kind, "seed": config.seed if files.kind == "random" else None, "sha256": files.sha256(),
-                 "dit": dit_report, "vae": vae_report, "text_encoder": text_report,
-                 "tokenizer": text_encoder.description},
-        setup_s={"load": time.perf_counter() - started})
+        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width),
+        make_decoder=InlineDecoder,
+        weights={
+            "kind": files.kind,
+            "seed": config.seed if files.kind == "random" else None,
+            "sha256": files.sha256(),
+            "dit": dit_report,
+            "vae": vae_report,
+            "text_encoder": text_report,
+            "tokenizer": text_encoder.description,
+        },
+        setup_s={"load": time.perf_counter() - started},
+    )

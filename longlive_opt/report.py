@@ -53,8 +53,8 @@ _WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without a result: its folder's label, why, and the parameters that it was given. `outcome` is
-    "failed", or "not available" where the machine lacks what the preset needs.
+    """A run that ended without a result: its folder's label, why, and the parameters that it was given.
+    `outcome` is "failed", or "not available" where the machine lacks what the preset needs.
     """
 
     label: str
@@ -682,8 +682,13 @@ def _observations(results: Sequence[Result], runs: Mapping[str, _Run],
 
 
 def _troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
-    return [*(f"{failure.outcome.capitalize()}: {_escape(failure.label)}: {_sentence(failure.reason)}" for failure in failures),
-            *(f"Not usable: {_escape(place)}: {_sentence(reason)}" for place, reason in problems)]
+    return [
+        *(
+            f"{failure.outcome.capitalize()}: {_escape(failure.label)}: {_sentence(failure.reason)}"
+            for failure in failures
+        ),
+        *(f"Not usable: {_escape(place)}: {_sentence(reason)}" for place, reason in problems),
+    ]
 
 
 def _closing(results: Sequence[Result], source: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""Few-step sampling of one block of latent frames, and the KV recache at a prompt switch (LongLive, arXiv:2509.22622)."""
+"""Few-step sampling of one block of latent frames, and the KV recache at a prompt switch (LongLive,
+arXiv:2509.22622).
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,14 @@ class Forward(Protocol):
                  keys_only: bool = False) -> Tensor:
         """Run latents [B, F, C, H, W], all at one timestep, against a cache whose `begin` planned this pass.
 
-        Returns the flow, [B, F, C, H, W]. With `keys_only` the caller wants the cache filled and nothing else: what is
-        returned then means nothing, and whatever only serves the flow may be left out.
+        Returns the flow, [B, F, C, H, W]. With `keys_only` the caller wants the cache filled and nothing
+        else: what is returned then means nothing, and whatever only serves the flow may be left out.
         """
 
 
 class EagerForward:
-    """The reference: a plain call of the transformer, the time embedding included, whatever is wanted of it."""
+    """The reference: a plain call of the transformer, the time embedding included, whatever is wanted of it.
+    """
 
     def __init__(self, dit: CausalDiT):
         self.dit = dit
@@ -75,7 +78,8 @@ class Sampler:
         """Sample latent frames start .. start + F - 1 and leave their clean keys and values in the cache.
 
         Args:
-            noise: [B, F, C, H, W]; step_noise: [steps - 1, B, F, C, H, W], added back after each step but the last.
+            noise: [B, F, C, H, W]; step_noise: [steps - 1, B, F, C, H, W], added back after each step but the
+            last.
 
         Returns:
             Clean latents [B, F, C, H, W].
@@ -110,14 +114,18 @@ class Sampler:
 
     def run_pass(self, cache: KVCache, text: TextContext, start: int, latents: Tensor, timestep: float, *,
                  keys_only: bool = False, recache_sink: bool = False) -> Tensor:
-        """One pass over latents [B, F, C, H, W] that begin at latent frame `start`; returns the flow, same shape."""
+        """One pass over latents [B, F, C, H, W] that begin at latent frame `start`; returns the flow, same
+        shape.
+        """
         cache.begin(start, latents.shape[1], recache_sink=recache_sink)
         flow = self.forward(latents, timestep, text, cache, keys_only=keys_only)
         cache.end()
         return flow
 
 
-def block_noise_shapes(plan: SamplingPlan, latent_shape: Sequence[int], batch: int) -> tuple[tuple[int, ...], ...]:
+def block_noise_shapes(
+    plan: SamplingPlan, latent_shape: Sequence[int], batch: int
+) -> tuple[tuple[int, ...], ...]:
     """Shapes of (`noise`, `step_noise`) of one block; latent_shape is (C, H, W)."""
     block = (batch, plan.block_frames, *latent_shape)
     return block, (len(plan.denoising_steps) - 1, *block)

@@ -1,4 +1,6 @@
-"""Flow-matching schedule of LongLive: 1000 shifted noise levels, of which a few are visited (Wan 2.1, arXiv:2503.20314)."""
+"""Flow-matching schedule of LongLive: 1000 shifted noise levels, of which a few are visited (Wan 2.1,
+arXiv:2503.20314).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ TRAIN_STEPS = 1000
 class FlowSchedule:
     """Noise levels sigma = s*u / (1 + (s-1)*u) for u = 1 .. 0.001, with timesteps 1000 * sigma.
 
-    `sigmas` and `timesteps` are float32 [1000], falling. There is no sigma of 0: timestep 0 maps to the last entry.
+    `sigmas` and `timesteps` are float32 [1000], falling. There is no sigma of 0: timestep 0 maps to the last
+    entry.
     """
 
     def __init__(self, shift: float = 5.0):
@@ -22,7 +25,8 @@ class FlowSchedule:
         self.timesteps = self.sigmas * TRAIN_STEPS
 
     def warped_steps(self, steps: Sequence[int]) -> list[float]:
-        """Timesteps that the model is given for nominal steps such as [1000, 750, 500, 250]; float32 values."""
+        """Timesteps that the model is given for nominal steps such as [1000, 750, 500, 250]; float32 values.
+        """
         padded = torch.cat([self.timesteps, torch.zeros(1)])
         return [padded[TRAIN_STEPS - step].item() for step in steps]
 

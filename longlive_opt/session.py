@@ -1,4 +1,5 @@
-"""The product's heart: a session streams blocks of video frames, for ever if asked, and changes the prompt meanwhile.
+"""The product's heart: a session streams blocks of video frames, for ever if asked, and changes the prompt
+meanwhile.
 
     session = StreamingSession(pipeline)
     for chunk in session.stream("a red fox"):
@@ -30,8 +31,8 @@ from .timeline import NullTimeline, Timeline
 class Chunk:
     """One block of video.
 
-    `frames` is uint8 [B, T, 3, H, W] on the session's device, `latents` [B, F, C, h, w]; `start_frame` is its first
-    latent frame; `switched` says that `prompt` took over with this block.
+    `frames` is uint8 [B, T, 3, H, W] on the session's device, `latents` [B, F, C, h, w]; `start_frame` is its
+    first latent frame; `switched` says that `prompt` took over with this block.
     """
 
     block: int
@@ -51,8 +52,9 @@ class StreamingSession:
         self.pipeline = pipeline
         self.plan = pipeline.sampler.plan
         self.timeline = timeline if timeline is not None else NullTimeline()
-        self._noise = noise or StreamNoise(self.plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device,
-                                           pipeline.dtype)
+        self._noise = noise or StreamNoise(
+            self.plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device, pipeline.dtype
+        )
         self.cache = pipeline.make_cache()
         self._decoder = pipeline.make_decoder(pipeline.make_vae_decoder(), self.timeline)
         self._forget()
@@ -77,8 +79,8 @@ class StreamingSession:
         return self._block
 
     def switch_prompt(self, prompt: str) -> None:
-        """Let `prompt` take over at the next block boundary. Requests queue up: each block boundary serves one, as
-        in LongLive.
+        """Let `prompt` take over at the next block boundary. Requests queue up: each block boundary serves
+        one, as in LongLive.
 
         Raises:
             UserError: the prompt is empty.
@@ -90,18 +92,19 @@ class StreamingSession:
     def stream(self, prompt: str, blocks: int | None = None) -> Iterator[Chunk]:
         """Start a video with `prompt` and yield its chunks; `blocks` None never ends.
 
-        A decoder that works asynchronously may hold a chunk back while the next block is denoised; every chunk
-        comes, in order.
+        A decoder that works asynchronously may hold a chunk back while the next block is denoised; every
+        chunk comes, in order.
 
         Raises:
-            UserError: an empty prompt, a block count that is not positive, a session that already streams and was
+            UserError: an empty prompt, a block count that is not positive, a session that already streams and
+            was
                 not reset, or absolute positions that ended (`relative_rope: true` has no end).
         """
         return self._start(Script((prompt,)), blocks)
 
     def play(self, script: Script, blocks: int) -> Iterator[Chunk]:
-        """Stream a script: its prompts take over at its switch frames (latent frames), rounded up to a block, at most
-        one a block.
+        """Stream a script: its prompts take over at its switch frames (latent frames), rounded up to a block,
+        at most one a block.
 
         Raises:
             UserError: a switch past the end of the video, or what `stream` refuses.
@@ -109,13 +112,17 @@ class StreamingSession:
         frames = blocks * self.plan.block_frames
         late = [frame for frame in script.switch_frames if frame >= frames]
         if late:
-            raise UserError(f"switch_frame_indices: {late[0]} lies past the end of the video, {frames} latent frames; "
-                            "switch earlier or generate more blocks.")
+            raise UserError(
+                f"switch_frame_indices: {late[0]} lies past the end of the video, {frames} latent frames; "
+                "switch earlier or generate more blocks."
+            )
         return self._start(script, blocks)
 
     def _start(self, script: Script, blocks: int | None) -> Iterator[Chunk]:
         if blocks is not None and blocks < 1:
-            raise UserError(f"blocks: {blocks} is not positive; ask for at least 1, or None for an endless stream.")
+            raise UserError(
+                f"blocks: {blocks} is not positive; ask for at least 1, or None for an endless stream."
+            )
         if self._streaming:
             raise UserError("session: it already holds a video; call reset() before starting another.")
         for prompt in script.prompts:

@@ -67,7 +67,9 @@ class Experiment:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output_dir: cannot make {output_dir}: {error.strerror}; choose another folder.") from error
+            raise UserError(
+                f"output_dir: cannot make {output_dir}: {error.strerror}; choose another folder."
+            ) from error
         pd.set_option("display.max_colwidth", None)
         print(f"{config.title}: preset {config.name}, {config.model}, {config.device}, {config.model_dtype}")
         return cls(config, campaign, run, folder)
@@ -85,15 +87,20 @@ class Experiment:
         self.session = StreamingSession(self.pipeline, timeline=self.timeline)
         print(f"ready after {self.pipeline.setup_s['load']:.1f} s: {self.pipeline.model.name}, weights: "
               f"{self.pipeline.weights['kind']}, attention: {self.pipeline.attention_backend}")
-        return pd.DataFrame([{"optimization": room["name"], "level": room["level"], "what it did": room["report"]["done"]}
-                             for room in self.pipeline.rooms], columns=["optimization", "level", "what it did"])
+        return pd.DataFrame(
+            [
+                {"optimization": room["name"], "level": room["level"], "what it did": room["report"]["done"]}
+                for room in self.pipeline.rooms
+            ],
+            columns=["optimization", "level", "what it did"],
+        )
 
     def measure(self) -> pd.DataFrame:
         """Rehearse (compilation and capture happen here), then measure; returns the headline figures.
 
-        Two streams, each filling the window first: one of `measure_blocks` blocks without a switch, for the steady
-        state, and one with a prompt switch at every second block. Every second switch asks for a prompt that was never
-        seen before.
+        Two streams, each filling the window first: one of `measure_blocks` blocks without a switch, for the
+        steady state, and one with a prompt switch at every second block. Every second switch asks for a
+        prompt that was never seen before.
         """
         self._rehearse()
         device, config = self.pipeline.device, self.config
@@ -101,11 +108,17 @@ class Experiment:
             torch.cuda.reset_peak_memory_stats(device)
         clocks_before = provenance.clocks(device)
         steady = self._record(config.warmup_blocks + config.measure_blocks, [])
-        switched = self._record(config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config))
+        switched = self._record(
+            config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
+        )
         self.measured = metrics.measurements(
-            steady, first_measured_block=config.warmup_blocks, frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
-            switch_events=switched if config.num_switches else None, playback_fps=config.playback_fps,
-            target_ms=config.target_ms_per_frame)
+            steady,
+            first_measured_block=config.warmup_blocks,
+            frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
+            switch_events=switched if config.num_switches else None,
+            playback_fps=config.playback_fps,
+            target_ms=config.target_ms_per_frame,
+        )
         self.measured["events"] = [event.to_row() for event in steady]
         self.measured["switch_events"] = [event.to_row() for event in switched]
         self.measured["memory_gb"] = provenance.memory_gb(device, self.session.cache.nbytes)
@@ -126,8 +139,10 @@ class Experiment:
         setup["rehearsal"] = time.perf_counter() - started
         setup["capture"] = sum(stats.capture_s for stats in self._stats() if hasattr(stats, "capture_s"))
         setup["compile"] = compile_seconds()
-        print(f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling {setup['compile']:.1f} s, "
-              f"capturing {setup['capture']:.1f} s")
+        print(
+            f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling {setup['compile']:.1f} s, "
+            f"capturing {setup['capture']:.1f} s"
+        )
 
     def _record(self, blocks: int, switches: list[int]) -> list[Event]:
         self._start_over()
@@ -163,15 +178,22 @@ class Experiment:
         self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
         shown = video.shrink(self.frames, self.config.video_width)
         video.write_mp4(self.folder / "video.mp4", shown, self.pipeline.model.fps, crf=self.config.video_crf)
-        labels = [f"block {chunk.block}" + (": new prompt" if chunk.switched else "") for chunk in self.chunks]
-        video.contact_sheet(self.folder / "frames.png", torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
-                            labels=labels, max_width=4 * (self.config.video_width or 400))
+        labels = [
+            f"block {chunk.block}" + (": new prompt" if chunk.switched else "") for chunk in self.chunks
+        ]
+        video.contact_sheet(
+            self.folder / "frames.png",
+            torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
+            labels=labels,
+            max_width=4 * (self.config.video_width or 400),
+        )
         if self.config.name == "baseline" and self.number == 1:
             Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)
         return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
 
     def compare(self) -> pd.DataFrame:
-        """Quality against the baseline of the same campaign, by two protocols; the headline is the one-block protocol.
+        """Quality against the baseline of the same campaign, by two protocols; the headline is the one-block
+        protocol.
 
         one block: every block is generated from the baseline's own past, so that differences cannot add up.
         free-running: the video of `film` against the baseline's video, where differences do add up.
@@ -179,18 +201,28 @@ class Experiment:
         kind = self.pipeline.weights["kind"]
         path = self.folder.parent / "baseline" / REFERENCE_FILE
         if self.config.name == "baseline" and self.number == 1:
-            self.quality = quality.not_compared("this is the reference itself", "look at the other presets", kind)
+            self.quality = quality.not_compared(
+                "this is the reference itself", "look at the other presets", kind
+            )
         elif not path.is_file():
-            self.quality = quality.not_compared("the campaign has no baseline video", "run the baseline first", kind)
+            self.quality = quality.not_compared(
+                "the campaign has no baseline video", "run the baseline first", kind
+            )
         else:
             reference = Reference.load(path)
             self.quality = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
             self.quality["free_running"] = quality.compare(
-                reference.frames, self.frames, weights_kind=kind, prompts=reference.frame_prompts(self.script.prompts))
+                reference.frames,
+                self.frames,
+                weights_kind=kind,
+                prompts=reference.frame_prompts(self.script.prompts),
+            )
         rows = {"one block": quality.log_numbers(self.quality)}
         if "free_running" in self.quality:
             rows["free-running"] = quality.log_numbers(self.quality["free_running"])
-        return pd.DataFrame({name: {key: plain(value) for key, value in row.items()} for name, row in rows.items()}).T
+        return pd.DataFrame(
+            {name: {key: plain(value) for key, value in row.items()} for name, row in rows.items()}
+        ).T
 
     def definitions(self) -> HTML:
         """What every figure means."""
@@ -199,14 +231,17 @@ class Experiment:
         return HTML(f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>")
 
     def difference(self) -> figures.Chart:
-        """Heat map of the mean absolute difference between this video and the baseline's, beside a frame of each.
+        """Heat map of the mean absolute difference between this video and the baseline's, beside a frame of
+        each.
 
         Raises:
             UserError: the campaign has no baseline video.
         """
         path = self.folder.parent / "baseline" / REFERENCE_FILE
         if not path.is_file():
-            raise UserError(f"campaign: {self.campaign!r} has no baseline video to compare with; run the baseline first.")
+            raise UserError(
+                f"campaign: {self.campaign!r} has no baseline video to compare with; run the baseline first."
+            )
         reference = Reference.load(path)
         video.write_mp4(self.folder / "side_by_side.mp4",
                         quality.side_by_side(video.shrink(reference.frames, self.config.video_width),
@@ -232,20 +267,38 @@ class Experiment:
         """What `save` writes; everything before must have been called."""
         config, pipeline = self.config, self.pipeline
         environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend)
-        result = plain_json({
-            "schema_version": results.SCHEMA_VERSION, "status": "ok", "campaign": self.campaign, "preset": config.name,
-            "run": self.number, "title": config.title, "hypothesis": config.hypothesis, "parameters": config.to_dict(),
-            "environment": environment | self.clocks,
-            "model": {"name": pipeline.model.name, "parameters": pipeline.weights["dit"]["parameters"],
-                      "sizes": dataclasses.asdict(pipeline.model)},
-            "weights": pipeline.weights, "tokenizer": pipeline.weights["tokenizer"]["tokenizer"], "seed": config.seed,
-            **self.measured, "setup_s": pipeline.setup_s, "quality": self.quality, "rooms": self._room_reports(),
-            "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        result = plain_json(
+            {
+                "schema_version": results.SCHEMA_VERSION,
+                "status": "ok",
+                "campaign": self.campaign,
+                "preset": config.name,
+                "run": self.number,
+                "title": config.title,
+                "hypothesis": config.hypothesis,
+                "parameters": config.to_dict(),
+                "environment": environment | self.clocks,
+                "model": {
+                    "name": pipeline.model.name,
+                    "parameters": pipeline.weights["dit"]["parameters"],
+                    "sizes": dataclasses.asdict(pipeline.model),
+                },
+                "weights": pipeline.weights,
+                "tokenizer": pipeline.weights["tokenizer"]["tokenizer"],
+                "seed": config.seed,
+                **self.measured,
+                "setup_s": pipeline.setup_s,
+                "quality": self.quality,
+                "rooms": self._room_reports(),
+                "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+        )
         campaign, _ = results.read_campaign(self.folder.parent)
         gate = gate_of(config, result["rooms"])
         # The gate stays with the result: once the noise is known, the report decides again.
-        result["decision"] = metrics.decide(result, self.baseline(), metrics.campaign_noise(campaign), gate) | {
-            "gate": gate}
+        result["decision"] = metrics.decide(
+            result, self.baseline(), metrics.campaign_noise(campaign), gate
+        ) | {"gate": gate}
         return result
 
     def baseline(self) -> dict[str, Any] | None:
@@ -254,8 +307,16 @@ class Experiment:
         return results.read_result(path) if path.is_file() else None
 
     def _room_reports(self) -> list[dict[str, Any]]:
-        return [room | {"report": {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-                                   for key, value in room["report"].items()}} for room in self.pipeline.rooms]
+        return [
+            room
+            | {
+                "report": {
+                    key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+                    for key, value in room["report"].items()
+                }
+            }
+            for room in self.pipeline.rooms
+        ]
 
     def _headline(self) -> pd.DataFrame:
         latency, memory = self.measured["latency"], self.measured["memory_gb"]
@@ -272,7 +333,8 @@ class Experiment:
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters among a notebook's globals: every public name with a plain value.
 
-    papermill injects unknown names with no more than a warning; here they reach the config, which refuses them.
+    papermill injects unknown names with no more than a warning; here they reach the config, which refuses
+    them.
     """
     shell = {"In", "Out"}
     return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
@@ -305,8 +367,8 @@ def switch_blocks(config: ExperimentConfig) -> list[int]:
 
 
 def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `metrics.decide`: bit-identical frames if every optimization is exact, else the preset's
-    limits.
+    """The quality gate of `metrics.decide`: bit-identical frames if every optimization is exact, else the
+    preset's limits.
     """
     limits = {"min_psnr_db": config.min_psnr_db, "min_ssim": config.min_ssim, "max_lpips": config.max_lpips}
     limits = {key: value for key, value in limits.items() if value is not None}

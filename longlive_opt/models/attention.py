@@ -22,20 +22,24 @@ _BACKENDS = {
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turn `auto` into the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32 on
-    CUDA, and PyTorch's only choice on the CPU (called `cpu`). The result goes into every run's provenance.
+    """Turn `auto` into the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32
+    on CUDA, and PyTorch's only choice on the CPU (called `cpu`). The result goes into every run's provenance.
 
     Raises:
         UserError: a CUDA kernel is asked for on the CPU, or a half-precision kernel in float32.
     """
     if device.type != "cuda":
         if name not in ("auto", "math"):
-            raise UserError(f"attention_backend: {name!r} runs on CUDA only; use auto with device: {device.type}.")
+            raise UserError(
+                f"attention_backend: {name!r} runs on CUDA only; use auto with device: {device.type}."
+            )
         return "cpu" if name == "auto" else name
     if name == "auto":
         return "efficient" if dtype == torch.float32 else "cudnn"
     if dtype == torch.float32 and name in ("cudnn", "flash"):
-        raise UserError(f"attention_backend: {name!r} has no float32 kernel; use auto or model_dtype: bfloat16.")
+        raise UserError(
+            f"attention_backend: {name!r} has no float32 kernel; use auto or model_dtype: bfloat16."
+        )
     return name
 
 

@@ -1,7 +1,8 @@
-"""The causal video diffusion transformer of LongLive-1.3B (Wan 2.1 T2V-1.3B, arXiv:2503.20314; LongLive, arXiv:2509.22622).
+"""The causal video diffusion transformer of LongLive-1.3B (Wan 2.1 T2V-1.3B, arXiv:2503.20314; LongLive,
+arXiv:2509.22622).
 
-The module uses a KV cache and never builds or inspects one: each block hands q, k, v to its `LayerCache`, which
-rotates, stores and attends. Parameter names are those of the official checkpoints.
+The module uses a KV cache and never builds or inspects one: each block hands q, k, v to its `LayerCache`,
+which rotates, stores and attends. Parameter names are those of the official checkpoints.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class LayerCache(Protocol):
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the transformer keeps of a prompt: keys and values of every cross-attention, each [B, text_len, N, D]."""
+    """What the transformer keeps of a prompt: keys and values of every cross-attention, each [B, text_len, N,
+    D].
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -47,7 +50,9 @@ class TimeContext(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the whole vector, before it is split into heads; normalised in float32, rounded, then scaled."""
+    """RMS norm over the whole vector, before it is split into heads; normalised in float32, rounded, then
+    scaled.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -98,7 +103,9 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Self-attention over the cache, cross-attention to the prompt, feed-forward; the first and last are modulated."""
+    """Self-attention over the cache, cross-attention to the prompt, feed-forward; the first and last are
+    modulated.
+    """
 
     def __init__(self, config: DiTConfig, attention: Attention):
         super().__init__()
@@ -112,8 +119,12 @@ class DiTBlock(nn.Module):
                                  nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(self, x: Tensor, time: Tensor, layer: LayerCache, text_key: Tensor, text_value: Tensor) -> Tensor:
-        """One block: x [B, L, dim], time [B, F, 6, dim], text_key and text_value [B, text_len, N, D] -> [B, L, dim]."""
+    def forward(
+        self, x: Tensor, time: Tensor, layer: LayerCache, text_key: Tensor, text_value: Tensor
+    ) -> Tensor:
+        """One block: x [B, L, dim], time [B, F, 6, dim], text_key and text_value [B, text_len, N, D] -> [B,
+        L, dim].
+        """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time).split(1, dim=2)
         hidden = modulate(self.norm1(x), shift_a, scale_a)
         attended = layer.attend(self.self_attn.query(hidden), *self.self_attn.key_value(hidden))
@@ -145,7 +156,9 @@ class Head(nn.Module):
 
 
 class CausalDiT(nn.Module):
-    """The transformer. Call it with noisy latents, one timestep per latent frame, a prompt and the layers of a cache."""
+    """The transformer. Call it with noisy latents, one timestep per latent frame, a prompt and the layers of
+    a cache.
+    """
 
     def __init__(self, config: DiTConfig, attention: Attention | None = None):
         """Args: attention: the kernel of the cross-attention; None takes PyTorch's own choice."""
@@ -192,9 +205,11 @@ class CausalDiT(nn.Module):
             tokens = block(tokens, time.blocks, layer, key, value)
         return self.unpatchify(self.head(tokens, time.head), height, width)
 
-    def store_keys(self, x: Tensor, time: TimeContext, text: TextContext, layers: Sequence[LayerCache]) -> None:
-        """Fill the caches as `forward` does and leave out all that only serves the flow: the last block after its keys
-        and values, and the head.
+    def store_keys(
+        self, x: Tensor, time: TimeContext, text: TextContext, layers: Sequence[LayerCache]
+    ) -> None:
+        """Fill the caches as `forward` does and leave out all that only serves the flow: the last block after
+        its keys and values, and the head.
         """
         tokens = self.patchify(x)
         *inner, last = zip(self.blocks, layers, text.keys, text.values, strict=True)
@@ -203,7 +218,9 @@ class CausalDiT(nn.Module):
         last[0].store_keys(tokens, time.blocks, last[1])
 
     def embed_time(self, timestep: Tensor) -> TimeContext:
-        """Embed timesteps [B, F]: sinusoid in float64 (cosines first), then two small MLPs in the model's dtype."""
+        """Embed timesteps [B, F]: sinusoid in float64 (cosines first), then two small MLPs in the model's
+        dtype.
+        """
         half = self.config.freq_dim // 2
         exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
         angles = timestep.double()[..., None] * 10000.0 ** -exponents
@@ -212,8 +229,8 @@ class CausalDiT(nn.Module):
         return TimeContext(embedded[:, :, None], self.time_projection(embedded).unflatten(-1, (6, -1)))
 
     def embed_text(self, prompt: Tensor) -> TextContext:
-        """Keys and values of every cross-attention for a prompt [B, L <= text_len, text_dim]. Missing rows are
-        zero-padded and attended like the others, as LongLive does.
+        """Keys and values of every cross-attention for a prompt [B, L <= text_len, text_dim]. Missing rows
+        are zero-padded and attended like the others, as LongLive does.
 
         Raises:
             ValueError: more rows than text_len or another width than text_dim.

@@ -1,7 +1,7 @@
 """Rotary position embedding over (time, row, column), as in Wan 2.1 (RoPE: Su et al., arXiv:2104.09864).
 
-A head of D components is D/2 complex pairs (2j, 2j+1); the pairs split into a time, a row and a column group of
-c - 2*(c//3), c//3 and c//3 pairs with c = D/2 (22, 21, 21 for D = 128), each restarting at frequency 1.
+A head of D components is D/2 complex pairs (2j, 2j+1); the pairs split into a time, a row and a column group
+of c - 2*(c//3), c//3 and c//3 pairs with c = D/2 (22, 21, 21 for D = 128), each restarting at frequency 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ THETA = 10000.0
 
 
 def rope_angles(head_dim: int, frames: Tensor, rows: int, columns: int) -> Tensor:
-    """Angles in radians, float64 [len(frames) * rows * columns, head_dim / 2], of tokens ordered frame, row, column
-    at the time positions `frames` (one number per latent frame).
+    """Angles in radians, float64 [len(frames) * rows * columns, head_dim / 2], of tokens ordered frame, row,
+    column at the time positions `frames` (one number per latent frame).
     """
     pairs = head_dim // 2
     spatial = pairs // 3
@@ -40,8 +40,10 @@ def check_positions(last_frame: int) -> None:
         UserError: naming the first frame that has no position.
     """
     if last_frame >= ROPE_POSITIONS:
-        raise UserError(f"relative_rope: false ends at latent frame {ROPE_POSITIONS - 1}, and frame {last_frame} was "
-                        "asked for; reset the session or set relative_rope: true, which has no limit.")
+        raise UserError(
+            f"relative_rope: false ends at latent frame {ROPE_POSITIONS - 1}, and frame {last_frame} was "
+            "asked for; reset the session or set relative_rope: true, which has no limit."
+        )
 
 
 class Rotary:

@@ -1,13 +1,13 @@
 """Async VAE: decode a block while the next one is denoised.
 
-Idea: frames of block k are decoded on their own CUDA stream (on the CPU: a worker thread) while block k + 1 is
-denoised; the hand-over is double-buffered, so that at most one decode runs behind. Chunks come in order, one block later
-at the most.
+Idea: frames of block k are decoded on their own CUDA stream (on the CPU: a worker thread) while block k + 1
+is denoised; the hand-over is double-buffered, so that at most one decode runs behind. Chunks come in order,
+one block later at the most.
 
 Seam: `make_decoder`. Costs: one more block of frames in memory, and up to one
-block of delay for each chunk, prompt switches included. It hides launch gaps and hands out frames while the host works;
-on one GPU it cannot remove compute, since both streams share the same multiprocessors.
-Bit-exact: the same kernels on the same numbers.
+block of delay for each chunk, prompt switches included. It hides launch gaps and hands out frames while the
+host works; on one GPU it cannot remove compute, since both streams share the same multiprocessors. Bit-exact:
+the same kernels on the same numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class AsyncVAE(Room):
             return StreamDecoder(inner, device) if device.type == "cuda" else ThreadDecoder(inner)
 
         pipeline = dataclasses.replace(pipeline, make_decoder=make_decoder)
-        return self.report(pipeline, "decoding on its own " + ("stream" if device.type == "cuda" else "thread"))
+        return self.report(
+            pipeline, "decoding on its own " + ("stream" if device.type == "cuda" else "thread")
+        )
 
 
 IN_FLIGHT = 1

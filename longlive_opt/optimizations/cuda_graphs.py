@@ -1,13 +1,13 @@
 """CUDA graphs: capture each kind of transformer pass once, replay it afterwards.
 
-Idea: a pass is a few thousand kernel launches that are the same every time; replaying them costs one launch. What
-changes between replays, changes in memory at fixed addresses: the latents and the prompt are copied in, and the cache
-keeps its slots and rotation tables where they are (`KVCache.signature` says which passes are alike). Positions, ring
-and roll therefore need no recapture; a new kind of pass (another fill of the window, a recache, another timestep) runs
-eagerly once and is captured for the next time.
+Idea: a pass is a few thousand kernel launches that are the same every time; replaying them costs one launch.
+What changes between replays, changes in memory at fixed addresses: the latents and the prompt are copied in,
+and the cache keeps its slots and rotation tables where they are (`KVCache.signature` says which passes are
+alike). Positions, ring and roll therefore need no recapture; a new kind of pass (another fill of the window,
+a recache, another timestep) runs eagerly once and is captured for the next time.
 
-Seam: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Does not help where the
-GPU is busy anyway: launches of large kernels already overlap with the kernels before them.
+Seam: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Does not help
+where the GPU is busy anyway: launches of large kernels already overlap with the kernels before them.
 Bit-exact: the same kernels on the same numbers.
 """
 
@@ -38,7 +38,9 @@ class CudaGraphs(Room):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         forward = GraphedForward(pipeline.sampler.forward, pipeline.device)
         pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
-        return self.report(pipeline, "each kind of transformer pass is captured once and replayed", stats=forward.stats)
+        return self.report(
+            pipeline, "each kind of transformer pass is captured once and replayed", stats=forward.stats
+        )
 
 
 @dataclass
@@ -69,7 +71,9 @@ class GraphedForward:
 
     def __post_init__(self) -> None:
         if self.device.type != "cuda":
-            raise NotAvailable(f"use_cuda_graphs: CUDA graphs need device: cuda, and this run is on {self.device.type}.")
+            raise NotAvailable(
+                f"use_cuda_graphs: CUDA graphs need device: cuda, and this run is on {self.device.type}."
+            )
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Any, _Captured] = {}
         self._cache: weakref.ref[Any] = weakref.ref(self)
@@ -97,7 +101,9 @@ class GraphedForward:
 
     def _at_fixed_addresses(self, text: TextContext) -> TextContext:
         if self._text is None:
-            self._text = TextContext(tuple(t.clone() for t in text.keys), tuple(t.clone() for t in text.values))
+            self._text = TextContext(
+                tuple(t.clone() for t in text.keys), tuple(t.clone() for t in text.values)
+            )
         elif text is not self._shown:
             torch._foreach_copy_([*self._text.keys, *self._text.values], [*text.keys, *text.values])
         self._shown = text

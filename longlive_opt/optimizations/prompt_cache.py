@@ -1,14 +1,15 @@
 """Prompt cache: remember what a prompt became, so that returning to it costs no text encoder.
 
-Idea: the cross-attention's keys and values depend on the prompt and the weights alone. A least-recently-used table
-keeps them up to a byte limit; an optional folder keeps the text encoder's output (a few MB a prompt) for later runs,
-which then start without loading the text encoder at all as long as they ask for known prompts.
+Idea: the cross-attention's keys and values depend on the prompt and the weights alone. A least-recently-used
+table keeps them up to a byte limit; an optional folder keeps the text encoder's output (a few MB a prompt)
+for later runs, which then start without loading the text encoder at all as long as they ask for known
+prompts.
 
-An entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of every key, in
-memory and on disk, so a changed encoder never serves a stale entry.
+An entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of every key,
+in memory and on disk, so a changed encoder never serves a stale entry.
 
-Seam: `encode_prompt`. Costs: memory (94 MB a prompt for LongLive-1.3B in bf16). Does not help with prompts that never
-return. Bit-exact.
+Seam: `encode_prompt`. Costs: memory (94 MB a prompt for LongLive-1.3B in bf16). Does not help with prompts
+that never return. Bit-exact.
 """
 
 from __future__ import annotations
@@ -63,8 +64,13 @@ class PromptStats:
 class CachedPrompts:
     """`encode_prompt` with a memory: text -> TextContext, least recently used first out."""
 
-    def __init__(self, encode: Callable[[str], Tensor], embed: Callable[[Tensor], TextContext], limit_bytes: int,
-                 store: EmbeddingStore | None = None):
+    def __init__(
+        self,
+        encode: Callable[[str], Tensor],
+        embed: Callable[[Tensor], TextContext],
+        limit_bytes: int,
+        store: EmbeddingStore | None = None,
+    ):
         self._encode, self._embed, self._limit, self._store = encode, embed, limit_bytes, store
         self._entries: OrderedDict[str, TextContext] = OrderedDict()
         self.stats = PromptStats()
@@ -97,7 +103,9 @@ class CachedPrompts:
 
 
 class EmbeddingStore:
-    """Text-encoder outputs [1, text_len, dim] as safetensors files, one a prompt; a damaged file counts as absent."""
+    """Text-encoder outputs [1, text_len, dim] as safetensors files, one a prompt; a damaged file counts as
+    absent.
+    """
 
     def __init__(self, folder: Path, fingerprint: str):
         """Raises: UserError: the folder cannot be made."""
@@ -106,10 +114,15 @@ class EmbeddingStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"prompt_cache_dir: cannot make {folder}: {error.strerror}; choose another folder.") from error
+            raise UserError(
+                f"prompt_cache_dir: cannot make {folder}: {error.strerror}; choose another folder."
+            ) from error
 
     def path(self, prompt: str) -> Path:
-        return self._folder / f"{hashlib.sha256(f'{self._fingerprint} {prompt}'.encode()).hexdigest()}.safetensors"
+        return (
+            self._folder
+            / f"{hashlib.sha256(f'{self._fingerprint} {prompt}'.encode()).hexdigest()}.safetensors"
+        )
 
     def load(self, prompt: str) -> Tensor | None:
         path = self.path(prompt)

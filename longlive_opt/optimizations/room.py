@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 from ..pipeline import Pipeline
 
 Level = Literal["exact", "rounding", "lossy"]
-"""`exact`: the same kernels on the same numbers, bit for bit. `rounding`: the same arithmetic in another order or
-kernel, equal within bf16 rounding. `lossy`: an approximation, judged by the preset's quality gate."""
+"""`exact`: the same kernels on the same numbers, bit for bit. `rounding`: the same arithmetic in another
+order or kernel, equal within bf16 rounding. `lossy`: an approximation, judged by the preset's quality gate.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Room:
         raise NotImplementedError
 
     def report(self, pipeline: Pipeline, done: str, **facts: Any) -> Pipeline:
-        """Add what this room did to the pipeline's report. `facts` may hold objects that are read at the end."""
+        """Add what this room did to the pipeline's report. `facts` may hold objects that are read at the end.
+        """
         entry = {"name": self.name, "applied": True, "level": self.level, "knobs": dataclasses.asdict(self),
                  "report": {"done": done, **facts}}
         return dataclasses.replace(pipeline, rooms=(*pipeline.rooms, entry))
