@@ -14,8 +14,10 @@ from longlive_opt.config import DiTConfig, ExperimentConfig, ModelConfig, TextEn
 from longlive_opt.optimizations import build_pipeline
 from longlive_opt.pipeline import Pipeline
 
-_TEXT = TextEncoderConfig(vocab_size=384, dim=16, dim_attn=16, dim_ffn=16, num_heads=2, num_layers=1, text_len=32)
-_DIT = DiTConfig(dim=48, num_heads=2, num_layers=2, ffn_dim=64, freq_dim=32, text_dim=_TEXT.dim, text_len=_TEXT.text_len)
+_TEXT = TextEncoderConfig(vocab_size=384, dim=16, dim_attn=16, dim_ffn=16, num_heads=2, num_layers=1,
+                          text_len=32)
+_DIT = DiTConfig(dim=48, num_heads=2, num_layers=2, ffn_dim=64, freq_dim=32, text_dim=_TEXT.dim,
+                 text_len=_TEXT.text_len)
 MICRO = ModelConfig("micro", _DIT, VAEConfig(dim=2, num_res_blocks=1), _TEXT, height=32, width=48)
 
 
@@ -32,7 +34,8 @@ def micro_model() -> Iterator[None]:
 
 def micro_config(**keys: Any) -> ExperimentConfig:
     """A preset on the micro model in float32; 16 x 16 pixels make one token a frame."""
-    return ExperimentConfig.from_mapping({"model": "micro", "model_dtype": "float32", "warmup_blocks": 16, **keys})
+    return ExperimentConfig.from_mapping({"model": "micro", "model_dtype": "float32", "warmup_blocks": 16,
+                                          **keys})
 
 
 def micro_pipeline(**keys: Any) -> Pipeline:

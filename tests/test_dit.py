@@ -88,12 +88,12 @@ def golden_flow(recorded: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def test_bfloat16_is_within_two_percent(recorded):
-    """A norm, a sinusoid or a rotation computed in bf16 instead of wider: the recording itself is 0.8 % off."""
+    """A norm, a sinusoid or a rotation computed in bf16, not wider: the recording itself is 0.8 % off."""
     flow = golden_flow(recorded, torch.bfloat16)
     assert flow.dtype == torch.bfloat16
     assert relative_rms(flow, recorded["call1.flow"]) < 0.02
     assert relative_rms(flow, recorded["call1.flow_bf16"]) < 0.02
-    assert relative_rms(recorded["call1.flow_bf16"], recorded["call1.flow"]) == pytest.approx(0.0085, abs=0.002)
+    assert relative_rms(recorded["call1.flow_bf16"], recorded["call1.flow"]) < 0.01
 
 
 def test_float32_with_a_timestep_per_frame_matches_the_recording(recorded):
@@ -102,8 +102,8 @@ def test_float32_with_a_timestep_per_frame_matches_the_recording(recorded):
 
 
 def test_key_of_a_128_wide_head_matches_the_recording():
-    """Rotary groups of 22, 21, 21 pairs (equal thirds in smaller heads hide a mistake), the norm before the split, the
-    weight after rounding.
+    """Rotary groups of 22, 21, 21 pairs (equal thirds in smaller heads hide a mistake), the norm before the
+    split, the weight after rounding.
     """
     golden = load_file(GOLDEN / "rope_head128.safetensors")
     norm = RMSNorm(128, 1e-6)
@@ -115,7 +115,7 @@ def test_key_of_a_128_wide_head_matches_the_recording():
 
 @pytest.mark.parametrize("head_dim", [12, 16, 48, 128])
 def test_angles_follow_the_formula(head_dim):
-    """Tokens ordered column before row, a group that goes on counting frequencies where the last one ended."""
+    """Tokens ordered column before row, a group whose frequencies go on where the last one's ended."""
     angles = rope_angles(head_dim, torch.tensor([5, 700]), ROWS, COLUMNS)
     pairs = head_dim // 2
     groups = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
@@ -141,8 +141,10 @@ def test_scores_depend_on_distance_alone():
     q, k = draw(2, 1, ROWS * COLUMNS, 2, 16).double()
 
     def scores(query_frame: int, key_frame: int) -> Tensor:
-        at = [Rotary(rope_angles(16, torch.tensor([frame]), ROWS, COLUMNS)) for frame in (query_frame, key_frame)]
-        return at[0](q).flatten() @ at[1](k).flatten()
+        def at(frame: int) -> Rotary:
+            return Rotary(rope_angles(16, torch.tensor([frame]), ROWS, COLUMNS))
+
+        return at(query_frame)(q).flatten() @ at(key_frame)(k).flatten()
 
     torch.testing.assert_close(scores(7, 3), scores(1007, 1003), atol=1e-9, rtol=0)
     assert (scores(7, 3) - scores(8, 3)).abs() > 1e-3
@@ -181,7 +183,8 @@ def test_modulation_is_per_frame():
     modulated, gated = modulate(x, shift, scale), add_gated(x, 2 * x, scale)
     for token in range(6):
         frame = token // 3
-        torch.testing.assert_close(modulated[0, token], x[0, token] * (1 + scale[0, frame, 0]) + shift[0, frame, 0])
+        torch.testing.assert_close(modulated[0, token],
+                                   x[0, token] * (1 + scale[0, frame, 0]) + shift[0, frame, 0])
         torch.testing.assert_close(gated[0, token], x[0, token] * (1 + 2 * scale[0, frame, 0]))
 
 
@@ -211,8 +214,8 @@ def test_store_keys_fills_the_cache_as_forward_does():
 
 
 def test_missing_prompt_rows_are_zero_padded_and_attended():
-    """LongLive has no mask: an embedding cut at the prompt's end must give what the padded one gives, and not what a
-    model without the padding would.
+    """LongLive has no mask: an embedding cut at the prompt's end must give what the padded one gives, and not
+    what a model without the padding would.
     """
     dit, prompt = random_dit(), draw(1, 4, CONFIG.text_dim)
     padded = torch.cat([prompt, torch.zeros(1, 2, CONFIG.text_dim)], dim=1)
@@ -249,7 +252,8 @@ def test_number_of_layers_and_caches_must_agree():
     cache = make_cache(dit)
     cache.begin(0, 1)
     with pytest.raises(ValueError, match="shorter"):
-        dit(draw(1, 16, 1, 2 * ROWS, 2 * COLUMNS), torch.zeros(1, 1), dit.embed_text(draw(1, 1, CONFIG.text_dim)),
+        dit(draw(1, 16, 1, 2 * ROWS, 2 * COLUMNS), torch.zeros(1, 1),
+            dit.embed_text(draw(1, 1, CONFIG.text_dim)),
             cache.layers[:1])
 
 
@@ -263,7 +267,8 @@ def test_attention_is_plain_softmax_attention():
 
 
 @pytest.mark.parametrize("name, device, dtype, expected", [
-    ("auto", CPU, torch.bfloat16, "cpu"), ("math", CPU, torch.float32, "math"), ("auto", CUDA, torch.bfloat16, "cudnn"),
+    ("auto", CPU, torch.bfloat16, "cpu"), ("math", CPU, torch.float32, "math"),
+    ("auto", CUDA, torch.bfloat16, "cudnn"),
     ("auto", CUDA, torch.float32, "efficient"), ("flash", CUDA, torch.bfloat16, "flash"),
     ("efficient", CUDA, torch.float32, "efficient"),
 ])
@@ -272,9 +277,10 @@ def test_attention_backend_is_named(name, device, dtype, expected):
     assert resolve_backend(name, device, dtype) == expected
 
 
-@pytest.mark.parametrize("name, device, dtype", [("flash", CPU, torch.bfloat16), ("cudnn", CPU, torch.float32),
-                                                 ("efficient", CPU, torch.float32), ("flash", CUDA, torch.float32),
-                                                 ("cudnn", CUDA, torch.float32)])
+@pytest.mark.parametrize("name, device, dtype", [
+    ("flash", CPU, torch.bfloat16), ("cudnn", CPU, torch.float32), ("efficient", CPU, torch.float32),
+    ("flash", CUDA, torch.float32), ("cudnn", CUDA, torch.float32),
+])
 def test_attention_backend_that_cannot_run_is_refused(name, device, dtype):
     """PyTorch's own message says "No available kernel" and no more."""
     with pytest.raises(UserError, match=f"attention_backend: '{name}'"):

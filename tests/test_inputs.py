@@ -59,7 +59,8 @@ def test_single_prompt_needs_no_switches(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("not json\n", "line 1 is not JSON"), ('{"prompts": ["a"]\n', "line 1 is not JSON"), ("[]\n", "no list 'prompts'"),
+    ("not json\n", "line 1 is not JSON"), ('{"prompts": ["a"]\n', "line 1 is not JSON"),
+    ("[]\n", "no list 'prompts'"),
     ('"a"\n', "no list 'prompts'"), ("3\n", "no list 'prompts'"), ("null\n", "no list 'prompts'"),
     ('{"prompt": ["a"]}\n', "no list 'prompts'"), ('{"prompts": "a"}\n', "no list 'prompts'"),
     ('{"prompts": []}\n', "no list 'prompts'"), ('{"prompts": ["a", ""]}\n', "no list 'prompts'"),
@@ -110,7 +111,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "not UTF-8" in refusal(write(tmp_path / "q.txt", b"caf\xe9\n"))
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="inputs.py: str.splitlines cuts at U+2028 and others")
+@pytest.mark.xfail(strict=True, raises=UserError,
+                   reason="inputs.py: str.splitlines cuts at U+2028 and others")
 def test_line_separators_inside_json_texts_do_not_cut_the_line(tmp_path):
     """JSON allows a bare U+2028 or U+0085 in a text; only a line feed ends a line of JSONL."""
     path = write(tmp_path / "p.jsonl", '{"prompts": ["a\u2028b\u0085c"]}\n')

@@ -1,6 +1,7 @@
 """The rule of the cache against the tables of SPEC 4.3 and 5, and the reference that carries it out.
 
-Values carry a tag, frame + 1000 * pass, and are not rotated: what a slot holds and what a query attends can be read.
+Values carry a tag, frame + 1000 * pass, and are not rotated: what a slot holds and what a query attends can
+be read.
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ def test_second_switch_right_after_a_recache():
 
 
 def test_sink_larger_than_the_block_keeps_the_first_noisy_pass():
-    """SPEC 11: the guard that protects the sink also keeps a sink block's clean pass out of it. Block 0 is not guarded."""
+    """SPEC 11: the guard that protects the sink also keeps a sink block's clean pass out of it. Block 0 is
+    not guarded.
+    """
     traced = Traced(window=9, sink=6)
     for number, start in enumerate((0, 3)):
         for step in range(5):
@@ -161,10 +164,11 @@ def test_sink_larger_than_the_block_keeps_the_first_noisy_pass():
     assert traced.attended[:6] == [40, 41, 42, 3, 4, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="kv_cache.plan_pass attends the filled slots only; SPEC 4.2 attends [0, S)")
+@pytest.mark.xfail(strict=True,
+                   reason="kv_cache.plan_pass attends the filled slots only; SPEC 4.2 attends [0, S)")
 def test_unfilled_sink_slots_are_attended_as_zeros():
-    """SPEC 4.2: attended are [0, S) and the window. While a sink larger than the block fills, its empty slots are zero
-    keys with weight exp(0); leaving them out changes the first blocks.
+    """SPEC 4.2: attended are [0, S) and the window. While a sink larger than the block fills, its empty slots
+    are zero keys with weight exp(0); leaving them out changes the first blocks.
     """
     traced = Traced(window=9, sink=6)
     traced.run(0, 3, tag=10.0)
@@ -232,10 +236,10 @@ def test_store_leaves_what_attend_leaves():
 
 @pytest.mark.parametrize("start, frames", [
     (16, 3), (3, 3), (9, 3), (12, 0), (15, 13),
-    pytest.param(14, 3, marks=pytest.mark.xfail(strict=True, reason="plan_pass takes a pass half new, half known")),
+    pytest.param(14, 3, marks=pytest.mark.xfail(strict=True, reason="plan_pass takes a half new pass")),
 ])
 def test_pass_with_no_place_is_refused(start, frames):
-    """A gap, frames before the last ones, none, more than the window, half new and half known: slots lost silently."""
+    """A gap, frames before the last ones, none, more than the window, half new and half known."""
     with pytest.raises(ValueError, match="cannot place latent frames"):
         filled_to(15).cache.begin(start, frames)
 

@@ -76,12 +76,13 @@ def random_dit() -> CausalDiT:
 
 
 def make_cache(window: int = 12, sink: int = 3) -> RollingKVCache:
-    geometry = CacheGeometry(CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim, SHAPE[1] // 2, SHAPE[2] // 2, window, sink)
+    geometry = CacheGeometry(CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim, SHAPE[1] // 2,
+                             SHAPE[2] // 2, window, sink)
     return RollingKVCache(geometry, make_attention("cpu"), 1, CPU, torch.float32)
 
 
 def test_block_is_four_noisy_passes_and_a_clean_one():
-    """The trace of LongLive's first block: the same frames five times, timesteps warped, the clean pass on the result."""
+    """The trace of LongLive's block: the same frames five times, the clean pass on the result."""
     cache, forward = FakeCache(), FakeForward()
     sampler = Sampler(SamplingPlan(), forward)
     noise, step_noise = draw(1, 3, *SHAPE), draw(3, 1, 3, *SHAPE, seed=1)
@@ -176,7 +177,8 @@ def test_eager_forward_gives_every_frame_the_timestep_and_transposes():
     text = dit.embed_text(draw(1, 3, 8))
     flows = []
     for call in (lambda cache: EagerForward(dit)(latents, 937.5, text, cache),
-                 lambda cache: dit(latents.transpose(1, 2), torch.full((1, 3), 937.5), text, cache.layers).transpose(1, 2)):
+                 lambda cache: dit(latents.transpose(1, 2), torch.full((1, 3), 937.5), text, cache.layers)
+                 .transpose(1, 2)):
         cache = make_cache()
         cache.begin(0, 3)
         flows.append(call(cache))
@@ -196,7 +198,7 @@ def test_block_is_sampled_without_gradients():
 
 
 def test_noise_is_one_seeded_stream_in_a_fixed_order():
-    """Rooms are compared frame by frame: noise that depends on what else draws, or on the block's number of steps."""
+    """Rooms are compared frame by frame: noise may not depend on what else draws."""
     plan = SamplingPlan(denoising_steps=(1000, 500, 250), block_frames=2)
     source = StreamNoise(plan, SHAPE, 5, CPU, torch.float32)
     torch.manual_seed(99)

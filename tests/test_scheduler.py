@@ -26,7 +26,8 @@ def test_tables_are_the_recorded_ones(golden):
     assert torch.equal(schedule.sigmas, golden["sigmas"]) and schedule.sigmas.dtype == torch.float32
     assert torch.equal(schedule.timesteps, golden["timesteps"])
     assert torch.equal(torch.tensor(schedule.warped_steps(STEPS)), golden["warped_steps"])
-    assert len(schedule.sigmas) == TRAIN_STEPS and schedule.sigmas[-1].item() == pytest.approx(0.00498008, abs=1e-8)
+    assert len(schedule.sigmas) == TRAIN_STEPS
+    assert schedule.sigmas[-1].item() == pytest.approx(0.00498008, abs=1e-8)
 
 
 def test_warped_steps_of_the_specification():

@@ -1,4 +1,4 @@
-"""Streaming: chunks, prompt switches, reset, constant memory, and the recorded rollouts through a whole session."""
+"""Streaming: chunks, prompt switches, reset, constant memory, and the recorded rollouts through a session."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same_video(a: list[Chunk], b: list[Chunk]) -> bool:
 
 
 def expected_latents(pipeline: Pipeline, segments: list[str]) -> list[Tensor]:
-    """What a session must generate: segments[b] is block b's prompt; all latents kept, SPEC 4.1 and 5 literally."""
+    """What a session must generate, SPEC 4.1 and 5 literally; segments[b] is block b's prompt."""
     sampler, cache, plan = pipeline.sampler, pipeline.make_cache(), pipeline.sampler.plan
     noise = StreamNoise(plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device, pipeline.dtype)
     latents: list[Tensor] = []
@@ -64,12 +64,13 @@ def expected_latents(pipeline: Pipeline, segments: list[str]) -> list[Tensor]:
 
 
 def test_chunks_of_a_stream(pipeline):
-    """9 frames first, 12 afterwards; the block's own latents, in order, as uint8 pixels of the whole video."""
+    """9 frames first, 12 afterwards; the block's own latents, in order, as uint8 pixels."""
     chunks = list(StreamingSession(pipeline).stream("a fox", 4))
     assert [chunk.block for chunk in chunks] == [0, 1, 2, 3]
     assert [chunk.start_frame for chunk in chunks] == [0, 3, 6, 9]
     assert [tuple(chunk.frames.shape) for chunk in chunks] == [(1, 9, 3, 32, 48)] + [(1, 12, 3, 32, 48)] * 3
-    assert all(chunk.frames.dtype == torch.uint8 and chunk.latents.shape == (1, 3, 16, 4, 6) for chunk in chunks)
+    assert {chunk.frames.dtype for chunk in chunks} == {torch.uint8}
+    assert {tuple(chunk.latents.shape) for chunk in chunks} == {(1, 3, 16, 4, 6)}
     assert not any(chunk.switched for chunk in chunks) and {chunk.prompt for chunk in chunks} == {"a fox"}
     assert not any(chunk.latents.requires_grad or chunk.frames.requires_grad for chunk in chunks)
     latents = torch.cat([chunk.latents for chunk in chunks], dim=1)
@@ -137,7 +138,7 @@ def recorded_session(pipeline: Pipeline, global_sink: bool, infinity: bool) -> S
     ("switch_global_sink_true", True, False), ("switch_global_sink_false", False, False),
     ("infinity_switch_global_sink_true", True, True)])
 def test_script_reproduces_the_recorded_video(pipeline, case, global_sink, infinity):
-    """The product's own loop, not only the parity check's: switches at frames 6 and 15, as the original made them."""
+    """The product's own loop, not only the parity check's: switches at frames 6 and 15, as recorded."""
     recorded = load_file(GOLDEN / f"{case}.safetensors")["latents"]
     session = recorded_session(pipeline, global_sink, infinity)
     script = Script(("0", "1", "2"), (6, 15))
@@ -180,7 +181,7 @@ def test_seed_changes_the_video(point):
 
 def live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
 def test_endless_stream_has_constant_memory():
@@ -289,7 +290,8 @@ def test_second_stream_needs_a_reset(point):
 def test_switch_past_the_end_is_refused(point):
     """A script that is longer than the video would silently lose its last prompt."""
     session = StreamingSession(point)
-    with pytest.raises(UserError, match="switch_frame_indices: 6 lies past the end of the video, 6 latent frames"):
+    with pytest.raises(UserError,
+                       match="switch_frame_indices: 6 lies past the end of the video, 6 latent frames"):
         session.play(Script(("a", "b"), (6,)), 2)
     assert [chunk.prompt for chunk in session.play(Script(("a", "b"), (5,)), 3)] == ["a", "a", "b"]
 
@@ -297,7 +299,7 @@ def test_switch_past_the_end_is_refused(point):
 @pytest.mark.xfail(strict=True, reason="session.play rounds a switch up to a block that does not exist")
 @pytest.mark.parametrize("frames, blocks", [((4,), 2), ((4, 5), 3)])
 def test_switch_that_no_block_serves_is_refused(point, frames, blocks):
-    """A switch inside the last block, or the second of two in the block before it, has no block to take effect at."""
+    """A switch inside the last block, or the second of two before it, has no block to take effect at."""
     prompts = tuple("abc"[:len(frames) + 1])
     with pytest.raises(UserError, match="past the end"):
         StreamingSession(point).play(Script(prompts, frames), blocks)
@@ -305,22 +307,25 @@ def test_switch_that_no_block_serves_is_refused(point, frames, blocks):
 
 def test_absolute_positions_end_and_relative_ones_do_not():
     """At latent frame 1023: a clear error, not a slice that runs short; the infinity variant goes on."""
-    long = {"block_frames": 60, "local_attn_size": 60, "sink_size": 0, "denoising_steps": [1000], "video_blocks": 2,
+    long = {"block_frames": 60, "local_attn_size": 60, "sink_size": 0, "denoising_steps": [1000],
+            "video_blocks": 2,
             "measure_blocks": 2, "num_switches": 0, "warmup_blocks": 1, **POINT}
-    blocks, session = 0, StreamingSession(micro_pipeline(**long))
+    def session_of(pipeline: Pipeline) -> StreamingSession:
+        return StreamingSession(dataclasses.replace(pipeline, make_decoder=lambda *_: NoPixels()))
+
+    blocks, session = 0, session_of(micro_pipeline(**long))
     with pytest.raises(UserError, match="1023.*set relative_rope: true"):
         for _ in session.stream("a"):
             blocks += 1
     assert blocks == 17
     session.reset()
     assert len(list(session.stream("a", 1))) == 1
-    endless = StreamingSession(micro_pipeline(relative_rope=True, **long))
-    chunks = list(endless.stream("a", 19))
-    assert chunks[-1].start_frame == 1080 and chunks[-1].frames.float().std() > 1
+    chunks = list(session_of(micro_pipeline(relative_rope=True, **long)).stream("a", 19))
+    assert chunks[-1].start_frame == 1080 and chunks[-1].latents.isfinite().all()
 
 
 def test_timeline_of_a_stream(point):
-    """Figures are derived from these marks and spans: a name, or a block number, that is off falsifies them."""
+    """Figures are derived from these marks and spans: a name or a block number that is off falsifies them."""
     timeline = Timeline("cpu")
     session = StreamingSession(point, timeline=timeline)
     for chunk in session.stream("0", 5):
@@ -329,7 +334,8 @@ def test_timeline_of_a_stream(point):
             session.switch_prompt("2")
     events = timeline.resolve()
     by_name = Counter(event.name for event in events)
-    assert by_name == {"block_start": 5, "text_encode": 3, "recache": 2, "denoise": 5, "decode": 5, "chunk_ready": 5,
+    assert by_name == {"block_start": 5, "text_encode": 3, "recache": 2, "denoise": 5, "decode": 5,
+                       "chunk_ready": 5,
                        "switch_request": 2}
     blocks = {name: [event.block for event in events if event.name == name] for name in by_name}
     assert blocks["switch_request"] == blocks["recache"] == [2, 3]
@@ -338,7 +344,8 @@ def test_timeline_of_a_stream(point):
         assert blocks[name] == [0, 1, 2, 3, 4]
     at = {(event.name, event.block): event.start_ms for event in events}
     for block in range(5):
-        assert at["block_start", block] <= at["denoise", block] <= at["decode", block] <= at["chunk_ready", block]
+        in_order = [at[name, block] for name in ("block_start", "denoise", "decode", "chunk_ready")]
+        assert in_order == sorted(in_order)
     assert at["switch_request", 2] <= at["block_start", 2] <= at["text_encode", 2] <= at["recache", 2]
 
 
