@@ -8,10 +8,11 @@ This module imports no torch, so that command lines can refuse a preset at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import yaml
 
@@ -95,7 +96,8 @@ class ModelConfig:
 
     def with_size(self, height: int | None, width: int | None) -> ModelConfig:
         """The same model at another picture size in pixels; both must be positive multiples of 16."""
-        height, width = height or self.height, width or self.width
+        height = self.height if height is None else height
+        width = self.width if width is None else width
         multiple = VAE_SPATIAL_STRIDE * self.dit.patch_size[1]
         for name, value in (("height", height), ("width", width)):
             if value <= 0 or value % multiple:
@@ -241,19 +243,24 @@ class ExperimentConfig:
         one_of("kv_read_path", KV_READ_PATHS)
         one_of("attention_backend", ATTENTION_BACKENDS)
         one_of("objective", OBJECTIVES)
-        if self.device != "cpu" and not (self.device == "cuda" or self.device.startswith("cuda:")):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device: {self.device!r} is unknown; write cpu, cuda or cuda:N.")
-        if not self.name or any(c not in _NAME_CHARACTERS for c in self.name):
-            raise UserError(f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' and '.'.")
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
+            raise UserError(f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' and, not first, '.'.")
         self.model_config()
         self._validate_sampling(at_least)
         self._validate_inputs()
         for key, least in (("seed", 0), ("video_blocks", 1), ("warmup_blocks", self.window_blocks),
-                           ("measure_blocks", 2), ("num_switches", 0)):
+                           ("measure_blocks", 2), ("num_switches", 0), ("video_crf", 0), ("prompt_cache_mb", 0)):
             at_least(key, least)
+        for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000)):
+            if getattr(self, key) > most:
+                raise UserError(f"{key}: {getattr(self, key)} is too large; it can be at most {most}.")
         for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
+        if self.video_width is not None:
+            at_least("video_width", 16)
         longest = max(self.blocks_in_measurement, self.video_blocks)
         if self.max_blocks is not None and longest > self.max_blocks:
             raise UserError(f"measure_blocks: {self.measure_blocks} makes a stream of {longest} blocks, but absolute rotary "
@@ -290,14 +297,7 @@ class ExperimentConfig:
                 raise UserError(f"prompts: entry {i} is empty; write some text or remove it.")
         if self.switch_frame_indices is not None and self.prompts_file is None:
             check_switches(self.switch_frame_indices, len(self.prompts), "switch_frame_indices")
-            past_end = [f for f in self.switch_frame_indices if f >= self.video_blocks * self.block_frames]
-            if past_end:
-                raise UserError(f"switch_frame_indices: {past_end[0]} lies past the end of the video, "
-                                f"{self.video_blocks * self.block_frames} latent frames; switch earlier or raise "
-                                "video_blocks.")
-
-
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
+            check_switches_fit(self.switch_frame_indices, self.video_blocks, self.block_frames)
 
 
 def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
@@ -311,6 +311,22 @@ def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
                         f"{prompts - 1}.")
     if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
         raise UserError(f"{where}: {list(indices)} must rise strictly and not be negative.")
+
+
+def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
+    """Check that a video of `blocks` blocks serves every switch: each takes effect at the next block boundary, at most
+    one a boundary.
+
+    Raises:
+        UserError: naming the first latent frame that comes too late.
+    """
+    boundary = -1
+    for frame in indices:
+        boundary = max(boundary + 1, -(-frame // block_frames))
+        if boundary >= blocks:
+            raise UserError(f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
+                            f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
+                            "video longer (video_blocks).")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -341,6 +357,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)

@@ -35,7 +35,7 @@ def read_scripts(
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(
             f"prompts_file: cannot read {path}: {error.strerror or error}; name an existing .txt or .jsonl "
@@ -56,6 +56,8 @@ def read_scripts(
                 "number."
             )
         return scripts
+    if switch_frame_indices is not None:
+        raise UserError(f"switch_frame_indices: {path} has one prompt a video; use a .jsonl file to switch prompts.")
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
     return [Script((line,)) for _, line in numbered]
@@ -85,9 +87,9 @@ def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> 
 def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f'prompts_file: {where} is not JSON ({error.msg}); write {{"prompts": ["..."]}}.'
+            f'prompts_file: {where} is not JSON ({error}); write {{"prompts": ["..."]}}.'
         ) from error
     prompts = entry.get("prompts") if isinstance(entry, dict) else None
     if (

@@ -50,7 +50,8 @@ class PassPlan:
 
     Slots [sink, sink + evict) leave the window first; new frame i belongs to slot `first + i` and is stored
     there unless that lies below `write_from` (a frame that is recomputed never overwrites the sink).
-    Afterwards `filled` slots hold frames, and all of them are attended.
+    Afterwards `filled` slots hold frames, and `attended` slots are attended: those, and all of the sink even while
+    it is empty, zeros then (only with a sink larger than a block).
     """
 
     start: int
@@ -59,6 +60,7 @@ class PassPlan:
     first: int
     write_from: int
     filled: int
+    attended: int
     end: int
 
     @property
@@ -77,10 +79,11 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
         recache_sink: let a recache overwrite the sink (LongLive's `global_sink: false`).
 
     Raises:
-        ValueError: the pass leaves a gap, ends before frames already processed, or is larger than the window.
+        ValueError: the pass neither follows the frames that were processed nor ends with them, or is larger than
+            the window.
     """
     new_end = start + frames
-    if not 0 < frames <= window or not start <= end <= new_end:
+    if not 0 < frames <= window or end not in (start, new_end):
         raise ValueError(
             f"cannot place latent frames {start}..{new_end - 1}: the cache ends at frame {end} and holds "
             f"{window}"
@@ -92,7 +95,7 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
     first = new_filled - frames
     protect = recompute and not (recache_sink and not rolls)
     write_from = min(max(first, sink), new_filled) if protect else first
-    return PassPlan(start, frames, evict, first, write_from, new_filled, new_end)
+    return PassPlan(start, frames, evict, first, write_from, new_filled, max(new_filled, sink), new_end)
 
 
 class KVCache(Protocol):
@@ -150,6 +153,9 @@ class RollingKVCache:
     def reset(self) -> None:
         self._end = self._filled = 0
         self.plan: PassPlan | None = None
+        for layer in self.layers:
+            layer.key.zero_()
+            layer.value.zero_()
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +177,7 @@ class RollingKVCache:
                          filled=self._filled, recache_sink=recache_sink)
         if geometry.relative_rope:
             self.rotate_new = self._rotary("new", plan.first, frames)
-            self.rotate_window = self._rotary("window", 0, plan.filled)
+            self.rotate_window = self._rotary("window", 0, plan.attended)
         else:
             check_positions(start + frames - 1)
             self.rotate_new = self._rotary("new", start, frames)
@@ -217,14 +223,13 @@ class _RollingLayer:
         return self._update(self.key, k), self._update(self.value, v)
 
     def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Bring `buffer` to the state after the pass and return the attended slots, [B, filled * tokens, N,
-        D].
-        """
+        """Bring `buffer` to the state after the pass and return the attended slots, [B, tokens, N, D]."""
         geometry, plan = self._cache.geometry, self._cache.plan
         assert plan is not None, "attend() outside begin() and end()"
         tokens = geometry.tokens_per_frame
         sink, window = buffer[:, :geometry.sink * tokens], buffer[:, (geometry.sink + plan.evict) * tokens:]
         kept = torch.cat([sink, window], dim=1)[:, :plan.write_from * tokens]
-        attended = torch.cat([kept, new[:, plan.dropped * tokens:]], dim=1)
+        empty = buffer[:, plan.filled * tokens:plan.attended * tokens]
+        attended = torch.cat([kept, new[:, plan.dropped * tokens:], empty], dim=1)
         buffer[:, :attended.shape[1]] = attended
         return attended

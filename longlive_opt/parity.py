@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ class Comparison:
 
 
 def check_directory(directory: Path) -> Iterator[Case]:
-    """Check every case found in `directory`.
+    """Check every case found in `directory`. A VAE recorded without its encoder is only decoded.
 
     Raises:
         UserError: no manifest, or no known case.
@@ -100,8 +101,16 @@ def check_directory(directory: Path) -> Iterator[Case]:
     for name, check in _cases(directory, manifest):
         found = True
         comparison = Comparison(name)
-        with torch.inference_mode():
-            check(comparison)
+        try:
+            with torch.inference_mode():
+                check(comparison)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{directory}: the file of case {name} cannot be read ({error}).") from error
+        except (KeyError, RuntimeError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{directory}: case {name} does not fit its manifest: {type(error).__name__} {reason}."
+            ) from error
         yield comparison.case()
     if not found:
         raise UserError(f"{directory}: manifest.json is there, but no file of a known case.")
@@ -313,7 +322,10 @@ def _scheduler(comparison: Comparison, recorded: Tensors, config: Mapping[str, A
 
 def _vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -> None:
     vae = WanVAE(VAEConfig(config["dim"], tuple(config["dim_mult"]), config["num_res_blocks"]))
-    vae.load_state_dict(_below(recorded, "weights."))
+    missing, unexpected = vae.load_state_dict(_below(recorded, "weights."), strict=False)
+    encodes = not missing
+    if unexpected or any(not name.startswith(("encoder.", "conv1.")) for name in missing):
+        raise KeyError(f"weights {[*unexpected, *missing][0]!r} missing or unexpected")
     latents = recorded["latents"]
     batch, count, _, height, width = latents.shape
     mean, inverse_std = latent_statistics(latents.device, latents.dtype)
@@ -338,12 +350,14 @@ def _vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -
 
     decoder = StreamingDecoder(vae, batch, height, width, chunk_latents=3)
     frames = torch.cat([decoder.push(part)[0] for part in latents.split(3, dim=1)], dim=1)
-    comparison.add("decode_pixel", frames, recorded["decode_pixel"])
+    if "decode_pixel" in recorded:
+        comparison.add("decode_pixel", frames, recorded["decode_pixel"])
     if "decode_chunked3_pixel" in recorded:
         comparison.add(
             "decode_chunked3_pixel", decode_chunked(vae, latents, 3), recorded["decode_chunked3_pixel"]
         )
-    comparison.add("encode", vae.encode(recorded["clip"]), recorded["encode"])
+    if encodes:
+        comparison.add("encode", vae.encode(recorded["clip"]), recorded["encode"])
 
 
 def _t5(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .config import check_switches_fit
 from .errors import UserError
 from .inputs import Script
 from .noise import NoiseSource, StreamNoise
@@ -109,13 +110,7 @@ class StreamingSession:
         Raises:
             UserError: a switch past the end of the video, or what `stream` refuses.
         """
-        frames = blocks * self.plan.block_frames
-        late = [frame for frame in script.switch_frames if frame >= frames]
-        if late:
-            raise UserError(
-                f"switch_frame_indices: {late[0]} lies past the end of the video, {frames} latent frames; "
-                "switch earlier or generate more blocks."
-            )
+        check_switches_fit(script.switch_frames, blocks, self.plan.block_frames)
         return self._start(script, blocks)
 
     def _start(self, script: Script, blocks: int | None) -> Iterator[Chunk]:

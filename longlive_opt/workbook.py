@@ -23,7 +23,7 @@ import torch
 from IPython.display import HTML, display
 
 from . import figures, metrics, provenance, quality, report, results, video
-from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig
+from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig, check_switches_fit
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import Script, read_scripts
@@ -349,10 +349,7 @@ def script_of(config: ExperimentConfig) -> Script:
     """
     if config.prompts_file is not None:
         script = read_scripts(report.project_path(config.prompts_file), config.switch_frame_indices)[0]
-        late = [frame for frame in script.switch_frames if frame >= config.video_blocks * config.block_frames]
-        if late:
-            raise UserError(f"switch_frame_indices: {late[0]} lies past the end of the video, "
-                            f"{config.video_blocks * config.block_frames} latent frames; raise video_blocks.")
+        check_switches_fit(script.switch_frames, config.video_blocks, config.block_frames)
         return script
     if config.switch_frame_indices is not None:
         return Script(config.prompts, config.switch_frame_indices)

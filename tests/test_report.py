@@ -239,7 +239,7 @@ def test_figures_take_any_number_of_presets(seven):
     strange = make("costs $5 and $")
     for results in ([], [*seven, strange, make("fp8"), make("low_memory")]):
         for name, chart in figures.campaign_figures(results).items():
-            assert chart._repr_png_().startswith(b"\x89PNG"), name
+            assert chart._repr_png_()[0].startswith(b"\x89PNG"), name
     assert len({figures.colour_of(preset) for preset in SCALES}) == len(SCALES)
 
 

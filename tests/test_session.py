@@ -291,7 +291,7 @@ def test_switch_past_the_end_is_refused(point):
     """A script that is longer than the video would silently lose its last prompt."""
     session = StreamingSession(point)
     with pytest.raises(UserError,
-                       match="switch_frame_indices: 6 lies past the end of the video, 6 latent frames"):
+                       match="switch_frame_indices: 6 takes effect at latent frame 6, past the end of the video"):
         session.play(Script(("a", "b"), (6,)), 2)
     assert [chunk.prompt for chunk in session.play(Script(("a", "b"), (5,)), 3)] == ["a", "a", "b"]
 
