@@ -123,14 +123,16 @@ def numerics_env_vars(variables: "os._Environ[str] | dict[str, str]") -> dict[st
 
 def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
               ) -> tuple[str | None, bool | None, str | None]:
-    """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`.
+    """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`. What runs write, outputs/
+    and the log, does not count as a change: it is no input of a run.
 
     Without git history, as on a GPU host that got a copy of the files, LONGLIVE_OPT_GIT_COMMIT and
     LONGLIVE_OPT_GIT_DIRTY (0 or 1) say it.
     """
     commit = _run("git", "-C", str(folder), "rev-parse", "HEAD")
     if commit:
-        changes = _run("git", "-C", str(folder), "status", "--porcelain")
+        written = (":(top,exclude)outputs", ":(top,exclude)OPTIMIZATION_LOG.md")
+        changes = _run("git", "-C", str(folder), "status", "--porcelain", "--", ":(top)", *written)
         return commit, None if changes is None else bool(changes), None
     commit = variables.get("LONGLIVE_OPT_GIT_COMMIT") or None
     dirty = {"0": False, "false": False, "1": True, "true": True}.get(

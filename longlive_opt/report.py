@@ -211,7 +211,7 @@ def save_figures(campaign: Campaign) -> dict[str, figures.Chart]:
     charts = figures.campaign_figures(campaign.results)
     for name, chart in charts.items():
         with atomic_path(campaign.folder / SUMMARY / f"{name}.png") as temporary:
-            chart.savefig(temporary)
+            chart.save(temporary)
     return charts
 
 

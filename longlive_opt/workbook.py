@@ -185,7 +185,7 @@ class Experiment:
             self.folder / "frames.png",
             torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
             labels=labels,
-            max_width=4 * (self.config.video_width or 400),
+            max_width=2 * (self.config.video_width or 800),
         )
         if self.config.name == "baseline" and self.number == 1:
             Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)

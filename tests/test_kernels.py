@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longlive_opt.kernels import emulation, fused, quantize
-from longlive_opt.kernels.attention8 import Tile, attention8
+from longlive_opt.kernels.attention8 import Tile, attention8, default_tile
 from longlive_opt.kernels.quantize import FP8, MODES, QuantizedKV, allocate_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -208,6 +208,8 @@ def test_operators_are_registered_consistently():
     torch.library.opcheck(ops.gate_residual_layernorm_modulate, arguments)
     arguments = (*write_arguments(i), slots, cache.k, cache.v, cache.k_scale, cache.v_scale, 5, 1e-6)
     torch.library.opcheck(ops.qk_norm_rope_write, arguments)
+    k, v = torch.randn(2, 2, 15, 3, 32)
+    torch.library.opcheck(ops.store_kv, (k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, 5))
     q = torch.randn(2, 8, 3, 32)
     torch.library.opcheck(ops.attention8, (q, cache.k, cache.v, cache.k_scale, cache.v_scale, 64, *Tile()))
 
@@ -222,10 +224,35 @@ def test_misfits_are_refused():
         attention8(q, QuantizedKV(cache.k, cache.v, cache.k_scale, None), 32)
     with pytest.raises(ValueError, match="k_scale is"):
         attention8(q, QuantizedKV(cache.k, cache.v, cache.k_scale.mT.contiguous(), cache.v_scale), 32)
+    with pytest.raises(ValueError, match="2 frames of 4 tokens need"):
+        fused.store_kv(q, q, torch.tensor([0, 4]), cache, 4)
     with pytest.raises(ValueError, match="whole number of frames"):
         fused.layernorm_modulate(torch.randn(1, 7, 8), torch.randn(1, 2, 8), torch.randn(1, 2, 8), 3)
     with pytest.raises(ValueError, match="use one of"):
         allocate_kv("int4", 1, 8, 1, 8, "cpu")
+
+
+@pytest.mark.parametrize("mode, tokens, dim, hopper, gluon", [
+    ("int8_fp8", 64, 128, True, True), ("fp8_fp8", 62, 128, True, True), ("int8_bf16", 64, 128, True, True),
+    ("int8_fp8", 62, 128, True, False), ("int8_fp8", 64, 64, True, False), ("fp8_fp8", 64, 128, False, False),
+    ("int8_int8", 64, 128, True, False)])
+def test_default_tile_fits_the_cache(mode, tokens, dim, hopper, gluon):
+    """The hand-scheduled kernel on sizes that its copies cannot address, or on another GPU than Hopper."""
+    cache = allocate_kv(mode, 1, tokens, 2, dim, "meta")
+    assert default_tile(cache, hopper).gluon == gluon
+
+
+def test_reading_a_cache_back_undoes_writing_it():
+    """A value under another slot's scale, V left in the order of the product, keys written to other slots."""
+    torch.manual_seed(7)
+    for mode in MODES:
+        cache, k, v = random_cache(mode, 40, 2, 16, 8)
+        keys, values = quantize.dequantize_kv(cache, 36)
+        assert relative_error(keys, k[:, :36]) < 0.04 and relative_error(values, v[:, :36]) < 0.04
+        quantize.write_keys(cache, 2 * k[:, 8:16])
+        found = quantize.dequantize_kv(cache, 40)[0]
+        assert relative_error(found[:, :8], 2 * k[:, 8:16]) < 0.04
+        assert torch.equal(found[:, 8:36], keys[:, 8:])
 
 
 def test_the_package_loads_without_triton():
@@ -374,6 +401,23 @@ def test_triton_writes_equal_the_reference(mode, exact_interpreter):
     for stored, wanted in zip(found, expected, strict=True):
         if stored is not None:
             assert_agrees(stored, wanted)
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode", MODES)
+def test_triton_plain_writes_equal_the_reference(mode, exact_interpreter):
+    """A stride of the QKV product where k and v stand alone, a dropped frame stored, a batch mixed up."""
+    from longlive_opt.kernels import fused_triton
+
+    k, v = torch.randn(2, 2, 15, 3, 32)
+    slots = torch.tensor([40, -1, 7], dtype=torch.int32)
+    found, wanted = (allocate_kv(mode, 2, 64, 3, 32, device, torch.float32) for device in (DEVICE, "cpu"))
+    quantize.write_kv(wanted, k, v, slots, 5)
+    parts = (found.k, found.v, found.k_scale, found.v_scale)
+    fused_triton.store_kv(*(t.to(DEVICE) for t in (k, v, slots)), *parts, 5)
+    for stored, expected in zip(parts, (wanted.k, wanted.v, wanted.k_scale, wanted.v_scale), strict=True):
+        if stored is not None:
+            assert_agrees(stored, expected)
 
 
 @runs_kernels
