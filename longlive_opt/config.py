@@ -166,6 +166,7 @@ class ExperimentConfig:
     kv_read_path: str = "fused"
     use_async_vae: bool = False
     use_prompt_cache: bool = False
+    use_fused_kernels: bool = False
     prompt_cache_mb: int = 1024
     prompt_cache_dir: str | None = None
 
@@ -173,7 +174,7 @@ class ExperimentConfig:
                                 "The fox stops and looks up as the first sunlight falls between the trees.")
     prompts_file: str | None = None
     switch_frame_indices: tuple[int, ...] | None = None
-    video_blocks: int = 6
+    video_latent_frames: int = 18
     video_width: int | None = None
     video_crf: int = 23
 
@@ -250,7 +251,7 @@ class ExperimentConfig:
         self.model_config()
         self._validate_sampling(at_least)
         self._validate_inputs()
-        for key, least in (("seed", 0), ("video_blocks", 1), ("warmup_blocks", self.window_blocks),
+        for key, least in (("seed", 0), ("video_latent_frames", 1), ("warmup_blocks", self.window_blocks),
                            ("measure_blocks", 2), ("num_switches", 0), ("video_crf", 0), ("prompt_cache_mb", 0)):
             at_least(key, least)
         for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000)):
@@ -259,12 +260,21 @@ class ExperimentConfig:
         for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
+        frames, block = self.video_latent_frames, self.block_frames
+        if frames % block:
+            raise UserError(f"video_latent_frames: {frames} is not a multiple of block_frames {block}; use "
+                            f"{frames // block * block or block} or {(frames // block + 1) * block}.")
         if self.video_width is not None:
             at_least("video_width", 16)
         longest = max(self.blocks_in_measurement, self.video_blocks)
         if self.max_blocks is not None and longest > self.max_blocks:
             raise UserError(f"measure_blocks: {self.measure_blocks} makes a stream of {longest} blocks, but absolute rotary "
                             f"positions end after {self.max_blocks}; measure fewer blocks or set relative_rope: true.")
+
+    @property
+    def video_blocks(self) -> int:
+        """Blocks of the video that is shown."""
+        return self.video_latent_frames // self.block_frames
 
     @property
     def blocks_in_measurement(self) -> int:
@@ -326,7 +336,7 @@ def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -
         if boundary >= blocks:
             raise UserError(f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
                             f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
-                            "video longer (video_blocks).")
+                            "video longer (video_latent_frames).")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

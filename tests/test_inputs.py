@@ -111,28 +111,23 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "not UTF-8" in refusal(write(tmp_path / "q.txt", b"caf\xe9\n"))
 
 
-@pytest.mark.xfail(strict=True, raises=UserError,
-                   reason="inputs.py: str.splitlines cuts at U+2028 and others")
 def test_line_separators_inside_json_texts_do_not_cut_the_line(tmp_path):
     """JSON allows a bare U+2028 or U+0085 in a text; only a line feed ends a line of JSONL."""
     path = write(tmp_path / "p.jsonl", '{"prompts": ["a\u2028b\u0085c"]}\n')
     assert read_scripts(path) == [Script(("a\u2028b\u0085c",))]
 
 
-@pytest.mark.xfail(strict=True, reason="inputs.py reads utf-8, not utf-8-sig")
 def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
     """Editors on Windows put one at the start of a UTF-8 file."""
     assert read_scripts(write(tmp_path / "p.txt", "\ufeffa fox\n")) == [Script(("a fox",))]
     assert read_scripts(write(tmp_path / "p.jsonl", "\ufeff" + line("a fox"))) == [Script(("a fox",))]
 
 
-@pytest.mark.xfail(strict=True, reason="inputs.py ignores switch_frame_indices beside a .txt file")
 def test_switches_for_a_text_file_are_refused(tmp_path):
     """Each line is a video of its own: switches that never happen must not pass silently."""
     assert "switch_frame_indices" in refusal(write(tmp_path / "p.txt", "a\nb\n"), [3])
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="inputs.py catches JSONDecodeError alone")
 def test_deeply_nested_json_is_refused(tmp_path):
     """A file of brackets exhausts the JSON parser's stack."""
     assert "not JSON" in refusal(write(tmp_path / "p.jsonl", "[" * 100_000 + "\n"))

@@ -1,13 +1,15 @@
-"""The 8-bit ring cache: against an attention that quantises what it reads, in the model, compiled and captured.
+"""The 8-bit ring cache: against an attention that quantises what it reads, in the model, compiled and
+captured.
 
 What it shares with the ring in the model's dtype is tested in test_rooms.py, the kernels in test_kernels.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 import torch
@@ -38,14 +40,24 @@ CPU = torch.device("cpu")
 SMALL = {"height": 16, "width": 32}  # two tokens a frame
 MODES = ["int8_fp8", "fp8_fp8"]
 TILE = Tile(block_n=16)  # several tiles even in a small window
-# Relative RMS error of a block's latents against float32, over a stream; found: 3.7e-3, 3.1e-3, 5.0e-3, 3.8e-3.
-LATENT_TOLERANCE = {("int8", "fused"): 0.006, ("int8", "dequantize"): 0.005,
-                    ("fp8", "fused"): 0.008, ("fp8", "dequantize"): 0.006}
+# Relative RMS error of a block's latents against float32, of the worst block: 3.5e-3, 2.9e-3, 5.0e-3, 3.6e-3.
+LATENT_TOLERANCE = {("int8", "fused"): 0.005, ("int8", "dequantize"): 0.004,
+                    ("fp8", "fused"): 0.007, ("fp8", "dequantize"): 0.005}
+
+
+@contextlib.contextmanager
+def models() -> Iterator[None]:
+    """The micro model, and the tiny one with heads of 128 as `wide`."""
+    tiny = config.MODELS["tiny"]
+    model = dataclasses.replace(tiny, name="wide", dit=dataclasses.replace(tiny.dit, num_heads=2))
+    with micro_model(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "MODELS", {**config.MODELS, "wide": model})
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
-def micro():
-    with micro_model():
+def known_models():
+    with models():
         yield
 
 
@@ -85,8 +97,8 @@ def tensors(cache: QuantizedKVCache) -> list[Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("window, sink, block", [(12, 3, 3), (7, 2, 3), (7, 1, 4), (6, 0, 1), (9, 6, 3)])
 def test_ring_equals_attention_that_quantises_what_it_reads(window, sink, block, mode, relative_rope):
-    """A token quantised twice or under another's scale, a sink that is turned in 8 bit, a tile too many: to the
-    bit, through growth, wrap-around, recaches that spare and that replace the sink, and a reset.
+    """A token quantised twice or under another's scale, a sink that is turned in 8 bit, a tile too many: to
+    the bit, through growth, wrap-around, recaches that spare and that replace the sink, and a reset.
     """
     shape = geometry(window, sink, relative_rope)
     found, wanted = ring(mode, shape), StaticKVCache(shape, quantising_attention(mode), 1, CPU, torch.float32)
@@ -151,15 +163,16 @@ def test_cache_takes_half_the_memory_at_full_size(mode, share):
 
 
 @pytest.fixture(scope="module", params=[{}, {"global_sink": False}, {"relative_rope": True}], ids=str)
-def stream(request) -> tuple[dict[str, Any], Tensor]:
-    """Keys of a preset and the reference's latents over growth, wrap-around and two switches."""
+def stream(request) -> tuple[dict[str, Any], list[Tensor]]:
+    """Keys of a preset, and the reference's latents."""
     return request.param, latents_of(micro_pipeline(**request.param))
 
 
-def latents_of(pipeline: Pipeline) -> Tensor:
-    session = StreamingSession(without_pixels(pipeline))
-    script = Script(("a", "b", "c"), (6, 24))
-    return torch.cat([chunk.latents for chunk in session.play(script, 12)], dim=1)
+def latents_of(pipeline: Pipeline) -> list[Tensor]:
+    """The blocks of a video with a switch while the window fills, and one when it has turned."""
+    block = pipeline.config.block_frames
+    script = Script(("a", "b", "c"), (2 * block, 8 * block))
+    return [chunk.latents for chunk in StreamingSession(without_pixels(pipeline)).play(script, 12)]
 
 
 @pytest.mark.parametrize("quantization, read_path", LATENT_TOLERANCE)
@@ -168,8 +181,7 @@ def test_video_stays_within_its_named_tolerance(stream, quantization, read_path)
     keys, reference = stream
     found = latents_of(micro_pipeline(use_quantized_kv=True, kv_quantization=quantization,
                                       kv_read_path=read_path, **keys))
-    errors = [relative_error(a, b) for a, b in zip(found.split(3, 1), reference.split(3, 1), strict=True)]
-    assert 1e-4 < max(errors) < LATENT_TOLERANCE[quantization, read_path]
+    assert 1e-4 < max(map(relative_error, found, reference)) < LATENT_TOLERANCE[quantization, read_path]
 
 
 def test_reset_starts_the_same_video_in_the_same_memory():
@@ -184,27 +196,22 @@ def test_reset_starts_the_same_video_in_the_same_memory():
 
 
 @pytest.mark.parametrize("keys", [
-    {}, {"kv_quantization": "fp8", "relative_rope": True}, {"kv_read_path": "dequantize"}], ids=str)
+    {}, {"kv_quantization": "fp8", "kv_read_path": "dequantize", "relative_rope": True}], ids=str)
 def test_blocks_compile_whole_and_never_again_in_the_steady_state(keys):
     """A graph break or a recompilation for each ring position; a write that functionalisation drops."""
     torch._dynamo.reset()
-    eager = micro_pipeline(use_quantized_kv=True, **SMALL, **keys)
-    compiled = micro_pipeline(use_quantized_kv=True, **SMALL, **keys)
+    eager, compiled = (micro_pipeline(use_quantized_kv=True, **SMALL, **keys) for _ in range(2))
     for block in compiled.dit.blocks:
         block.compile(fullgraph=True, dynamic=False, backend="eager")
-    compiled = dataclasses.replace(compiled, sampler=compiled.sampler.with_forward(CompiledForward(compiled.dit)))
-    expected, found = ([], [])
-    for pipeline, latents in ((eager, expected), (compiled, found)):
-        session = StreamingSession(without_pixels(pipeline))
-        stream = session.stream("a", 11)
-        for chunk in stream:
-            latents.append(chunk.latents)
-            if chunk.block in (5, 8):
-                session.switch_prompt(str(chunk.block))
-            # Window full, roll, later passes and a recache have been seen.
-            torch._dynamo.config.error_on_recompile = chunk.block >= 7
-        torch._dynamo.config.error_on_recompile = False
-    assert all(map(partial(torch.allclose, atol=1e-2), found, expected))
+    forward = CompiledForward(compiled.dit)
+    compiled = dataclasses.replace(compiled, sampler=compiled.sampler.with_forward(forward))
+    session = StreamingSession(without_pixels(compiled))
+    list(session.play(Script(("a", "b"), (18,)), 8))  # fills, rolls, recaches: all is compiled
+    session.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = list(session.play(Script(("a", "b", "c"), (21, 30)), 12))
+    expected = StreamingSession(without_pixels(eager)).play(Script(("a", "b", "c"), (21, 30)), 12)
+    assert same_video(found, list(expected))
     torch._dynamo.reset()
 
 
@@ -218,15 +225,18 @@ def test_room_says_what_it_did():
     assert (room["name"], room["level"]) == ("quantized_kv", "lossy")
     assert room["knobs"] == {"quantization": "int8", "read_path": "fused"}
     assert room["report"]["done"].startswith("K int8, V e4m3; attention: ")
-    assert "emulating" in room["report"]["kernel"] and "use_static_kv was not applied" in room["report"]["done"]
+    assert "emulating" in room["report"]["kernel"]
+    assert room["report"]["done"].endswith("use_static_kv was not applied, this ring takes its place")
     assert pipeline.sampler.trim_recache
-    room, = micro_pipeline(use_quantized_kv=True, kv_quantization="fp8", kv_read_path="dequantize", **SMALL).rooms
+    keys = {"kv_quantization": "fp8", "kv_read_path": "dequantize", **SMALL}
+    room, = micro_pipeline(use_quantized_kv=True, **keys).rooms
     assert room["report"] == {"done": "K e4m3, V e4m3; attention: cpu, after a cast to float32",
                               "formats": "K e4m3, V e4m3", "kernel": "cpu, after a cast to float32"}
 
 
 def test_kernel_is_the_fastest_that_fits():
-    """The hand-scheduled kernel missed at full size for want of 16-byte rows, or taken where heads are smaller."""
+    """The hand-scheduled kernel missed at full size for want of 16-byte rows, or taken where heads are
+    smaller."""
     full, tiny = CacheGeometry(1, 12, 128, 30, 52, 12, 3), CacheGeometry(1, 4, 64, 8, 8, 12, 3)
     odd = dataclasses.replace(full, rows=15, columns=15, window=7)
     for mode in MODES:
@@ -254,14 +264,6 @@ def test_bf16_cast_before_attention_reads_the_same_numbers():
 # On a GPU. Heads of 128 take the Gluon kernel, heads of 64 the Triton kernel.
 
 
-@pytest.fixture
-def wide(monkeypatch) -> None:
-    """The tiny model with heads of 128."""
-    tiny = config.MODELS["tiny"]
-    model = dataclasses.replace(tiny, name="wide", dit=dataclasses.replace(tiny.dit, num_heads=2))
-    monkeypatch.setattr(config, "MODELS", {**config.MODELS, "wide": model})
-
-
 def gpu_pipeline(**keys: Any) -> Pipeline:
     return build_pipeline(micro_config(**{
         "model": "wide", "device": "cuda", "model_dtype": "bfloat16", "height": 64, "width": 64,
@@ -284,7 +286,7 @@ def test_gpu_ring_equals_its_emulation(mode, head_dim):
             qkv = torch.randn(3, 1, 21 * frames, 2, head_dim, generator=generator).bfloat16()
             expected = run_pass(wanted, start, frames, recache_sink, *qkv)
             result = run_pass(found, start, frames, recache_sink, *qkv.cuda())
-            assert relative_error(result.cpu(), expected) < 0.02
+            assert relative_error(result.cpu(), expected) < 0.03
 
 
 @pytest.mark.gpu
@@ -292,7 +294,7 @@ def test_gpu_ring_equals_its_emulation(mode, head_dim):
 @pytest.mark.parametrize("keys", [
     {}, {"kv_quantization": "fp8"}, {"relative_rope": True}, {"kv_quantization": "fp8", "global_sink": False},
     {"kv_read_path": "dequantize"}], ids=str)
-def test_gpu_replay_equals_eager_bit_for_bit(wide, model, keys):
+def test_gpu_replay_equals_eager_bit_for_bit(model, keys):
     """A descriptor, slot or scale that was captured instead of read."""
     eager = gpu_pipeline(model=model, **keys)
     graphed = gpu_pipeline(model=model, use_cuda_graphs=True, **keys)
@@ -304,7 +306,7 @@ def test_gpu_replay_equals_eager_bit_for_bit(wide, model, keys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_gpu_compiled_blocks_use_the_same_cache(wide, quantization, mode):
+def test_gpu_compiled_blocks_use_the_same_cache(quantization, mode):
     """The operators inside a compiled region: a cache that is copied, a write that is dropped."""
     torch._dynamo.reset()
     eager = gpu_pipeline(kv_quantization=quantization)
@@ -317,7 +319,7 @@ def test_gpu_compiled_blocks_use_the_same_cache(wide, quantization, mode):
 
 
 @pytest.mark.gpu
-def test_gpu_room_names_its_kernel(wide):
+def test_gpu_room_names_its_kernel():
     """A kernel chosen in silence."""
     assert gpu_pipeline().rooms[0]["report"]["kernel"].startswith("Gluon")
     assert gpu_pipeline(model="tiny").rooms[0]["report"]["kernel"].startswith("Triton")

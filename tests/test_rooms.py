@@ -7,7 +7,6 @@ import importlib.util
 import random
 import threading
 import time
-from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -24,8 +23,6 @@ from longlive_opt import parity
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script
-from longlive_opt.kernels.attention8 import attention8
-from longlive_opt.kernels.quantize import dequantize_kv
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import TextContext
@@ -33,14 +30,9 @@ from longlive_opt.optimizations import build_pipeline, rooms_of
 from longlive_opt.optimizations.async_vae import AsyncVAE
 from longlive_opt.optimizations.fused_kernels import check_triton
 from longlive_opt.optimizations.prompt_cache import CachedPrompts, EmbeddingStore
-from longlive_opt.optimizations.quantized_kv_cache import (
-    QuantizedKVCache,
-    check_kernels,
-    dequantized_attention,
-)
+from longlive_opt.optimizations.quantized_kv_cache import check_kernels
 from longlive_opt.optimizations.static_kv_cache import RingKVCache, StaticKVCache
 from longlive_opt.pipeline import Pipeline
-from longlive_opt.sampler import EagerForward
 from longlive_opt.session import Chunk, StreamingSession
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,7 +40,6 @@ CPU = torch.device("cpu")
 SMALL = {"height": 16, "width": 32}  # two tokens a frame
 TOLERANCE = 1e-5  # float32 rotation and another order of sums, one pass
 VIDEO_TOLERANCE = 1e-3  # the same after 15 blocks that feed one another
-E4M3 = 0.035  # relative RMS of rounding to e4m3; int8 rounds ten times finer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -139,18 +130,6 @@ def test_rooms_that_need_fixed_memory_say_so(flag):
     """
     with pytest.raises(UserError, match=f"{flag}: .*use_static_kv or use_quantized_kv"):
         micro_pipeline(**{flag: True})
-
-
-def test_fused_blocks_leave_the_transformer_as_it_was():
-    """The joined weights of q, k and v: a slice too far, or a model that only works fused from then on."""
-    plain, fused = micro_pipeline(**SMALL), micro_pipeline(use_static_kv=True, use_fused_kernels=True,
-                                                           **SMALL)
-    before, after = plain.dit.state_dict(), fused.dit.state_dict()
-    assert list(before) == list(after)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    unfused = dataclasses.replace(fused, sampler=plain.sampler.with_forward(EagerForward(fused.dit)),
-                                  make_cache=plain.make_cache)
-    assert same_video(scripted(unfused), scripted(plain))
 
 
 @pytest.mark.parametrize("head_dim, read_path, dtype, capability, kind, says", [
@@ -254,62 +233,6 @@ def test_static_cache_attends_as_the_reference(window, sink, block, relative_rop
     rolling.reset()
     static.reset()
     assert static.pointers == (0, 0)
-
-
-def quantized_cache(shape: CacheGeometry, mode: str, read: Any = attention8) -> QuantizedKVCache:
-    return QuantizedKVCache(shape, mode, read, 1, CPU, torch.float32)
-
-
-@pytest.mark.parametrize("relative_rope", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("mode", ["int8_fp8", "fp8_fp8"])
-@pytest.mark.parametrize("window, sink, block", [(12, 3, 3), (7, 2, 3), (6, 0, 2), (9, 6, 3)])
-def test_quantized_cache_stores_as_the_static_one(window, sink, block, mode, relative_rope):
-    """A token in another slot than its frame's, a sink that is not turned, a scale left from the last turn.
-    """
-    shape = geometry(window, sink, relative_rope)
-    static, quantized = both_caches(shape)[1], quantized_cache(shape, mode)
-    generator = torch.Generator().manual_seed(window)
-    for start, frames, recache_sink, steps in random_passes(window, block, seed=window + sink, turns=3):
-        for _ in range(steps):
-            q, k, v = torch.randn(3, 1, 2 * frames, 2, 12, generator=generator)
-            outputs = []
-            for cache in (static, quantized):
-                cache.begin(start, frames, recache_sink=recache_sink)
-                outputs.append(cache.layers[0].attend(q, k, v))
-                cache.end()
-            filled = 2 * static.pointers[1]
-            key, value = dequantize_kv(quantized.layers[0].stored, filled)
-            assert relative_rms(key, static.layers[0].key.flatten(1, 2)[:, :filled]) < E4M3
-            assert relative_rms(value, static.layers[0].value.flatten(1, 2)[:, :filled]) < E4M3
-            assert relative_rms(outputs[1], outputs[0]) < 0.15
-
-
-def test_quantized_cache_halves_the_memory():
-    """Scales and padding that eat up what 8 bit saves; raw sink keys that are not counted."""
-    keys = {"model": "tiny", "model_dtype": "bfloat16", "height": 64, "width": 64}
-    static, quantized, relative = (
-        micro_pipeline(**keys, **more).make_cache().nbytes
-        for more in ({"use_static_kv": True}, {"use_quantized_kv": True},
-                     {"use_quantized_kv": True, "relative_rope": True}))
-    assert 0.5 <= quantized / static < 0.55
-    assert relative - quantized == static // 2 * 3 // 12
-
-
-def test_cast_before_attention_attends_what_is_stored():
-    """The two read paths share one cache: without the kernel's own rounding only storage is lost."""
-    shape, generator = geometry(6, 2), torch.Generator().manual_seed(0)
-    read = partial(dequantized_attention, make_attention("cpu"))
-    static, quantized = both_caches(shape)[1], quantized_cache(shape, "int8_fp8", read)
-    for start in range(0, 12, 2):
-        q, k, v = torch.randn(3, 1, 4, 2, 12, generator=generator)
-        outputs = []
-        for cache in (static, quantized):
-            cache.begin(start, 2)
-            outputs.append(cache.layers[0].attend(q, k, v))
-            cache.end()
-    key, value = dequantize_kv(quantized.layers[0].stored, 12)
-    torch.testing.assert_close(outputs[1], make_attention("cpu")(static.rotate(q), key, value))
-    assert relative_rms(outputs[1], outputs[0]) < 0.05
 
 
 @pytest.mark.parametrize("relative_rope", [False, True], ids=["absolute", "relative"])
@@ -444,7 +367,7 @@ class Traces:
         return made[0]
 
 
-@pytest.mark.parametrize("kind", ["rolling", "static", "int8_fp8"])
+@pytest.mark.parametrize("kind", ["rolling", "static"])
 @pytest.mark.parametrize("window, sink, block, relative_rope", [
     (12, 3, 3, False), (12, 3, 3, True), (7, 2, 3, False), (7, 2, 3, True), (6, 0, 2, True), (8, 3, 2, True)])
 def test_passes_of_one_signature_replay_one_another(kind, window, sink, block, relative_rope):
@@ -452,9 +375,7 @@ def test_passes_of_one_signature_replay_one_another(kind, window, sink, block, r
     stays where it is. A Python number or a new tensor in the pass would be frozen in the graph.
     """
     shape = geometry(window, sink, relative_rope)
-    eager, traced = (quantized_cache(shape,
-                                     kind) if kind == "int8_fp8" else both_caches(shape)[kind == "static"]
-                     for _ in range(2))
+    eager, traced = (both_caches(shape)[kind == "static"] for _ in range(2))
     generator, traces = torch.Generator().manual_seed(0), Traces()
     kinds = []
     for video_number in range(2):

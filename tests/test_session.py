@@ -290,13 +290,11 @@ def test_second_stream_needs_a_reset(point):
 def test_switch_past_the_end_is_refused(point):
     """A script that is longer than the video would silently lose its last prompt."""
     session = StreamingSession(point)
-    with pytest.raises(UserError,
-                       match="switch_frame_indices: 6 takes effect at latent frame 6, past the end of the video"):
+    with pytest.raises(UserError, match="switch_frame_indices: 6 takes effect .* past the end of the video"):
         session.play(Script(("a", "b"), (6,)), 2)
     assert [chunk.prompt for chunk in session.play(Script(("a", "b"), (5,)), 3)] == ["a", "a", "b"]
 
 
-@pytest.mark.xfail(strict=True, reason="session.play rounds a switch up to a block that does not exist")
 @pytest.mark.parametrize("frames, blocks", [((4,), 2), ((4, 5), 3)])
 def test_switch_that_no_block_serves_is_refused(point, frames, blocks):
     """A switch inside the last block, or the second of two before it, has no block to take effect at."""
@@ -308,8 +306,8 @@ def test_switch_that_no_block_serves_is_refused(point, frames, blocks):
 def test_absolute_positions_end_and_relative_ones_do_not():
     """At latent frame 1023: a clear error, not a slice that runs short; the infinity variant goes on."""
     long = {"block_frames": 60, "local_attn_size": 60, "sink_size": 0, "denoising_steps": [1000],
-            "video_blocks": 2,
             "measure_blocks": 2, "num_switches": 0, "warmup_blocks": 1, **POINT}
+
     def session_of(pipeline: Pipeline) -> StreamingSession:
         return StreamingSession(dataclasses.replace(pipeline, make_decoder=lambda *_: NoPixels()))
 

@@ -24,7 +24,7 @@ from longlive_opt.workbook import (
 )
 
 SMALLEST = {"model": "micro", "model_dtype": "float32", "denoising_steps": [1000, 500], "warmup_blocks": 4,
-            "measure_blocks": 2, "num_switches": 1, "video_blocks": 2, "prompts": ["a fox", "a whale"]}
+            "measure_blocks": 2, "num_switches": 1, "video_latent_frames": 6, "prompts": ["a fox", "a whale"]}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,8 +132,7 @@ def test_variant_without_a_baseline_stays_undecided(tmp_path):
 
 @pytest.mark.xfail(strict=True,
                    reason="fidelity.compare_blocks does not check that the baseline's sizes are these")
-@pytest.mark.parametrize("other", [{"height": 16}, {"video_blocks": 3}, {"block_frames": 2, "sink_size": 2}],
-                         ids=str)
+@pytest.mark.parametrize("other", [{"height": 16}, {"video_latent_frames": 9}, {"block_frames": 2}], ids=str)
 def test_baseline_of_other_sizes_is_named(campaign, other):
     """A preset on top of another profile's baseline: a shape error deep in a convolution."""
     run = open_run(campaign / "other", name="other", **{**SMALLEST, "warmup_blocks": 6, **other})
@@ -253,15 +252,16 @@ def test_script_of_a_preset(tmp_path):
     def script(**keys: Any) -> Script:
         return script_of(micro_config(**keys))
 
-    assert script(prompts=["a", "b", "c"], video_blocks=6) == Script(("a", "b", "c"), (6, 12))
-    assert script(prompts=["a", "b", "c"], video_blocks=2) == Script(("a", "b"), (3,))
-    assert script(prompts=["a"], video_blocks=3) == Script(("a",), ())
-    assert script(prompts=["a", "b"], switch_frame_indices=[4], video_blocks=3) == Script(("a", "b"), (4,))
+    assert script(prompts=["a", "b", "c"], video_latent_frames=18) == Script(("a", "b", "c"), (6, 12))
+    assert script(prompts=["a", "b", "c"], video_latent_frames=6) == Script(("a", "b"), (3,))
+    assert script(prompts=["a"], video_latent_frames=9) == Script(("a",), ())
+    given = script(prompts=["a", "b"], switch_frame_indices=[4], video_latent_frames=9)
+    assert given == Script(("a", "b"), (4,))
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompts": ["x", "y"]}\n')
     assert script(prompts_file=str(path), switch_frame_indices=[3]) == Script(("x", "y"), (3,))
-    with pytest.raises(UserError, match="switch_frame_indices: 9 lies past the end .* 9 latent frames"):
-        script(prompts_file=str(path), switch_frame_indices=[9], video_blocks=3)
+    with pytest.raises(UserError, match="switch_frame_indices: 9 takes effect .* past the end"):
+        script(prompts_file=str(path), switch_frame_indices=[9], video_latent_frames=9)
 
 
 def test_gate_follows_the_rooms_and_the_preset():

@@ -1,8 +1,8 @@
 """Fused GPU kernels as PyTorch operators, each with a plain PyTorch form that CPUs run.
 
 quantize     8-bit cache formats: `allocate_kv`, `QuantizedKV`, the reference writer
-attention8   `attention8(q, cache, num_keys)`, attention that eats them; `Tile`, `TILES`
-fused        LayerNorm + modulation, gated residuals, RMS norm + RoPE + cache write
+attention8   `attention8(q, cache, num_keys)`, attention that eats them; `Tile`, `default_tile`
+fused        LayerNorm + modulation, gated residuals, RMS norm + RoPE + cache write, cache write alone
 emulation    the arithmetic of the attention kernels, and float32 attention
 
 The kernels are in `attention8_triton`, `gluon_attention` and `fused_triton`: these import Triton, and are

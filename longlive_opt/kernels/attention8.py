@@ -37,8 +37,14 @@ class Tile(NamedTuple):
     gluon: bool = False
 
 
-# By (K dtype, V dtype). 128 queries with 8 warps read the L2 cache half as often as 64 with 4, of which fp8
-# would ask 5 TB/s. Stages and level are those for which ptxas (12.8) leaves the products asynchronous.
+# The fastest of each kind by (K dtype, V dtype), on an H100. Gluon's kernel leads wherever it fits.
+GLUON_TILES = {
+    (torch.int8, FP8): Tile(num_stages=4, gluon=True),
+    (FP8, FP8): Tile(num_stages=3, gluon=True),
+    (torch.int8, torch.bfloat16): Tile(num_stages=3, gluon=True),
+}
+# Triton's: 128 queries with 8 warps read the L2 cache half as often as 64 with 4, of which fp8 would ask
+# 5 TB/s. Stages and level are those for which ptxas (12.8) leaves the products asynchronous.
 TILES = {
     (torch.int8, FP8): Tile(128, 128, 8, 3, two_level=True),
     (FP8, FP8): Tile(128, 128, 8, 3),
@@ -50,11 +56,24 @@ TILES = {
 def attention8(q: Tensor, cache: QuantizedKV, num_keys: int, tile: Tile | None = None) -> Tensor:
     """Attention of q [B,L,N,D] over the first `num_keys` slots of an 8-bit cache -> [B,L,N,D] in q's dtype.
 
-    q: contiguous, bf16 on CUDA (any float elsewhere); softmax scale 1/sqrt(D). `tile` None takes the entry of
-    TILES. Raises ValueError when shapes, dtypes or layouts do not fit.
+    q: contiguous, bf16 on CUDA (any float elsewhere); softmax scale 1/sqrt(D). `tile` None takes
+    `default_tile`. Raises ValueError when shapes, dtypes or layouts do not fit.
     """
-    tile = tile or TILES.get((cache.k.dtype, cache.v.dtype), TILES[torch.int8, torch.bfloat16])
+    tile = tile or default_tile(cache)
     return torch.ops.longlive.attention8(q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys, *tile)
+
+
+def default_tile(cache: QuantizedKV, hopper: bool = True) -> Tile:
+    """Gluon's tile where its kernel fits, else Triton's.
+
+    Gluon needs a Hopper GPU, heads of 128, V in bf16 or e4m3 and, for the copy engine, scales per token in
+    rows of whole 16 bytes, that is a number of slots that 4 divides.
+    """
+    formats = (cache.k.dtype, cache.v.dtype)
+    fits = cache.k.shape[3] == 128 and (cache.k.dtype == FP8 or cache.k.shape[1] % 4 == 0)
+    if hopper and fits and formats in GLUON_TILES:
+        return GLUON_TILES[formats]
+    return TILES.get(formats, TILES[torch.int8, torch.bfloat16])
 
 
 @torch.library.custom_op("longlive::attention8", mutates_args=())

@@ -15,7 +15,14 @@ import math
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels.quantize import FP8, dequantize, gather_v, quantize_fp8, quantize_int8
+from longlive_opt.kernels.quantize import (
+    FP8,
+    QuantizedKV,
+    dequantize_kv,
+    gather_v,
+    quantize_fp8,
+    quantize_int8,
+)
 
 # P is kept in units of 2^-P_SHIFT: the largest of a row becomes 256 in e4m3, which ends at 448.
 P_SHIFT = {"fp8": 8, "int8": 6, "bf16": 0}
@@ -67,13 +74,7 @@ def attention8_emulated(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scal
 def attention8_dequantized(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None,
                            num_keys: int) -> Tensor:
     """float32 attention over the dequantised cache, q as it is: the error of storage without the kernel's."""
-    key_scale = k_scale[..., :num_keys].transpose(1, 2) if k.dtype == torch.int8 else k_scale[:, None]
-    keys = dequantize(k[:, :num_keys], key_scale)
-    if v_scale is None:
-        return attention_reference(q, keys, v[:, :num_keys])
-    if v.dtype == FP8:
-        return attention_reference(q, keys, dequantize(gather_v(v, num_keys), v_scale[:, None]))
-    return attention_reference(q, keys, dequantize(v[:, :num_keys], v_scale[..., :num_keys].transpose(1, 2)))
+    return attention_reference(q, *dequantize_kv(QuantizedKV(k, v, k_scale, v_scale), num_keys))
 
 
 def _round_p(p: Tensor, v_dtype: torch.dtype, v_scale: Tensor | None, cols: slice) -> Tensor:

@@ -114,6 +114,31 @@ def qk_norm_rope_write8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Te
                               cache.v_scale, frame_tokens, eps)
 
 
+def store_kv(k: Tensor, v: Tensor, slots: Tensor, cache: QuantizedKV, frame_tokens: int) -> None:
+    """Put k (normalised, rotated) and v, both [B,L,N,D], into their slots of an 8-bit cache.
+
+    The part of `qk_norm_rope_write8` that is left where a compiler fuses norm and rotation. Raises ValueError
+    when shapes do not fit.
+    """
+    torch.ops.longlive.store_kv(k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, frame_tokens)
+
+
+@torch.library.custom_op("longlive::store_kv", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
+def _store_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor,
+              v_scale: Tensor | None, frame_tokens: int) -> None:
+    expected = (k_cache.shape[0], slots.shape[0] * frame_tokens, *k_cache.shape[2:])
+    if tuple(k.shape) != expected or tuple(v.shape) != expected:
+        raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)}; {slots.shape[0]} frames of {frame_tokens} "
+                         f"tokens need {expected}")
+    if k.is_cuda:
+        from longlive_opt.kernels import fused_triton
+
+        fused_triton.store_kv(k.contiguous(), v.contiguous(), slots, k_cache, v_cache, k_scale, v_scale,
+                              frame_tokens)
+        return
+    write_kv(QuantizedKV(k_cache, v_cache, k_scale, v_scale), k, v, slots, frame_tokens)
+
+
 def layernorm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int,
                                  eps: float = 1e-6) -> Tensor:
     """Eager form of `layernorm_modulate`."""
@@ -165,6 +190,11 @@ layernorm_modulate.register_fake(_one_like_x)
 rms_norm.register_fake(_one_like_x)
 gate_residual_layernorm_modulate.register_fake(_two_like_x)
 gate_residual_layernorm_affine.register_fake(_two_like_x)
+
+
+@_store_kv.register_fake
+def _store_kv_fake(*args: object) -> None:
+    return None
 
 
 @qk_norm_rope_write.register_fake

@@ -16,6 +16,7 @@ from longlive_opt.kernels.quantize import FP8, V_GROUP
 
 ROUND = tl.constexpr(12582912.0)
 V_TOKENS = 64
+KINDS = {torch.int8: "int8", FP8: "fp8"}
 
 
 @triton.jit
@@ -130,8 +131,22 @@ def qk_norm_rope_write_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_
 
 
 @triton.jit
-def write_v_transposed_kernel(qkv_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, capacity, frame_tokens, blocks,
-                              N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def write_rows_kernel(x_ptr, slots_ptr, out_ptr, scale_ptr, tokens, slots, frame_tokens, N: tl.constexpr,
+                      D: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr):
+    """A program per token: x [B,L,N,D] into its cache row."""
+    row = tl.program_id(0)
+    token = row % tokens
+    first = tl.load(slots_ptr + token // frame_tokens)
+    slot = tl.where(first < 0, -1, first + token % frame_tokens)
+    heads = tl.arange(0, HEADS)
+    offsets = (row * N + heads)[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(x_ptr + offsets, mask=(heads < N)[:, None], other=0.0)
+    _store_row(out_ptr, scale_ptr, x, row // tokens, slot, slots, heads, N, D, KIND)
+
+
+@triton.jit
+def write_v_transposed_kernel(x_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, token_stride, capacity,
+                              frame_tokens, blocks, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Program (block of columns of a frame, batch and head): V as e4m3 [B,N,D,T'], slots permuted.
 
     It walks the cache's columns, so that stores are contiguous, and fetches the token that belongs to each.
@@ -150,7 +165,7 @@ def write_v_transposed_kernel(qkv_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, ca
     inside = (slot >= first) & (slot < end)
     row = batch * tokens + frame * frame_tokens + slot - first
     channels = tl.arange(0, D)
-    source = qkv_ptr + ((row * 3 + 2) * N + head)[:, None] * D + channels[None, :]
+    source = x_ptr + row[:, None] * token_stride + head * D + channels[None, :]
     x = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
     x = x * tl.div_rn(1.0, tl.load(v_scale_ptr + batch_head))
     stored = tl.trans(tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv))
@@ -196,17 +211,41 @@ def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Ten
     """Launch the write kernels; k, v and their scales per token change in place. Returns q [B,L,N,D]."""
     batch, tokens, _ = qkv.shape
     _, capacity, heads, dim = k.shape
-    kinds = {torch.int8: "int8", FP8: "fp8"}
     transposed = v.dtype == FP8
     q = torch.empty(batch, tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
     qk_norm_rope_write_kernel[(batch * tokens, 2 if transposed else 3)](
         qkv, q_weight, k_weight, cos, sin, slots, q, k, v, q if k_scale is None else k_scale,
         q if v_scale is None else v_scale, tokens, capacity, frame_tokens, eps, N=heads, D=dim,
-        HEADS=triton.next_power_of_2(heads), K_KIND=kinds.get(k.dtype, "plain"),
-        V_KIND="plain" if transposed else kinds.get(v.dtype, "plain"), num_warps=4, enable_fp_fusion=False)
+        HEADS=triton.next_power_of_2(heads), K_KIND=KINDS.get(k.dtype, "plain"),
+        V_KIND="plain" if transposed else KINDS.get(v.dtype, "plain"), num_warps=4, enable_fp_fusion=False)
     if transposed:
-        blocks = triton.cdiv(frame_tokens + V_GROUP, V_TOKENS)
-        write_v_transposed_kernel[(slots.shape[0] * blocks, batch * heads)](
-            qkv, slots, v, v_scale, tokens, v.shape[3], frame_tokens, blocks, N=heads, D=dim, BLOCK=V_TOKENS,
-            num_warps=8, enable_fp_fusion=False)
+        _store_transposed(qkv[:, :, 2 * heads * dim:], slots, v, v_scale, frame_tokens)
     return q
+
+
+def store_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor,
+             v_scale: Tensor | None, frame_tokens: int) -> None:
+    """Launch the kernels that write k and v [B,L,N,D], both contiguous, into an 8-bit cache."""
+    _store_rows(k, slots, k_cache, k_scale, frame_tokens)
+    if v_cache.dtype == FP8:
+        _store_transposed(v.flatten(2), slots, v_cache, v_scale, frame_tokens)
+    else:
+        _store_rows(v, slots, v_cache, v_scale, frame_tokens)
+
+
+def _store_rows(x: Tensor, slots: Tensor, rows: Tensor, scale: Tensor | None, frame_tokens: int) -> None:
+    batch, tokens, heads, dim = x.shape
+    write_rows_kernel[(batch * tokens,)](
+        x, slots, rows, x if scale is None else scale, tokens, rows.shape[1], frame_tokens, N=heads, D=dim,
+        HEADS=triton.next_power_of_2(heads), KIND=KINDS.get(rows.dtype, "plain"), num_warps=4,
+        enable_fp_fusion=False)
+
+
+def _store_transposed(x: Tensor, slots: Tensor, v: Tensor, v_scale: Tensor, frame_tokens: int) -> None:
+    """x [B,L,N*D], channels adjacent, tokens any distance apart and batches as far as L tokens."""
+    batch, tokens, _ = x.shape
+    heads, dim, capacity = v.shape[1:]
+    blocks = triton.cdiv(frame_tokens + V_GROUP, V_TOKENS)
+    write_v_transposed_kernel[(slots.shape[0] * blocks, batch * heads)](
+        x, slots, v, v_scale, tokens, x.stride(1), capacity, frame_tokens, blocks, N=heads, D=dim,
+        BLOCK=V_TOKENS, num_warps=8, enable_fp_fusion=False)

@@ -140,8 +140,20 @@ def slot_column(slots: Tensor) -> Tensor:
 
 def gather_v(v: Tensor, num_keys: int) -> Tensor:
     """Undo the transposed layout: v [B,N,D,T'] -> [B,num_keys,N,D], same dtype, slots in natural order."""
-    columns = slot_column(torch.arange(num_keys, device=v.device))
-    return v.view(torch.uint8)[..., columns].permute(0, 3, 1, 2).contiguous().view(v.dtype)
+    stored = v.view(torch.uint8).unflatten(-1, (-1, 4, 2, 2))
+    natural = stored.transpose(-2, -3).flatten(-4)[..., :num_keys]
+    return natural.permute(0, 3, 1, 2).contiguous().view(v.dtype)
+
+
+def dequantize_kv(cache: QuantizedKV, num_keys: int) -> tuple[Tensor, Tensor]:
+    """The first `num_keys` slots of a cache, in natural order -> k, v float32 [B,num_keys,N,D]."""
+    v = gather_v(cache.v, num_keys) if cache.v.dtype == FP8 else cache.v[:, :num_keys]
+    return _plain_rows(cache.k[:, :num_keys], cache.k_scale), _plain_rows(v, cache.v_scale)
+
+
+def write_keys(cache: QuantizedKV, k: Tensor) -> None:
+    """Put k [B,L,N,D] into the first L slots, in place, in the cache's format; shapes are static."""
+    _write_rows(cache.k, cache.k_scale, k, torch.arange(k.shape[1], device=k.device))
 
 
 def write_kv(cache: QuantizedKV, k: Tensor, v: Tensor, slots: Tensor, frame_tokens: int) -> None:
@@ -163,6 +175,13 @@ def write_kv(cache: QuantizedKV, k: Tensor, v: Tensor, slots: Tensor, frame_toke
 def _by_head(x: Tensor, scale: Tensor) -> Tensor:
     """x [B,L,N,D] in units of a scale per head [B,N], as e4m3."""
     return saturate_fp8(x.float() * scale.reciprocal()[:, None, :, None])
+
+
+def _plain_rows(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows [B,T,N,D] and their scale (per token [B,N,T'], T' >= T, per head [B,N] or none) -> float32."""
+    if scale is None:
+        return rows.float()
+    return dequantize(rows, scale[..., :rows.shape[1]].mT if scale.dim() == 3 else scale[:, None])
 
 
 def _write_rows(rows: Tensor, scale: Tensor | None, x: Tensor, index: Tensor) -> None:

@@ -6,18 +6,22 @@ from ..config import ExperimentConfig
 from ..pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .cuda_graphs import CudaGraphs
+from .fused_kernels import FusedKernels
 from .prompt_cache import PromptCache
+from .quantized_kv_cache import QuantizedKV
 from .room import Room
 from .static_kv_cache import StaticKV
 from .torch_compile import TorchCompile
 
 
 def rooms_of(config: ExperimentConfig) -> list[Room]:
-    """The rooms that a preset's flags switch on, in order of application: caches, then what runs the passes (compiled
-    code can be captured, captured code cannot be compiled), then what wraps whole stages.
+    """The rooms that a preset's flags switch on, in order of application: caches, then what runs the passes
+    (compiled code can be captured, captured code cannot be compiled), then what wraps whole stages.
     """
     table: list[tuple[bool, Room]] = [
-        (config.use_static_kv, StaticKV()),
+        (config.use_static_kv and not config.use_quantized_kv, StaticKV()),
+        (config.use_quantized_kv, QuantizedKV(config.kv_quantization, config.kv_read_path)),
+        (config.use_fused_kernels, FusedKernels()),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         (config.use_cuda_graphs, CudaGraphs()),
         (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),

@@ -1,0 +1,217 @@
+"""Fused kernels: a transformer block as its matrix products, attention, and one Triton kernel in each gap.
+
+Idea: between two products a block reads and writes its 14 MB of activations many times over: norms,
+modulation, rotation, cache writes, gates. One kernel a gap reads and writes them once:
+
+    q, k, v product | RMS norms + rotation + cache write | self-attention | output product
+    | gate + residual + norm 3 | query product | RMS norm | cross-attention | output product
+    | residual + norm 2 + modulation | product with GELU | product
+    | gate + residual + norm 1 and modulation of the next block, or the head's
+
+Keys and values go straight from the product into their slots of the ring, in bf16 or in 8 bit. The weights
+of q, k and v are joined and multiplied once. What depends on the timestep alone, its embedding and all
+modulation vectors, is computed once; the clean pass ends with the last block's keys and values.
+
+Seam: `sampler.forward`. Needs a cache of fixed memory (`use_static_kv` or `use_quantized_kv`). With
+`use_torch_compile` the VAE is compiled and the transformer is not; CUDA graphs can capture its passes.
+
+Costs: no memory for weights, since q's, k's and v's become views of the joined ones, block by block; the
+vectors of a timestep take 2 to 7 MB at full size. On the CPU each kernel is plain PyTorch.
+Equal within rounding: the kernels round where eager PyTorch does, but sums run in another order, rotation is
+in float32, and on CUDA GELU is applied before its input is rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import NotAvailable, UserError
+from ..kernels import fused
+from ..kv_cache import KVCache
+from ..models.dit import CausalDiT, DiTBlock, TextContext
+from ..pipeline import Pipeline
+from .room import Level, Room
+from .static_kv_cache import RingKVCache, RingLayer
+
+
+@dataclass(frozen=True)
+class FusedKernels(Room):
+    name: ClassVar[str] = "fused_kernels"
+    level: ClassVar[Level] = "rounding"
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        config, dit, cuda = pipeline.config, pipeline.dit, pipeline.device.type == "cuda"
+        if not (config.use_static_kv or config.use_quantized_kv):
+            raise UserError("use_fused_kernels: its kernels write into a cache of fixed memory, and the "
+                            "reference cache has none; switch on use_static_kv or use_quantized_kv as well.")
+        if cuda:
+            check_triton(dit.config.head_dim)
+        forward = FusedForward(dit)
+        pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
+        kernels = "Triton kernels" if cuda else "plain PyTorch, one operator a kernel (CPU)"
+        return self.report(
+            pipeline, f"{len(dit.blocks)} transformer blocks on {kernels}; q, k and v are one product, whose "
+                      "weights the separate ones share", joined_weight_bytes=forward.joined_weight_bytes)
+
+
+def check_triton(head_dim: int) -> None:
+    """Check that the kernels can run on CUDA.
+
+    Raises:
+        NotAvailable: Triton is missing.
+        UserError: the model's heads are of a size that they do not take.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise NotAvailable("use_fused_kernels: its kernels need Triton, which is not installed here; install "
+                           "the one that belongs to this PyTorch, or switch use_fused_kernels off.")
+    if head_dim & (head_dim - 1):
+        raise UserError(f"use_fused_kernels: the kernels take heads of 2^n channels, and this model has "
+                        f"{head_dim}; switch use_fused_kernels off.")
+
+
+class Modulation(NamedTuple):
+    """The vectors of one block at one timestep, each [B, F, dim]."""
+
+    shift_a: Tensor
+    scale_a: Tensor
+    gate_a: Tensor
+    shift_f: Tensor
+    scale_f: Tensor
+    gate_f: Tensor
+
+
+class TimeTable(NamedTuple):
+    """All that a timestep decides: the vectors of each block, and shift and scale [B, F, dim] of the norm
+    that follows it, which is the next block's or the head's.
+    """
+
+    blocks: list[Modulation]
+    following: list[tuple[Tensor, Tensor]]
+
+
+class FusedForward:
+    """A `Forward` over fused blocks. It joins weights of `dit`, which goes on working as before."""
+
+    def __init__(self, dit: CausalDiT):
+        self.dit = dit
+        self._blocks = [FusedBlock(block) for block in dit.blocks]
+        self._times: dict[tuple[float, torch.Size], TimeTable] = {}
+
+    @property
+    def joined_weight_bytes(self) -> int:
+        return sum(block.weight.nbytes + block.bias.nbytes for block in self._blocks)
+
+    def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
+                 keys_only: bool = False) -> Tensor:
+        assert isinstance(cache, RingKVCache)
+        dit, frame_tokens = self.dit, cache.geometry.tokens_per_frame
+        time = self._time_table(timestep, latents)
+        x = dit.patchify(latents.transpose(1, 2)).contiguous()
+        first = time.blocks[0]
+        h = fused.layernorm_modulate(x, first.shift_a, first.scale_a, frame_tokens, dit.config.eps)
+        for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
+            q = block.write(h, layer)
+            if keys_only and layer is cache.layers[-1]:
+                return latents
+            x, h = block.finish(x, layer.read(q), time.blocks[i], time.following[i], text.keys[i],
+                                text.values[i], frame_tokens)
+        height, width = latents.shape[-2:]
+        return dit.unpatchify(dit.head.head(h), height, width).transpose(1, 2)
+
+    def _time_table(self, timestep: float, latents: Tensor) -> TimeTable:
+        key = (timestep, latents.shape[:2])
+        if key not in self._times:
+            full = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
+            time, head = self.dit.embed_time(full), self.dit.head
+            blocks = [Modulation(*(block.modulation + time.blocks).unbind(2)) for block in self.dit.blocks]
+            last_shift, last_scale = (head.modulation + time.head).unbind(2)
+            following = [(vectors.shift_a, vectors.scale_a) for vectors in blocks[1:]]
+            self._times[key] = TimeTable(blocks, [*following, (last_shift, last_scale)])
+        return self._times[key]
+
+
+class FusedBlock:
+    """The operations of one `DiTBlock`."""
+
+    def __init__(self, block: DiTBlock):
+        attention = block.self_attn
+        self.block = block
+        self.weight, self.bias = join_linears((attention.q, attention.k, attention.v))
+        self._gelu_linear = gelu_linear_cuda if self.weight.is_cuda else gelu_linear
+
+    def write(self, h: Tensor, layer: RingLayer) -> Tensor:
+        """Put the keys and values of h [B, L, dim], normed and modulated, into `layer`; returns rotated
+        queries [B, L, N, D].
+        """
+        attention, cache = self.block.self_attn, layer.cache
+        qkv = F.linear(h, self.weight, self.bias)
+        q = fused.qk_norm_rope_write(
+            qkv, attention.norm_q.weight, attention.norm_k.weight, cache.cosine, cache.sine,
+            cache.token_slots, *layer.memory, cache.geometry.tokens_per_frame, attention.norm_q.eps)
+        if cache.turns_sink:
+            layer.turn_sink(self._raw_keys(qkv) if cache.writes_sink else None)
+        return q
+
+    def _raw_keys(self, qkv: Tensor) -> Tensor:
+        attention = self.block.self_attn
+        k = qkv.unflatten(-1, (3, -1))[:, :, 1].contiguous()
+        return fused.rms_norm(k, attention.norm_k.weight, attention.norm_k.eps).unflatten(
+            -1, (-1, attention.head_dim))
+
+    def finish(self, x: Tensor, attended: Tensor, vectors: Modulation, following: tuple[Tensor, Tensor],
+               text_key: Tensor, text_value: Tensor, frame_tokens: int) -> tuple[Tensor, Tensor]:
+        """What comes after self-attention.
+
+        Args:
+            x: the residual stream [B, L, dim].
+            attended: self-attention's result [B, L, N, D].
+            following: shift and scale [B, F, dim] of the norm after this block.
+
+        Returns:
+            The new residual stream, and that normed and modulated by `following`: both [B, L, dim].
+        """
+        block, cross, eps = self.block, self.block.cross_attn, self.block.norm1.eps
+        y = block.self_attn.output(attended)
+        x, h = fused.gate_residual_layernorm_affine(x, y, vectors.gate_a, block.norm3.weight,
+                                                    block.norm3.bias, frame_tokens, eps)
+        q = fused.rms_norm(cross.q(h), cross.norm_q.weight, cross.norm_q.eps)
+        q = q.unflatten(-1, (-1, cross.head_dim))
+        y = cross.output(block.attention(q, text_key, text_value))
+        x, h = fused.gate_residual_layernorm_modulate(x, y, None, vectors.shift_f, vectors.scale_f,
+                                                      frame_tokens, eps)
+        y = block.ffn[2](self._gelu_linear(h, block.ffn[0]))
+        return fused.gate_residual_layernorm_modulate(x, y, vectors.gate_f, *following, frame_tokens, eps)
+
+
+@torch.no_grad()
+def join_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """One weight [sum of outputs, inputs] and one bias for several linears of the same input. The linears'
+    own become views of them, so that they go on working and nothing is held twice.
+    """
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    for linear, own_weight, own_bias in zip(linears, weight.split(sizes), bias.split(sizes)):
+        linear.weight = nn.Parameter(own_weight, requires_grad=False)
+        linear.bias = nn.Parameter(own_bias, requires_grad=False)
+    return weight, bias
+
+
+def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """GELU, in its tanh form, of a linear."""
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def gelu_linear_cuda(x: Tensor, linear: nn.Linear) -> Tensor:
+    """The same with GELU in the product's epilogue: 0.204 instead of 0.245 ms at full size on an H100. (On
+    the CPU this operator has the other form of GELU.)
+    """
+    rows = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+    return rows.unflatten(0, x.shape[:-1])

@@ -1,0 +1,164 @@
+"""Quantized KV cache: the ring of `static_kv_cache` in 8 bit, attended as it is stored.
+
+Idea: keys and values are quantised once, when they are written, to what Hopper's 8-bit matrix products eat,
+and attention multiplies in 8 bit. Reading the cache is 1 ms of a 55 ms pass: the gain is in the products,
+not in bandwidth. Cast back before attention (`kv_read_path: dequantize`, the variant that everybody builds
+first), an 8-bit cache saves memory and pays for it with time.
+
+`kv_quantization`: `int8` is K in int8 with a scale per token and head, and V in e4m3, since a product takes
+two factors of one kind and probabilities want floating point; `fp8` is K and V in e4m3. e4m3 has one fixed
+scale, 1: it covers 0.016 to 448 in full precision and saturates beyond.
+
+Seam: `make_cache`, and the sampler's shorter recache. Takes the place of `use_static_kv`, which is the same
+ring in the model's dtype. Half its memory; with relative positions the sink's raw keys stay in full.
+
+Costs: precision. On random normal data attention is off by 3.8 % RMS (int8) and 5.3 % (fp8), of which storage
+makes 2.8 and 3.9. Does not help where a pass has few keys, or on a GPU before Hopper. On the CPU the kernels
+are emulated: the same arithmetic, slower than float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NotAvailable, UserError
+from ..kernels.attention8 import Tile, attention8, default_tile
+from ..kernels.fused import store_kv
+from ..kernels.quantize import QuantizedKV as Stored
+from ..kernels.quantize import allocate_kv, dequantize_kv, write_keys
+from ..kv_cache import CacheGeometry
+from ..models.attention import Attention, make_attention
+from ..pipeline import Pipeline, cache_geometry
+from .room import Level, Room
+from .static_kv_cache import RingKVCache, RingLayer, Rotation, rotate_complex, rotation_for
+
+MODES = {"int8": "int8_fp8", "fp8": "fp8_fp8"}
+"""`kv_quantization` -> mode of `kernels.quantize`."""
+FORMATS = {"int8": "K int8, V e4m3", "fp8": "K e4m3, V e4m3"}
+HEAD_DIMS = (32, 64, 128, 256)
+"""What the kernels' tiles can hold."""
+# Rows of scales begin on 16 bytes, which the copy engine wants, and V's columns come in groups of 16 anyway.
+SLOT_GROUP = 16
+
+Reader = Callable[[Tensor, Stored, int], Tensor]
+"""(rotated q [B, L, N, D], one layer's cache, attended slots in tokens) -> attention [B, L, N, D]"""
+
+
+@dataclass(frozen=True)
+class QuantizedKV(Room):
+    name: ClassVar[str] = "quantized_kv"
+    level: ClassVar[Level] = "lossy"
+
+    quantization: str = "int8"
+    read_path: str = "fused"
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        config, device, dtype = pipeline.config, pipeline.device, pipeline.dtype
+        geometry = cache_geometry(config, pipeline.model)
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            check_kernels(geometry.head_dim, self.read_path, dtype, capability)
+        mode, rotation = MODES[self.quantization], rotation_for(config)
+        tile = choose_tile(geometry, mode, device)
+        read = (partial(attention8, tile=tile) if self.read_path == "fused"
+                else partial(dequantized_attention, make_attention(pipeline.attention_backend)))
+
+        def make_cache() -> QuantizedKVCache:
+            return QuantizedKVCache(geometry, mode, read, 1, device, dtype, rotation)
+
+        pipeline = dataclasses.replace(pipeline, make_cache=make_cache,
+                                       sampler=pipeline.sampler.trimming_recache())
+        formats = FORMATS[self.quantization]
+        kernel = (kernel_name(tile, device) if self.read_path == "fused"
+                  else f"{pipeline.attention_backend}, after a cast to {config.model_dtype}")
+        done = f"{formats}; attention: {kernel}"
+        if config.use_static_kv:
+            done += "; use_static_kv was not applied, this ring takes its place"
+        return self.report(pipeline, done, formats=formats, kernel=kernel)
+
+
+def check_kernels(head_dim: int, read_path: str, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    """Check that the CUDA kernels take this model on a GPU of this compute capability.
+
+    Raises:
+        NotAvailable: the GPU is older than Hopper, or Triton is missing.
+        UserError: heads or dtype that the kernels do not take.
+    """
+    if capability < (9, 0):
+        raise NotAvailable("use_quantized_kv: its kernels need compute capability 9.0 (H100) or newer, and "
+                           f"this GPU has {capability[0]}.{capability[1]}; switch on use_static_kv instead.")
+    if importlib.util.find_spec("triton") is None:
+        raise NotAvailable("use_quantized_kv: its kernels need Triton, which is not installed here; install "
+                           "the one that belongs to this PyTorch, or switch on use_static_kv instead.")
+    if head_dim not in HEAD_DIMS:
+        raise UserError(f"use_quantized_kv: the kernels take heads of {', '.join(map(str, HEAD_DIMS))} "
+                        f"channels, and this model has {head_dim}; switch on use_static_kv instead.")
+    if read_path == "fused" and dtype != torch.bfloat16:
+        raise UserError(f"kv_read_path: 'fused' attends in bfloat16 on CUDA, and model_dtype is "
+                        f"{str(dtype).removeprefix('torch.')}; use model_dtype: bfloat16 or kv_read_path: "
+                        "dequantize.")
+
+
+def choose_tile(geometry: CacheGeometry, mode: str, device: torch.device) -> Tile:
+    """The fastest kernel for these sizes on this device; the CPU emulates the same tiles."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    shape = allocate_kv(mode, 1, SLOT_GROUP, geometry.heads, geometry.head_dim, "meta")
+    return default_tile(shape, hopper)
+
+
+def kernel_name(tile: Tile, device: torch.device) -> str:
+    """What runs, in words; for the report."""
+    if device.type != "cuda":
+        return f"PyTorch on the CPU, emulating tiles of {tile.block_n} keys"
+    if tile.gluon:
+        return f"Gluon, tiles of 128 x {tile.block_n}, {tile.num_stages} stages"
+    return f"Triton, tiles of {tile.block_m} x {tile.block_n}, {tile.num_stages} stages"
+
+
+def dequantized_attention(attention: Attention, q: Tensor, stored: Stored, num_keys: int) -> Tensor:
+    """A `Reader`: cast what is attended to q's dtype, then attend."""
+    k, v = dequantize_kv(stored, num_keys)
+    return attention(q, k.to(q.dtype), v.to(q.dtype))
+
+
+class QuantizedKVCache(RingKVCache):
+    """A ring in 8 bit."""
+
+    def __init__(self, geometry: CacheGeometry, mode: str, read: Reader, batch: int, device: torch.device,
+                 dtype: torch.dtype, rotation: Rotation = rotate_complex):
+        """Args: mode: of `kernels.quantize`; dtype: the model's."""
+        super().__init__(geometry, device, rotation)
+        self.layers = [QuantizedLayer(self, mode, read, batch, dtype) for _ in range(geometry.layers)]
+
+
+class QuantizedLayer(RingLayer):
+    """One layer: `stored` holds rotated keys and values, one row a token."""
+
+    def __init__(self, cache: RingKVCache, mode: str, read: Reader, batch: int, dtype: torch.dtype):
+        super().__init__(cache, batch, dtype)
+        geometry = cache.geometry
+        slots = -(-geometry.window * geometry.tokens_per_frame // SLOT_GROUP) * SLOT_GROUP
+        self.stored = allocate_kv(mode, batch, slots, geometry.heads, geometry.head_dim, cache.device)
+        self._read = read
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        stored = self.stored
+        return stored.k, stored.v, stored.k_scale, stored.v_scale
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        cache = self.cache
+        store_kv(k, v, cache.token_slots, self.stored, cache.geometry.tokens_per_frame)
+
+    def write_sink(self, k: Tensor) -> None:
+        write_keys(self.stored, k)
+
+    def read(self, q: Tensor) -> Tensor:
+        return self._read(q, self.stored, self.cache.attended * self.cache.geometry.tokens_per_frame)
