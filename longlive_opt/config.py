@@ -1,8 +1,9 @@
 """What can be configured: the two model sizes, and the flat preset that names one experiment.
 
-A preset speaks the vocabulary of the log; its keys are the parameters of the notebooks. `ExperimentConfig.from_mapping`
-is the door: an unknown key, a wrong type or an impossible combination stops here, before anything is built.
-This module imports no torch, so that command lines can refuse a preset at once.
+A preset speaks the vocabulary of the log; its keys are the parameters of the notebooks.
+`ExperimentConfig.from_mapping` is the door: an unknown key, a wrong type or an impossible combination stops
+here, before anything is built. This module imports no torch, so that command lines can refuse a preset at
+once.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def _tiny() -> ModelConfig:
     return ModelConfig("tiny", dit, VAEConfig(dim=12), text, height=128, width=128)
 
 
-MODELS: Mapping[str, ModelConfig] = MappingProxyType({"longlive-1.3b": ModelConfig("longlive-1.3b"), "tiny": _tiny()})
+MODELS: Mapping[str, ModelConfig] = MappingProxyType(
+    {"longlive-1.3b": ModelConfig("longlive-1.3b"), "tiny": _tiny()}
+)
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 KV_QUANTIZATIONS = ("int8", "fp8")
@@ -190,7 +193,8 @@ class ExperimentConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ExperimentConfig:
-        """Check a flat mapping (a preset, a profile on top, parameters from the command line) and build the config.
+        """Check a flat mapping (a preset, a profile on top, parameters from the command line) and build the
+        config.
 
         Raises:
             UserError: naming the key, the value and the remedy.
@@ -201,7 +205,9 @@ class ExperimentConfig:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = [key for key in mapping if key not in fields]
         if unknown:
-            raise UserError("preset: " + "; ".join(_unknown_key(str(key), list(fields)) for key in unknown) + ".")
+            raise UserError(
+                "preset: " + "; ".join(_unknown_key(str(key), list(fields)) for key in unknown) + "."
+            )
         config = cls(**{key: _coerce(key, value, str(fields[key].type)) for key, value in mapping.items()})
         config.validate()
         return config
@@ -220,7 +226,9 @@ class ExperimentConfig:
 
     @property
     def max_blocks(self) -> int | None:
-        """Blocks that one stream can hold: absolute rotary positions end at latent frame 1023; None is no limit."""
+        """Blocks that one stream can hold: absolute rotary positions end at latent frame 1023; None is no
+        limit.
+        """
         return None if self.relative_rope else ROPE_POSITIONS // self.block_frames
 
     def validate(self) -> None:
@@ -231,7 +239,9 @@ class ExperimentConfig:
         """
         def one_of(key: str, allowed: tuple[str, ...]) -> None:
             if getattr(self, key) not in allowed:
-                raise UserError(f"{key}: {getattr(self, key)!r} is unknown; choose one of {', '.join(allowed)}.")
+                raise UserError(
+                    f"{key}: {getattr(self, key)!r} is unknown; choose one of {', '.join(allowed)}."
+                )
 
         def at_least(key: str, least: float) -> None:
             if getattr(self, key) < least:
@@ -247,12 +257,21 @@ class ExperimentConfig:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device: {self.device!r} is unknown; write cpu, cuda or cuda:N.")
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
-            raise UserError(f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' and, not first, '.'.")
+            raise UserError(
+                f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' or a later '.'."
+            )
         self.model_config()
         self._validate_sampling(at_least)
         self._validate_inputs()
-        for key, least in (("seed", 0), ("video_latent_frames", 1), ("warmup_blocks", self.window_blocks),
-                           ("measure_blocks", 2), ("num_switches", 0), ("video_crf", 0), ("prompt_cache_mb", 0)):
+        for key, least in (
+            ("seed", 0),
+            ("video_latent_frames", 1),
+            ("warmup_blocks", self.window_blocks),
+            ("measure_blocks", 2),
+            ("num_switches", 0),
+            ("video_crf", 0),
+            ("prompt_cache_mb", 0),
+        ):
             at_least(key, least)
         for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000)):
             if getattr(self, key) > most:
@@ -262,14 +281,20 @@ class ExperimentConfig:
                 raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
         frames, block = self.video_latent_frames, self.block_frames
         if frames % block:
-            raise UserError(f"video_latent_frames: {frames} is not a multiple of block_frames {block}; use "
-                            f"{frames // block * block or block} or {(frames // block + 1) * block}.")
+            nearest = [str(n) for n in (frames // block * block, (frames // block + 1) * block) if n]
+            raise UserError(
+                f"video_latent_frames: {frames} is not a multiple of block_frames {block}; use "
+                f"{' or '.join(nearest)}."
+            )
         if self.video_width is not None:
             at_least("video_width", 16)
         longest = max(self.blocks_in_measurement, self.video_blocks)
         if self.max_blocks is not None and longest > self.max_blocks:
-            raise UserError(f"measure_blocks: {self.measure_blocks} makes a stream of {longest} blocks, but absolute rotary "
-                            f"positions end after {self.max_blocks}; measure fewer blocks or set relative_rope: true.")
+            raise UserError(
+                f"measure_blocks: {self.measure_blocks} makes a stream of {longest} blocks, but absolute "
+                f"rotary positions end after {self.max_blocks}; measure fewer blocks or set relative_rope: "
+                "true."
+            )
 
     @property
     def video_blocks(self) -> int:
@@ -284,20 +309,28 @@ class ExperimentConfig:
     def _validate_sampling(self, at_least: Any) -> None:
         steps = self.denoising_steps
         if not steps:
-            raise UserError("denoising_steps: the list is empty; give at least one, such as [1000, 750, 500, 250].")
+            raise UserError(
+                "denoising_steps: the list is empty; give at least one, such as [1000, 750, 500, 250]."
+            )
         if any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
             raise UserError(f"denoising_steps: {list(steps)} must fall strictly and lie in 1..1000, "
                             "such as [1000, 750, 500, 250].")
         at_least("block_frames", 1)
         at_least("sink_size", 0)
         if not 0 <= self.context_noise < 1000:
-            raise UserError(f"context_noise: {self.context_noise} is no timestep; choose 0..999 (LongLive uses 0).")
+            raise UserError(
+                f"context_noise: {self.context_noise} is no timestep; choose 0..999 (LongLive uses 0)."
+            )
         if self.local_attn_size == -1:
-            raise UserError("local_attn_size: -1 (global attention) needs memory that grows with the video and is not "
-                            "offered; 21 attends the same keys as LongLive's global mode in normal generation.")
+            raise UserError(
+                "local_attn_size: -1 (global attention) needs memory that grows with the video and is not "
+                "offered; 21 attends the same keys as LongLive's global mode in normal generation."
+            )
         if self.local_attn_size < self.sink_size + self.block_frames:
-            raise UserError(f"local_attn_size: {self.local_attn_size} is smaller than sink_size {self.sink_size} + "
-                            f"block_frames {self.block_frames}; use at least {self.sink_size + self.block_frames}.")
+            raise UserError(
+                f"local_attn_size: {self.local_attn_size} is smaller than sink_size {self.sink_size} + "
+                f"block_frames {self.block_frames}; use at least {self.sink_size + self.block_frames}."
+            )
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:
@@ -317,15 +350,17 @@ def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
         UserError: naming `where`, the value and the remedy.
     """
     if len(indices) != prompts - 1:
-        raise UserError(f"{where}: {len(indices)} switch frames for {prompts} prompts; {prompts} prompts need "
-                        f"{prompts - 1}.")
+        raise UserError(
+            f"{where}: {len(indices)} switch frames for {prompts} prompts; {prompts} prompts need "
+            f"{prompts - 1}."
+        )
     if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
         raise UserError(f"{where}: {list(indices)} must rise strictly and not be negative.")
 
 
 def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
-    """Check that a video of `blocks` blocks serves every switch: each takes effect at the next block boundary, at most
-    one a boundary.
+    """Check that a video of `blocks` blocks serves every switch: each takes effect at the next block
+    boundary, at most one a boundary.
 
     Raises:
         UserError: naming the first latent frame that comes too late.
@@ -334,9 +369,11 @@ def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -
     for frame in indices:
         boundary = max(boundary + 1, -(-frame // block_frames))
         if boundary >= blocks:
-            raise UserError(f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
-                            f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
-                            "video longer (video_latent_frames).")
+            raise UserError(
+                f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
+                f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
+                "video longer (video_latent_frames)."
+            )
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -368,10 +405,14 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a plain word", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -380,7 +421,9 @@ def _unknown_key(key: str, known: list[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else " (README lists the keys)")
+    return f"unknown key {key!r}" + (
+        f" (did you mean {close[0]!r}?)" if close else " (README lists the keys)"
+    )
 
 
 def _coerce(key: str, value: Any, kind: str) -> Any:
@@ -396,6 +439,8 @@ def _coerce(key: str, value: Any, kind: str) -> Any:
             raise UserError(f"{key}: {value!r} is not a list; write [a, b, ...].")
         return tuple(_coerce(f"{key}[{i}]", item, element) for i, item in enumerate(value))
     if base == "float" and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**53:
+            raise UserError(f"{key}: {str(value)[:24]}... is too large; it must be at most {2**53}.")
         return float(value)
     expected = {"int": int, "float": float, "str": str, "bool": bool}[base]
     if type(value) is not expected:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import quality, video
+from .errors import UserError
 from .figures import Chart
 from .inputs import Script
 from .models.vae import frames_to_uint8
@@ -68,6 +69,7 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
     baseline's clean latents, and decodes it with a history of the baseline's latents. Then the baseline's
     block takes its place. Errors of one block are seen alone; they cannot add up over blocks.
     """
+    check_sizes(pipeline, reference)
     session.reset()
     sampler, cache, plan = pipeline.sampler, session.cache, pipeline.sampler.plan
     noise_source = StreamNoise(
@@ -99,6 +101,21 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
         "protocol": "one block from the baseline's own past",
         "latent_relative_error": latent_errors,
     }
+
+
+def check_sizes(pipeline: Pipeline, reference: Reference) -> None:
+    """Check that the baseline's video can be compared with one of this preset.
+
+    Raises:
+        UserError: another length, picture or block size.
+    """
+    config, theirs = pipeline.config, tuple(reference.latents.shape)
+    ours = (config.video_blocks, 1, config.block_frames, *pipeline.latent_shape)
+    if theirs != ours:
+        raise UserError(
+            f"campaign: the baseline's video has latents {theirs}, this preset's {ours} (blocks, 1, frames, "
+            "channels, height, width); run both with the same video_latent_frames, block_frames and size."
+        )
 
 
 def _relative_error(made: Tensor, clean: Tensor) -> float:

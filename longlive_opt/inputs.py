@@ -57,7 +57,9 @@ def read_scripts(
             )
         return scripts
     if switch_frame_indices is not None:
-        raise UserError(f"switch_frame_indices: {path} has one prompt a video; use a .jsonl file to switch prompts.")
+        raise UserError(
+            f"switch_frame_indices: {path} has one prompt a video; use a .jsonl file to switch prompts."
+        )
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
     return [Script((line,)) for _, line in numbered]

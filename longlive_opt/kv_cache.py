@@ -50,8 +50,8 @@ class PassPlan:
 
     Slots [sink, sink + evict) leave the window first; new frame i belongs to slot `first + i` and is stored
     there unless that lies below `write_from` (a frame that is recomputed never overwrites the sink).
-    Afterwards `filled` slots hold frames, and `attended` slots are attended: those, and all of the sink even while
-    it is empty, zeros then (only with a sink larger than a block).
+    Afterwards `filled` slots hold frames, and `attended` slots are attended: those, and all of the sink even
+    while it is empty, zeros then (only with a sink larger than a block).
     """
 
     start: int
@@ -79,7 +79,8 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
         recache_sink: let a recache overwrite the sink (LongLive's `global_sink: false`).
 
     Raises:
-        ValueError: the pass neither follows the frames that were processed nor ends with them, or is larger than
+        ValueError: the pass neither follows the frames that were processed nor ends with them, or is larger
+        than
             the window.
     """
     new_end = start + frames

@@ -55,7 +55,8 @@ class Case:
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAIL"
         note = " (above the target of 2e-05)" if self.passed and self.error > TARGET else ""
-        return f"{verdict:4} {self.name:38} max error {self.error:.1e} at {self.worst}, {self.tensors} tensors{note}"
+        return (f"{verdict:4} {self.name:38} max error {self.error:.1e} at {self.worst}, {self.tensors} "
+                f"tensors{note}")
 
 
 class Comparison:
@@ -429,7 +430,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longlive_opt.parity", description=__doc__)
     parser.add_argument("directory", type=Path, help="folder with manifest.json and recorded tensors")
     arguments = parser.parse_args(argv)
-    torch.set_grad_enabled(False)
     try:
         cases = []
         for case in check_directory(arguments.directory):

@@ -123,8 +123,8 @@ def numerics_env_vars(variables: "os._Environ[str] | dict[str, str]") -> dict[st
 
 def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
               ) -> tuple[str | None, bool | None, str | None]:
-    """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`. What runs write, outputs/
-    and the log, does not count as a change: it is no input of a run.
+    """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`. What runs write,
+    outputs/ and the log, does not count as a change: it is no input of a run.
 
     Without git history, as on a GPU host that got a copy of the files, LONGLIVE_OPT_GIT_COMMIT and
     LONGLIVE_OPT_GIT_DIRTY (0 or 1) say it.

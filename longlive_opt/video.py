@@ -45,8 +45,12 @@ def shrink(frames: "torch.Tensor", width: int | None) -> "torch.Tensor":
     if width is None or width >= frames.shape[3]:
         return frames
     height = max(2, round(frames.shape[2] * width / frames.shape[3] / 2) * 2)
-    return torch.cat([torch.nn.functional.interpolate(part.float(), (height, width), mode="area").round().byte()
-                      for part in frames.split(16)])
+    return torch.cat(
+        [
+            torch.nn.functional.interpolate(part.float(), (height, width), mode="area").round().byte()
+            for part in frames.split(16)
+        ]
+    )
 
 
 def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float, *,

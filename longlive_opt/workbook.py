@@ -61,7 +61,7 @@ class Experiment:
         campaign, run, output_dir = (given.pop(key, default) for key, default in
                                      zip(RUN_KEYS, ("manual", 1, "")))
         config = ExperimentConfig.from_mapping(given)
-        if not isinstance(run, int) or run < 1:
+        if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is no run number; write 1, or 2 for a repetition.")
         folder = report.project_path(output_dir or f"outputs/{campaign}/{config.name}")
         try:
@@ -130,7 +130,8 @@ class Experiment:
         started = time.perf_counter()
         self._start_over()
         blocks = self.config.warmup_blocks + 4
-        chunks = self._stream_with_switches(blocks, [self.config.warmup_blocks + 1])
+        warmup = self.config.warmup_blocks
+        chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
         next(chunks)
         setup = self.pipeline.setup_s
         setup["first_block"] = time.perf_counter() - started
@@ -140,8 +141,8 @@ class Experiment:
         setup["capture"] = sum(stats.capture_s for stats in self._stats() if hasattr(stats, "capture_s"))
         setup["compile"] = compile_seconds()
         print(
-            f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling {setup['compile']:.1f} s, "
-            f"capturing {setup['capture']:.1f} s"
+            f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
+            f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
         )
 
     def _record(self, blocks: int, switches: list[int]) -> list[Event]:
@@ -348,7 +349,9 @@ def script_of(config: ExperimentConfig) -> Script:
         UserError: a prompt file that cannot be read, or switches that do not fit.
     """
     if config.prompts_file is not None:
-        script = read_scripts(report.project_path(config.prompts_file), config.switch_frame_indices)[0]
+        script, *others = read_scripts(report.project_path(config.prompts_file), config.switch_frame_indices)
+        if others:
+            print(f"prompts_file: {len(others) + 1} videos; this run uses the first")
         check_switches_fit(script.switch_frames, config.video_blocks, config.block_frames)
         return script
     if config.switch_frame_indices is not None:

@@ -246,7 +246,8 @@ class CausalDiT(nn.Module):
 
     def patchify(self, x: Tensor) -> Tensor:
         """[B, C, F, H, W] -> tokens [B, L, dim], ordered frame, row, column."""
-        return self.patch_embedding(x).flatten(2).transpose(1, 2)
+        # Contiguous, or the residual stream would keep the convolution's layout through all blocks.
+        return self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """[B, L, patch * C] -> [B, C, F, H, W]; the channel is the fastest index within a patch."""

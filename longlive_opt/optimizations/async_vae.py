@@ -66,7 +66,8 @@ class ThreadDecoder:
         return self._collect(lambda: True)
 
     def reset(self) -> None:
-        self._collect(lambda: True)
+        while self._pending:
+            self._pending.popleft().exception()  # waits; nobody asks for these blocks any more
         self._inner.reset()
 
     def _collect(self, due: Callable[[], bool]) -> list[Tensor]:
@@ -84,6 +85,8 @@ class StreamDecoder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pending: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
+        # Makes the first history on this stream: memory of another could be handed out while it is read.
+        self.reset()
 
     def push(self, latents: Tensor) -> list[Tensor]:
         denoising = torch.cuda.current_stream(self._device)

@@ -113,7 +113,7 @@ class FusedForward:
         assert isinstance(cache, RingKVCache)
         dit, frame_tokens = self.dit, cache.geometry.tokens_per_frame
         time = self._time_table(timestep, latents)
-        x = dit.patchify(latents.transpose(1, 2)).contiguous()
+        x = dit.patchify(latents.transpose(1, 2))
         first = time.blocks[0]
         h = fused.layernorm_modulate(x, first.shift_a, first.scale_a, frame_tokens, dit.config.eps)
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):

@@ -1,12 +1,11 @@
 """Prompt cache: remember what a prompt became, so that returning to it costs no text encoder.
 
 Idea: the cross-attention's keys and values depend on the prompt and the weights alone. A least-recently-used
-table keeps them up to a byte limit; an optional folder keeps the text encoder's output (a few MB a prompt)
-for later runs, which then start without loading the text encoder at all as long as they ask for known
-prompts.
+table keeps them up to a byte limit; it lives and dies with its pipeline. An optional folder keeps the text
+encoder's output (a few MB a prompt) for later runs.
 
-An entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of every key,
-in memory and on disk, so a changed encoder never serves a stale entry.
+On disk an entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of
+its name, so a changed encoder never serves a stale entry.
 
 Seam: `encode_prompt`. Costs: memory (94 MB a prompt for LongLive-1.3B in bf16). Does not help with prompts
 that never return. Bit-exact.
@@ -45,7 +44,9 @@ class PromptCache(Room):
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         encoder = pipeline.text_encoder
-        store = EmbeddingStore(Path(self.folder), encoder.fingerprint) if self.folder else None
+        sizes = encoder.module.config
+        shape = (1, sizes.text_len, sizes.dim)
+        store = EmbeddingStore(Path(self.folder), encoder.fingerprint, shape) if self.folder else None
         cached = CachedPrompts(lambda prompt: encoder.encode([prompt]), pipeline.dit.embed_text,
                                self.limit_mb * 2**20, store)
         pipeline = dataclasses.replace(pipeline, encode_prompt=cached)
@@ -107,9 +108,10 @@ class EmbeddingStore:
     absent.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
-        """Raises: UserError: the folder cannot be made."""
+    def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, ...] | None = None):
+        """Args: shape: of every embedding; None takes any. Raises: UserError: the folder cannot be made."""
         self._fingerprint = fingerprint
+        self._shape = shape
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +131,11 @@ class EmbeddingStore:
         if not path.is_file():
             return None
         try:
-            return load_file(path)["embedding"]
-        except (SafetensorError, KeyError, OSError) as error:
+            embedding = load_file(path)["embedding"]
+            if self._shape not in (None, tuple(embedding.shape)):
+                raise ValueError(f"its shape is {tuple(embedding.shape)}, not {self._shape}")
+            return embedding
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
             logger.warning("prompt cache: %s is damaged and is made anew (%s)", path.name, error)
             return None
 

@@ -76,6 +76,8 @@ class TorchCompile(Room):
                                                      latents))
         blocks = "" if fused else f"{len(pipeline.dit.blocks)} transformer blocks and "
         done = f"{blocks}the VAE decoder's stages are compiled; {latents} latents a VAE call, channels last"
+        if self.mode != "default" and pipeline.device.type != "cuda":
+            done += "; no CUDA graphs on the CPU"
         return self.report(pipeline, done, **facts)
 
 
