@@ -1,7 +1,8 @@
 """Executed notebook -> one HTML file that opens without a network: every style, picture and video lies in it.
 
 nbconvert's own templates load require.js, MathJax, Mermaid and the widget manager from the internet, even
-with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets.
+with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets. It gives
+pictures the alternative text that came with them, which the original drops.
 HTML outputs pass through unchanged: whoever prints a prompt or another string as HTML escapes it.
 """
 
@@ -17,6 +18,12 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block data_png scoped -%}
+<div class="jp-RenderedImage jp-OutputArea-output">
+<img src="data:image/png;base64,{{ output.data['image/png'] | replace("\\n", "") }}"
+ alt="{{ (output | get_metadata('alt', 'image/png') or 'figure') | escape_html }}">
+</div>
+{%- endblock -%}
 """
 
 _LOADING_ATTRIBUTES = ("src", "srcset", "href", "xlink:href", "poster", "data", "background", "style")
