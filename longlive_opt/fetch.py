@@ -1,6 +1,6 @@
 """Download the official weights: `python -m longlive_opt.fetch DIR [--what all|dit|vae|text] [--dry-run]`.
 
-Lays out what `longlive_opt.models.weights.resolve_weights(DIR)` reads:
+Lays out what `longlive_opt.weight_files.resolve_weights(DIR)` reads:
 
     DIR/longlive_base.pt  DIR/lora.pt
     DIR/Wan2.1-T2V-1.3B/  config.json  Wan2.1_VAE.pth  models_t5_umt5-xxl-enc-bf16.pth  google/umt5-xxl/

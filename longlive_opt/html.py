@@ -1,9 +1,9 @@
 """Executed notebook -> one HTML file that opens without a network: every style, picture and video lies in it.
 
 nbconvert's own templates load require.js, MathJax, Mermaid and the widget manager from the internet, even
-with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets. It gives
-pictures the alternative text that came with them, which the original drops.
-HTML outputs pass through unchanged: whoever prints a prompt or another string as HTML escapes it.
+with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets. It
+gives pictures the alternative text that came with them, which the original drops. HTML outputs pass through
+unchanged: whoever prints a prompt or another string as HTML escapes it.
 """
 
 import os

@@ -5,12 +5,15 @@ prompts a line that follow one another in one video.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from .config import check_switches
+from .config import ExperimentConfig, check_switches, check_switches_fit
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,27 @@ def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
         switches = ()
     check_switches(switches, len(prompts), f"{where}, switch_frame_indices")
     return Script(tuple(prompts), switches)
+
+
+def script_of(config: ExperimentConfig) -> Script:
+    """The prompts of a preset and when they take over in its video: as given, or spread evenly.
+
+    Raises:
+        UserError: a prompt file that cannot be read, or switches that do not fit.
+    """
+    if config.prompts_file is not None:
+        script, *others = read_scripts(project_path(config.prompts_file), config.switch_frame_indices)
+        if others:
+            logger.warning("prompts_file: %d videos; this run uses the first", len(others) + 1)
+        check_switches_fit(script.switch_frames, config.video_blocks, config.block_frames)
+        return script
+    if config.switch_frame_indices is not None:
+        return Script(config.prompts, config.switch_frame_indices)
+    used = config.prompts[:config.video_blocks]
+    blocks = [config.video_blocks * i // len(used) for i in range(1, len(used))]
+    return Script(used, tuple(block * config.block_frames for block in blocks))
+
+
+def project_path(path: str | Path) -> Path:
+    """`path`, from the project's folder if relative: JupyterLab and papermill start in different ones."""
+    return Path(__file__).resolve().parent.parent / path

@@ -17,9 +17,10 @@ from .models.attention import make_attention, resolve_backend
 from .models.dit import CausalDiT, TextContext
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder, WanVAE
-from .models.weights import load_dit, load_text_encoder, load_vae, resolve_weights
+from .models.weights import load_dit, load_text_encoder, load_vae
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
+from .weight_files import resolve_weights
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import yaml
 from longlive_opt import figures, metrics
 from longlive_opt.errors import UserError
 from longlive_opt.figures import TARGET_MS, lookup, number
+from longlive_opt.inputs import project_path
 from longlive_opt.results import atomic_path, is_na, read_campaign
 
 log = logging.getLogger(__name__)
@@ -76,11 +77,6 @@ class Campaign:
     results: list[dict[str, Any]]
     failures: list[Failure]
     problems: list[tuple[str, str]]
-
-
-def project_path(path: str | Path) -> Path:
-    """`path`, from the project's folder if relative: JupyterLab and papermill start in different ones."""
-    return Path(__file__).resolve().parent.parent / path
 
 
 def load(campaign_dir: str | Path) -> Campaign:

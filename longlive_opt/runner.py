@@ -33,6 +33,8 @@ import yaml
 from longlive_opt.batch import Job, export_report, finished_result, locked, run_jobs
 from longlive_opt.config import RUN_KEYS, ExperimentConfig, load_yaml
 from longlive_opt.errors import UserError
+from longlive_opt.inputs import script_of
+from longlive_opt.weight_files import resolve_weights
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +166,8 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
     try:
         config = ExperimentConfig.from_mapping(asked)
+        script_of(config)
+        resolve_weights(config.weights)
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
     if config.name != preset:

@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from . import figures, metrics, provenance, quality, report, results, video
-from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig, check_switches_fit
+from . import figures, metrics, provenance, quality, results, video
+from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
-from .inputs import Script, read_scripts
+from .inputs import project_path, script_of
 from .optimizations import build_pipeline
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
@@ -63,7 +63,7 @@ class Experiment:
         config = ExperimentConfig.from_mapping(given)
         if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is no run number; write 1, or 2 for a repetition.")
-        folder = report.project_path(output_dir or f"outputs/{campaign}/{config.name}")
+        folder = project_path(output_dir or f"outputs/{campaign}/{config.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -340,25 +340,6 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     shell = {"In", "Out"}
     return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
             and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
-
-
-def script_of(config: ExperimentConfig) -> Script:
-    """The prompts of a preset and when they take over in its video: as given, or spread evenly.
-
-    Raises:
-        UserError: a prompt file that cannot be read, or switches that do not fit.
-    """
-    if config.prompts_file is not None:
-        script, *others = read_scripts(report.project_path(config.prompts_file), config.switch_frame_indices)
-        if others:
-            print(f"prompts_file: {len(others) + 1} videos; this run uses the first")
-        check_switches_fit(script.switch_frames, config.video_blocks, config.block_frames)
-        return script
-    if config.switch_frame_indices is not None:
-        return Script(config.prompts, config.switch_frame_indices)
-    used = config.prompts[:config.video_blocks]
-    blocks = [config.video_blocks * i // len(used) for i in range(1, len(used))]
-    return Script(used, tuple(block * config.block_frames for block in blocks))
 
 
 def switch_blocks(config: ExperimentConfig) -> list[int]:

@@ -23,15 +23,14 @@ from longlive_opt.models.dit import CausalDiT
 from longlive_opt.models.text import UMT5Encoder
 from longlive_opt.models.vae import WanVAE
 from longlive_opt.models.weights import (
-    WeightFiles,
     fill_,
     load_dit,
     load_text_encoder,
     load_vae,
     open_lora,
     random_init_,
-    resolve_weights,
 )
+from longlive_opt.weight_files import WeightFiles, resolve_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 DIT = DiTConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=40, freq_dim=16, text_dim=20, text_len=6)

@@ -11,16 +11,17 @@ import hashlib
 import logging
 import re
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, TypedDict
+from typing import Any, Mapping, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ..config import DiTConfig, TextEncoderConfig, VAEConfig
 from ..errors import UserError
-from ..fetch import FETCH_COMMAND, WAN_FOLDER, file_sha256
+from ..fetch import FETCH_COMMAND
+from ..weight_files import WeightFiles
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
 from .dit import CausalDiT
 from .text import TextEncoder, UMT5Encoder, load_tokenizer
@@ -30,11 +31,6 @@ logger = logging.getLogger(__name__)
 
 LORA_ALPHA = 256.0
 LORA_NAME = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
-LAYOUT = {"dit": "longlive_base.pt", "lora": "lora.pt", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
-          "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
-          "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
-# Our own layout, a plain copy of the hub's repositories, and the folders that LongLive's README asks for.
-FOLDERS = ("", "models", "longlive_models/models", "wan_models")
 
 
 class WeightsReport(TypedDict):
@@ -50,59 +46,6 @@ class WeightsReport(TypedDict):
     lora_ranks: list[int]
     lora_alpha: float | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """The files of one weights folder; without `root` the weights are random."""
-
-    root: Path | None = None
-    dit: Path | None = None
-    lora: Path | None = None
-    vae: Path | None = None
-    text: Path | None = None
-    tokenizer: Path | None = None
-
-    @property
-    def kind(self) -> str:
-        """`random`, or `files`: their layout is the official one, only their SHA-256 can tell if they are."""
-        return "random" if self.root is None else "files"
-
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of every file by part; reads all of them, about a second per GB."""
-        paths = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {part: file_sha256(path) for part, path in paths.items() if path and path.is_file()}
-
-
-def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -> WeightFiles:
-    """Find the files for `weights`: "random", or a folder that `longlive_opt.fetch` or LongLive filled.
-
-    Where a `.safetensors` file stands beside the torch file of the same stem, it is the one taken.
-
-    Raises:
-        UserError: no such folder, or a part is missing; names every missing file and the command to fetch it.
-    """
-    if str(weights) == "random":
-        return WeightFiles()
-    root = Path(weights).expanduser()
-    if not root.is_dir():
-        raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; get the files with "
-                        f"'{FETCH_COMMAND} DIR' and write weights: DIR.")
-    found = {part: _find(root, LAYOUT[part]) for part in parts}
-    missing = [LAYOUT[part] for part, path in found.items() if path is None]
-    if missing:
-        raise UserError(f"weights: {root} lacks {', '.join(missing)}; get what is missing with "
-                        f"'{FETCH_COMMAND} {root}'.")
-    return WeightFiles(root, **found)
-
-
-def _find(root: Path, name: str) -> Path | None:
-    for folder in FOLDERS:
-        path = root / folder / name
-        for candidate in (path.with_suffix(".safetensors"), path):
-            if candidate.exists():
-                return candidate
-    return None
 
 
 @dataclass(frozen=True)
