@@ -1,6 +1,7 @@
 """The house: packaging, set-up, and the rules that every notebook and tracked file keeps."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -15,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 
+from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.html import export_html, network_references
 from longlive_opt.runner import QUICK, Layout, plan, plan_summary
@@ -327,3 +329,10 @@ def test_remote_picture_is_refused(tmp_path: Path) -> None:
 def test_references_are_found(html: str) -> None:
     """A kind of reference that the check of the reports does not see."""
     assert len(network_references(html)) == 1
+
+
+def test_readme_lists_every_key():
+    """A key that a refused preset's author cannot look up where the message sends him."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [f.name for f in dataclasses.fields(ExperimentConfig) if f"| `{f.name}` |" not in readme]
+    assert not missing
