@@ -85,6 +85,7 @@ def load(campaign_dir: str | Path) -> Campaign:
     Raises:
         UserError: there is no such folder.
     """
+    pd.set_option("display.max_colwidth", None)  # reasons are read, not counted
     folder = project_path(campaign_dir)
     results, problems = read_campaign(folder)
     failed = [path for path in sorted(folder.glob("*/failed.json")) if path.parent.name != SUMMARY]
