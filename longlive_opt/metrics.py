@@ -81,6 +81,17 @@ def distribution(values: Sequence[float]) -> dict[str, Any]:
             "p95": percentile(values, 95), "p99": p99, "max": max(values)}
 
 
+def grouped(values: Sequence[float], groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{group: distribution of its values}, one group name per value; {} without groups.
+
+    Raises ValueError if there are groups and not one for each value.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=bool(groups)):
+        found[group].append(value)
+    return {group: distribution(members) for group, members in found.items()}
+
+
 def _marks(events: Iterable[Event], name: str) -> dict[int, float]:
     """block -> time of the mark, by block; a block that repeats means two streams in one timeline."""
     times: dict[int, float] = {}

@@ -559,6 +559,15 @@ def _sample(result: Result) -> str:
     quick = " (a quick run, too short for more than a first impression)" if sizes["quick"] else ""
     text = (f"Sample: {sizes['blocks_measured']} steady-state blocks after {sizes['warmup_blocks']} of "
             f"warm-up, {sizes['switches']} prompt switches{quick}.")
+    by_prompt = lookup(result, "latency.ps_by_prompt") or {}
+    if by_prompt:
+        text += " PS by prompt cache: " + ", ".join(
+            f"{_escape(outcome)} {_digits(times['mean'])} ms (n={times['n']})"
+            for outcome, times in sorted(by_prompt.items())) + "."
+    built = {kind: count for kind, count in (result.get("built_while_measured") or {}).items() if count}
+    if built:
+        text += " Not rehearsed, built inside the measured streams: " + ", ".join(
+            f"{count} {_escape(kind)}" for kind, count in built.items()) + "."
     mean, worst = (number(result, f"latency.ss_with_switches.{key}") for key in ("mean", "max"))
     if mean is None or worst is None:
         return text

@@ -21,6 +21,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     ss_with_switches   {n, mean, max} per frame, switch blocks included
                     ps_ms              {n, mean, p50, p99, max}, each but n a METRIC
                     ps_ms_all          [one per switch]; ps_blocks [its block]
+                    ps_by_prompt       {"hit" | "disk" | "miss": {n, mean, p50, p95, p99: METRIC, max}}, by
+                                       what the prompt cache made of the request; {} without one
                     ps_breakdown_ms    {text_encode, recache, denoise, decode, other: METRIC}, mean per switch
                     first_frame_ms     METRIC
                     stages_ms          {stage: {n, mean, p50, p95, p99: METRIC, max, clock: "cuda" | "host"}}
@@ -30,6 +32,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
                     switch_stream, optional, {the same of a separate switch stream}
     memory_gb       {peak_allocated, peak_reserved, kv_cache: METRIC}
+    built_while_measured {captured, compiled}, optional: CUDA graphs and regions built inside the measured
+                    streams; 0 if all was rehearsed
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
     quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
                     frames_total, psnr_db, ssim, ms_ssim, lpips, clip_delta, ...}; psnr_db to lpips are n/a or

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import itertools
 import time
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import project_path, script_of
 from .optimizations import build_pipeline
+from .optimizations.prompt_cache import CachedPrompts
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
 
@@ -49,6 +51,7 @@ class Experiment:
         self.number = run
         self.folder = folder
         self.script = script_of(config)
+        self._variations = itertools.count(1)
 
     @classmethod
     def open(cls, namespace: Mapping[str, Any]) -> Experiment:
@@ -106,8 +109,9 @@ class Experiment:
         device, config = self.pipeline.device, self.config
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        clocks_before = provenance.clocks(device)
+        clocks_before, built_before = provenance.clocks(device), self._built()
         steady = self._record(config.warmup_blocks + config.measure_blocks, [])
+        asked_before = len(self._prompt_outcomes())
         switched = self._record(
             config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
         )
@@ -121,6 +125,14 @@ class Experiment:
         )
         self.measured["events"] = [event.to_row() for event in steady]
         self.measured["switch_events"] = [event.to_row() for event in switched]
+        self.measured["built_while_measured"] = {
+            kind: count - built_before[kind] for kind, count in self._built().items()
+        }
+        # The first request of the stream is no switch.
+        outcomes = self._prompt_outcomes()[asked_before + 1:]
+        self.measured["latency"]["ps_by_prompt"] = metrics.grouped(
+            self.measured["latency"]["ps_ms_all"], outcomes
+        )
         self.measured["memory_gb"] = provenance.memory_gb(device, self.session.cache.nbytes)
         self.clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
         return self._headline()
@@ -138,7 +150,7 @@ class Experiment:
         for _ in chunks:
             pass
         setup["rehearsal"] = time.perf_counter() - started
-        setup["capture"] = sum(stats.capture_s for stats in self._stats() if hasattr(stats, "capture_s"))
+        setup["capture"] = sum(stats.get("capture_s", 0.0) for stats in self._stats())
         setup["compile"] = compile_seconds()
         print(
             f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
@@ -163,13 +175,26 @@ class Experiment:
                 number = len(switches) - len(pending) + 1
                 pending.pop(0)
                 prompt = prompts[number % len(prompts)]
-                self.session.switch_prompt(prompt if number % 2 else f"{prompt} (variation {number})")
+                if number % 2 == 0:
+                    prompt = f"{prompt} (variation {next(self._variations)})"
+                self.session.switch_prompt(prompt)
             if time.perf_counter() - last_shown > PROGRESS_SECONDS:
                 last_shown = time.perf_counter()
                 print(f"block {chunk.block + 1} of {blocks}", flush=True)
 
-    def _stats(self) -> list[Any]:
-        return [room["report"]["stats"] for room in self.pipeline.rooms if "stats" in room["report"]]
+    def _stats(self) -> list[dict[str, Any]]:
+        reports = [room["report"] for room in self.pipeline.rooms]
+        return [report["stats"].summary() for report in reports if "stats" in report]
+
+    def _built(self) -> dict[str, int]:
+        """How many CUDA graphs were captured and how many regions compiled so far."""
+        return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
+                "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+    def _prompt_outcomes(self) -> list[str]:
+        """What the prompt cache made of every request so far; empty without one."""
+        encode = self.pipeline.encode_prompt
+        return list(encode.stats.outcomes) if isinstance(encode, CachedPrompts) else []
 
     def film(self) -> HTML:
         """Generate the script's video with its prompt switches; returns a player. Not measured."""
@@ -309,13 +334,8 @@ class Experiment:
 
     def _room_reports(self) -> list[dict[str, Any]]:
         return [
-            room
-            | {
-                "report": {
-                    key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-                    for key, value in room["report"].items()
-                }
-            }
+            room | {"report": {key: value.summary() if key == "stats" else value
+                               for key, value in room["report"].items()}}
             for room in self.pipeline.rooms
         ]
 

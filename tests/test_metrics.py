@@ -308,3 +308,15 @@ def test_a_gate_that_gates_nothing_is_refused(gate):
     """Would catch: a misspelt limit that lets everything pass."""
     with pytest.raises(UserError, match="quality gate"):
         decide(0.5, gate)
+
+
+def test_grouped_splits_by_outcome_and_notices_a_missing_one():
+    """Hits and misses of a prompt cache in one mean, or shifted by one request."""
+    split = metrics.grouped([1.0, 5.0, 3.0], ["hit", "miss", "hit"])
+    assert {group: (times["n"], times["mean"]) for group, times in split.items()} == {
+        "hit": (2, 2.0),
+        "miss": (1, 5.0),
+    }
+    assert metrics.grouped([1.0, 2.0], []) == {}
+    with pytest.raises(ValueError):
+        metrics.grouped([1.0, 2.0], ["hit"])

@@ -244,6 +244,16 @@ def test_everything_that_is_measured_was_rehearsed(tmp_path, keys):
     assert kinds.seen == rehearsed
 
 
+def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
+    """A variation that the rehearsal asked for already is no miss; nothing is built in what is measured."""
+    run = open_run(tmp_path / "run", **{**SMALLEST, "num_switches": 4, "use_prompt_cache": True})
+    run.build()
+    run.measure()
+    by_prompt = run.measured["latency"]["ps_by_prompt"]
+    assert {outcome: times["n"] for outcome, times in by_prompt.items()} == {"hit": 2, "miss": 2}
+    assert run.measured["built_while_measured"] == {"captured": 0, "compiled": 0}
+
+
 def test_script_of_a_preset(tmp_path):
     """Prompts spread over the video, as given, or from a file; never a switch past the end."""
     def script(**keys: Any) -> Script:

@@ -53,6 +53,9 @@ class GraphStats:
     capture_s: float = 0.0
     memory_bytes: int = 0
 
+    def summary(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
 
 @dataclass
 class _Captured:

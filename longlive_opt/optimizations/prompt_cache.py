@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, ClassVar
+from typing import Any, Callable, ClassVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -60,6 +60,9 @@ class PromptStats:
     outcomes: list[str] = field(default_factory=list)
     evicted: int = 0
     bytes: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        return {**Counter(self.outcomes), "evicted": self.evicted, "bytes": self.bytes}
 
 
 class CachedPrompts:

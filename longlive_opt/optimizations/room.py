@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from ..pipeline import Pipeline
 
@@ -11,6 +11,13 @@ Level = Literal["exact", "rounding", "lossy"]
 """`exact`: the same kernels on the same numbers, bit for bit. `rounding`: the same arithmetic in another
 order or kernel, equal within bf16 rounding. `lossy`: an approximation, judged by the preset's quality gate.
 """
+
+
+class Stats(Protocol):
+    """What a room counts while the pipeline runs; read at the end."""
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +36,7 @@ class Room:
         raise NotImplementedError
 
     def report(self, pipeline: Pipeline, done: str, **facts: Any) -> Pipeline:
-        """Add what this room did to the pipeline's report. `facts` may hold objects that are read at the end.
-        """
+        """Add what this room did to the pipeline's report; a fact called `stats` is a `Stats`."""
         entry = {"name": self.name, "applied": True, "level": self.level, "knobs": dataclasses.asdict(self),
                  "report": {"done": done, **facts}}
         return dataclasses.replace(pipeline, rooms=(*pipeline.rooms, entry))
