@@ -1,9 +1,9 @@
 """The KV cache: a window of past latent frames with an attention sink (LongLive, arXiv:2509.22622; sinks:
 arXiv:2309.17453).
 
-`plan_pass` is the whole rule of which slot holds what, in latent frames and plain integers, shared by every
-cache.
-`RollingKVCache` is the obvious reference that carries the rule out with concatenations. A cache is used so:
+`plan_pass` is the whole rule of which slot holds what, in latent frames and plain integers, and `WindowCache`
+the bookkeeping around it, both shared by every cache. `RollingKVCache` is the obvious reference that carries
+the rule out with concatenations. A cache is used so:
 
     cache.begin(start_frame, frames)     # plan one pass
     dit(x, timestep, text, cache.layers) # every layer rotates, stores and attends
@@ -80,8 +80,7 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
 
     Raises:
         ValueError: the pass neither follows the frames that were processed nor ends with them, or is larger
-        than
-            the window.
+            than the window.
     """
     new_end = start + frames
     if not 0 < frames <= window or end not in (start, new_end):
@@ -125,7 +124,47 @@ class KVCache(Protocol):
         """Forget everything."""
 
 
-class RollingKVCache:
+class WindowCache:
+    """What all caches share: how far they are, and the pass that is planned. Subclasses say in `begin` what a
+    pass needs, and in `reset` how to forget what is stored.
+    """
+
+    def __init__(self, geometry: CacheGeometry, device: torch.device):
+        self.geometry = geometry
+        self.device = device
+        self._forget_frames()
+
+    def _forget_frames(self) -> None:
+        self._end = self._filled = 0
+        self.plan: PassPlan | None = None
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """(highest frame processed plus one, filled slots), in latent frames."""
+        return self._end, self._filled
+
+    def end(self) -> None:
+        """Count the pass that `begin` planned."""
+        assert self.plan is not None, "end() without begin()"
+        self._end, self._filled = self.plan.end, self.plan.filled
+        self.plan = None
+
+    def _plan(self, start: int, frames: int, recache_sink: bool) -> PassPlan:
+        """Plan a pass; absolute positions are refused where they end."""
+        geometry = self.geometry
+        if not geometry.relative_rope:
+            check_positions(start + frames - 1)
+        self.plan = plan_pass(start, frames, window=geometry.window, sink=geometry.sink, end=self._end,
+                              filled=self._filled, recache_sink=recache_sink)
+        return self.plan
+
+    def _angles(self, start: int, frames: int) -> Tensor:
+        """Rotation angles of `frames` latent frames from position `start` on, float64 [tokens, D/2]."""
+        positions = torch.arange(start, start + frames, device=self.device)
+        return rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns)
+
+
+class RollingKVCache(WindowCache):
     """The reference, as LongLive does it: each pass puts the attended window together by concatenation,
     attends, and copies it back over the layer's buffer.
 
@@ -136,8 +175,7 @@ class RollingKVCache:
 
     def __init__(self, geometry: CacheGeometry, attention: Attention, batch: int, device: torch.device,
                  dtype: torch.dtype):
-        self.geometry = geometry
-        self._device = device
+        super().__init__(geometry, device)
         self._rotaries: dict[tuple[str, int], Rotary] = {}
         shape = (batch, geometry.window * geometry.tokens_per_frame, geometry.heads, geometry.head_dim)
         self.layers = [
@@ -149,11 +187,9 @@ class RollingKVCache:
             )
             for _ in range(geometry.layers)
         ]
-        self.reset()
 
     def reset(self) -> None:
-        self._end = self._filled = 0
-        self.plan: PassPlan | None = None
+        self._forget_frames()
         for layer in self.layers:
             layer.key.zero_()
             layer.value.zero_()
@@ -163,41 +199,24 @@ class RollingKVCache:
         return sum(layer.key.nbytes + layer.value.nbytes for layer in self.layers)
 
     @property
-    def pointers(self) -> tuple[int, int]:
-        """(highest frame processed plus one, filled slots), in latent frames."""
-        return self._end, self._filled
-
-    @property
     def signature(self) -> tuple[object, ...]:
         assert self.plan is not None, "signature outside begin() and end()"
-        return self.plan.frames, self.plan.evict, self.plan.write_from, self.plan.dropped, self.plan.filled
+        return self.plan.frames, self.plan.evict, self.plan.write_from, self.plan.filled
 
     def begin(self, start: int, frames: int, *, recache_sink: bool = False) -> PassPlan:
-        geometry = self.geometry
-        plan = plan_pass(start, frames, window=geometry.window, sink=geometry.sink, end=self._end,
-                         filled=self._filled, recache_sink=recache_sink)
-        if geometry.relative_rope:
+        plan = self._plan(start, frames, recache_sink)
+        if self.geometry.relative_rope:
             self.rotate_new = self._rotary("new", plan.first, frames)
             self.rotate_window = self._rotary("window", 0, plan.attended)
         else:
-            check_positions(start + frames - 1)
             self.rotate_new = self._rotary("new", start, frames)
-        self.plan = plan
         return plan
-
-    def end(self) -> None:
-        assert self.plan is not None, "end() without begin()"
-        self._end, self._filled = self.plan.end, self.plan.filled
-        self.plan = None
 
     def _rotary(self, role: str, start: int, frames: int) -> Rotary:
         """The rotary of one role and length, set to positions from `start` on; its memory stays where it is,
         so that a captured pass finds the new positions there.
         """
-        positions = torch.arange(start, start + frames, device=self._device)
-        fresh = Rotary(
-            rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns)
-        )
+        fresh = Rotary(self._angles(start, frames))
         kept = self._rotaries.setdefault((role, frames), fresh)
         kept.factors.copy_(fresh.factors)
         return kept

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ExperimentConfig
-from ..kv_cache import CacheGeometry, PassPlan, plan_pass
+from ..kv_cache import CacheGeometry, PassPlan, WindowCache
 from ..models.attention import Attention, make_attention
-from ..models.rope import check_positions, rope_angles
 from ..pipeline import Pipeline, cache_geometry
 from .room import Level, Room
 
@@ -73,7 +72,7 @@ def rotation_for(config: ExperimentConfig) -> Rotation:
     return rotate_real if config.use_torch_compile else rotate_complex
 
 
-class RingKVCache:
+class RingKVCache(WindowCache):
     """What static caches share: which physical slot a frame goes to, and the rotation tables, both at fixed
     addresses. How keys and values are stored and attended is the layers' business.
 
@@ -88,18 +87,16 @@ class RingKVCache:
     layers: Sequence[RingLayer] = ()
 
     def __init__(self, geometry: CacheGeometry, device: torch.device, rotation: Rotation):
-        self.geometry = geometry
-        self.device = device
+        super().__init__(geometry, device)
         self.rotation = rotation
         self._tables: dict[tuple[str, int], Tensor] = {}
         self._slots: dict[tuple[str, int], Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
-        self._end = self._filled = self._offset = 0
-        self._sink_shift = 0
+        self._forget_frames()
+        self._offset = self._sink_shift = 0
         self._prepared: tuple[int, ...] | None = None
-        self.plan: PassPlan | None = None
         for layer in self.layers:
             layer.clear()
 
@@ -108,22 +105,13 @@ class RingKVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
-    def pointers(self) -> tuple[int, int]:
-        """(highest frame processed plus one, filled slots), in latent frames."""
-        return self._end, self._filled
-
-    @property
     def signature(self) -> tuple[object, ...]:
         assert self.plan is not None, "signature outside begin() and end()"
         return (self.frames, self.stored, self.attended, self.turns_sink,
                 self.plan.write_from if self.writes_sink else None)
 
     def begin(self, start: int, frames: int, *, recache_sink: bool = False) -> PassPlan:
-        geometry = self.geometry
-        if not geometry.relative_rope:
-            check_positions(start + frames - 1)
-        plan = plan_pass(start, frames, window=geometry.window, sink=geometry.sink, end=self._end,
-                         filled=self._filled, recache_sink=recache_sink)
+        geometry, plan = self.geometry, self._plan(start, frames, recache_sink)
         self._offset = (self._offset + plan.evict) % (geometry.window - geometry.sink)
         self.frames, self.stored, self.attended = frames, frames - plan.dropped, plan.attended
         shift = start - plan.first
@@ -139,13 +127,7 @@ class RingKVCache:
         if self.turns_sink:
             self.sink_slots = min(geometry.sink, plan.filled)
             self.sink_table = self._table("sink", shift, self.sink_slots)
-        self.plan = plan
         return plan
-
-    def end(self) -> None:
-        assert self.plan is not None, "end() without begin()"
-        self._end, self._filled = self.plan.end, self.plan.filled
-        self.plan = None
 
     def _set_rotation(self, start: int, frames: int) -> None:
         self.table = self._table("new", start, frames)
@@ -154,8 +136,7 @@ class RingKVCache:
         self.sine = _kept(self._tables, ("sine", frames), sine.contiguous())
 
     def _table(self, role: str, start: int, frames: int) -> Tensor:
-        positions = torch.arange(start, start + frames, device=self.device)
-        angles = rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns)
+        angles = self._angles(start, frames)
         table = torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None].float()
         return _kept(self._tables, (role, frames), table)
 
