@@ -23,6 +23,7 @@ class FlowSchedule:
         raw = torch.linspace(1.0, 0.0, TRAIN_STEPS + 1)[:-1]
         self.sigmas = shift * raw / (1 + (shift - 1) * raw)
         self.timesteps = self.sigmas * TRAIN_STEPS
+        self._on_device: dict[tuple[float, torch.device], Tensor] = {}
 
     def warped_steps(self, steps: Sequence[int]) -> list[float]:
         """Timesteps that the model is given for nominal steps such as [1000, 750, 500, 250]; float32 values.
@@ -49,5 +50,13 @@ class FlowSchedule:
         return ((1 - sigma) * clean + sigma * noise).to(noise.dtype)
 
     def _shaped(self, timestep: float | Tensor, like: Tensor) -> Tensor:
-        sigma = self.sigma(timestep).to(like.device)
-        return sigma.reshape(-1, *([1] * (like.ndim - 1)))
+        return self._sigma_on(timestep, like.device).reshape(-1, *([1] * (like.ndim - 1)))
+
+    def _sigma_on(self, timestep: float | Tensor, device: torch.device) -> Tensor:
+        if isinstance(timestep, Tensor):
+            return self.sigma(timestep).to(device)
+        # Copied once: a copy from the host waits for the stream, in every step of every block.
+        key = (timestep, device)
+        if key not in self._on_device:
+            self._on_device[key] = self.sigma(timestep).to(device)
+        return self._on_device[key]
