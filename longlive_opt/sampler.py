@@ -40,6 +40,11 @@ class Forward(Protocol):
         """
 
 
+def uniform_timesteps(timestep: float, latents: Tensor) -> Tensor:
+    """One timestep for every latent frame of latents [B, F, ...]: float32 [B, F]."""
+    return torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
+
+
 class EagerForward:
     """The reference: a plain call of the transformer, the time embedding included, whatever is wanted of it.
     """
@@ -49,7 +54,7 @@ class EagerForward:
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
-        timesteps = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
+        timesteps = uniform_timesteps(timestep, latents)
         return self.dit(latents.transpose(1, 2), timesteps, text, cache.layers).transpose(1, 2)
 
 

@@ -213,7 +213,7 @@ class Experiment:
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )
-        if self.config.name == "baseline" and self.number == 1:
+        if self.is_reference:
             Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)
         return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
 
@@ -225,17 +225,15 @@ class Experiment:
         free-running: the video of `film` against the baseline's video, where differences do add up.
         """
         kind = self.pipeline.weights["kind"]
-        path = self.folder.parent / "baseline" / REFERENCE_FILE
-        if self.config.name == "baseline" and self.number == 1:
+        if self.is_reference:
             self.quality = quality.not_compared(
                 "this is the reference itself", "look at the other presets", kind
             )
-        elif not path.is_file():
+        elif (reference := self.reference) is None:
             self.quality = quality.not_compared(
                 "the campaign has no baseline video", "run the baseline first", kind
             )
         else:
-            reference = Reference.load(path)
             self.quality = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
             self.quality["free_running"] = quality.compare(
                 reference.frames,
@@ -250,6 +248,17 @@ class Experiment:
             {name: {key: plain(value) for key, value in row.items()} for name, row in rows.items()}
         ).T
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is the run that the campaign's other runs are compared with."""
+        return self.config.name == "baseline" and self.number == 1
+
+    @functools.cached_property
+    def reference(self) -> Reference | None:
+        """The video of the campaign's baseline, None if there is none."""
+        path = self.folder.parent / "baseline" / REFERENCE_FILE
+        return Reference.load(path) if path.is_file() else None
+
     def definitions(self) -> HTML:
         """What every figure means."""
         rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
@@ -263,12 +272,11 @@ class Experiment:
         Raises:
             UserError: the campaign has no baseline video.
         """
-        path = self.folder.parent / "baseline" / REFERENCE_FILE
-        if not path.is_file():
+        reference = self.reference
+        if reference is None:
             raise UserError(
                 f"campaign: {self.campaign!r} has no baseline video to compare with; run the baseline first."
             )
-        reference = Reference.load(path)
         video.write_mp4(self.folder / "side_by_side.mp4",
                         quality.side_by_side(video.shrink(reference.frames, self.config.video_width),
                                              video.shrink(self.frames, self.config.video_width)),

@@ -37,6 +37,7 @@ from ..kernels import fused
 from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, DiTBlock, TextContext
 from ..pipeline import Pipeline
+from ..sampler import uniform_timesteps
 from .room import Level, Room
 from .static_kv_cache import RingKVCache, RingLayer
 
@@ -128,8 +129,8 @@ class FusedForward:
     def _time_table(self, timestep: float, latents: Tensor) -> TimeTable:
         key = (timestep, latents.shape[:2])
         if key not in self._times:
-            full = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
-            time, head = self.dit.embed_time(full), self.dit.head
+            time = self.dit.embed_time(uniform_timesteps(timestep, latents))
+            head = self.dit.head
             blocks = [Modulation(*(block.modulation + time.blocks).unbind(2)) for block in self.dit.blocks]
             last_shift, last_scale = (head.modulation + time.head).unbind(2)
             following = [(vectors.shift_a, vectors.scale_a) for vectors in blocks[1:]]

@@ -34,6 +34,7 @@ from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, TextContext, TimeContext
 from ..models.vae import StreamingDecoder
 from ..pipeline import Pipeline
+from ..sampler import uniform_timesteps
 from .cuda_graphs import GraphedForward
 from .room import Level, Room
 
@@ -139,6 +140,5 @@ class CompiledForward:
     def _embedded(self, timestep: float, latents: Tensor) -> TimeContext:
         key = (timestep, latents.shape[:2])
         if key not in self._times:
-            full = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=latents.device)
-            self._times[key] = self.dit.embed_time(full)
+            self._times[key] = self.dit.embed_time(uniform_timesteps(timestep, latents))
         return self._times[key]
