@@ -83,8 +83,8 @@ class Sampler:
         """Sample latent frames start .. start + F - 1 and leave their clean keys and values in the cache.
 
         Args:
-            noise: [B, F, C, H, W]; step_noise: [steps - 1, B, F, C, H, W], added back after each step but the
-            last.
+            noise: [B, F, C, H, W].
+            step_noise: [steps - 1, B, F, C, H, W], added back after each step but the last.
 
         Returns:
             Clean latents [B, F, C, H, W].

@@ -98,8 +98,7 @@ class StreamingSession:
 
         Raises:
             UserError: an empty prompt, a block count that is not positive, a session that already streams and
-            was
-                not reset, or absolute positions that ended (`relative_rope: true` has no end).
+                was not reset, or absolute positions that ended (`relative_rope: true` has no end).
         """
         return self._start(Script((prompt,)), blocks)
 
