@@ -25,13 +25,7 @@ CONFIG = DiTConfig(dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, t
 ROWS, COLUMNS = 2, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

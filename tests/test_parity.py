@@ -19,14 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 COMPANIONS = ("manifest.json", "stream_weights.safetensors", "stream_inputs.safetensors")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(True)  # `parity.main` switches gradients off for its process
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def golden_with(folder: Path, *names: str) -> Path:

@@ -22,13 +22,7 @@ SHAPE = (16, 2, 4)
 STEPS = [1000.0, 937.5, 833.3333129882812, 625.0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FakeCache:

@@ -45,13 +45,7 @@ def make_vae(weights: dict[str, torch.Tensor], config: VAEConfig = VAEConfig(dim
     return vae
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Convolutions this small spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
