@@ -170,6 +170,9 @@ class ExperimentConfig:
     use_async_vae: bool = False
     use_prompt_cache: bool = False
     use_fused_kernels: bool = False
+    use_text_offload: bool = False
+    vae_chunk_latents: int | None = None
+    gpu_memory_limit_gb: float | None = None
     prompt_cache_mb: int = 1024
     prompt_cache_dir: str | None = None
 
@@ -286,8 +289,9 @@ class ExperimentConfig:
                 f"video_latent_frames: {frames} is not a multiple of block_frames {block}; use "
                 f"{' or '.join(nearest)}."
             )
-        if self.video_width is not None:
-            at_least("video_width", 16)
+        for key, least in (("video_width", 16), ("vae_chunk_latents", 1), ("gpu_memory_limit_gb", 0.1)):
+            if getattr(self, key) is not None:
+                at_least(key, least)
         longest = max(self.blocks_in_measurement, self.video_blocks)
         if self.max_blocks is not None and longest > self.max_blocks:
             raise UserError(

@@ -11,13 +11,13 @@ import torch
 
 from .config import ExperimentConfig, ModelConfig
 from .decoder import Decoder, InlineDecoder
-from .errors import UserError
+from .errors import NotAvailable, UserError
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
 from .models.attention import make_attention, resolve_backend
 from .models.dit import CausalDiT, TextContext
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder, WanVAE
-from .models.weights import load_dit, load_text_encoder, load_vae
+from .models.weights import load_dit, load_vae, open_text_encoder
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
 from .weight_files import resolve_weights
@@ -92,6 +92,32 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def limit_memory(device: torch.device, limit_gb: float | None) -> None:
+    """Let PyTorch's allocator take at most `limit_gb` (1e9 bytes) of the GPU, or all of it.
+
+    More than that then raises `torch.OutOfMemoryError`. The CUDA context lies outside of the limit.
+
+    Raises:
+        NotAvailable: a limit is set, and the device is no GPU.
+        UserError: the GPU has less than that.
+    """
+    if device.type != "cuda":
+        if limit_gb is not None:
+            raise NotAvailable(f"gpu_memory_limit_gb: {limit_gb} limits a GPU's memory, and this run is on "
+                               f"{device.type}.")
+        return
+    total_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if limit_gb is not None and limit_gb > total_gb:
+        raise UserError(f"gpu_memory_limit_gb: {limit_gb} is more than this GPU's {total_gb:.1f} GB; write "
+                        "less, or null for no limit.")
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else limit_gb / total_gb, device)
+
+
+def prompt_encoder(encoder: TextEncoder, dit: CausalDiT) -> Callable[[str], TextContext]:
+    """Prompt -> what the transformer attends to, nothing remembered."""
+    return lambda prompt: dit.embed_text(encoder.encode([prompt]))
+
+
 def build_reference(config: ExperimentConfig) -> Pipeline:
     """Load the three networks and put the reference parts together: the baseline of every comparison.
 
@@ -100,21 +126,19 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
     """
     started = time.perf_counter()
     device = check_device(config.device)
+    limit_memory(device, config.gpu_memory_limit_gb)
     model, dtype = config.model_config(), getattr(torch, config.model_dtype)
     backend = resolve_backend(config.attention_backend, device, dtype)
     attention = make_attention(backend)
     files = resolve_weights(config.weights)
+    digests = files.sha256()
     dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha)
     vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
-    text_encoder, text_report = load_text_encoder(model.text, files, device, dtype, config.seed)
+    text_encoder = open_text_encoder(model.text, files, device, dtype, config.seed, digests.get("text"))
     for block in dit.blocks:
         block.attention = attention
     geometry = cache_geometry(config, model)
     height, width = model.latent_height, model.latent_width
-
-    def encode_prompt(prompt: str) -> TextContext:
-        return dit.embed_text(text_encoder.encode([prompt]))
-
     return Pipeline(
         config=config,
         model=model,
@@ -124,18 +148,18 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         dit=dit,
         vae=vae,
         text_encoder=text_encoder,
-        encode_prompt=encode_prompt,
+        encode_prompt=prompt_encoder(text_encoder, dit),
         sampler=Sampler(sampling_plan(config), EagerForward(dit)),
         make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
-        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width),
+        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width, config.vae_chunk_latents or 1),
         make_decoder=InlineDecoder,
         weights={
             "kind": files.kind,
             "seed": config.seed if files.kind == "random" else None,
-            "sha256": files.sha256(),
+            "sha256": digests,
             "dit": dit_report,
             "vae": vae_report,
-            "text_encoder": text_report,
+            "text_encoder": text_encoder.report,
             "tokenizer": text_encoder.description,
         },
         setup_s={"load": time.perf_counter() - started},

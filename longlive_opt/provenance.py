@@ -81,7 +81,9 @@ def clocks(device: "torch.device | str") -> dict[str, Any]:
 
 
 def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -> dict[str, Any]:
-    """The `memory_gb` section: allocator peaks since `torch.cuda.reset_peak_memory_stats`, in 1e9 bytes."""
+    """The `memory_gb` section, in 1e9 bytes: allocator peaks since `torch.cuda.reset_peak_memory_stats`, and
+    what is taken of the GPU now, by this process, its CUDA context and everybody else.
+    """
     import torch
 
     device = torch.device(device)
@@ -90,9 +92,11 @@ def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -
         cache = kv_cache_bytes / 1e9
     if device.type != "cuda":
         missing = na(f"the allocator is watched on CUDA only; the run was on {device.type}", "run on a GPU")
-        return {"peak_allocated": missing, "peak_reserved": missing, "kv_cache": cache}
+        return dict.fromkeys(("peak_allocated", "peak_reserved", "device_used"), missing) | {"kv_cache": cache}
+    free, total = torch.cuda.mem_get_info(device)
     return {"peak_allocated": torch.cuda.max_memory_allocated(device) / 1e9,
-            "peak_reserved": torch.cuda.max_memory_reserved(device) / 1e9, "kv_cache": cache}
+            "peak_reserved": torch.cuda.max_memory_reserved(device) / 1e9,
+            "device_used": (total - free) / 1e9, "kv_cache": cache}
 
 
 def throttle_reasons(mask: str | None) -> list[str] | None:

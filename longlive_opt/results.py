@@ -31,7 +31,7 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     playback        {fps, startup_buffer_ms, stalls_at_zero_buffer, stall_ms_at_zero_buffer, deadline_ms,
                     deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
                     switch_stream, optional, {the same of a separate switch stream}
-    memory_gb       {peak_allocated, peak_reserved, kv_cache: METRIC}
+    memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC}
     built_while_measured {captured, compiled}, optional: CUDA graphs and regions built inside the measured
                     streams; 0 if all was rehearsed
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
@@ -43,6 +43,9 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
                     switch_events, optional, the same of a separate stream that gave the PS figures
     decision        {keep: bool or null, rule, rationale}
+    variations      optional, the preset with one key changed at a time: [{changed {key: value}, latency
+                    {ss_ms_per_frame, ps_ms, stages_ms}, fps, memory_gb, sizes, quality {psnr_db, ...},
+                    setup_s}]; one that could not run is {changed, failure: METRIC}
 
 The meanings of the latency figures are in `metrics.DEFINITIONS`.
 """

@@ -611,6 +611,9 @@ def test_prompt_store_follows_the_pipeline(tmp_path, micro, keys):
     first = micro_pipeline(use_prompt_cache=True, prompt_cache_dir=folder, **SMALL)
     first.encode_prompt("a fox")
     again = micro_pipeline(use_prompt_cache=True, prompt_cache_dir=folder, **SMALL)
+    again.encode_prompt("a fox")
+    assert not again.text_encoder.report["loaded"]  # a second run needs no text encoder
+    again = micro_pipeline(use_prompt_cache=True, prompt_cache_dir=folder, **SMALL)
     found, expected = again.encode_prompt("a fox"), first.encode_prompt("a fox")
     assert all(map(torch.equal, found.keys, expected.keys))
     assert again.rooms[0]["report"]["stats"].outcomes == ["disk"]
@@ -658,6 +661,47 @@ def test_prompt_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="prompt_cache_dir: cannot make"):
         EmbeddingStore(tmp_path / "file" / "folder", "fingerprint")
+
+
+# Text offload
+
+
+def test_text_offload_gives_the_same_bits(micro):
+    """Weights of one block unpacked in another's order, or seen while the next block's overwrite them."""
+    plain, offloaded = micro_pipeline(**SMALL), micro_pipeline(use_text_offload=True, **SMALL)
+    for prompt in ("a fox", "a longer text about a fox"):
+        expected, found = plain.encode_prompt(prompt), offloaded.encode_prompt(prompt)
+        assert all(map(torch.equal, (*found.keys, *found.values), (*expected.keys, *expected.values)))
+    assert offloaded.text_encoder.report["loaded"] and offloaded.weights["text_encoder"]["loaded"]
+
+
+def test_text_offload_goes_with_the_prompt_store(tmp_path, micro):
+    """Both replace what encodes a prompt: the stored prompt must come from the offloaded encoder, once."""
+    keys = {"use_text_offload": True, "use_prompt_cache": True, "prompt_cache_dir": str(tmp_path), **SMALL}
+    first, plain = micro_pipeline(**keys), micro_pipeline(**SMALL)
+    assert torch.equal(first.encode_prompt("a fox").keys[0], plain.encode_prompt("a fox").keys[0])
+    assert first.text_encoder.report["loaded"]
+    again = micro_pipeline(**keys)
+    assert torch.equal(again.encode_prompt("a fox").keys[0], plain.encode_prompt("a fox").keys[0])
+    assert not again.text_encoder.report["loaded"]
+
+
+@pytest.mark.gpu
+def test_text_offload_on_the_gpu_gives_the_same_bits_in_less_memory():
+    """A copy that overtakes the block that still reads the buffer gives other bits."""
+    keys = {"device": "cuda", "model": "tiny", "model_dtype": "bfloat16"}
+    plain, offloaded = build_pipeline(ExperimentConfig(**keys)), build_pipeline(
+        ExperimentConfig(use_text_offload=True, **keys))
+    for prompt in ("a fox", "a fox that runs", "snow"):
+        expected, found = plain.encode_prompt(prompt), offloaded.encode_prompt(prompt)
+        assert all(map(torch.equal, (*found.keys, *found.values), (*expected.keys, *expected.values)))
+    assert all(p.device.type == "cpu" for p in offloaded.text_encoder.load().encoder.parameters())
+
+
+def test_memory_limit_needs_a_gpu():
+    """A limit that nothing enforces would be reported as kept."""
+    with pytest.raises(NotAvailable, match="gpu_memory_limit_gb"):
+        build_pipeline(ExperimentConfig(gpu_memory_limit_gb=8.0))
 
 
 # torch.compile. The backend "eager" traces as Inductor does and then runs the trace.

@@ -14,11 +14,11 @@ from longlive_opt.config import MODELS, TextEncoderConfig
 from longlive_opt.errors import UserError
 from longlive_opt.models.text import (
     TextEncoder,
+    Tokenizer,
     UMT5Encoder,
     clean,
     distance_bucket,
     load_tokenizer,
-    weights_fingerprint,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,11 +39,15 @@ def encoder(golden) -> UMT5Encoder:
     return module.requires_grad_(False)
 
 
+def text_encoder(module: UMT5Encoder, tokenizer: Tokenizer, identity: str = "these weights") -> TextEncoder:
+    return TextEncoder(module.config, tokenizer, identity, lambda keep_on: (module, {"kind": "test"}))
+
+
 @pytest.fixture
 def bytes_encoder() -> TextEncoder:
     torch.manual_seed(0)
     config = replace(CONFIG, vocab_size=259, text_len=24)
-    return TextEncoder(UMT5Encoder(config).requires_grad_(False), load_tokenizer("bytes", 24))
+    return text_encoder(UMT5Encoder(config).requires_grad_(False), load_tokenizer("bytes", 24))
 
 
 def max_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -60,7 +64,7 @@ def test_prompt_embeds_match_upstream(encoder, golden):
     """Rows after the end token must be zero, and only those."""
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(golden["ids"], golden["mask"])]
     tokenizer = replace(load_tokenizer("bytes", 160), vocab_size=64, to_ids=lambda text: rows[int(text)])
-    out = TextEncoder(encoder, tokenizer).encode(["0", "1", "2"])
+    out = text_encoder(encoder, tokenizer).encode(["0", "1", "2"])
     assert max_error(out, golden["prompt_embeds"]) <= TOLERANCE
 
 
@@ -190,20 +194,35 @@ def test_encode_refuses_what_is_no_list_of_texts(bytes_encoder, prompts):
 def test_tokenizer_must_fit_the_encoder():
     """Ids beyond the table end in a device-side assertion on CUDA, far from the cause."""
     with pytest.raises(UserError, match="259 tokens, the encoder only 64"):
-        TextEncoder(UMT5Encoder(CONFIG), load_tokenizer("bytes", 8))
+        text_encoder(UMT5Encoder(CONFIG), load_tokenizer("bytes", 8))
 
 
-def test_fingerprint_follows_tokenizer_weights_and_config(bytes_encoder):
+def test_fingerprint_follows_tokenizer_weights_and_config():
     """A cache keyed by it must miss after any of the three changes."""
-    module, tokenizer = bytes_encoder.module, bytes_encoder.tokenizer
-    assert TextEncoder(module, tokenizer).fingerprint == bytes_encoder.fingerprint
-    others = [tokenizer, replace(tokenizer, fingerprint="other"), replace(tokenizer, text_len=12)]
-    prints = {TextEncoder(module, other).fingerprint for other in others}
-    with torch.no_grad():
-        module.blocks[1].ffn.fc2.weight.mul_(1.01)
-    prints.add(TextEncoder(module, tokenizer).fingerprint)
-    module.config = replace(module.config, max_distance=64)
-    prints.add(TextEncoder(module, tokenizer).fingerprint)
-    prints.add(TextEncoder(module.bfloat16(), tokenizer).fingerprint)
-    assert len(prints) == 6
-    assert weights_fingerprint(module) != weights_fingerprint(module.float())
+    tokenizer, module = load_tokenizer("bytes", 24), None
+    config = replace(CONFIG, vocab_size=259)
+    others = [(config, tokenizer, "weights"), (config, replace(tokenizer, fingerprint="other"), "weights"),
+              (config, replace(tokenizer, text_len=12), "weights"), (config, tokenizer, "other weights"),
+              (replace(config, max_distance=64), tokenizer, "weights")]
+    prints = [TextEncoder(*key, lambda keep_on: (module, {})).fingerprint for key in (*others, others[0])]
+    assert len(set(prints)) == 5 and prints[0] == prints[-1]
+
+
+def test_encoder_is_loaded_when_it_is_needed():
+    """Fingerprint and description must not cost 11 GB of weights."""
+    asked = []
+    module = UMT5Encoder(replace(CONFIG, vocab_size=259)).requires_grad_(False)
+
+    def load(keep_on):
+        asked.append(keep_on)
+        return module, {"seconds": 1.0}
+
+    encoder = TextEncoder(module.config, load_tokenizer("bytes", 24), "weights", load)
+    assert encoder.fingerprint and encoder.report == {"loaded": False} and not asked
+    encoder.encode(["a", "b"])
+    encoder.encode(["c"])
+    assert asked == [None] and encoder.report == {"loaded": True, "seconds": 1.0}
+    hosted = encoder.hosted(lambda module: module)
+    hosted.encode(["a"])
+    assert asked == [None, "cpu"] and hosted.fingerprint == encoder.fingerprint
+

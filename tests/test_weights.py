@@ -25,9 +25,9 @@ from longlive_opt.models.vae import WanVAE
 from longlive_opt.models.weights import (
     fill_,
     load_dit,
-    load_text_encoder,
     load_vae,
     open_lora,
+    open_text_encoder,
     random_init_,
 )
 from longlive_opt.weight_files import WeightFiles, resolve_weights
@@ -111,10 +111,24 @@ def test_official_folder_loads(folder, dit_state, adapter):
     expected = random_state(WanVAE(VAE))
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in vae.state_dict().items())
 
-    text, report = load_text_encoder(TEXT, files, "cpu", torch.bfloat16)
+    text = open_text_encoder(TEXT, files, "cpu", torch.bfloat16)
     assert text.encode(["aa"]).shape == (1, 6, 16)
-    assert (text.tokenizer.kind, report["tensors"]) == ("umt5-xxl", 12)
+    assert (text.tokenizer.kind, text.report["tensors"]) == ("umt5-xxl", 12)
     assert set(files.sha256()) == {"dit", "lora", "vae", "text"}
+
+
+def test_text_encoder_is_told_apart_by_its_file(folder):
+    """A prompt that one checkpoint encoded would be served to another."""
+    def identity(dtype):
+        return open_text_encoder(TEXT, resolve_weights(folder), "cpu", dtype).fingerprint
+
+    first = identity(torch.bfloat16)
+    assert first == identity(torch.bfloat16) != identity(torch.float32)
+    path = resolve_weights(folder).text
+    state = torch.load(path, weights_only=True)
+    state["norm.weight"][0] += 1
+    torch.save(state, path)
+    assert identity(torch.bfloat16) != first
 
 
 def test_lora_is_rounded_once(folder, dit_state, adapter):
@@ -373,7 +387,7 @@ def test_random_scales():
 
 def test_random_text_encoder_uses_the_stand_in():
     """Random weights need no file at all, and the result must say which tokenizer was used."""
-    text, _ = load_text_encoder(TEXT, WeightFiles(), "cpu", torch.bfloat16)
+    text = open_text_encoder(TEXT, WeightFiles(), "cpu", torch.bfloat16)
     out = text.encode(["fox", "snow"])
     assert out.dtype == torch.bfloat16 and out.isfinite().all() and not torch.equal(out[0], out[1])
     assert "stand-in" in text.description["tokenizer"]

@@ -17,7 +17,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import ftfy
 import torch
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 NORM_EPS = 1e-6
 PAD_ID, END_ID = 0, 1
 BYTE_OFFSET = 3  # ByT5 keeps ids 0, 1, 2 for padding, end and unknown
-FINGERPRINT_SAMPLES = 64
 FETCH_TEXT = f"{FETCH_COMMAND} DIR --what text"
 
 
@@ -111,18 +110,23 @@ class UMT5Encoder(nn.Module):
         self.norm = RMSNorm(config.dim, NORM_EPS)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode token ids [B, L] with mask [B, L] (1: token, 0: padding) to [B, L, dim].
+        """Encode token ids [B, L] with mask [B, L] (1: token, 0: padding), on any device, to [B, L, dim].
 
         Rows at padding positions are computed like the others and mean nothing; `TextEncoder` zeroes them.
         """
-        position = torch.arange(ids.shape[1], device=ids.device)
-        distance = position - position[:, None]
-        buckets = distance_bucket(distance, self.config.num_buckets, self.config.max_distance)
-        padding = mask[:, None, None, :] == 0
-        x = self.token_embedding(ids)
+        table = self.token_embedding.weight
+        buckets, padding = self.positions(mask.to(table.device))
+        x = self.token_embedding(ids.to(table.device))
         for block in self.blocks:
             x = block(x, buckets, padding)
         return self.norm(x)
+
+    def positions(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block is told of a mask [B, L]: distance buckets [L, L] and padding [B, 1, 1, L]."""
+        position = torch.arange(mask.shape[1], device=mask.device)
+        distance = position - position[:, None]
+        buckets = distance_bucket(distance, self.config.num_buckets, self.config.max_distance)
+        return buckets, mask[:, None, None, :] == 0
 
 
 def distance_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
@@ -206,24 +210,52 @@ def load_tokenizer(source: str | Path, text_len: int) -> Tokenizer:
 
 
 class TextEncoder:
-    """Tokenizer and encoder together.
+    """Tokenizer and encoder together. The encoder is loaded when it is first needed, or by `load`.
 
-    `fingerprint` is a cache key: it changes with the tokenizer and with the encoder's weights, dtype or
-    config. `description` is what a result records.
+    `fingerprint` is a cache key: it changes with the tokenizer and with the encoder's config and `identity`,
+    and is known without the encoder. `description` is what a result records of the tokenizer, `report` of
+    the encoder.
     """
 
-    def __init__(self, module: UMT5Encoder, tokenizer: Tokenizer):
-        """Raises: UserError: the tokenizer makes ids that the embedding table does not have."""
-        if tokenizer.vocab_size > module.config.vocab_size:
+    def __init__(self, config: TextEncoderConfig, tokenizer: Tokenizer, identity: str,
+                 load: Callable[[str | None], tuple[UMT5Encoder, Mapping[str, Any]]],
+                 hosted: Callable[[UMT5Encoder], nn.Module] | None = None):
+        """Args:
+            identity: tells these weights, on this kind of device and in this dtype, from all others.
+            load: makes the encoder and the report of its weights; is told where to keep them, None being the
+                device that they run on.
+            hosted: keep them in host memory, and run what this makes of them.
+
+        Raises:
+            UserError: the tokenizer makes ids that the embedding table does not have.
+        """
+        if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} tokens, the encoder "
-                            f"only {module.config.vocab_size}; use the tokenizer of these weights.")
-        self.module = module
+                            f"only {config.vocab_size}; use the tokenizer of these weights.")
+        self.config = config
         self.tokenizer = tokenizer
-        key = [asdict(module.config), tokenizer.fingerprint, tokenizer.text_len, weights_fingerprint(module)]
+        self.identity = identity
+        self._load = load
+        self._hosted = hosted
+        self._module: nn.Module | None = None
+        key = [asdict(config), tokenizer.fingerprint, tokenizer.text_len, identity]
         self.fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         self.description: dict[str, Any] = {
             "tokenizer": tokenizer.kind, "tokenizer_fingerprint": tokenizer.fingerprint,
             "text_len": tokenizer.text_len, "fingerprint": self.fingerprint}
+        self.report: dict[str, Any] = {"loaded": False}
+
+    def hosted(self, make: Callable[[UMT5Encoder], nn.Module]) -> TextEncoder:
+        """The same encoder, not loaded, with its weights in host memory: `make` turns it into what is run."""
+        return TextEncoder(self.config, self.tokenizer, self.identity, self._load, make)
+
+    def load(self) -> nn.Module:
+        """What runs, called as `UMT5Encoder.forward`; loads it unless that was done."""
+        if self._module is None:
+            module, report = self._load("cpu" if self._hosted else None)
+            self._module = self._hosted(module) if self._hosted else module
+            self.report.update(report, loaded=True)
+        return self._module
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -236,18 +268,7 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"prompts: {prompts!r:.80} is not a list of texts; write ['first prompt', ...].")
-        device = self.module.token_embedding.weight.device
-        ids, mask = (t.to(device) for t in self.tokenizer(prompts))
-        hidden = torch.cat([self.module(ids[i:i + 1], mask[i:i + 1]) for i in range(len(prompts))])
-        return hidden.masked_fill(mask[..., None] == 0, 0)
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """Hash of every tensor's name, shape, dtype and some evenly spaced values; cheap at any model size."""
-    digest, samples = hashlib.sha256(), []
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        stride = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
-        samples.append(tensor.flatten()[::stride][:FINGERPRINT_SAMPLES].float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
-    return digest.hexdigest()
+        module = self.load()
+        ids, mask = self.tokenizer(prompts)
+        hidden = torch.cat([module(ids[i:i + 1], mask[i:i + 1]) for i in range(len(prompts))])
+        return hidden.masked_fill(mask.to(hidden.device)[..., None] == 0, 0)

@@ -144,8 +144,10 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give `module`, wherever it is (meta included), seeded random values drawn on `device` in `dtype`.
+def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype: torch.dtype,
+                 keep_on: str | None = None) -> None:
+    """Give `module`, wherever it is (meta included), seeded random values drawn on `device` in `dtype`; each
+    goes to the device `keep_on`, if one is given, before the next is drawn.
 
     Every tensor has a stream of its own, seeded by `seed` and its name, so that order does not matter. CPU
     and CUDA draw different values. The scales keep activations sane through the depth of all three networks.
@@ -157,8 +159,8 @@ def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype
         generator.manual_seed(int.from_bytes(digest[:7], "big"))
         mean, std = _random_scale(name, shape)
         tensor = torch.empty(shape, device=device, dtype=dtype)
-        tensors[name] = tensor.normal_(mean, std, generator=generator)
-    _assign(module, tensors, device)
+        tensors[name] = tensor.normal_(mean, std, generator=generator).to(keep_on or device)
+    _assign(module, tensors, keep_on or device)
 
 
 def _random_scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -211,25 +213,39 @@ def load_vae(config: VAEConfig, files: WeightFiles, device: torch.device | str, 
     return module, _load(module, "vae", files, device, dtype, seed)
 
 
-def load_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: torch.device | str,
-                      dtype: torch.dtype, seed: int = 0) -> tuple[TextEncoder, WeightsReport]:
-    """The text encoder with its tokenizer (for random weights the byte-level stand-in), as `load_dit`."""
+def open_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: torch.device | str,
+                      dtype: torch.dtype, seed: int = 0, sha256: str | None = None) -> TextEncoder:
+    """The text encoder with its tokenizer (for random weights the byte-level stand-in); its weights are
+    loaded when it is first used.
+
+    Args:
+        sha256: of the weights' file; None reads the file to find out.
+
+    Raises:
+        UserError: the tokenizer is missing or does not fit the config; on loading, as `load_dit`.
+    """
     tokenizer = load_tokenizer(files.tokenizer or "bytes", config.text_len)
-    with torch.device("meta"):
-        module = UMT5Encoder(config)
-    report = _load(module, "text", files, device, dtype, seed)
-    return TextEncoder(module, tokenizer), report
+    drawn = f"seed {seed} on {torch.device(device).type}"
+    weights = drawn if files.root is None else sha256 or files.sha256(("text",))["text"]
+
+    def load(keep_on: str | None) -> tuple[UMT5Encoder, WeightsReport]:
+        with torch.device("meta"):
+            module = UMT5Encoder(config)
+        return module, _load(module, "text", files, device, dtype, seed, keep_on=keep_on)
+
+    return TextEncoder(config, tokenizer, f"{weights}, {dtype}", load)
 
 
 def _load(module: nn.Module, part: str, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
-          seed: int, containers: tuple[str | None, ...] = (None,),
-          lora_alpha: float = LORA_ALPHA) -> WeightsReport:
-    """Fill `module` from `files` or, where they are random, from `seed`."""
+          seed: int, containers: tuple[str | None, ...] = (None,), lora_alpha: float = LORA_ALPHA,
+          keep_on: str | None = None) -> WeightsReport:
+    """Fill `module` from `files` or, where they are random, from `seed`; it ends up on `device` or `keep_on`.
+    """
     started = time.perf_counter()
     used: dict[str, Path] = {}
     lora = None
     if files.root is None:
-        random_init_(module, seed, device, dtype)
+        random_init_(module, seed, device, dtype, keep_on)
     else:
         path = getattr(files, part)
         if path is None:
@@ -238,7 +254,7 @@ def _load(module: nn.Module, part: str, files: WeightFiles, device: torch.device
         if part == "dit" and files.lora is not None:
             used["lora"] = files.lora
             lora = open_lora(files.lora, module, lora_alpha)
-        fill_(module, open_checkpoint(path, containers), device, dtype, lora)
+        fill_(module, open_checkpoint(path, containers), keep_on or device, dtype, lora)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     report = WeightsReport(

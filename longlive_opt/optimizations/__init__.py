@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from ..config import ExperimentConfig
 from ..pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
@@ -11,6 +13,7 @@ from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
 from .room import Room
 from .static_kv_cache import StaticKV
+from .text_offload import TextOffload
 from .torch_compile import TorchCompile
 
 
@@ -24,6 +27,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_fused_kernels, FusedKernels()),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         (config.use_cuda_graphs, CudaGraphs()),
+        (config.use_text_offload, TextOffload()),
         (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),
         (config.use_async_vae, AsyncVAE()),
     ]
@@ -33,10 +37,16 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
 def build_pipeline(config: ExperimentConfig) -> Pipeline:
     """Load the model and apply every optimization of the preset.
 
+    With a prompt cache on disk the text encoder is not loaded before a prompt comes that is not there.
+
     Raises:
         UserError: weights or device are missing, or an optimization cannot be applied here and says why.
     """
     pipeline = build_reference(config)
     for room in rooms_of(config):
         pipeline = room.apply(pipeline)
+    if not (config.use_prompt_cache and config.prompt_cache_dir):
+        started = time.perf_counter()
+        pipeline.text_encoder.load()
+        pipeline.setup_s["load"] += time.perf_counter() - started
     return pipeline

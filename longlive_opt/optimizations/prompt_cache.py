@@ -2,7 +2,8 @@
 
 Idea: the cross-attention's keys and values depend on the prompt and the weights alone. A least-recently-used
 table keeps them up to a byte limit; it lives and dies with its pipeline. An optional folder keeps the text
-encoder's output (a few MB a prompt) for later runs.
+encoder's output (a few MB a prompt) for later runs; a run whose prompts are all there never loads the
+text encoder.
 
 On disk an entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of
 its name, so a changed encoder never serves a stale entry.
@@ -44,8 +45,7 @@ class PromptCache(Room):
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         encoder = pipeline.text_encoder
-        sizes = encoder.module.config
-        shape = (1, sizes.text_len, sizes.dim)
+        shape = (1, encoder.config.text_len, encoder.config.dim)
         store = EmbeddingStore(Path(self.folder), encoder.fingerprint, shape) if self.folder else None
         cached = CachedPrompts(lambda prompt: encoder.encode([prompt]), pipeline.dit.embed_text,
                                self.limit_mb * 2**20, store)

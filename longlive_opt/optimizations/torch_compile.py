@@ -68,7 +68,7 @@ class TorchCompile(Room):
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = GraphedForward(forward, pipeline.device)
             facts["stats"] = forward.stats
-        latents = config.block_frames
+        latents = config.vae_chunk_latents or config.block_frames
         vae, model = pipeline.vae, pipeline.model
         pipeline = dataclasses.replace(
             pipeline, sampler=pipeline.sampler.with_forward(forward),

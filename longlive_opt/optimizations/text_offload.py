@@ -1,0 +1,106 @@
+"""Text offload: the text encoder's weights stay in host memory and visit the GPU one block at a time.
+
+Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes. Its weights
+lie in page-locked host memory; while one block runs, the next is copied on a stream of its own, into two
+buffers that take turns and are freed afterwards. The embedding table is looked up on the host.
+
+Seam: `encode_prompt`. Costs: a prompt takes as long as all weights need over the bus (0.4 s at 25 GB/s),
+unless a prompt cache knows it, and the host needs the memory that the GPU saves. Bit-exact: the same kernels
+on the same numbers.
+
+Source: layer by layer offloading of weights as in FlexGen (arXiv:2303.06865).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..models.text import UMT5Encoder
+from ..pipeline import Pipeline, prompt_encoder
+from .room import Level, Room
+
+
+@dataclass(frozen=True)
+class TextOffload(Room):
+    name: ClassVar[str] = "text_offload"
+    level: ClassVar[Level] = "exact"
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        device = pipeline.device
+        encoder = pipeline.text_encoder.hosted(lambda module: VisitingEncoder(module, device))
+        pipeline = dataclasses.replace(
+            pipeline, text_encoder=encoder, encode_prompt=prompt_encoder(encoder, pipeline.dit),
+            weights=pipeline.weights | {"text_encoder": encoder.report})
+        return self.report(pipeline, f"the text encoder's weights stay on the host, {BUFFERS} of its "
+                                     f"{encoder.config.num_layers} blocks at a time on {device.type}")
+
+
+BUFFERS = 2
+
+
+class VisitingEncoder(nn.Module):
+    """Calls as `UMT5Encoder`, with the weights of `encoder`, which are on the CPU, run on `device`."""
+
+    def __init__(self, encoder: UMT5Encoder, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.encoder = encoder
+        self.weights = [pack(block, pinned=device.type == "cuda") for block in encoder.blocks]
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask [B, L] -> [B, L, dim] on the device."""
+        buckets, padding = self.encoder.positions(mask.to(self.device))
+        x = self.encoder.token_embedding(ids.cpu()).to(self.device)
+        for block, weights in zip(self.encoder.blocks, self._visits()):
+            x = functional_call(block, unpack(weights, block), (x, buckets, padding))
+        return functional_call(self.encoder.norm, {"weight": self.encoder.norm.weight.to(self.device)}, (x,))
+
+    def _visits(self) -> Iterator[Tensor]:
+        """The weights of one block after the other on the device, each valid until the next but one is asked
+        for.
+        """
+        if self.device.type != "cuda":
+            yield from self.weights
+            return
+        running, copying = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        # Made on the stream that runs: it is the last to use them, so they may be freed at the end.
+        buffers = [torch.empty_like(self.weights[0], device=self.device) for _ in range(BUFFERS)]
+        copying.wait_stream(running)
+        arrived = []
+        for index in range(len(self.weights) + 1):
+            if index < len(self.weights):
+                with torch.cuda.stream(copying):
+                    # Whoever used this buffer was launched before the last `wait_stream`.
+                    buffers[index % BUFFERS].copy_(self.weights[index], non_blocking=True)
+                    arrived.append(copying.record_event())
+            if index:
+                running.wait_event(arrived[index - 1])
+                yield buffers[(index - 1) % BUFFERS]
+                copying.wait_stream(running)
+
+
+def pack(block: nn.Module, pinned: bool) -> Tensor:
+    """Move all parameters of `block` into one flat tensor, which they then are views of; returns it."""
+    parameters = list(block.parameters())
+    flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=pinned)
+    for parameter, part in zip(parameters, _split(flat, parameters)):
+        part.copy_(parameter)
+        parameter.data = part
+    return flat
+
+
+def unpack(flat: Tensor, block: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `block` as views of `flat`, by name."""
+    named = dict(block.named_parameters())
+    return dict(zip(named, _split(flat, list(named.values()))))
+
+
+def _split(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.view(p.shape) for part, p in zip(parts, parameters)]
