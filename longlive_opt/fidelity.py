@@ -62,8 +62,8 @@ class Reference:
 
 @torch.no_grad()
 def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script, reference: Reference,
-                   weights_kind: str) -> dict[str, Any]:
-    """The `quality` section by the one-block protocol.
+                   weights_kind: str, metrics: Sequence[str] = quality.METRICS) -> dict[str, Any]:
+    """The `quality` section by the one-block protocol, with these `metrics`.
 
     For every block: the preset denoises it with the baseline's noise from a cache that it filled with the
     baseline's clean latents, and decodes it with a history of the baseline's latents. Then the baseline's
@@ -96,6 +96,7 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
         torch.cat(frames),
         weights_kind=weights_kind,
         prompts=reference.frame_prompts(prompts),
+        metrics=metrics,
     )
     return compared | {
         "protocol": "one block from the baseline's own past",

@@ -35,12 +35,13 @@ _BATCH = 4
 def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.ndarray", *,
             weights_kind: str, reference_name: str = "baseline", max_frames: int | None = None,
             prompts: str | Sequence[str] | None = None, lpips_folder: str | Path | None = None,
-            clip_model: str = CLIP_MODELS[0]) -> dict[str, Any]:
+            clip_model: str = CLIP_MODELS[0], metrics: Sequence[str] = METRICS) -> dict[str, Any]:
     """The `quality` section of result.json for two clips [T,3,H,W] of one dtype: uint8, or float in 0..1.
 
     Computed on the reference's device. `identical` is about all frames, the rest about at most `max_frames`
     of them, evenly spaced (`frame_indices`). `prompts`: one for all frames or one per frame, for the CLIP
-    score. `lpips_folder`: where the AlexNet trunk lies, by default torch's hub cache.
+    score. `lpips_folder`: where the AlexNet trunk lies, by default torch's hub cache. `metrics`: those that
+    are wanted; the others are left out of the section.
 
     A metric is {mean, min, max, per_frame, worst_frame}. A frame equal to its reference has PSNR null, and
     the mean is over the others; identical clips have no PSNR. `flags` holds what makes the numbers worthless,
@@ -56,10 +57,12 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
                         f"{list(variant.shape)} {variant.dtype}; they must be equal.")
     total, size = len(reference), min(reference.shape[2:])
     indices = _spread(total, max_frames)
-    scorers: dict[str, Any] = {"psnr_db": _psnr, "ssim": _ssim, "ms_ssim": _ms_ssim,
-                               "lpips": _load_lpips(lpips_folder, reference.device)}
+    scorers: dict[str, Any] = {"psnr_db": _psnr, "ssim": _ssim, "ms_ssim": _ms_ssim}
+    scorers = {name: scorer for name, scorer in scorers.items() if name in metrics}
+    if "lpips" in metrics:
+        scorers["lpips"] = _load_lpips(lpips_folder, reference.device)
     for name, least in _LEAST_SIZE.items():
-        if size < least:
+        if name in scorers and size < least:
             scorers[name] = na(f"frames of {size} pixels are too small for it", f"use {least} or more")
     values: dict[str, list[float]] = {name: [] for name, scorer in scorers.items() if not is_na(scorer)}
     identical = torch.equal(reference, variant.to(reference.device))
@@ -73,13 +76,15 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
                 scores += [] if identical else scorers[name](b, a).tolist()
     flags = [f"{count} of {len(indices)} {side} frames are constant (black or empty output)"
              for side, count in constant.items() if count]
-    return {
+    section = {
         "reference": reference_name, "label": _label(weights_kind), "identical": identical, "flags": flags,
         "frames_compared": len(indices), "frames_total": total, "frame_indices": indices,
         **{name: scorer if is_na(scorer) else _summarise(name, values[name], indices, identical)
            for name, scorer in scorers.items()},
-        "clip_delta": _clip_delta(reference, variant, indices, prompts, clip_model, weights_kind),
     }
+    if "clip_delta" in metrics:
+        section["clip_delta"] = _clip_delta(reference, variant, indices, prompts, clip_model, weights_kind)
+    return section
 
 
 def not_compared(reason: str, how_to_fix: str, weights_kind: str) -> dict[str, Any]:

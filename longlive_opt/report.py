@@ -26,6 +26,7 @@ from longlive_opt.errors import UserError
 from longlive_opt.figures import TARGET_MS, lookup, number
 from longlive_opt.inputs import project_path
 from longlive_opt.results import atomic_path, is_na, read_campaign
+from longlive_opt.variations import variations_table
 
 log = logging.getLogger(__name__)
 
@@ -519,8 +520,26 @@ def _run_notes(run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) ->
     if lookup(result, "quality.reference"):
         notes.append(f"Quality is {_escape(lookup(result, 'quality.label'))}: how far the frames are from "
                      f"those of {_escape(lookup(result, 'quality.reference'))}, not how good they look.")
+    notes += _variations(result)
     notes += [_sentence(note) for note in result.get("notes") or []]
     return notes + [f"{label} is n/a: {_sentence(reason)}" for label, reason in run.missing.items()]
+
+
+def _variations(result: Result) -> list[str]:
+    """One note for each variation of the preset, after one that says what they are."""
+    if not result.get("variations"):
+        return []
+    lines = ["Variations, each the preset with one key changed, measured by the same two streams:"]
+    for name, row in variations_table(result).iterrows():
+        parts = (column.split(", ") for column in row.index)
+        cells = (" ".join([part[0], _cell(value), *part[1:]]) for part, value in zip(parts, row))
+        lines.append(f"  - {_escape(name)}: {'; '.join(cells)}")
+    return ["\n".join(lines)]
+
+
+def _cell(value: Any) -> str:
+    return f"n/a ({_escape(value['reason'])})" if is_na(value) else value if isinstance(value, str) else \
+        _digits(value)
 
 
 def _outcome(run: _Run, base: _Run) -> str:

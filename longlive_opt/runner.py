@@ -44,6 +44,8 @@ SUMMARY_NOTEBOOK = "99_summary.ipynb"
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
+# Blocks that a repetition measures at most: it tells the noise of means, and is no second campaign.
+REPEAT_BLOCKS = 100
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
          settings: Mapping[str, Any] | None = None, repeats: int = 0) -> list[Job]:
     """Check everything that is asked for and return the jobs in their order; touches no file.
 
-    Repetitions of the baseline come last: with the first one they span the campaign, drift included.
+    Repetitions of the baseline come last: with the first one they span the campaign, drift included. They
+    measure REPEAT_BLOCKS blocks at most.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -157,6 +160,9 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     jobs = [_plan_run(layout, campaign, preset, 1, chosen[preset], over) for preset in chosen]
     if repeats:
         notebook = choose_presets(layout, [BASELINE])[BASELINE]
+        asked = {**load_yaml(layout.params / f"{BASELINE}.yaml"), **over}
+        if asked.get("measure_blocks", 0) > REPEAT_BLOCKS:
+            over = {**over, "measure_blocks": REPEAT_BLOCKS}
         jobs += [_plan_run(layout, campaign, BASELINE, 2 + i, notebook, over) for i in range(repeats)]
     return jobs
 

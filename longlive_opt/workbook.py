@@ -6,18 +6,20 @@
     run.film()                         # a short video
     run.compare()                      # quality against the campaign's baseline
     run.save()                         # result.json, the only sign of success
+    run.vary({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import html
 import itertools
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -32,6 +34,7 @@ from .optimizations import build_pipeline
 from .optimizations.prompt_cache import CachedPrompts
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
+from .variations import variations_table
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -295,6 +298,50 @@ class Experiment:
         keep = {True: "Keep", False: "Drop", None: "No decision"}[decision["keep"]]
         return HTML(f"<p><b>{keep}.</b> {html.escape(decision['rationale'])}</p>"
                     f"<p>Rule: {html.escape(decision['rule'])}.</p>")
+
+    def vary(self, changes: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+        """Measure the preset again with one key changed at a time, and add the figures to result.json; call
+        it last, since it lets go of the pipeline. A variation that cannot run is n/a and says why.
+
+        Args:
+            changes: the values to try instead of the preset's, by key.
+        """
+        rows = self.result["variations"] = []
+        del self.pipeline, self.session, self.timeline
+        for key, value in ((key, value) for key, values in changes.items() for value in values):
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"variation {key}: {value}", flush=True)
+            rows.append(plain_json({"changed": {key: value}} | self._variation(key, value)))
+            results.write_result(self.folder / RESULT_FILE, self.result)
+        return variations_table(self.result).map(plain)
+
+    def _variation(self, key: str, value: Any) -> dict[str, Any]:
+        try:
+            config = ExperimentConfig.from_mapping(self.config.to_dict() | {key: value})
+            variant = Experiment(config, self.campaign, self.number, self.folder)
+            variant.build()
+            variant.measure()
+            return variant.summary()
+        except (UserError, torch.OutOfMemoryError) as error:
+            return {"failure": results.na(str(error).splitlines()[0], "see the message")}
+
+    def summary(self) -> dict[str, Any]:
+        """The measured figures without events and single samples, and fidelity by the one-block protocol."""
+        baseline = self.baseline()
+        if self.reference is None or baseline is None:
+            fidelity = {"psnr_db": results.na("the campaign has no baseline video", "run the baseline first")}
+        elif len(self.config.denoising_steps) != len(baseline["parameters"]["denoising_steps"]):
+            fidelity = {"psnr_db": results.na("another number of denoising steps draws other noise",
+                                              "look at the videos")}
+        else:
+            fidelity = compare_blocks(self.pipeline, self.session, self.script, self.reference,
+                                      self.pipeline.weights["kind"], ("psnr_db",))
+        latency = self.measured["latency"]
+        return {"latency": {key: latency[key] for key in ("ss_ms_per_frame", "ps_ms", "stages_ms")},
+                "fps": self.measured["fps"], "memory_gb": self.measured["memory_gb"],
+                "sizes": self.measured["sizes"], "quality": fidelity, "setup_s": self.pipeline.setup_s}
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:

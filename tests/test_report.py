@@ -170,6 +170,20 @@ def test_extra_presets_get_sections_and_rows():
     assert headings(text[:text.index("### Experiment 7")]) == headings(TEMPLATE)[:10]
 
 
+def test_variations_are_told_with_their_figures():
+    """An ablation that stands in result.json alone is not read by anybody."""
+    parts = ("latency", "fps", "memory_gb", "quality")
+    result = make("realtime")
+    nine = {key: make("realtime", 0.7)[key] for key in parts} | {"changed": {"local_attn_size": 9}}
+    failed = {"changed": {"denoising_steps": [1000]}, "failure": na("out of memory", "take a larger GPU")}
+    text = report.render_log([make("baseline"), result | {"variations": [nine, failed]}])
+    part = section(text, "### Experiment 7: Realtime")
+    mean = nine["latency"]["ss_ms_per_frame"]["mean"]
+    assert re.search(rf"  - local_attn_size: 9: SS mean {mean:.1f} ms; SS max .*; FPS .*; peak 7.9\d* GB", part)
+    assert "  - denoising_steps: \\[1000\\]: SS mean n/a (out of memory) ms" in part
+    assert "one key changed" not in report.render_log([make("baseline"), result])
+
+
 def test_user_text_cannot_change_the_log():
     """Would catch HTML, markup, table cells or new lines from a preset's hypothesis."""
     result = make("baseline")

@@ -193,6 +193,14 @@ def write_new(job: batch.Job, folder: Path) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
+def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
+    """The noise of a mean needs no 300 blocks a second time; a short baseline is repeated as it is."""
+    layout = runner.Layout(Path(__file__).parents[1])
+    for asked, repeated in ((300, 100), (8, 8)):
+        jobs = runner.plan(layout, "c", ["baseline"], settings={"measure_blocks": asked}, repeats=1)
+        assert [job.parameters["measure_blocks"] for job in jobs] == [asked, repeated]
+
+
 def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A campaign that was cut off starts again from the beginning, or overwrites what was measured."""
     result = pretend_finished(project)

@@ -280,3 +280,29 @@ def test_gate_follows_the_rooms_and_the_preset():
                                                           "min_psnr_db": 45.0}
     limits = gate_of(micro_config(min_ssim=0.9, max_lpips=0.2), [rounding])
     assert limits == {"level": "lossy", "objective": "latency", "min_ssim": 0.9, "max_lpips": 0.2}
+
+
+def test_variations_are_measured_beside_the_preset(campaign):
+    """The preset's own figures must stay, and a variation that cannot run must not take the others along."""
+    folder = campaign / "varied"
+    run = open_run(folder, name="varied", use_static_kv=True)
+    run.build()
+    run.measure()
+    run.film()
+    run.compare()
+    run.save()
+    alone = results.read_result(folder / RESULT_FILE)
+    table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]})
+    result = results.read_result(folder / RESULT_FILE)
+    assert {key: value for key, value in result.items() if key != "variations"} == alone
+    nine, two, one_step, rolling = result["variations"]
+    assert nine["changed"] == {"local_attn_size": 9} and one_step["changed"] == {"denoising_steps": [1000]}
+    assert nine["memory_gb"]["kv_cache"] == pytest.approx(0.75 * alone["memory_gb"]["kv_cache"])
+    assert nine["sizes"]["blocks_measured"] == alone["sizes"]["blocks_measured"]
+    assert "local_attn_size: 2" in two["failure"]["reason"]
+    assert "other noise" in one_step["quality"]["psnr_db"]["reason"]
+    assert rolling["quality"]["identical"] is True  # the reference cache again
+    assert list(table.index) == ["as is", "local_attn_size: 9", "local_attn_size: 2",
+                                 "denoising_steps: [1000]", "use_static_kv: false"]
+    assert table.loc["use_static_kv: false", "PSNR, dB"] == "identical"
+    assert table.loc["local_attn_size: 2", "FPS"].startswith("n/a: local_attn_size")

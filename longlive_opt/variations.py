@@ -1,0 +1,41 @@
+"""The `variations` of a result: the preset measured again with one key changed at a time. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from .figures import lookup, number
+from .results import is_na
+
+COLUMNS = {"SS mean, ms": "latency.ss_ms_per_frame.mean", "SS max, ms": "latency.ss_ms_per_frame.max",
+           "PS mean, ms": "latency.ps_ms.mean", "FPS": "fps", "peak, GB": "memory_gb.peak_allocated",
+           "KV cache, GB": "memory_gb.kv_cache", "PSNR, dB": "quality.psnr_db.mean"}
+AS_IS = "as is"
+
+
+def variations_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """One row for the preset as it is and one for each variation; a cell is a number, or n/a and why."""
+    rows = {AS_IS: result} | {name_of(row): row for row in result.get("variations", [])}
+    return pd.DataFrame.from_dict({name: {column: _cell(row, path) for column, path in COLUMNS.items()}
+                                   for name, row in rows.items()}, orient="index", columns=list(COLUMNS))
+
+
+def name_of(variation: Mapping[str, Any]) -> str:
+    """`local_attn_size: 9`"""
+    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in variation["changed"].items())
+
+
+def _cell(row: Mapping[str, Any], path: str) -> Any:
+    if "failure" in row:
+        return row["failure"]
+    value = number(row, path)
+    if value is not None:
+        return value
+    if path.startswith("quality") and lookup(row, "quality.identical"):
+        return "identical"
+    absent = next(filter(is_na, (lookup(row, path), lookup(row, path.rpartition(".")[0]))), None)
+    return absent or {"value": None, "reason": "not recorded", "how_to_fix": "run it again"}
