@@ -11,7 +11,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lab summary wheelhouse install-offline campaign-h100 clean
+.PHONY: help install demo test test-gpu lint lab summary wheelhouse install-offline campaign-h100 clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ demo: ## run every notebook on the tiny model (CPU, minutes): outputs/demo
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest $(ARGS)
+
+test-gpu: ## run the tests that need a GPU, and record their output: outputs/h100/gpu_tests.txt
+	@$(SETUP); "$$py" scripts/gpu_tests.py outputs/h100/gpu_tests.txt $(ARGS)
 
 lint: ## check the code with ruff
 	@$(SETUP); "$$py" -m ruff check $(ARGS) .

@@ -1,0 +1,42 @@
+"""Run the tests that need a GPU and record what they printed, below the facts of the machine.
+
+    python scripts/gpu_tests.py outputs/h100/gpu_tests.txt [more arguments for pytest]
+
+Exit status: pytest's, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from longlive_opt import provenance
+from longlive_opt.results import atomic_path
+
+FACTS = ("gpu", "driver", "cuda", "torch", "cudnn", "triton", "python", "git_commit", "git_dirty")
+
+
+def main(record: str, *arguments: str) -> int:
+    if not torch.cuda.is_available():
+        print(f"error: PyTorch {torch.__version__} sees no CUDA GPU here; run this on a machine with one.",
+              file=sys.stderr)
+        return 2
+    environment = provenance.environment(torch.device("cuda"), attention_backend=None)
+    lines = [json.dumps({fact: environment[fact] for fact in FACTS}, indent=1)]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--color=no", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
+        for line in tests.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    Path(record).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(record) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tests.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
