@@ -171,6 +171,7 @@ class ExperimentConfig:
     use_prompt_cache: bool = False
     use_fused_kernels: bool = False
     use_text_offload: bool = False
+    use_vae_offload: bool = False
     vae_chunk_latents: int | None = None
     gpu_memory_limit_gb: float | None = None
     prompt_cache_mb: int = 1024

@@ -87,7 +87,7 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
             sampler.recache(cache, text, start, torch.cat(tuple(latents[:block]), dim=1)[:, -plan.window:])
         made = sampler.denoise_block(cache, text, start, *noise_source.next_block())
         latent_errors.append(_relative_error(made, clean))
-        block_decoder.history, block_decoder.first = history_decoder.history, history_decoder.first
+        block_decoder.continue_from(history_decoder)
         frames += [frames_to_uint8(part[0]) for part in block_decoder.push(made)]
         sampler.run_pass(cache, text, start, clean, plan.context_noise, keys_only=True)
         history_decoder.push(clean)

@@ -92,7 +92,8 @@ def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -
         cache = kv_cache_bytes / 1e9
     if device.type != "cuda":
         missing = na(f"the allocator is watched on CUDA only; the run was on {device.type}", "run on a GPU")
-        return dict.fromkeys(("peak_allocated", "peak_reserved", "device_used"), missing) | {"kv_cache": cache}
+        figures = ("peak_allocated", "peak_reserved", "device_used")
+        return dict.fromkeys(figures, missing) | {"kv_cache": cache}
     free, total = torch.cuda.mem_get_info(device)
     return {"peak_allocated": torch.cuda.max_memory_allocated(device) / 1e9,
             "peak_reserved": torch.cuda.max_memory_reserved(device) / 1e9,

@@ -238,9 +238,10 @@ class Experiment:
             )
         else:
             self.quality = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
+            device = self.pipeline.device
             self.quality["free_running"] = quality.compare(
-                reference.frames,
-                self.frames,
+                reference.frames.to(device),
+                self.frames.to(device),
                 weights_kind=kind,
                 prompts=reference.frame_prompts(self.script.prompts),
             )

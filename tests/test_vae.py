@@ -176,6 +176,42 @@ def test_reset_starts_a_new_video(vae, latents):
     assert torch.equal(before, after)
 
 
+def test_history_is_handed_over(vae, latents):
+    """Old and new history side by side: 1.9 GB more at full size. A history that was not given away stays."""
+    history = vae.init_history(1, HEIGHT, WIDTH, CPU, torch.float32)
+    given, z = list(history), latents[:, :1].transpose(1, 2)
+    expected, _ = vae.decode(z, history, first=True)
+    found, _ = vae.decode(z, given, first=True)
+    assert torch.equal(found, expected) and given == [] and len(history) == 32
+
+
+def test_decoder_continues_from_another(vae, latents):
+    """A fork that shares memory with the decoder it came from, or that starts a new video."""
+    first, second = (StreamingDecoder(vae, 1, HEIGHT, WIDTH) for _ in range(2))
+    first.push(latents[:, :3])
+    second.continue_from(first)
+    expected, = second.push(latents[:, 3:6])
+    assert expected.shape[1] == 12
+    found, = first.push(latents[:, 3:6])
+    assert torch.equal(found, expected)
+
+
+def test_failed_push_is_not_continued(vae, latents):
+    """Frames from an empty history, as if a new video had begun."""
+    decoder = StreamingDecoder(vae, 1, HEIGHT, WIDTH)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(vae, "decode", raise_memory_error)
+        decoder.push(latents[:, :3])
+    with pytest.raises(RuntimeError, match="reset"):
+        decoder.push(latents[:, :3])
+    decoder.reset()
+    assert decoder.push(latents[:, :3])[0].shape[1] == 9
+
+
+def raise_memory_error(*_) -> None:
+    raise MemoryError
+
+
 def test_bfloat16_stays_close_to_float32(vae, latents):
     """A float32 constant that does not follow the model's dtype, or a norm that overflows in bf16."""
     whole, = stream(vae, latents, [7])

@@ -192,11 +192,21 @@ class _Stages(nn.Module):
                 height, width = height * 2, width * 2
         return tuple(history)
 
-    def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+    def forward(self, x: Tensor, history: History | list[Tensor], first: bool) -> tuple[Tensor, History]:
+        """Run all stages. A history given as a list is emptied on the way, so that the old one and the new
+        one need not lie in memory both. One on another device than x stays there and is overwritten: each
+        stage's part comes over for that stage alone.
+        """
+        rest = history if isinstance(history, list) else list(history)
         new_history: History = ()
         for stage in self.stages():
-            used = len(new_history)
-            x, updated = stage(x, history[used:used + len(stage.history_channels)], first)
+            count = len(stage.history_channels)
+            kept, rest[:count] = tuple(rest[:count]), []
+            visiting = any(h.device != x.device for h in kept)
+            used = tuple(h.to(x.device, non_blocking=True) for h in kept) if visiting else kept
+            x, updated = stage(x, used, first)
+            if visiting:
+                updated = tuple(old.copy_(new, non_blocking=True) for old, new in zip(kept, updated))
             new_history += updated
         return x, new_history
 
@@ -285,12 +295,13 @@ class WanVAE(nn.Module):
         return self.decoder.init_history(batch, latent_height, latent_width, device, dtype,
                                          self.memory_format)
 
-    def decode(self, z: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
+    def decode(self, z: Tensor, history: History | list[Tensor],
+               first: bool) -> tuple[Tensor, History]:
         """Decode one step of a stream. No hidden state, no host reads: fit for compiling and graph capture.
 
-        z: unscaled latents [B, 16, T, h, w]; history: from `init_history` or the step before; first: whether
-        z is the first latent of the stream. Returns raw pixels [B, 3, 4T (first: 1), 8h, 8w], about [-1, 1],
-        and the new history. Raises ValueError if first and T > 1.
+        z: unscaled latents [B, 16, T, h, w]; history: from `init_history` or the step before, a list is
+        emptied; first: whether z is the first latent of the stream. Returns raw pixels [B, 3, 4T (first: 1),
+        8h, 8w], about [-1, 1], and the new history. Raises ValueError if first and T > 1.
         """
         if first and z.shape[2] != 1:
             raise ValueError(f"z: the first latent of a stream is decoded alone, got shape {tuple(z.shape)}.")
@@ -340,20 +351,33 @@ class StreamingDecoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.chunk_latents = chunk_latents
         self.mean, self.inverse_std = latent_statistics(self.device, self.dtype)
+        self.history_device = self.device
         self.reset()
 
     def reset(self) -> None:
         """Forget the video; the next push starts a new one."""
         batch, _, height, width = self.shape
-        self.history = self.vae.init_history(batch, height, width, self.device, self.dtype)
+        self.history: History = ()  # frees the old one first
+        self.history = self.vae.init_history(batch, height, width, self.history_device, self.dtype)
+        if self.history_device != self.device:
+            self.history = tuple(h.pin_memory() for h in self.history)
         self.first = True
+
+    def keep_history_on_host(self) -> None:
+        """Keep the history in page-locked host memory from now on, and forget the video."""
+        self.history_device = torch.device("cpu")
+        self.reset()
+
+    def continue_from(self, other: StreamingDecoder) -> None:
+        """Take over where `other` stands; it stays as it is."""
+        self.history, self.first = tuple(h.clone() for h in other.history), other.first
 
     @torch.no_grad()
     def push(self, latents: Tensor) -> list[Tensor]:
         """Decode normalised latents [B, F, 16, h, w]; the list holds one tensor: frames [B, T, 3, 8h, 8w].
 
         Frames are float32 in [0, 1]; T is 4F, or 4F - 3 at the start of a video. Raises ValueError for a
-        wrong shape, dtype or device.
+        wrong shape, dtype or device, RuntimeError after a push that failed half-way.
         """
         batch, channels, height, width = self.shape
         count = latents.shape[1] if latents.dim() == 5 else 0
@@ -363,11 +387,14 @@ class StreamingDecoder:
         if (latents.dtype, latents.device) != (self.dtype, self.device):
             raise ValueError(f"latents: {latents.dtype} on {latents.device}, but the VAE is {self.dtype} on "
                              f"{self.device}; cast or move one of them.")
+        if not self.history:
+            raise RuntimeError("decoder: the last push failed and took the history along; call reset().")
         z = latents.transpose(1, 2) / self.inverse_std + self.mean
         frames, start = [], 0
         while start < count:
             stop = start + (1 if self.first else self.chunk_latents)
-            pixels, self.history = self.vae.decode(z[:, :, start:stop], self.history, self.first)
+            history, self.history = list(self.history), ()
+            pixels, self.history = self.vae.decode(z[:, :, start:stop], history, self.first)
             frames.append(pixels_to_frames(pixels))
             self.first, start = False, stop
         return [torch.cat(frames, dim=1)]

@@ -15,6 +15,7 @@ from .room import Room
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
 from .torch_compile import TorchCompile
+from .vae_offload import VAEOffload
 
 
 def rooms_of(config: ExperimentConfig) -> list[Room]:
@@ -27,6 +28,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_fused_kernels, FusedKernels()),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         (config.use_cuda_graphs, CudaGraphs()),
+        (config.use_vae_offload, VAEOffload()),
         (config.use_text_offload, TextOffload()),
         (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),
         (config.use_async_vae, AsyncVAE()),

@@ -83,7 +83,8 @@ class StreamDecoder:
     def __init__(self, inner: InlineDecoder, device: torch.device):
         self._inner = inner
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        # Frames that are nearly done go before a block that has just begun.
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._pending: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         # Makes the first history on this stream: memory of another could be handed out while it is read.
         self.reset()
