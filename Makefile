@@ -11,7 +11,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint lab summary wheelhouse install-offline campaign-h100 clean
+.PHONY: help install demo test test-gpu lint lab summary wheelhouse install-offline campaign-h100 ablation-h100 clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -19,8 +19,8 @@ help: ## show this list
 install: ## set up the environment (.venv, or the active one where it has torch already)
 	@$(SETUP); echo "environment ready: $$py"
 
-demo: ## run every notebook on the tiny model (CPU, minutes): outputs/demo
-	@$(RUNNER) run --campaign demo --profile params/profiles/laptop.yaml --repeat-baseline 1 $(ARGS)
+demo: ## run every preset but the ablation on the tiny model (CPU, minutes): outputs/demo
+	@$(RUNNER) run --campaign demo --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation $(ARGS)
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest $(ARGS)
@@ -37,9 +37,12 @@ lab: ## open JupyterLab
 summary: ## compare the finished runs of one campaign again (CAMPAIGN=demo)
 	@$(RUNNER) summary --campaign $(CAMPAIGN) $(ARGS)
 
-campaign-h100: ## measure every preset on an H100: outputs/h100 and OPTIMIZATION_LOG.md
-	@$(RUNNER) run --campaign h100 --profile params/profiles/h100.yaml --repeat-baseline 1 \
+campaign-h100: ## measure every preset but the ablation on an H100: outputs/h100 and OPTIMIZATION_LOG.md
+	@$(RUNNER) run --campaign h100 --profile params/profiles/h100.yaml --repeat-baseline 1 --skip ablation \
 		--log OPTIMIZATION_LOG.md $(ARGS)
+
+ablation-h100: ## measure the realtime preset with one thing changed at a time: outputs/h100_ablation
+	@$(RUNNER) run --campaign h100_ablation --profile params/profiles/h100.yaml --presets ablation $(ARGS)
 
 wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
 	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse

@@ -78,14 +78,15 @@ class Layout:
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
 
-def choose_presets(layout: Layout, asked: Sequence[str]) -> dict[str, Path]:
-    """The notebooks of the presets `asked` for, in that order; "all" is every notebook but the summary.
+def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] = ()) -> dict[str, Path]:
+    """The notebooks of the presets `asked` for, in that order; "all" is every notebook but the summary and
+    those to be `skipped`.
 
     Raises:
         UserError: a preset is unknown, or lacks its notebook or its parameters.
     """
     known = layout.presets()
-    chosen = list(known) if list(asked) == ["all"] else asked
+    chosen = [preset for preset in known if preset not in skipped] if list(asked) == ["all"] else asked
     if not chosen:
         raise UserError("notebooks/ has no NN_<preset>.ipynb to run")
     for preset in chosen:
@@ -146,7 +147,8 @@ def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) 
 
 
 def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profile: Path | None = None,
-         settings: Mapping[str, Any] | None = None, repeats: int = 0) -> list[Job]:
+         settings: Mapping[str, Any] | None = None, repeats: int = 0,
+         skipped: Sequence[str] = ()) -> list[Job]:
     """Check everything that is asked for and return the jobs in their order; touches no file.
 
     Repetitions of the baseline come last: with the first one they span the campaign, drift included. They
@@ -155,7 +157,9 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     Raises:
         UserError: the first thing that is wrong.
     """
-    chosen = choose_presets(layout, presets)
+    if skipped:
+        choose_presets(layout, skipped)
+    chosen = choose_presets(layout, presets, skipped)
     over = {**(load_yaml(profile) if profile else {}), **(settings or {})}
     jobs = [_plan_run(layout, campaign, preset, 1, chosen[preset], over) for preset in chosen]
     if repeats:
@@ -258,7 +262,7 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
     campaign = layout.campaign(arguments.campaign)
     jobs = plan(layout, arguments.campaign, arguments.presets, arguments.profile, settings,
-                arguments.repeat_baseline)
+                arguments.repeat_baseline, arguments.skip)
     summary = plan_summary(layout, arguments.campaign, arguments.log)
     check_machine(campaign, jobs)
     with locked([*jobs, summary]):
@@ -299,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--campaign", required=True, metavar="NAME", help="results go to outputs/NAME")
     run.add_argument("--profile", type=Path, metavar="FILE", help="goes over each preset's values")
     run.add_argument("--presets", nargs="+", default=["all"], metavar="NAME", help="all (default) or names")
+    run.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="presets that all leaves out")
     run.add_argument("--repeat-baseline", type=int, default=0, metavar="N", help="more runs of the baseline")
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over both")
     run.add_argument("--overwrite", action="store_true", help="run finished presets again")

@@ -201,6 +201,16 @@ def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
         assert [job.parameters["measure_blocks"] for job in jobs] == [asked, repeated]
 
 
+def test_skipped_presets_are_left_out_of_all_and_of_nothing_else(project: Path) -> None:
+    """A typo in --skip that runs what was to be left out, or --skip overriding what was asked for by name."""
+    layout = runner.Layout(Path(__file__).parents[1])
+    assert "ablation" in runner.choose_presets(layout, ["all"])
+    assert "ablation" not in runner.choose_presets(layout, ["all"], ["ablation"])
+    assert list(runner.choose_presets(layout, ["ablation"], ["ablation"])) == ["ablation"]
+    with pytest.raises(UserError, match="did you mean 'ablation'"):
+        runner.plan(layout, "c", skipped=["ablaton"])
+
+
 def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A campaign that was cut off starts again from the beginning, or overwrites what was measured."""
     result = pretend_finished(project)
