@@ -193,20 +193,6 @@ def test_samples_of_a_batch_do_not_mix():
         torch.testing.assert_close(together[b:b + 1], alone, atol=1e-5, rtol=0)
 
 
-def test_store_keys_fills_the_cache_as_forward_does():
-    """The clean pass of fast presets: a wrong shift, or the last layer's keys of the layer before."""
-    dit, x = random_dit(), draw(1, 16, 3, 2 * ROWS, 2 * COLUMNS)
-    text, time = dit.embed_text(draw(1, 4, CONFIG.text_dim, seed=2)), dit.embed_time(torch.zeros(1, 3))
-    whole, keys_only = make_cache(dit), make_cache(dit)
-    run(dit, whole, x, torch.zeros(1, 3), text, 0)
-    keys_only.begin(0, 3)
-    assert dit.store_keys(x, time, text, keys_only.layers) is None
-    keys_only.end()
-    for a, b in zip(whole.layers, keys_only.layers, strict=True):
-        assert torch.equal(a.key, b.key) and torch.equal(a.value, b.value)
-        assert a.key.abs().sum() > 0
-
-
 def test_missing_prompt_rows_are_zero_padded_and_attended():
     """LongLive has no mask: an embedding cut at the prompt's end must give what the padded one gives, and not
     what a model without the padding would.

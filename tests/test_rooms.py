@@ -740,12 +740,13 @@ def test_memory_limit_is_kept():
 
 @pytest.fixture
 def cheap_compile(monkeypatch):
-    def compile(module, *, fullgraph, dynamic, mode):
-        assert fullgraph and dynamic is False
-        module._compiled_call_impl = torch.compile(module._call_impl, fullgraph=True, dynamic=False,
-                                                   backend="eager")
+    compile = torch.compile
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    def traced(function, *, fullgraph, dynamic, mode="default"):
+        assert fullgraph and dynamic is False
+        return compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -21,9 +21,6 @@ from .attention import Attention, make_attention
 class LayerCache(Protocol):
     """One layer's share of a KV cache during one pass."""
 
-    def store(self, k: Tensor, v: Tensor) -> None:
-        """Rotate k and store k and v, [B, L, N, D], without attending."""
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate q and k, store k and v, attend; q, k, v and the result are [B, L, N, D]."""
 
@@ -125,18 +122,23 @@ class DiTBlock(nn.Module):
         """One block: x [B, L, dim], time [B, F, 6, dim], text_key and text_value [B, text_len, N, D] -> [B,
         L, dim].
         """
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time).split(1, dim=2)
-        hidden = modulate(self.norm1(x), shift_a, scale_a)
-        attended = layer.attend(self.self_attn.query(hidden), *self.self_attn.key_value(hidden))
+        attended = layer.attend(*self.project(x, time))
+        return self.finish(x, attended, time, text_key, text_value)
+
+    def project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What self-attention is given: q, k and v, [B, L, N, D] each."""
+        shift, scale = (self.modulation + time)[:, :, :2].split(1, dim=2)
+        hidden = modulate(self.norm1(x), shift, scale)
+        return self.self_attn.query(hidden), *self.self_attn.key_value(hidden)
+
+    def finish(self, x: Tensor, attended: Tensor, time: Tensor, text_key: Tensor,
+               text_value: Tensor) -> Tensor:
+        """What comes after self-attention, of which `attended` [B, L, N, D] is the result."""
+        _, _, gate_a, shift_f, scale_f, gate_f = (self.modulation + time).split(1, dim=2)
         x = add_gated(x, self.self_attn.output(attended), gate_a)
         attended = self.attention(self.cross_attn.query(self.norm3(x)), text_key, text_value)
         x = x + self.cross_attn.output(attended)
         return add_gated(x, self.ffn(modulate(self.norm2(x), shift_f, scale_f)), gate_f)
-
-    def store_keys(self, x: Tensor, time: Tensor, layer: LayerCache) -> None:
-        """Only what leaves keys and values in the cache: all that the last block of a clean pass is for."""
-        shift, scale = (self.modulation + time)[:, :, :2].split(1, dim=2)
-        layer.store(*self.self_attn.key_value(modulate(self.norm1(x), shift, scale)))
 
 
 class Head(nn.Module):
@@ -204,18 +206,6 @@ class CausalDiT(nn.Module):
         for block, layer, key, value in zip(self.blocks, layers, text.keys, text.values, strict=True):
             tokens = block(tokens, time.blocks, layer, key, value)
         return self.unpatchify(self.head(tokens, time.head), height, width)
-
-    def store_keys(
-        self, x: Tensor, time: TimeContext, text: TextContext, layers: Sequence[LayerCache]
-    ) -> None:
-        """Fill the caches as `forward` does and leave out all that only serves the flow: the last block after
-        its keys and values, and the head.
-        """
-        tokens = self.patchify(x)
-        *inner, last = zip(self.blocks, layers, text.keys, text.values, strict=True)
-        for block, layer, key, value in inner:
-            tokens = block(tokens, time.blocks, layer, key, value)
-        last[0].store_keys(tokens, time.blocks, last[1])
 
     def embed_time(self, timestep: Tensor) -> TimeContext:
         """Embed timesteps [B, F]: sinusoid in float64 (cosines first), then two small MLPs in the model's

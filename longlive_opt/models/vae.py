@@ -351,26 +351,33 @@ class StreamingDecoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.chunk_latents = chunk_latents
         self.mean, self.inverse_std = latent_statistics(self.device, self.dtype)
-        self.history_device = self.device
+        self.history_on_host = False
         self.reset()
 
     def reset(self) -> None:
         """Forget the video; the next push starts a new one."""
-        batch, _, height, width = self.shape
-        self.history: History = ()  # frees the old one first
-        self.history = self.vae.init_history(batch, height, width, self.history_device, self.dtype)
-        if self.history_device != self.device:
-            self.history = tuple(h.pin_memory() for h in self.history)
+        self._history: History | None = None
         self.first = True
+
+    @property
+    def history(self) -> History:
+        """What the convolutions remember; made when it is first asked for."""
+        if self._history is None:
+            batch, _, height, width = self.shape
+            device = torch.device("cpu") if self.history_on_host else self.device
+            self._history = self.vae.init_history(batch, height, width, device, self.dtype)
+            if device != self.device:
+                self._history = tuple(h.pin_memory() for h in self._history)
+        return self._history
 
     def keep_history_on_host(self) -> None:
         """Keep the history in page-locked host memory from now on, and forget the video."""
-        self.history_device = torch.device("cpu")
+        self.history_on_host = True
         self.reset()
 
     def continue_from(self, other: StreamingDecoder) -> None:
         """Take over where `other` stands; it stays as it is."""
-        self.history, self.first = tuple(h.clone() for h in other.history), other.first
+        self._history, self.first = tuple(h.clone() for h in other.history), other.first
 
     @torch.no_grad()
     def push(self, latents: Tensor) -> list[Tensor]:
@@ -387,14 +394,14 @@ class StreamingDecoder:
         if (latents.dtype, latents.device) != (self.dtype, self.device):
             raise ValueError(f"latents: {latents.dtype} on {latents.device}, but the VAE is {self.dtype} on "
                              f"{self.device}; cast or move one of them.")
-        if not self.history:
+        if self._history == ():
             raise RuntimeError("decoder: the last push failed and took the history along; call reset().")
         z = latents.transpose(1, 2) / self.inverse_std + self.mean
         frames, start = [], 0
         while start < count:
             stop = start + (1 if self.first else self.chunk_latents)
-            history, self.history = list(self.history), ()
-            pixels, self.history = self.vae.decode(z[:, :, start:stop], history, self.first)
+            history, self._history = list(self.history), ()
+            pixels, self._history = self.vae.decode(z[:, :, start:stop], history, self.first)
             frames.append(pixels_to_frames(pixels))
             self.first, start = False, stop
         return [torch.cat(frames, dim=1)]

@@ -86,8 +86,6 @@ class StreamDecoder:
         # Frames that are nearly done go before a block that has just begun.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pending: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
-        # Makes the first history on this stream: memory of another could be handed out while it is read.
-        self.reset()
 
     def push(self, latents: Tensor) -> list[Tensor]:
         denoising = torch.cuda.current_stream(self._device)

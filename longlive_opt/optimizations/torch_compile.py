@@ -1,14 +1,17 @@
-"""torch.compile by region: one transformer block, one VAE stage; the same compiled code serves all of them.
+"""torch.compile by region: the two halves of a transformer block, one VAE stage; one piece of compiled code
+serves all of a kind.
 
 Idea: fuse the element-wise work around the matrix products (norms, modulation, rotation, cache write, gates,
-SiLU). Compiling one block instead of the whole transformer keeps compilation at seconds, since the 30 blocks
-differ only in their weights. Full graphs, static shapes: a graph break is an error, and after the rehearsal
-nothing is compiled again. What depends on the timestep alone is computed once, the clean pass leaves out what
-only serves the flow, and the VAE decodes a whole block of latents in one call in the channels-last layout.
+SiLU). A block is compiled up to the write into the cache and from self-attention's result on; between them
+the attention kernel runs as it is. So nothing that is compiled depends on how far the window is filled, and
+compilation takes seconds, since the 30 blocks differ only in their weights. Full graphs, static shapes:
+a graph break is an error, and after the rehearsal nothing is compiled again. What depends on the timestep
+alone is computed once, the clean pass leaves out what only serves the flow, and the VAE decodes a whole block
+of latents in one call in the channels-last layout.
 
 `compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its
-kernel choices for the transformer. (For the VAE it would time dozens of slow convolution templates, minutes
-of set-up that cuDNN wins.) The graphs are those of the CUDA-graph room (one per kind of pass) and not
+kernel choices for the transformer's blocks. (For the VAE it would time dozens of slow convolution templates,
+minutes of set-up that cuDNN wins; for the head, one product of 64 columns, half a minute.) The graphs are those of the CUDA-graph room (one per kind of pass) and not
 Inductor's trees, which would keep one recording per block and address.
 
 With `use_fused_kernels` the transformer's passes are that room's; the VAE is compiled, and the modes' graphs
@@ -31,15 +34,15 @@ from torch import Tensor
 
 from ..errors import NotAvailable, UserError
 from ..kv_cache import KVCache
-from ..models.dit import CausalDiT, TextContext, TimeContext
+from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
 from ..models.vae import StreamingDecoder
 from ..pipeline import Pipeline
 from ..sampler import uniform_timesteps
 from .cuda_graphs import GraphedForward
 from .room import Level, Room
+from .static_kv_cache import RingKVCache, RingLayer
 
-# One block is specialised for every fill of the window, for recaches of several lengths and for each kind of
-# pass.
+# Stages of the VAE are specialised for each number of latents, halves of a block for recaches of each length.
 RECOMPILE_LIMIT = 64
 
 
@@ -58,12 +61,12 @@ class TorchCompile(Room):
         check_compiler(pipeline.device)
         inductor_mode = {"default": "default", "reduce-overhead": "default",
                          "max-autotune": "max-autotune-no-cudagraphs"}[self.mode]
-        regions = compile_regions(pipeline, inductor_mode)
+        compile_vae(pipeline)
         # Without it cuDNN takes a kernel of an older generation for the VAE's 96-channel convolutions.
         torch.backends.cudnn.benchmark = True
         fused = config.use_fused_kernels
-        forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit)
-        facts = {"regions": regions, "inductor_mode": inductor_mode, "cudnn_benchmark": True}
+        forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, inductor_mode)
+        facts = {"inductor_mode": inductor_mode, "cudnn_benchmark": True}
         # A captured pass cannot be captured again: with use_cuda_graphs that room captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = GraphedForward(forward, pipeline.device)
@@ -81,16 +84,10 @@ class TorchCompile(Room):
         return self.report(pipeline, done, **facts)
 
 
-def compile_regions(pipeline: Pipeline, mode: str) -> int:
-    """Compile every VAE decoder stage, and every block that no other room runs, in place; returns how many
-    modules were marked.
-    """
-    dit, vae = pipeline.dit, pipeline.vae.use_channels_last()
-    modes = {} if pipeline.config.use_fused_kernels else dict.fromkeys((*dit.blocks, dit.head), mode)
-    modes |= dict.fromkeys(vae.decoder.stages(), "default")
-    for module, module_mode in modes.items():
-        module.compile(fullgraph=True, dynamic=False, mode=module_mode)
-    return len(modes)
+def compile_vae(pipeline: Pipeline) -> None:
+    """Compile every stage of the VAE's decoder in place."""
+    for stage in pipeline.vae.use_channels_last().decoder.stages():
+        stage.compile(fullgraph=True, dynamic=False)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -120,25 +117,52 @@ class CompiledDecoder(StreamingDecoder):
 
 
 class CompiledForward:
-    """Calls compiled blocks; embeds each timestep once, and fills the cache without computing a flow nobody
-    reads.
+    """Calls compiled halves of blocks; embeds each timestep once, and fills the cache without computing a
+    flow nobody reads.
     """
 
-    def __init__(self, dit: CausalDiT):
+    def __init__(self, dit: CausalDiT, mode: str):
         self.dit = dit
+        self._write, self._finish = (torch.compile(half, fullgraph=True, dynamic=False, mode=mode)
+                                     for half in (write_half, finish_half))
+        self._head = torch.compile(call_head, fullgraph=True, dynamic=False)
         self._times: dict[tuple[float, torch.Size], TimeContext] = {}
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
-        time, x = self._embedded(timestep, latents), latents.transpose(1, 2)
+        assert isinstance(cache, RingKVCache)
+        dit, time = self.dit, self._embedded(timestep, latents)
+        x = dit.patchify(latents.transpose(1, 2))
         with many_recompiles():
-            if keys_only:
-                self.dit.store_keys(x, time, text, cache.layers)
-                return latents
-            return self.dit.forward_embedded(x, time, text, cache.layers).transpose(1, 2)
+            for block, layer, key, value in zip(dit.blocks, cache.layers, text.keys, text.values,
+                                                strict=True):
+                q = self._write(block, x, time.blocks, layer)
+                if keys_only and layer is cache.layers[-1]:
+                    return latents
+                x = self._finish(block, x, layer.read(q), time.blocks, key, value)
+            patches = self._head(dit.head, x, time.head)
+        return dit.unpatchify(patches, *latents.shape[-2:]).transpose(1, 2)
 
     def _embedded(self, timestep: float, latents: Tensor) -> TimeContext:
         key = (timestep, latents.shape[:2])
         if key not in self._times:
             self._times[key] = self.dit.embed_time(uniform_timesteps(timestep, latents))
         return self._times[key]
+
+
+def write_half(block: DiTBlock, x: Tensor, time: Tensor, layer: RingLayer) -> Tensor:
+    """A block up to self-attention: keys and values go to the cache, rotated q [B, L, N, D] comes out."""
+    q, k, v = block.project(x, time)
+    layer.store(k, v)
+    return layer.cache.rotate(q)
+
+
+def finish_half(block: DiTBlock, x: Tensor, attended: Tensor, time: Tensor, text_key: Tensor,
+                text_value: Tensor) -> Tensor:
+    """`DiTBlock.finish` as a function, so that one piece of compiled code serves all blocks."""
+    return block.finish(x, attended, time, text_key, text_value)
+
+
+def call_head(head: Head, x: Tensor, time: Tensor) -> Tensor:
+    """`Head.forward` as a function; the module itself stays as it is."""
+    return head(x, time)
