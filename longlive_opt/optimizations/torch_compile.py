@@ -11,8 +11,9 @@ of latents in one call in the channels-last layout.
 
 `compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its
 kernel choices for the transformer's blocks. (For the VAE it would time dozens of slow convolution templates,
-minutes of set-up that cuDNN wins; for the head, one product of 64 columns, half a minute.) The graphs are those of the CUDA-graph room (one per kind of pass) and not
-Inductor's trees, which would keep one recording per block and address.
+minutes of set-up that cuDNN wins; for the head, one product of 64 columns, half a minute.) The graphs are
+those of the CUDA-graph room (one per kind of pass) and not Inductor's trees, which would keep one recording
+per block and address.
 
 With `use_fused_kernels` the transformer's passes are that room's; the VAE is compiled, and the modes' graphs
 capture the fused passes.
