@@ -112,7 +112,7 @@ def _tiny() -> ModelConfig:
                              text_len=128)
     dit = DiTConfig(dim=256, num_heads=4, num_layers=6, ffn_dim=768, freq_dim=128, text_dim=text.dim,
                     text_len=text.text_len)
-    return ModelConfig("tiny", dit, VAEConfig(dim=12), text, height=128, width=128)
+    return ModelConfig("tiny", dit, VAEConfig(dim=16), text, height=128, width=128)
 
 
 MODELS: Mapping[str, ModelConfig] = MappingProxyType(

@@ -47,6 +47,9 @@ _NOISE = {"ss_mean": "SS mean", "ss_p50": "SS p50", "ss_max": "SS max", "ps_mean
           "peak_allocated": "memory"}
 _SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quantized_kv", "use_async_vae",
              "use_prompt_cache", "model_dtype")
+# What the block of a preset beyond the template shows as well.
+_MORE_SWITCHES = (*_SWITCHES, "compile_mode", "kv_quantization", "kv_read_path", "use_fused_kernels",
+                  "use_text_offload", "use_vae_offload")
 _WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
 
 
@@ -410,7 +413,7 @@ def _extra_section(blank: str, index: int, run: _Run, base: _Run | None) -> str:
     """
     parameters = lookup(run.result, "parameters")
     reference = lookup(base.result, "parameters") if base else parameters
-    keys = [key for key in parameters if key in _SWITCHES
+    keys = [key for key in parameters if key in _MORE_SWITCHES
             or key not in _WORDS and parameters[key] != reference.get(key, parameters[key])]
     lines = (yaml.safe_dump({key: parameters[key]}, default_flow_style=True, width=1000) for key in keys)
     block = "\n".join(line.strip("{}\n") for line in lines)
@@ -531,15 +534,16 @@ def _variations(result: Result) -> list[str]:
         return []
     lines = ["Variations, each the preset with one key changed, measured by the same two streams:"]
     for name, row in variations_table(result).iterrows():
-        parts = (column.split(", ") for column in row.index)
-        cells = (" ".join([part[0], _cell(value), *part[1:]]) for part, value in zip(parts, row))
+        cells = (f"{column.partition(',')[0]} {_cell(value, column.partition(',')[2])}"
+                 for column, value in row.items())
         lines.append(f"  - {_escape(name)}: {'; '.join(cells)}")
     return ["\n".join(lines)]
 
 
-def _cell(value: Any) -> str:
-    return f"n/a ({_escape(value['reason'])})" if is_na(value) else value if isinstance(value, str) else \
-        _digits(value)
+def _cell(value: Any, unit: str) -> str:
+    if is_na(value):
+        return f"n/a ({_escape(value['reason'])})"
+    return value if isinstance(value, str) else f"{_digits(value)}{unit}"
 
 
 def _outcome(run: _Run, base: _Run) -> str:

@@ -180,7 +180,7 @@ def test_variations_are_told_with_their_figures():
     part = section(text, "### Experiment 7: Realtime")
     mean = nine["latency"]["ss_ms_per_frame"]["mean"]
     assert re.search(rf"  - local_attn_size: 9: SS mean {mean:.1f} ms; SS max .*; peak 7.9\d* GB", part)
-    assert "  - denoising_steps: \\[1000\\]: SS mean n/a (out of memory) ms" in part
+    assert "  - denoising_steps: \\[1000\\]: SS mean n/a (out of memory);" in part
     assert "one key changed" not in report.render_log([make("baseline"), result])
 
 

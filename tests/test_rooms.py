@@ -742,7 +742,7 @@ def test_memory_limit_is_kept():
 def cheap_compile(monkeypatch):
     compile = torch.compile
 
-    def traced(function, *, fullgraph, dynamic, mode="default"):
+    def traced(function, *, fullgraph, dynamic, options=None):
         assert fullgraph and dynamic is False
         return compile(function, fullgraph=True, dynamic=False, backend="eager")
 

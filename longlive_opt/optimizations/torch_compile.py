@@ -10,10 +10,11 @@ alone is computed once, the clean pass leaves out what only serves the flow, and
 of latents in one call in the channels-last layout.
 
 `compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its
-kernel choices for the transformer's blocks. (For the VAE it would time dozens of slow convolution templates,
-minutes of set-up that cuDNN wins; for the head, one product of 64 columns, half a minute.) The graphs are
-those of the CUDA-graph room (one per kind of pass) and not Inductor's trees, which would keep one recording
-per block and address.
+choices for the transformer's blocks: among cuBLAS's ways of a product and the tilings of its own kernels. Its
+Triton products are left out, since for every shape of this model on an H100 they came 10 to 20 % behind
+cuBLAS, after a minute each; so is the VAE, where cuDNN wins after minutes. The graphs are those of the
+CUDA-graph room (one per kind of pass) and not Inductor's trees, which would keep one recording per block and
+address.
 
 With `use_fused_kernels` the transformer's passes are that room's; the VAE is compiled, and the modes' graphs
 capture the fused passes.
@@ -28,7 +29,7 @@ import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Mapping
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ from .static_kv_cache import RingKVCache, RingLayer
 
 # Stages of the VAE are specialised for each number of latents, halves of a block for recaches of each length.
 RECOMPILE_LIMIT = 64
+AUTOTUNE = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,13 @@ class TorchCompile(Room):
             raise UserError("use_torch_compile: the reference cache changes its shapes in Python; switch on "
                             "use_static_kv or use_quantized_kv as well.")
         check_compiler(pipeline.device)
-        inductor_mode = {"default": "default", "reduce-overhead": "default",
-                         "max-autotune": "max-autotune-no-cudagraphs"}[self.mode]
+        options = AUTOTUNE if self.mode == "max-autotune" else {}
         compile_vae(pipeline)
         # Without it cuDNN takes a kernel of an older generation for the VAE's 96-channel convolutions.
         torch.backends.cudnn.benchmark = True
         fused = config.use_fused_kernels
-        forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, inductor_mode)
-        facts = {"inductor_mode": inductor_mode, "cudnn_benchmark": True}
+        forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, options)
+        facts = {"inductor_options": options, "cudnn_benchmark": True}
         # A captured pass cannot be captured again: with use_cuda_graphs that room captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = GraphedForward(forward, pipeline.device)
@@ -122,9 +123,10 @@ class CompiledForward:
     flow nobody reads.
     """
 
-    def __init__(self, dit: CausalDiT, mode: str):
+    def __init__(self, dit: CausalDiT, options: Mapping[str, Any]):
+        """Args: options: of Inductor, for the blocks."""
         self.dit = dit
-        self._write, self._finish = (torch.compile(half, fullgraph=True, dynamic=False, mode=mode)
+        self._write, self._finish = (torch.compile(half, fullgraph=True, dynamic=False, options=dict(options))
                                      for half in (write_half, finish_half))
         self._head = torch.compile(call_head, fullgraph=True, dynamic=False)
         self._times: dict[tuple[float, torch.Size], TimeContext] = {}
