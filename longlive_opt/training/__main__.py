@@ -1,0 +1,112 @@
+"""Train a tiny LongLive: python -m longlive_opt.training --out weights/tiny --device cuda
+
+Stages, in order: vae, teacher (the text encoder first), student, export; check judges what was exported,
+bench times a few steps of each stage. Every stage goes on from its newest checkpoint in OUT/training, so a
+command that was cut off is simply given again; --call-minutes ends a call in time. --pack copies what is
+needed to go on, or to export, on another machine.
+
+Exit status: 0 done, 1 something is wrong (said in one line), 3 to be continued: the call's minutes are over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Sequence
+
+from ..config import MODELS
+from ..errors import UserError
+
+logger = logging.getLogger("longlive_opt.training")
+
+STAGES = ("vae", "teacher", "student", "export", "check", "bench", "all")
+CONTINUE = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    started = time.perf_counter()
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("longlive_opt").setLevel(logging.INFO)
+    try:
+        deadline = None if args.call_minutes is None else started + 60 * args.call_minutes
+        return _run(args, deadline)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return 1
+
+
+def _run(args: argparse.Namespace, deadline: float | None) -> int:
+    from .check import Sizes, check_weights
+    from .run import QUICK, Settings, Training
+
+    settings = QUICK if args.quick else Settings()
+    settings = settings.with_budget(
+        _numbers("minutes", args.minutes, float), _numbers("steps", args.steps, int)
+    )
+    settings = settings.adjusted(args.rate_scale, args.refresh_every)
+    if args.stage == "check":
+        sizes = Sizes(2, 1, 0, 1, 0) if args.quick else Sizes()
+        keys = {"denoising_steps": _numbers("denoising-steps", args.denoising_steps, int)}
+        check_weights(args.out, args.device, args.model, seed=args.seed, sizes=sizes,
+                      variants=("no_recache",) if args.quick else tuple(args.variants),
+                      processes=0 if args.quick else os.cpu_count() or 1,
+                      **{key: value for key, value in keys.items() if value})
+        return 0
+    training = Training(
+        args.out, MODELS[args.model], args.device, args.seed, settings, args.compile, deadline
+    )
+    if args.stage == "bench":
+        training.bench()
+        return 0
+    complete = all(training.run(stage) for stage in STAGES[:3] if args.stage in (stage, "all"))
+    if complete and args.stage in ("export", "all"):
+        sizes = training.export(args.export_from)
+        logger.info("exported %s: %.1f MB", args.out, sum(sizes.values()) / 1e6)
+    if args.pack:
+        logger.info("packed %s: %.1f MB", args.pack, training.pack(args.pack) / 1e6)
+    if not complete:
+        logger.info("to be continued: give the command again")
+    return 0 if complete else CONTINUE
+
+
+def _numbers(name: str, text: str | None, kind: type) -> list | None:
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{name}: {text!r} is no list of numbers; write for example 4,10,8.") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m longlive_opt.training", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights, checkpoints and logs")
+    parser.add_argument("--stage", choices=STAGES, default="all", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--model", choices=tuple(MODELS), default="tiny", help="default: %(default)s")
+    parser.add_argument("--minutes", help="of training: vae,teacher,student (default: 4,10,8)")
+    parser.add_argument("--steps", help="vae,teacher,student; with --minutes whatever ends first")
+    parser.add_argument("--call-minutes", type=float, help="end this call after so many minutes and save")
+    parser.add_argument(
+        "--pack", type=Path, metavar="DIR", help="at the end, copy there what another machine needs"
+    )
+    parser.add_argument("--refresh-every", type=int, metavar="STEPS",
+                        help="steps of teacher and student per chunk of new clips")
+    parser.add_argument("--rate-scale", type=float, default=1.0, help="multiplies all learning rates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps at 32x32: shows that all runs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the networks")
+    parser.add_argument("--export-from", choices=("student", "teacher"), default="student",
+                        help="whose transformer (default: %(default)s)")
+    parser.add_argument("--denoising-steps", help="for check, such as 1000,750,500,250")
+    parser.add_argument("--variants", nargs="*", default=("no_sink", "no_recache", "window_9", "window_6"),
+                        help="for check (default: all)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

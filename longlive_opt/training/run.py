@@ -1,0 +1,319 @@
+"""Puts the stages together: settings, folders, what one stage takes over from the one before."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable, Iterator, Sequence, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..models.dit import CausalDiT
+from ..models.text import UMT5Encoder, load_tokenizer
+from ..models.vae import WanVAE
+from ..models.weights import load_vae
+from ..pipeline import check_device
+from ..results import atomic_path
+from ..sampler import SamplingPlan
+from ..weight_files import LAYOUT, WeightFiles
+from .checkpoints import checkpoints, load_checkpoint, pack, prefixed
+from .data import ClipMaker, Mix
+from .export import export_weights, fold_statistics
+from .loop import LOG_NAME, Budget, Stage, run_stage
+from .student import StudentSettings, StudentStage
+from .teacher import ReadingStage, TeacherSettings, TeacherStage
+from .text import AttributeHead
+from .vae import VAESettings, VAEStage, statistics
+
+logger = logging.getLogger(__name__)
+
+StageType = TypeVar("StageType", bound=Stage)
+
+STAGE_NAMES = ("vae", "teacher", "student")
+STATISTICS_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of all stages. `minutes` and `steps` belong to vae, teacher, student; `reading_minutes` to the text
+    encoder, before the teacher. `size`: of the picture in pixels, None for the model's.
+    """
+
+    vae: VAESettings = VAESettings()
+    teacher: TeacherSettings = TeacherSettings()
+    student: StudentSettings = StudentSettings()
+    mix: Mix = Mix()
+    minutes: tuple[float | None, ...] = (4.0, 10.0, 8.0)
+    steps: tuple[int | None, ...] = (None, None, None)
+    reading_minutes: float | None = 0.75
+    reading_steps: int | None = None
+    reading_batch: int = 256
+    reading_prompts: int = 16384
+    size: int | None = None
+    far: int = 300
+    log_steps: int = 50
+
+    def adjusted(self, rate_scale: float = 1.0, refresh_every: int | None = None) -> Settings:
+        """With all learning rates scaled, and one new chunk of clips every `refresh_every` steps of teacher
+        and student.
+        """
+        if rate_scale <= 0 or (refresh_every is not None and refresh_every < 1):
+            raise UserError(
+                f"--rate-scale: {rate_scale} and --refresh-every: {refresh_every} must be positive."
+            )
+        changes = {} if refresh_every is None else {"refresh_every": refresh_every}
+        return replace(self, vae=replace(self.vae, rate=self.vae.rate * rate_scale),
+                       teacher=replace(self.teacher, rate=self.teacher.rate * rate_scale, **changes),
+                       student=replace(self.student, rate=self.student.rate * rate_scale, **changes))
+
+    def with_budget(self, minutes: Sequence[float] | None, steps: Sequence[int] | None) -> Settings:
+        """With other minutes or steps; steps alone take the place of minutes."""
+        for name, values in (("minutes", minutes), ("steps", steps)):
+            if values is not None and (len(values) != len(STAGE_NAMES) or min(values) <= 0):
+                raise UserError(
+                    f"--{name}: {list(values)} must be three positive numbers, for {STAGE_NAMES}."
+                )
+        if minutes is None and steps is None:
+            return self
+        nothing = (None,) * len(STAGE_NAMES)
+        return replace(
+            self, minutes=tuple(minutes) if minutes else nothing, steps=tuple(steps) if steps else nothing
+        )
+
+
+QUICK = Settings(
+    vae=VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=9),
+    teacher=TeacherSettings(plain_batch=2, switch_batch=1, ring_chunks=4, first_chunks=1, refresh_every=4),
+    student=StudentSettings(
+        true_batch=2,
+        stream_batch=2,
+        birth_batch=2,
+        streams=4,
+        ode_steps=2,
+        ring_chunks=4,
+        first_chunks=1,
+        refresh_every=4,
+    ),
+    mix=Mix(1, 1, 1, 1, 1),
+    minutes=(None, None, None),
+    steps=(6, 6, 6),
+    reading_minutes=None,
+    reading_steps=6,
+    reading_batch=4,
+    reading_prompts=32,
+    size=32,
+    far=30,
+    log_steps=2,
+)
+
+
+class Training:
+    """All stages in one folder."""
+
+    def __init__(self, out: Path, model: ModelConfig, device: str, seed: int, settings: Settings = Settings(),
+                 compile_blocks: bool = False, deadline: float | None = None):
+        """Args: deadline: of `time.perf_counter`, at which stages stop to be continued."""
+        self.out, self.seed, self.settings, self.deadline = out, seed, settings, deadline
+        self.model = model.with_size(settings.size, settings.size)
+        if self.model.height != self.model.width:
+            raise UserError(
+                f"model: {model.name} makes {model.width}x{model.height} pictures; the world is square."
+            )
+        self.device = check_device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.compile_blocks, self.plan = compile_blocks, SamplingPlan()
+        self.folder = out / "training"
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+
+    def run(self, name: str) -> bool:
+        """Train a stage to the end, or to the deadline; whether it is complete."""
+        if name == "vae" and self._vae_file.is_file():
+            logger.info("vae: complete")
+            return True
+        if name == "teacher" and not checkpoints(self.folder, name):
+            reading = Budget(self.settings.reading_steps, self.settings.reading_minutes, self.deadline)
+            if not self._train(self._reading_stage, "text", reading):
+                return False
+        at = STAGE_NAMES.index(name)
+        make = {"vae": self._vae_stage, "teacher": self._teacher_stage, "student": self._student_stage}[name]
+        budget = Budget(self.settings.steps[at], self.settings.minutes[at], self.deadline)
+        complete = self._train(make, name, budget)
+        if name == "vae" and complete:
+            self._export_vae()
+        return complete
+
+    def pack(self, to: Path) -> int:
+        """Copy to the folder `to` what another machine needs to go on, and the log; how many bytes that are.
+        """
+        stages = [
+            stage
+            for stage in (*STAGE_NAMES, "text")
+            if not (
+                stage == "vae"
+                and self._vae_file.is_file()
+                or stage == "text"
+                and checkpoints(self.folder, "teacher")
+            )
+        ]
+        copies = pack(self.folder, stages, to / self.folder.name)
+        for path in (self._vae_file, self.folder / LOG_NAME, self.out / "check.json"):
+            if path.is_file():
+                target = to / path.relative_to(self.out)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copies.append(Path(shutil.copy2(path, target)))
+        return sum(path.stat().st_size for path in copies)
+
+    def _train(self, make: Callable[[], Stage], name: str, budget: Budget) -> bool:
+        found = load_checkpoint(self.folder, name)
+        if found and found[1]["complete"]:
+            logger.info("%s: complete, %d steps", name, found[1]["step"])
+            return True
+        return run_stage(make(), self.folder, budget, log_steps=self.settings.log_steps)
+
+    @property
+    def _vae_file(self) -> Path:
+        return (self.out / LAYOUT["vae"]).with_suffix(".safetensors")
+
+    def _vae_stage(self) -> VAEStage:
+        return VAEStage(
+            self.model.vae, self.model.height, self.device, self.dtype, self.seed, self.settings.vae
+        )
+
+    def _export_vae(self) -> None:
+        """The averaged VAE with normalised latents: what the later stages and inference load."""
+        vae = WanVAE(self.model.vae).to(self.device)
+        vae.load_state_dict(prefixed(self._average("vae"), "vae"))
+        stage = VAEStage(
+            self.model.vae, self.model.height, self.device, torch.float32, self.seed, self.settings.vae
+        )
+        count = 2 if self.settings.size else STATISTICS_BATCHES
+        videos = (stage.video(-1 - i + 2**31, 8, self.settings.vae.whole_frames, self.model.height)
+                  for i in range(count))
+        fold_statistics(vae, *statistics(vae, videos))
+        with atomic_path(self._vae_file) as temporary:
+            save_file(
+                {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in vae.state_dict().items()},
+                temporary,
+            )
+
+    def _maker(self, stream: int, files: WeightFiles | None = None) -> ClipMaker:
+        """Makes clips of a stream of its own for each stage."""
+        if files is None:
+            if not self._vae_file.is_file():
+                raise UserError(f"{self._vae_file}: does not exist; run --stage vae to its end first.")
+            files = WeightFiles(self.out, vae=self._vae_file)
+        vae, _ = load_vae(self.model.vae, files, self.device, self.dtype)
+        if self.device.type == "cuda":
+            vae.use_channels_last()
+        tokenizer = load_tokenizer("bytes", self.model.text.text_len)
+        return ClipMaker(vae, tokenizer, self.model.height, 1000 * self.seed + stream, self.settings.mix,
+                         self.settings.far)
+
+    def _reading_stage(self) -> ReadingStage:
+        return ReadingStage(self.model, self.device, self.dtype, self.seed, batch=self.settings.reading_batch,
+                            prompts=self.settings.reading_prompts)
+
+    def _teacher_stage(self) -> TeacherStage:
+        encoder, attributes = UMT5Encoder(self.model.text), AttributeHead(self.model.text.dim)
+        if not checkpoints(self.folder, "teacher"):  # which holds them too
+            read = self._average("text")
+            encoder.load_state_dict(prefixed(read, "text"))
+            attributes.load_state_dict(prefixed(read, "attributes"))
+        return self._compiled(TeacherStage(self.model, self.plan, self._maker(1), self.device, self.dtype,
+                                           self.seed, self.settings.teacher, encoder, attributes))
+
+    def _student_stage(self) -> StudentStage:
+        average = self._average("teacher")
+        teacher, encoder = CausalDiT(self.model.dit), UMT5Encoder(self.model.text)
+        teacher.load_state_dict(prefixed(average, "dit"))
+        encoder.load_state_dict(prefixed(average, "text"))
+        networks = (module.to(self.device, self.dtype).eval() for module in (teacher, encoder))
+        return self._compiled(StudentStage(self.model, self.plan, self._maker(2), *networks, self.device,
+                                           self.dtype, self.seed, self.settings.student))
+
+    def _compiled(self, stage: StageType) -> StageType:
+        """The stage, its transformers compiled block by block if that is asked for. All blocks share their
+        code; there is one graph for each shape of clip, about 13 for the teacher and 30 for the student.
+        """
+        if self.compile_blocks:
+            import torch._dynamo
+
+            torch._dynamo.config.recompile_limit = 64
+            for block in [
+                *stage.dit.blocks,
+                *(stage.teacher.blocks if isinstance(stage, StudentStage) else ()),
+            ]:
+                block.compile(dynamic=False)
+        return stage
+
+    def export(self, source: str = "student") -> dict[str, int]:
+        """Write the weights folder from what is there; the transformer is that of stage `source`."""
+        text = prefixed(self._average("teacher"), "text")
+        return export_weights(
+            self.out, prefixed(self._average(source), "dit"), text, load_file(self._vae_file)
+        )
+
+    def _average(self, stage: str) -> dict[str, Tensor]:
+        """A stage's averaged weights, rounded to bfloat16 as all that takes them over expects."""
+        found = load_checkpoint(self.folder, stage)
+        if found is None:
+            raise UserError(f"{self.folder}: there is no checkpoint of stage {stage}; train it first.")
+        return {name: tensor.float() for name, tensor in found[0]["average"].items()}
+
+    def bench(self, steps: int = 10) -> dict[str, float]:
+        """Milliseconds per step of each stage on random weights, the ring's chunks apart; logs them."""
+        times = {}
+        for name, stage, progress in self._bench_stages():
+            for step in range(12):
+                _step(stage, step, progress)
+            self._wait()
+            began = time.perf_counter()
+            for step in range(12, 12 + steps):
+                _step(stage, step, progress)
+            self._wait()
+            times[name] = 1e3 * (time.perf_counter() - began) / steps
+            if ring := getattr(stage, "ring", None):
+                began = time.perf_counter()
+                ring.refresh()
+                self._wait()
+                times[f"{name}_chunk"] = 1e3 * (time.perf_counter() - began)
+            logger.info("bench %s", {key: round(value, 1) for key, value in times.items()})
+            if self.device.type == "cuda":
+                logger.info("memory %.1f GB", torch.cuda.max_memory_allocated() / 1e9)
+        return times
+
+    def _bench_stages(self) -> Iterator[tuple[str, Stage, float]]:
+        """(name, stage, progress): both phases of the VAE, the others with untrained networks to build on."""
+        vae = self._vae_stage()
+        yield "vae_crop", vae, 0.0
+        yield "vae_whole", vae, 0.9
+        maker = self._maker(0, WeightFiles())
+        teacher = self._compiled(
+            TeacherStage(
+                self.model, self.plan, maker, self.device, self.dtype, self.seed, self.settings.teacher
+            )
+        )
+        yield "teacher", teacher, 0.0
+        networks = (copy.deepcopy(teacher.trainee.work[name]).eval() for name in ("dit", "text"))
+        student = StudentStage(self.model, self.plan, maker, *networks, self.device, self.dtype, self.seed,
+                               replace(self.settings.student, first_chunks=2))
+        yield "student", self._compiled(student), 0.0
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _step(stage: Stage, step: int, progress: float) -> None:
+    stage.step(step, progress)
+    stage.trainee.update(progress)

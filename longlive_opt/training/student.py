@@ -1,0 +1,303 @@
+"""Stage 3: the student, four steps a block, distilled from the teacher with its own past.
+
+The student is the function that `Sampler` runs: at each of the sampler's noise levels it names the clean
+block, and the sampler adds fresh noise for the next level. What it should name is the end point of the
+teacher's probability-flow ODE from that very noisy block (consistency models, arXiv:2303.01469: one function
+for all levels, multistep sampling with fresh noise), guided by the prompt (arXiv:2207.12598), so that
+inference needs no guidance. The end points are computed on the fly, by Euler steps of the averaged teacher.
+
+Half of the work uses true clips as the past. The other half uses the student's own: `Streams` are videos that
+the student makes with its sampler and that run on from step to step for minutes, through prompt switches, as
+in Self Forcing (arXiv:2506.08009) and LongLive (arXiv:2509.22622), so that it learns to live with its own
+flaws. The noisy blocks are those that the rollout met. The teacher, whose past was noised while it was
+trained, says how a video with such a past should go on. A regression was preferred to distribution matching
+(CausVid, arXiv:2412.07772) because it needs no critic and cannot collapse in the few minutes there are; its
+price, a softer picture, is small where the past leaves little to chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..models.dit import CausalDiT, TextContext
+from ..models.text import UMT5Encoder
+from ..sampler import SamplingPlan
+from ..scheduler import FlowSchedule
+from .data import EARLY_BLOCKS, LATE_BLOCK, ClipMaker, ClipRing, layouts
+from .parallel import ClipLayout, Context, encode_context, extend_context, predict, window_past
+from .streams import Streams
+from .teacher import empty_prompt, noise_context, repeat_sigma
+from .text import text_features
+from .trainee import Trainee
+
+UNUSED = {"plain": (1, 2)}
+"""Blocks of true clips that most clips of the pool have no proper past for."""
+JOBS = ("start", "go on", "go on", "switch", "go on", "go on")
+"""What the student's own streams do, step after step."""
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """`true_batch` clips and `stream_batch` streams (`birth_batch` where they begin) in each step."""
+
+    rate: float = 3e-4
+    true_batch: int = 16
+    stream_batch: int = 32
+    birth_batch: int = 8
+    streams: int = 64
+    ode_steps: int = 10
+    guidance: float = 2.0
+    guidance_from: float = 0.7
+    context_sigma: float = 0.2
+    ring_chunks: int = 32
+    first_chunks: int = 8
+    refill_chunks: int | None = 8
+    refresh_every: int = 100
+    average_decay: float = 0.998
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a transformer keeps of the prompts of a batch: of its sinks, and of all else."""
+
+    sink: TextContext
+    now: TextContext
+
+
+@dataclass(frozen=True)
+class Task:
+    """Noisy blocks of a batch of clips, and the clean past of each: what teacher and student are given.
+
+    `latents` [B, F, C, H, W] are all blocks of the clips; `noisy` those called `blocks`, each at the
+    sampler's step `level` [B, len(blocks)] and counting `weight`.
+    """
+
+    latents: Tensor
+    positions: Tensor
+    layout: ClipLayout
+    blocks: tuple[int, ...]
+    noisy: Tensor
+    level: Tensor
+    weight: Tensor
+
+    @property
+    def places(self) -> Tensor:
+        """Positions of the noisy frames."""
+        return self.positions[:, block_frames(self.blocks, self.layout)]
+
+
+def block_frames(blocks: Sequence[int], layout: ClipLayout) -> list[int]:
+    """Latent frames of a clip that belong to `blocks`."""
+    size = layout.block_frames
+    return [block * size + i for block in blocks for i in range(size)]
+
+
+class StudentStage:
+    """Trains the student's transformer; text encoder and teacher are frozen."""
+
+    name = "student"
+
+    def __init__(self, model: ModelConfig, plan: SamplingPlan, maker: ClipMaker, teacher: CausalDiT,
+                 text_encoder: UMT5Encoder, device: torch.device, dtype: torch.dtype, seed: int,
+                 settings: StudentSettings = StudentSettings()):
+        """Args: teacher, text_encoder: averaged, in `dtype`, on `device`; the student begins as the teacher.
+        """
+        self.settings, self.plan, self.device, self.dtype = settings, plan, device, dtype
+        self.teacher = teacher.requires_grad_(False)
+        self.text_encoder = text_encoder.requires_grad_(False)
+        student = CausalDiT(model.dit).to(device)
+        student.load_state_dict(teacher.state_dict())
+        self.trainee = Trainee({"dit": student}, dtype, settings.rate, average_decay=settings.average_decay)
+        self.dit: CausalDiT = self.trainee.work["dit"]
+        self.ring = ClipRing(maker, settings.ring_chunks)
+        self.layouts = layouts(window_past(plan), plan.block_frames)
+        schedule = FlowSchedule(plan.shift)
+        self.timesteps = torch.tensor(schedule.warped_steps(plan.denoising_steps))
+        self.sigmas = schedule.sigma(self.timesteps)
+        self._on_device = self.timesteps.to(device), self.sigmas.to(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        shape = (model.vae.z_dim, model.latent_height, model.latent_width)
+        self._restored = False
+        self.streams = Streams(settings.streams, plan.block_frames, shape, model.text.text_len, device, dtype)
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        settings, ring = self.settings, self.ring
+        while ring.produced < settings.first_chunks + step // settings.refresh_every:
+            ring.refresh()
+        loss = {"true": self._learn_true(step)}
+        job = JOBS[step % len(JOBS)] if self.streams.born >= settings.streams else "start"
+        loss["stream"] = self._learn_start() if job == "start" else self._learn_stream(job == "switch")
+        return loss
+
+    def _learn_true(self, step: int) -> Tensor:
+        """Blocks of true clips, noised as the sampler would."""
+        pool = "plain"
+        if step % 4 == 3:
+            early = f"early{EARLY_BLOCKS[step // 16 % len(EARLY_BLOCKS)]}"
+            pool = early if step % 16 == 15 and self.ring.has(early) else "late"
+        clips = self.ring.sample(pool, self.settings.true_batch, self.generator)
+        layout = self.layouts[pool]
+        blocks = tuple(b for b in range(layout.recached, layout.blocks) if b not in UNUSED.get(pool, ()))
+        frames = block_frames(blocks, layout)
+        clean = clips.latents[:, frames]
+        level = self._levels(len(clips), len(blocks))
+        sigma = repeat_sigma(self._on_device[1][level], layout.block_frames).to(clean.dtype)
+        noisy = (1 - sigma) * clean + sigma * self._noise(clean.shape)
+        past = noise_context(clips.latents, self.generator, self.settings.context_sigma, 0.5)
+        task = Task(past, clips.positions, layout, blocks, noisy, level, clips.loss[:, list(blocks)])
+        return self._learn(task, clips.sink_ids, clips.ids)
+
+    def _learn_start(self) -> Tensor:
+        """Videos from their very first block on; they become streams."""
+        clips = self.ring.sample("late", self.settings.birth_batch, self.generator)
+        layout = self.layouts["plain"]
+        positions = torch.arange(layout.blocks * layout.block_frames, device=self.device)
+        positions = positions.expand(len(clips), -1)
+        with torch.no_grad():
+            prompt = self._prompt(self.dit, clips.sink_ids, clips.sink_ids)
+            task = self._rollout(None, positions, prompt, layout, Context.empty(len(self.dit.blocks)))
+        self.streams.begin(task.latents, clips.sink_ids, clips.ids)
+        return self._learn(task, clips.sink_ids, clips.sink_ids)
+
+    def _learn_stream(self, switch: bool) -> Tensor:
+        """Streams that go on, some under another prompt."""
+        rows = torch.randperm(len(self.streams), generator=self.generator, device=self.device)
+        rows = rows[:self.settings.stream_batch]
+        layout = self.layouts["late" if switch else "plain"]
+        clips = self.streams.take(rows, (layout.blocks - LATE_BLOCK) * layout.block_frames, switch)
+        with torch.no_grad():
+            known = slice(0, LATE_BLOCK * layout.block_frames)
+            prompt = self._prompt(self.dit, clips.sink_ids, clips.ids)
+            context = encode_context(
+                self.dit,
+                clips.latents[:, known],
+                clips.positions[:, known],
+                prompt.sink,
+                prompt.now,
+                layout,
+                LATE_BLOCK,
+                self.plan.context_noise,
+            )
+            task = self._rollout(clips.latents[:, known], clips.positions, prompt, layout, context)
+        self.streams.give(rows, task.latents)
+        return self._learn(task, clips.sink_ids, clips.ids)
+
+    def _rollout(self, known: Tensor | None, positions: Tensor, prompt: Prompt, layout: ClipLayout,
+                 context: Context) -> Task:
+        """Let the student make the blocks after those of `context` as `Sampler` does, and keep of each one of
+        the noisy versions that it met.
+        """
+        size, batch = layout.block_frames, len(positions)
+        made = [] if known is None else [known]
+        blocks = tuple(range(context.blocks, layout.blocks))
+        level, kept = self._levels(batch, len(blocks)), []
+        for column, block in enumerate(blocks):
+            place = positions[:, block * size:(block + 1) * size]
+            noisy = self._noise((batch, size, *self.streams.shape))
+            met = []
+            for i, sigma in enumerate(self.sigmas.tolist()):
+                if i:
+                    noisy = (1 - sigma) * clean + sigma * self._noise(noisy.shape)  # noqa: F821
+                met.append(noisy)
+                timesteps = torch.full((batch, size), self.timesteps[i].item(), device=self.device)
+                flow = predict(self.dit, noisy, timesteps, place, prompt.now, context, layout, (block,))
+                clean = noisy - sigma * flow
+            choice = level[:, column]
+            kept.append(torch.stack(met, dim=1)[torch.arange(batch, device=self.device), choice])
+            made.append(clean)
+            if block + 1 < layout.blocks:
+                extend_context(self.dit, clean, place, prompt.now, context, layout, self.plan.context_noise)
+        return Task(torch.cat(made, dim=1), positions, layout, blocks, torch.cat(kept, dim=1), level,
+                    torch.ones((batch, len(blocks)), device=self.device))
+
+    def _learn(self, task: Task, sink_ids: Tensor, ids: Tensor) -> Tensor:
+        """Gradients of half the loss: what the student names against the end points of the teacher."""
+        layout, last = task.layout, task.blocks[-1]
+        target = self.end_points(task, sink_ids, ids)
+        prompt = self._prompt(self.dit, sink_ids, ids)
+        context = encode_context(
+            self.dit,
+            task.latents,
+            task.positions,
+            prompt.sink,
+            prompt.now,
+            layout,
+            last,
+            self.plan.context_noise,
+        )
+        timesteps, sigmas = (
+            repeat_sigma(table[task.level], layout.block_frames) for table in self._on_device
+        )
+        flow = predict(
+            self.dit,
+            task.noisy,
+            timesteps[..., 0, 0, 0],
+            task.places,
+            prompt.now,
+            context,
+            layout,
+            task.blocks,
+        )
+        clean = task.noisy.float() - sigmas * flow.float()
+        error = (clean - target).square().unflatten(1, (len(task.blocks), -1)).mean(dim=(2, 3, 4, 5))
+        loss = (error * task.weight).sum() / task.weight.sum().clamp(min=1)
+        (0.5 * loss).backward()
+        return loss
+
+    @torch.no_grad()
+    def end_points(self, task: Task, sink_ids: Tensor, ids: Tensor) -> Tensor:
+        """Clean blocks, float32, to which the guided teacher's ODE leads from the noisy ones: Euler steps,
+        evenly spaced in the unshifted noise level. Guidance acts at high noise only, where what is shown is
+        decided (arXiv:2404.07724): lower down it would add contrast, block after block.
+        """
+        teacher, layout, last = self.teacher, task.layout, task.blocks[-1]
+        nothing = empty_prompt(ids).expand_as(ids)
+        # One batch with the prompts and without.
+        prompt = self._prompt(teacher, torch.cat([sink_ids, nothing]), torch.cat([ids, nothing]))
+        context = encode_context(teacher, torch.cat([task.latents] * 2), torch.cat([task.positions] * 2),
+                                 prompt.sink, prompt.now, layout, last, self.plan.context_noise)
+        shift, count = self.plan.shift, self.settings.ode_steps
+        x, places = task.noisy.float(), torch.cat([task.places] * 2)
+        start = repeat_sigma(self._on_device[1][task.level], layout.block_frames)
+        unshifted = start / (shift - (shift - 1) * start)
+        for i in range(count):
+            here, there = (unshifted * (1 - j / count) for j in (i, i + 1))
+            sigma, after = (shift * u / (1 + (shift - 1) * u) for u in (here, there))
+            both, timesteps = (torch.cat([t] * 2) for t in (x.to(self.dtype), 1000 * sigma[..., 0, 0, 0]))
+            flows = predict(teacher, both, timesteps, places, prompt.now, context, layout, task.blocks)
+            with_prompt, without = flows.float().chunk(2)
+            weight = torch.where(sigma >= self.settings.guidance_from, self.settings.guidance, 1.0)
+            flow = without + weight * (with_prompt - without)
+            x = x + (after - sigma) * flow
+        return x
+
+    def _prompt(self, dit: CausalDiT, sink_ids: Tensor, ids: Tensor) -> Prompt:
+        with torch.no_grad():
+            sink, now = text_features(self.text_encoder, torch.cat([sink_ids, ids])).chunk(2)
+        return Prompt(dit.embed_text(sink), dit.embed_text(now))
+
+    def _levels(self, batch: int, blocks: int) -> Tensor:
+        return torch.randint(len(self.sigmas), (batch, blocks), generator=self.generator, device=self.device)
+
+    def _noise(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.generator, device=self.device, dtype=self.dtype)
+
+    def state(self) -> dict[str, Any]:
+        return {"produced": self.ring.produced, "born": self.streams.born}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.ring.refill(state["produced"], self.settings.refill_chunks)
+        # Without their tensors (a checkpoint that travelled) the streams begin anew.
+        self.streams.born = state["born"] if self._restored else 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.streams.tensors()
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.streams.restore(tensors)
+        self._restored = True

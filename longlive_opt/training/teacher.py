@@ -1,0 +1,264 @@
+"""Stage 2: the teacher, transformer and text encoder together, by flow matching with teacher forcing.
+
+Rectified flow (arXiv:2210.02747, arXiv:2209.03003) in LongLive's parametrisation: the network predicts noise
+- clean from (1 - sigma) * clean + sigma * noise, with sigma drawn from the table of `FlowSchedule` (shift 5),
+the same for the frames of a block, anew for every block. Each noisy block is given the clean blocks before
+it, as the cache of inference would hold them (see `parallel`).
+
+The clean past is noised a little, without telling the network, on most clips: what the student will find in
+its cache are its own imperfect blocks, and a network that was trained on a perfect past takes every flaw of
+it for real and amplifies it (GameNGen, arXiv:2408.14837; diffusion forcing, arXiv:2407.01392). The target
+stays perfect, so the flow points back to the world.
+
+One prompt in ten is dropped, for guidance while distilling (arXiv:2207.12598).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..models.dit import CausalDiT, TextContext
+from ..models.text import END_ID, UMT5Encoder, load_tokenizer
+from ..sampler import SamplingPlan
+from ..scheduler import FlowSchedule
+from .data import EARLY_BLOCKS, ClipMaker, ClipRing, Clips, layouts, text_mask
+from .parallel import ClipLayout, encode_context, predict, window_past
+from .text import AttributeHead, attribute_loss, sample_prompts, text_features
+from .trainee import Trainee
+
+ODD_STEPS = 6
+"""Every so many steps the clips with a prompt switch are early ones."""
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Batches in clips of seven blocks."""
+
+    rate: float = 8e-4
+    plain_batch: int = 48
+    switch_batch: int = 16
+    context_sigma: float = 0.3
+    context_clean_share: float = 0.3
+    prompt_dropout: float = 0.1
+    attribute_weight: float = 0.05
+    ring_chunks: int = 48
+    first_chunks: int = 16
+    refill_chunks: int | None = 12
+    refresh_every: int = 60
+    average_decay: float = 0.999
+
+
+def init_dit_(dit: CausalDiT) -> None:
+    """Initial weights of a DiT (arXiv:2212.09748): gates and output at zero, so that every block begins as
+    the identity.
+    """
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(dit.patch_embedding.weight.flatten(1))
+    nn.init.zeros_(dit.patch_embedding.bias)
+    for linear in (
+        dit.time_embedding[0],
+        dit.time_embedding[2],
+        dit.text_embedding[0],
+        dit.text_embedding[2],
+    ):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    nn.init.zeros_(dit.time_projection[1].weight)
+    nn.init.zeros_(dit.head.head.weight)
+
+
+def init_text_(encoder: UMT5Encoder) -> None:
+    """Initial weights as T5's (arXiv:1910.10683): queries small, since its logits are not divided by sqrt(D).
+    """
+    nn.init.normal_(encoder.token_embedding.weight)
+    for block in encoder.blocks:
+        dim = block.attn.q.in_features
+        head = block.attn.q.out_features // block.attn.num_heads
+        nn.init.normal_(block.attn.q.weight, std=(dim * head) ** -0.5)
+        for linear in (
+            block.attn.k,
+            block.attn.v,
+            block.attn.o,
+            block.ffn.gate[0],
+            block.ffn.fc1,
+            block.ffn.fc2,
+        ):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.normal_(block.pos_embedding.embedding.weight, std=0.5)
+
+
+def empty_prompt(like: Tensor) -> Tensor:
+    """Ids [1, L] of the empty prompt, the one that guidance moves away from."""
+    ids = torch.zeros_like(like[:1])
+    ids[:, 0] = END_ID
+    return ids
+
+
+def repeat_sigma(per_block: Tensor, block_frames: int) -> Tensor:
+    """[B, blocks] -> [B, frames, 1, 1, 1]"""
+    return per_block.repeat_interleave(block_frames, dim=1)[:, :, None, None, None]
+
+
+def noise_context(
+    latents: Tensor, generator: torch.Generator, strongest: float, clean_share: float
+) -> Tensor:
+    """Latents [B, F, C, H, W] as a sampler might leave them: noise of one strength per clip, none for some.
+    """
+    draws = torch.rand((2, len(latents), 1, 1, 1, 1), generator=generator, device=latents.device)
+    sigma = (draws[0] * strongest * (draws[1] >= clean_share)).to(latents.dtype)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+    return (1 - sigma) * latents + sigma * noise
+
+
+class TeacherStage:
+    """Trains the transformer and the text encoder."""
+
+    name = "teacher"
+
+    def __init__(self, model: ModelConfig, plan: SamplingPlan, maker: ClipMaker, device: torch.device,
+                 dtype: torch.dtype, seed: int, settings: TeacherSettings = TeacherSettings(),
+                 text_encoder: UMT5Encoder | None = None, attributes: AttributeHead | None = None):
+        """Args: text_encoder, attributes: as `ReadingStage` left them; None starts anew."""
+        self.settings, self.plan, self.device, self.dtype = settings, plan, device, dtype
+        torch.manual_seed(seed)
+        dit = CausalDiT(model.dit)
+        init_dit_(dit)
+        if text_encoder is None:
+            text_encoder = UMT5Encoder(model.text)
+            init_text_(text_encoder)
+        attributes = attributes or AttributeHead(model.text.dim)
+        modules = {"dit": dit, "text": text_encoder, "attributes": attributes}
+        self.trainee = Trainee(
+            {name: module.to(device) for name, module in modules.items()},
+            dtype,
+            settings.rate,
+            average_decay=settings.average_decay,
+        )
+        self.dit: CausalDiT = self.trainee.work["dit"]
+        self.ring = ClipRing(maker, settings.ring_chunks)
+        self.layouts = layouts(window_past(plan), plan.block_frames)
+        schedule = FlowSchedule(plan.shift)
+        self.sigmas, self.timesteps = schedule.sigmas.to(device), schedule.timesteps.to(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        settings, ring = self.settings, self.ring
+        while ring.produced < settings.first_chunks + step // settings.refresh_every:
+            ring.refresh()
+        losses = self._learn("plain", settings.plain_batch, step)
+        if settings.switch_batch:
+            early = f"early{EARLY_BLOCKS[step // ODD_STEPS % len(EARLY_BLOCKS)]}"
+            pool = early if step % ODD_STEPS == ODD_STEPS - 1 and ring.has(early) else "late"
+            losses |= {f"switch_{key}": value for key, value in
+                       self._learn(pool, settings.switch_batch, step).items() if key == "flow"}
+        return losses
+
+    def _learn(self, pool: str, count: int, step: int) -> dict[str, Tensor]:
+        """Gradients of `count` clips of a pool."""
+        clips = self.ring.sample(pool, count, self.generator)
+        text, sink_text, features = self._read(clips)
+        flow = self.flow_loss(clips, self.layouts[pool], text, sink_text)
+        total = flow * count / (self.settings.plain_batch + self.settings.switch_batch)
+        if pool != "plain":
+            total.backward()
+            return {"flow": flow}
+        logits = self.trainee.work["attributes"](features, text_mask(clips.ids))
+        reading, right = attribute_loss(logits, clips.labels)
+        (total + self.settings.attribute_weight * reading).backward()
+        return {"flow": flow, "reading": reading, "read_right": right}
+
+    def _read(self, clips: Clips) -> tuple[TextContext, TextContext, Tensor]:
+        """What the transformer keeps of the prompts of blocks and sink, some dropped, and the text features.
+        """
+        encoder = self.trainee.work["text"]
+        features = text_features(encoder, torch.cat([clips.ids, clips.sink_ids, empty_prompt(clips.ids)]))
+        count = len(clips)
+        dropped = torch.rand((count, 1, 1), generator=self.generator, device=self.device)
+        dropped = dropped < self.settings.prompt_dropout
+        nothing = features[2 * count:]
+        now, sink = (torch.where(dropped, nothing, features[part])
+                     for part in (slice(0, count), slice(count, 2 * count)))
+        return self.dit.embed_text(now), self.dit.embed_text(sink), features[:count]
+
+    def flow_loss(
+        self, clips: Clips, layout: ClipLayout, text: TextContext, sink_text: TextContext
+    ) -> Tensor:
+        """Mean square error of the flow over the blocks that count."""
+        settings, clean = self.settings, clips.latents
+        past = noise_context(clean, self.generator, settings.context_sigma, settings.context_clean_share)
+        context = encode_context(self.dit, past, clips.positions, sink_text, text, layout, layout.blocks - 1,
+                                 self.plan.context_noise)
+        first = layout.recached  # nothing before the prompt switch counts
+        part = slice(first * layout.block_frames, None)
+        clean, blocks = clean[:, part], range(first, layout.blocks)
+        level = torch.randint(len(self.sigmas), (len(clips), len(blocks)), generator=self.generator,
+                              device=self.device)
+        noise = torch.randn(clean.shape, generator=self.generator, device=self.device, dtype=clean.dtype)
+        sigma = repeat_sigma(self.sigmas[level], layout.block_frames).to(clean.dtype)
+        timesteps = self.timesteps[level].repeat_interleave(layout.block_frames, dim=1)
+        noisy = (1 - sigma) * clean + sigma * noise
+        flow = predict(self.dit, noisy, timesteps, clips.positions[:, part], text, context, layout, blocks)
+        error = (flow.float() - (noise - clean).float()).square()
+        error = error.unflatten(1, (len(blocks), -1)).mean(dim=(2, 3, 4, 5))
+        weight = clips.loss[:, first:]
+        return (error * weight).sum() / weight.sum().clamp(min=1)
+
+    def state(self) -> dict[str, Any]:
+        return {"produced": self.ring.produced}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.ring.refill(state["produced"], self.settings.refill_chunks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to do: the ring is made again."""
+
+
+class ReadingStage:
+    """The warm-up of stage 2: text encoder and attribute head on prompts alone (see `text`)."""
+
+    name = "text"
+
+    def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int,
+                 rate: float = 2e-3, batch: int = 256, prompts: int = 16384):
+        """Args: prompts: how many different ones; making them takes 0.1 ms each."""
+        self.batch = batch
+        torch.manual_seed(seed)
+        encoder = UMT5Encoder(model.text)
+        init_text_(encoder)
+        modules = {"text": encoder.to(device), "attributes": AttributeHead(model.text.dim).to(device)}
+        self.trainee = Trainee(modules, dtype, rate, average_decay=0.99)
+        tokenizer = load_tokenizer("bytes", model.text.text_len)
+        self.ids, self.labels = (t.to(device) for t in sample_prompts(tokenizer, [seed, 2], prompts))
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        rows = torch.randint(len(self.ids), (self.batch,), generator=self.generator, device=self.ids.device)
+        ids = self.ids[rows]
+        features = text_features(self.trainee.work["text"], ids)
+        loss, right = attribute_loss(
+            self.trainee.work["attributes"](features, text_mask(ids)), self.labels[rows]
+        )
+        loss.backward()
+        return {"reading": loss, "read_right": right}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Nothing to do: batches depend on the step alone."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to do."""

@@ -1,0 +1,191 @@
+"""Stage 1: the VAE (Wan 2.1's, arXiv:2503.20314) on clips of the small world.
+
+Loss: L1 on pixels, L1 on their spatial differences (edges of objects and the ground's pattern are where an L1
+alone is content with grey; Mathieu et al., arXiv:1511.05440) and on temporal ones, and a small KL term
+(arXiv:1312.6114), just enough that the latent space has no holes and a scale. No adversary: the world has no
+texture that a sharp average would miss. Two phases, first crops in large batches, then whole pictures and
+longer clips, so that attention and borders meet their final size, and the causal history some length.
+
+Latents that come out of the export are normalised: `statistics` measures mean and standard deviation of each
+channel, `export.fold_statistics` puts them into conv1 and conv2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import VAEConfig
+from ..models.vae import AttentionBlock, ResidualBlock, WanVAE, latent_statistics
+from ..world.render import render, simulate
+from ..world.scene import change_scene
+from .text import sample_scenes
+from .trainee import Trainee
+
+FIRST_LOG_VARIANCE = -6.0
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """Clips are of 1 + 4k video frames, the first of them below `horizon`. The second phase begins at
+    `whole_from` of the training.
+    """
+
+    rate: float = 2e-3
+    crop: int = 64
+    crop_batch: int = 32
+    crop_frames: int = 17
+    whole_batch: int = 8
+    whole_frames: int = 33
+    whole_from: float = 0.6
+    kl_weight: float = 2e-4
+    gradient_weight: float = 1.0
+    temporal_weight: float = 0.25
+    horizon: int = 48
+    average_decay: float = 0.998
+
+
+def moments(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log variance [B, z, F, h, w] of a video [B, 3, 1 + 4k, H, W] in [-1, 1], with gradients.
+
+    The encoder's streaming form in two calls, the first frame and all others: causal, hence the same values
+    as four frames at a time.
+    """
+    batch, _, _, height, width = video.shape
+    video = video.contiguous(memory_format=vae.memory_format)
+    history = vae.encoder.init_history(batch, height, width, video.device, video.dtype, vae.memory_format)
+    first, history = vae.encoder(video[:, :, :1], history, True)
+    rest, _ = vae.encoder(video[:, :, 1:], history, False)
+    mean, log_variance = vae.conv1(torch.cat([first, rest], dim=2)).chunk(2, dim=1)
+    return mean, log_variance
+
+
+def decode_clip(vae: WanVAE, z: Tensor) -> Tensor:
+    """Pixels [B, 3, 1 + 4k, H, W] of unscaled latents [B, z, 1 + k, h, w], with gradients."""
+    batch, _, _, height, width = z.shape
+    history = vae.init_history(batch, height, width, z.device, z.dtype)
+    first, history = vae.decode(z[:, :, :1], history, True)
+    rest, _ = vae.decode(z[:, :, 1:], history, False)
+    return torch.cat([first, rest], dim=2)
+
+
+@torch.no_grad()
+def encode_video(vae: WanVAE, frames: Tensor) -> Tensor:
+    """Normalised latents [B, 1 + k, 16, h, w] of frames [B, 1 + 4k, 3, H, W] in [0, 1]: `WanVAE.encode` in
+    two calls.
+    """
+    mean, _ = moments(vae, frames.transpose(1, 2) * 2 - 1)
+    centre, inverse_std = latent_statistics(mean.device, mean.dtype)
+    return ((mean - centre) * inverse_std).transpose(1, 2)
+
+
+def init_vae_(vae: WanVAE) -> None:
+    """Initial weights: activations keep their scale, every residual branch begins at zero (Fixup,
+    arXiv:1901.09321), and the posterior begins narrow, or the decoder would first learn to ignore it.
+    """
+    for module in vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.residual["6"].weight)
+        elif isinstance(module, AttentionBlock):
+            nn.init.zeros_(module.proj.weight)
+    z = vae.conv2.in_channels
+    with torch.no_grad():
+        vae.conv1.weight[z:] *= 0.1
+        vae.conv1.bias[z:] = FIRST_LOG_VARIANCE
+
+
+class VAEStage:
+    """Trains encoder and decoder together."""
+
+    name = "vae"
+
+    def __init__(self, config: VAEConfig, size: int, device: torch.device, dtype: torch.dtype, seed: int,
+                 settings: VAESettings = VAESettings()):
+        """Args: size: of the whole picture, in pixels; the crop is at most that."""
+        self.config, self.settings, self.size, self.seed = config, settings, size, seed
+        self.device, self.dtype = device, dtype
+        torch.manual_seed(seed)
+        vae = WanVAE(config)
+        init_vae_(vae)
+        vae = vae.to(device)
+        self.trainee = Trainee({"vae": vae}, dtype, settings.rate, average_decay=settings.average_decay)
+        self.vae: WanVAE = self.trainee.work["vae"]
+        if device.type == "cuda":
+            self.vae.use_channels_last()
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        settings = self.settings
+        if progress < settings.whole_from:
+            target = self.video(
+                step, settings.crop_batch, settings.crop_frames, min(settings.crop, self.size)
+            )
+        else:
+            target = self.video(step, settings.whole_batch, settings.whole_frames, self.size)
+        mean, log_variance = moments(self.vae, target)
+        noise = torch.randn(mean.shape, generator=self.generator, device=self.device, dtype=self.dtype)
+        log_variance = log_variance.float().clamp(-20, 10)
+        z = mean + noise * (0.5 * log_variance).exp().to(self.dtype)
+        losses = reconstruction_losses(decode_clip(self.vae, z).float(), target.float())
+        losses["kl"] = 0.5 * (mean.float().square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = (losses["l1"] + settings.gradient_weight * losses["edges"]
+                + settings.temporal_weight * losses["change"] + settings.kl_weight * losses["kl"])
+        loss.backward()
+        return {"loss": loss, **losses}
+
+    def video(self, index: int, batch: int, frames: int, crop: int) -> Tensor:
+        """Clips [batch, 3, frames, crop, crop] in [-1, 1]; every fourth with a change of scene in it."""
+        rng = np.random.default_rng([self.seed, 1, index])
+        start = int(rng.integers(self.settings.horizon))
+        scenes = [[(0, scene)] for scene in sample_scenes(rng, batch)]
+        for timeline in scenes[::4]:
+            timeline.append((start + 1 + int(rng.integers(frames)), change_scene(rng, timeline[0][1])))
+        tracks = simulate(scenes, start + frames, int(rng.integers(2**31)))
+        pictures = render(tracks, slice(start, start + frames), self.device, self.size)
+        y, x = (8 * int(rng.integers((self.size - crop) // 8 + 1)) for _ in range(2))
+        return (pictures[..., y:y + crop, x:x + crop].to(self.dtype) * 2 - 1).transpose(1, 2)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Nothing to do: batches depend on the step alone."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to do."""
+
+    def averaged(self) -> WanVAE:
+        """The averaged VAE in float32, for inference."""
+        vae = WanVAE(self.config).to(self.device)
+        vae.load_state_dict({name.removeprefix("vae."): t for name, t in self.trainee.average().items()})
+        return vae.eval().requires_grad_(False)
+
+
+def reconstruction_losses(made: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """L1 of pixels, of their differences to the right and below, and of those to the next frame; all [B, 3,
+    T, H, W].
+    """
+    error = made - target
+    return {"l1": error.abs().mean(),
+            "edges": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+            "change": error.diff(dim=2).abs().mean()}
+
+
+@torch.no_grad()
+def statistics(vae: WanVAE, videos: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every latent channel, float32 [z] each, over videos as in `moments`."""
+    latents = torch.cat(
+        [moments(vae, video)[0].float().transpose(0, 1).flatten(1) for video in videos], dim=1
+    )
+    return latents.mean(dim=1), latents.std(dim=1)

@@ -1,0 +1,254 @@
+"""Whether a video of the small world shows the scene that was asked for: no learned parts, only geometry.
+
+An object is found by its colour, for colours within a scene differ; one that is there in another colour is
+found by what it else has in common with an object nobody asked for. What cannot be judged (the shape of an
+object that is cut by the edge in every frame, say) counts neither way; what is not there is wrong.
+
+Adherence is the mean over the objects and the ground of the share of right attributes; an object too many
+counts as one with none right. A block is 12 video frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from typing import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import UserError
+from .motion import SCALES
+from .reading import (
+    Seen,
+    Trace,
+    check_frames,
+    is_large,
+    read_ground,
+    read_letter,
+    read_objects,
+    read_traces,
+)
+from .scene import COLOURS, MOTIONS, ObjectSpec, SceneSpec
+from .tracking import LEAST_FRAMES, WINDOW_FRAMES, Course, follow, motion_of
+
+__all__ = ["Check", "Drift", "Seen", "check", "drift", "permanence", "read_objects", "switch_delay"]
+
+BLOCK_FRAMES = 12
+FPS = 16
+
+_GAP_FRAMES = 30  # how long an object that left at one edge may take to come in at the other
+_HIDDEN_FRAMES = 80
+
+Marks = Mapping[str, bool | None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What of a scene is right in a span of frames; None is what could not be judged.
+
+    `objects`: marks for colour, shape, size, motion and, on large objects, letter. `ground`: for colour and
+    pattern. `extra`: objects that nobody asked for.
+    """
+
+    objects: tuple[Marks, ...]
+    ground: Marks
+    extra: int
+
+    @property
+    def adherence(self) -> float:
+        """Mean over objects and ground of the share of right attributes, 0 for each object too many."""
+        shares = [_share(marks) for marks in (*self.objects, self.ground)] + [0.0] * self.extra
+        return float(np.mean(shares))
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """What is wrong, as 'object 0 motion', 'ground pattern', 'extra'."""
+        named = [(f"object {i}", marks) for i, marks in enumerate(self.objects)] + [("ground", self.ground)]
+        found = [f"{name} {field}" for name, marks in named for field, mark in marks.items() if mark is False]
+        return tuple(found + ["extra"] * self.extra)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Adherence at the start and at the end of a long video."""
+
+    first: float
+    last: float
+
+    @property
+    def lost(self) -> float:
+        return self.first - self.last
+
+
+def check(frames: Tensor | np.ndarray, scene: SceneSpec) -> Check:
+    """Compare `frames`, uint8 [T, 3, 128, 128], at least 12 of them (0.75 s), with the scene claimed.
+
+    Raises:
+        UserError: frames of another shape or dtype, or too few.
+    """
+    frames = check_frames(frames, least=BLOCK_FRAMES)
+    traces, clear = read_traces(frames)
+    least = max(2, len(frames) // 5)
+    traces = {colour: trace for colour, trace in traces.items() if trace.there.sum() >= least}
+    found = {i: traces[thing.colour] for i, thing in enumerate(scene.objects) if thing.colour in traces}
+    named = {thing.colour for thing in scene.objects}
+    others = [trace for colour, trace in traces.items() if colour not in named]
+    marks: dict[int, Marks] = {i: _judge(trace, scene.objects[i], _in_front(scene, i, traces))
+                               for i, trace in found.items()}
+    missing = [i for i in range(len(scene.objects)) if i not in found]
+    taken = _assign(missing, others, scene, traces, marks)
+    nothing = {field: False for field in ("colour", "shape", "size", "motion")}
+    extra = len(others) - taken + sum(np.median(trace.strays[trace.there]) > 60 for trace in found.values())
+    ground, pattern = read_ground(frames, clear)
+    return Check(tuple(marks.get(i, nothing) for i in range(len(scene.objects))),
+                 {"colour": ground == scene.ground, "pattern": pattern == scene.pattern}, int(extra))
+
+
+def switch_delay(frames: Tensor | np.ndarray, scene: SceneSpec, before: SceneSpec | None = None,
+                 threshold: float = 0.9) -> int | None:
+    """Blocks from a prompt switch, at the first of `frames`, to the end of the first with the new scene.
+
+    1: already the first block does. None: never. A block shows the scene when its adherence is at least
+    `threshold`; with the scene `before` the switch, when that share of what changed is right.
+
+    Raises:
+        UserError: as `check`.
+    """
+    frames = check_frames(frames, least=BLOCK_FRAMES)
+    for block in range(len(frames) // BLOCK_FRAMES):
+        result = check(frames[block * BLOCK_FRAMES:(block + 1) * BLOCK_FRAMES], scene)
+        score = result.adherence if before is None else _share(_changed(result, scene, before))
+        if score >= threshold:
+            return block + 1
+    return None
+
+
+def permanence(frames: Tensor | np.ndarray, scene: SceneSpec) -> float:
+    """Share of the frames in which every object of the scene is there, by its colour.
+
+    An object may be away for 30 frames next to its passing an edge, and for 80 while the object lasts behind
+    which it vanished or from behind which it comes.
+    """
+    traces, _ = read_traces(check_frames(frames))
+    present = np.ones(len(frames), bool)
+    for index, thing in enumerate(scene.objects):
+        trace = traces.get(thing.colour)
+        if trace is None:
+            return 0.0
+        front = [traces[other.colour] for other in scene.objects[index + 1:] if other.colour in traces]
+        present &= _accounted(trace, front, thing)
+    return float(present.mean())
+
+
+def drift(frames: Tensor | np.ndarray, scene: SceneSpec, seconds: float = 5) -> Drift:
+    """Adherence in the first and in the last `seconds` of a video that shows one scene.
+
+    Raises:
+        UserError: a video shorter than twice that, or as `check`.
+    """
+    count = round(seconds * FPS)
+    frames = check_frames(frames, least=BLOCK_FRAMES)
+    if len(frames) < 2 * count or count < BLOCK_FRAMES:
+        raise UserError(f"frames: {len(frames)} of them for {seconds} s at each end; give at least "
+                        f"{2 * count}.")
+    return Drift(check(frames[:count], scene).adherence, check(frames[-count:], scene).adherence)
+
+
+def _share(marks: Marks) -> float:
+    judged = [mark for mark in marks.values() if mark is not None]
+    return float(np.mean(judged)) if judged else 0.0
+
+
+def _changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
+    """Of the marks those of what `scene` asks for and `before` did not."""
+    marks: dict[str, bool | None] = {}
+    if len(scene.objects) < len(before.objects):
+        marks["extra"] = result.extra == 0
+    if scene.ground != before.ground:
+        marks["ground"] = result.ground["colour"]
+    if scene.pattern != before.pattern:
+        marks["pattern"] = result.ground["pattern"]
+    for i, thing in enumerate(scene.objects):
+        old = before.objects[i] if i < len(before.objects) else None
+        marks |= {f"{i} {field}": mark for field, mark in result.objects[i].items()
+                  if old is None or getattr(old, field) != getattr(thing, field)}
+    return marks
+
+
+def _in_front(scene: SceneSpec, index: int, traces: Mapping[str, Trace]) -> list[Trace]:
+    """What may hide object `index`: all but itself and the objects behind it."""
+    behind = {thing.colour for thing in scene.objects[:index + 1]}
+    return [trace for colour, trace in traces.items() if colour not in behind]
+
+
+def _assign(missing: list[int], others: list[Trace], scene: SceneSpec, traces: Mapping[str, Trace],
+            marks: dict[int, Marks]) -> int:
+    """Judge missing objects by the traces that nobody asked for, as it fits best; how many were used."""
+    count = min(len(missing), len(others))
+    best: tuple[float, dict[int, Marks]] = -1.0, {}
+    for wanted in combinations(missing, count):
+        for chosen in permutations(others, count):
+            judged = {}
+            for i, trace in zip(wanted, chosen):
+                front = [other for other in _in_front(scene, i, traces) if other is not trace]
+                judged[i] = _judge(trace, scene.objects[i], front) | {"colour": False}
+            score = sum(map(_share, judged.values()))
+            if score > best[0]:
+                best = score, judged
+    marks |= best[1]
+    return count
+
+
+def _judge(trace: Trace, thing: ObjectSpec, front: list[Trace]) -> dict[str, bool | None]:
+    """Marks of one object that only `front` may hide."""
+    course = follow(trace, front, (thing.shape, SCALES[thing.size]))
+    marks: dict[str, bool | None] = {"colour": True, "shape": None, "size": None}
+    if course.shape is not None:
+        marks["shape"] = course.shape == thing.shape
+    if course.scale is not None:
+        large = is_large(course.scale)
+        marks["size"] = large == (thing.size == "large")
+        if thing.size == "large" and not large:
+            marks["letter"] = None if thing.letter is None else False
+        elif thing.size == "large":
+            marks["letter"] = _has_letter(trace, course, thing.letter)
+    starts = range(0, len(trace.area) - LEAST_FRAMES + 1, WINDOW_FRAMES)
+    votes = [motion_of(trace, course, slice(start, start + WINDOW_FRAMES)) for start in starts]
+    judged = [vote == thing.motion for vote in votes if vote]
+    marks["motion"] = bool(np.mean(judged) >= 0.5) if judged else None
+    return marks
+
+
+def _has_letter(trace: Trace, course: Course, letter: str | None) -> bool | None:
+    """Whether that letter, or none, is on the object; None where it never shows."""
+    frames = np.flatnonzero(course.whole)
+    if len(frames):
+        some = _spread(frames)
+        return read_letter(trace, some, course.shape)[0] == letter
+    some = _spread(np.flatnonzero(course.open))
+    if not len(some):
+        return None
+    return read_letter(trace, some, course.shape, course.place[some], course.scale)[0] == letter
+
+
+def _spread(frames: np.ndarray) -> np.ndarray:
+    """At most 8 of them, from first to last."""
+    return frames[np.unique(np.linspace(0, len(frames) - 1, 8).astype(int))] if len(frames) > 8 else frames
+
+
+def _accounted(trace: Trace, front: list[Trace], thing: ObjectSpec) -> np.ndarray:
+    """[T] whether the object is there, or away for a reason."""
+    accounted = trace.there.copy()
+    shown = np.flatnonzero(trace.there)
+    bounds = np.concatenate([[-1], shown, [len(accounted)]])
+    for before, after in zip(bounds, bounds[1:]):
+        gap = slice(before + 1, after)
+        length = after - before - 1
+        ends = [end for end in (before, after) if 0 <= end < len(accounted)]
+        leaves = thing.motion in MOTIONS[:4] and any(trace.at_edge[end] for end in ends)
+        hides = any(trace.touches[end, COLOURS.index(other.colour)] and other.there[gap].all()
+                    for end in ends for other in front)
+        if length and ((leaves and length <= _GAP_FRAMES) or (hides and length <= _HIDDEN_FRAMES)):
+            accounted[gap] = True
+    return accounted
