@@ -21,6 +21,8 @@ State lives in `StreamingDecoder` alone:
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -174,7 +176,7 @@ class _Stages(nn.Module):
     """What encoder and decoder share: run the stages in order, each with its part of the flat history."""
 
     def stages(self) -> list[nn.Module]:
-        """The stages in order; each can be compiled by itself and in place (`stage.compile(...)`)."""
+        """The stages in order; each can be compiled by itself."""
         raise NotImplementedError
 
     def init_history(self, batch: int, height: int, width: int, device: torch.device, dtype: torch.dtype,
@@ -192,14 +194,17 @@ class _Stages(nn.Module):
                 height, width = height * 2, width * 2
         return tuple(history)
 
-    def forward(self, x: Tensor, history: History | list[Tensor], first: bool) -> tuple[Tensor, History]:
-        """Run all stages. A history given as a list is emptied on the way, so that the old one and the new
-        one need not lie in memory both. One on another device than x stays there and is overwritten: each
-        stage's part comes over for that stage alone.
+    def forward(self, x: Tensor, history: History | list[Tensor], first: bool,
+                stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
+        """Run all stages, or what stands in for them in `stages`.
+
+        A history given as a list is emptied on the way, so that the old one and the new one need not lie in
+        memory both. One on another device than x stays there and is overwritten: each stage's part comes over
+        for that stage alone.
         """
         rest = history if isinstance(history, list) else list(history)
         new_history: History = ()
-        for stage in self.stages():
+        for stage in stages or self.stages():
             count = len(stage.history_channels)
             kept, rest[:count] = tuple(rest[:count]), []
             visiting = any(h.device != x.device for h in kept)
@@ -295,17 +300,19 @@ class WanVAE(nn.Module):
         return self.decoder.init_history(batch, latent_height, latent_width, device, dtype,
                                          self.memory_format)
 
-    def decode(self, z: Tensor, history: History | list[Tensor],
-               first: bool) -> tuple[Tensor, History]:
+    def decode(self, z: Tensor, history: History | list[Tensor], first: bool,
+               stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
         """Decode one step of a stream. No hidden state, no host reads: fit for compiling and graph capture.
 
         z: unscaled latents [B, 16, T, h, w]; history: from `init_history` or the step before, a list is
-        emptied; first: whether z is the first latent of the stream. Returns raw pixels [B, 3, 4T (first: 1),
-        8h, 8w], about [-1, 1], and the new history. Raises ValueError if first and T > 1.
+        emptied; first: whether z is the first latent of the stream; stages: what to run instead of the
+        decoder's own. Returns raw pixels [B, 3, 4T (first: 1), 8h, 8w], about [-1, 1], and the new history.
+        Raises ValueError if first and T > 1.
         """
         if first and z.shape[2] != 1:
             raise ValueError(f"z: the first latent of a stream is decoded alone, got shape {tuple(z.shape)}.")
-        return self.decoder(self.conv2(z.contiguous(memory_format=self.memory_format)), history, first)
+        z = self.conv2(z.contiguous(memory_format=self.memory_format))
+        return self.decoder(z, history, first, stages)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -401,10 +408,14 @@ class StreamingDecoder:
         while start < count:
             stop = start + (1 if self.first else self.chunk_latents)
             history, self._history = list(self.history), ()
-            pixels, self._history = self.vae.decode(z[:, :, start:stop], history, self.first)
+            pixels, self._history = self.decode(z[:, :, start:stop], history, self.first)
             frames.append(pixels_to_frames(pixels))
             self.first, start = False, stop
         return [torch.cat(frames, dim=1)]
+
+    def decode(self, z: Tensor, history: list[Tensor], first: bool) -> tuple[Tensor, History]:
+        """`WanVAE.decode`, the seam of what makes it faster."""
+        return self.vae.decode(z, history, first)
 
     def flush(self) -> list[Tensor]:
         """Frames still held back: none, since `push` returns all of them."""

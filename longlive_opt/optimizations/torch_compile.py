@@ -7,7 +7,8 @@ the attention kernel runs as it is. So nothing that is compiled depends on how f
 compilation takes seconds, since the 30 blocks differ only in their weights. Full graphs, static shapes:
 a graph break is an error, and after the rehearsal nothing is compiled again. What depends on the timestep
 alone is computed once, the clean pass leaves out what only serves the flow, and the VAE decodes a whole block
-of latents in one call in the channels-last layout.
+of latents in one call in the channels-last layout. The first block of a video, whose latents come as 1 and 2,
+is decoded as it is: two more variants would make compilation three times as long.
 
 `compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its
 choices for the transformer's blocks: among cuBLAS's ways of a product and the tilings of its own kernels. Its
@@ -29,22 +30,22 @@ import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any, ClassVar, Mapping
+from typing import Any, ClassVar, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import NotAvailable, UserError
 from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
-from ..models.vae import StreamingDecoder
+from ..models.vae import History, StreamingDecoder
 from ..pipeline import Pipeline
 from ..sampler import uniform_timesteps
 from .cuda_graphs import GraphedForward
 from .room import Level, Room
 from .static_kv_cache import RingKVCache, RingLayer
 
-# Stages of the VAE are specialised for each number of latents, halves of a block for recaches of each length.
+# A residual block of the VAE is specialised for each size, halves of a transformer block for each recache's.
 RECOMPILE_LIMIT = 64
 AUTOTUNE = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 
@@ -63,7 +64,7 @@ class TorchCompile(Room):
                             "use_static_kv or use_quantized_kv as well.")
         check_compiler(pipeline.device)
         options = AUTOTUNE if self.mode == "max-autotune" else {}
-        compile_vae(pipeline)
+        stages = compiled_stages(pipeline)
         # Without it cuDNN takes a kernel of an older generation for the VAE's 96-channel convolutions.
         torch.backends.cudnn.benchmark = True
         fused = config.use_fused_kernels
@@ -77,8 +78,8 @@ class TorchCompile(Room):
         vae, model = pipeline.vae, pipeline.model
         pipeline = dataclasses.replace(
             pipeline, sampler=pipeline.sampler.with_forward(forward),
-            make_vae_decoder=lambda: CompiledDecoder(vae, 1, model.latent_height, model.latent_width,
-                                                     latents))
+            make_vae_decoder=lambda: CompiledDecoder(stages, vae, 1, model.latent_height,
+                                                     model.latent_width, latents))
         blocks = "" if fused else f"{len(pipeline.dit.blocks)} transformer blocks and "
         done = f"{blocks}the VAE decoder's stages are compiled; {latents} latents a VAE call, channels last"
         if self.mode != "default" and pipeline.device.type != "cuda":
@@ -86,10 +87,10 @@ class TorchCompile(Room):
         return self.report(pipeline, done, **facts)
 
 
-def compile_vae(pipeline: Pipeline) -> None:
-    """Compile every stage of the VAE's decoder in place."""
-    for stage in pipeline.vae.use_channels_last().decoder.stages():
-        stage.compile(fullgraph=True, dynamic=False)
+def compiled_stages(pipeline: Pipeline) -> list[nn.Module]:
+    """The stages of the VAE's decoder, compiled; they share the weights of the plain ones."""
+    return [torch.compile(stage, fullgraph=True, dynamic=False)
+            for stage in pipeline.vae.use_channels_last().decoder.stages()]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -111,11 +112,17 @@ def many_recompiles() -> Any:
 
 
 class CompiledDecoder(StreamingDecoder):
-    """A decoder whose stages are compiled."""
+    """A decoder with compiled stages for full chunks of latents, and plain ones for the first of a video."""
 
-    def push(self, latents: Tensor) -> list[Tensor]:
+    def __init__(self, stages: Sequence[nn.Module], *arguments: Any):
+        super().__init__(*arguments)
+        self._stages = stages
+
+    def decode(self, z: Tensor, history: list[Tensor], first: bool) -> tuple[Tensor, History]:
+        if first or z.shape[2] != self.chunk_latents:
+            return super().decode(z, history, first)
         with many_recompiles():
-            return super().push(latents)
+            return self.vae.decode(z, history, first, self._stages)
 
 
 class CompiledForward:
