@@ -84,8 +84,9 @@ def reference(micro) -> list[Chunk]:
     return chunks
 
 
-FLAGS = ("use_static_kv", "use_fused_kernels", "use_prompt_cache", "use_async_vae")
-COMBINATIONS = [subset for size in range(1, 5) for subset in combinations(FLAGS, size)
+EXACT_FLAGS = ("use_vae_offload", "use_text_offload", "use_prompt_cache", "use_async_vae")
+FLAGS = ("use_static_kv", "use_fused_kernels", *EXACT_FLAGS)
+COMBINATIONS = [subset for size in (1, 2, 3, len(FLAGS)) for subset in combinations(FLAGS, size)
                 if "use_fused_kernels" not in subset or "use_static_kv" in subset]
 
 
@@ -112,8 +113,7 @@ def test_quantized_cache_together_with_others(reference, quantization):
     """
     keys = {"use_quantized_kv": True, "kv_quantization": quantization, **SMALL}
     alone = scripted(micro_pipeline(**keys))
-    for flags in (("use_prompt_cache",), ("use_async_vae",),
-                  ("use_static_kv", "use_prompt_cache", "use_async_vae")):
+    for flags in (*((flag,) for flag in EXACT_FLAGS), ("use_static_kv", *EXACT_FLAGS)):
         assert same_video(alone, scripted(micro_pipeline(**dict.fromkeys(flags, True), **keys)))
     fused = scripted(micro_pipeline(use_fused_kernels=True, **keys))
     for chunks in (alone, fused):
@@ -159,8 +159,7 @@ def test_kernels_without_triton_are_not_available(monkeypatch):
 
 def test_rooms_apply_in_a_fixed_order_and_report():
     """Captured code cannot be compiled: the order is the table's, not that of the flags in a file."""
-    flags = ["use_static_kv", "use_fused_kernels", "use_torch_compile", "use_cuda_graphs", "use_prompt_cache",
-             "use_async_vae"]
+    flags = ["use_static_kv", "use_fused_kernels", "use_torch_compile", "use_cuda_graphs", *EXACT_FLAGS]
     names = [room.name for room in rooms_of(micro_config(**dict.fromkeys(reversed(flags), True)))]
     assert [f"use_{name}" for name in names] == flags
     both = micro_config(use_static_kv=True, use_quantized_kv=True)
@@ -776,6 +775,29 @@ def test_compiled_regions_equal_the_reference_and_never_compile_again(cheap_comp
     for ours, theirs in zip(chunks, expected, strict=True):
         assert (ours.latents - theirs.latents).abs().max() <= VIDEO_TOLERANCE
         assert (ours.frames.int() - theirs.frames.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("others", [(flag,) for flag in EXACT_FLAGS] + [EXACT_FLAGS], ids="+".join)
+def test_compiled_with_exact_rooms_keeps_every_bit(cheap_compile, others):
+    """A room that wraps the plain decoder or encoder instead of the compiled one, or runs it twice."""
+    keys = {"use_static_kv": True, "use_torch_compile": True, **SMALL}
+    alone = scripted(micro_pipeline(**keys))
+    assert same_video(alone, scripted(micro_pipeline(**dict.fromkeys(others, True), **keys)))
+
+
+@pytest.mark.parametrize("keys", [{"use_static_kv": True, "use_fused_kernels": True},
+                                  {"use_quantized_kv": True},
+                                  {"use_quantized_kv": True, "kv_read_path": "dequantize"},
+                                  {"use_quantized_kv": True, "use_fused_kernels": True}], ids=str)
+def test_compiled_with_caches_and_kernels_changes_no_more_than_rounding(cheap_compile, keys):
+    """Compiled code that reads or writes another cache than the one that was asked for. Rounding may tip an
+    8-bit value over, which single pixels show, so frames are compared in the mean.
+    """
+    plain, compiled = (scripted(micro_pipeline(use_torch_compile=wanted, **keys, **SMALL))
+                       for wanted in (False, True))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert relative_rms(ours.latents, theirs.latents) < 0.01
+        assert (ours.frames.float() - theirs.frames.float()).abs().mean() < 0.5
 
 
 # On a GPU. The tiny model: heads of 64, which every attention kernel takes.
