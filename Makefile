@@ -11,7 +11,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint lab summary wheelhouse install-offline campaign-h100 ablation-h100 clean
+.PHONY: help install demo test test-gpu lint lab summary training-report wheelhouse install-offline campaign-h100 ablation-h100 clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ lab: ## open JupyterLab
 
 summary: ## compare the finished runs of one campaign again (CAMPAIGN=demo)
 	@$(RUNNER) summary --campaign $(CAMPAIGN) $(ARGS)
+
+training-report: ## explain how the tiny model was trained and how well it does: outputs/training
+	@$(RUNNER) training $(ARGS)
 
 campaign-h100: ## measure every preset but the ablation on an H100: outputs/h100 and OPTIMIZATION_LOG.md
 	@$(RUNNER) run --campaign h100 --profile params/profiles/h100.yaml --repeat-baseline 1 --skip ablation \

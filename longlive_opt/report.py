@@ -25,7 +25,7 @@ from longlive_opt import figures, metrics
 from longlive_opt.errors import UserError
 from longlive_opt.figures import TARGET_MS, lookup, number
 from longlive_opt.inputs import project_path
-from longlive_opt.results import atomic_path, is_na, read_campaign
+from longlive_opt.results import atomic_path, is_na, na, read_campaign
 from longlive_opt.variations import variations_table
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,9 @@ _FIGURES = {"SS Mean": "latency.ss_ms_per_frame.mean", "SS P99": "latency.ss_ms_
 _QUALITY = {"PSNR": "psnr_db", "SSIM": "ssim", "LPIPS": "lpips", "CLIP Delta": "clip_delta"}
 _NOISE = {"ss_mean": "SS mean", "ss_p50": "SS p50", "ss_max": "SS max", "ps_mean": "PS mean", "fps": "FPS",
           "peak_allocated": "memory"}
+_WORLD = {"world_before": "world.adherence_before", "world_after": "world.adherence_after",
+          "world_delay_blocks": "world.delay_blocks", "world_never": "world.never",
+          "world_permanence": "world.permanence"}
 _SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quantized_kv", "use_async_vae",
              "use_prompt_cache", "model_dtype")
 # What the block of a preset beyond the template shows as well.
@@ -153,7 +156,10 @@ def _within_target(result: Result) -> bool:
 
 
 def summary_table(results: Sequence[Result]) -> pd.DataFrame:
-    """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline."""
+    """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline.
+
+    The columns `world_...` are there if a video of the small world was judged in some run.
+    """
     paths = {"ss_mean_ms": _FIGURES["SS Mean"], "ss_p50_ms": "latency.ss_ms_per_frame.p50",
              "ss_p95_ms": "latency.ss_ms_per_frame.p95", "ss_p99_ms": _FIGURES["SS P99"],
              "ss_max_ms": _FIGURES["SS Max"], "ps_mean_ms": _FIGURES["PS Mean"],
@@ -161,7 +167,7 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
              "kv_cache_gb": "memory_gb.kv_cache", "startup_buffer_ms": "playback.startup_buffer_ms",
              "psnr_db": "quality.psnr_db.mean", "ssim": "quality.ssim.mean", "lpips": "quality.lpips.mean",
              "clip_delta": "quality.clip_delta.mean", "blocks": "sizes.blocks_measured",
-             "switches": "sizes.switches"}
+             "switches": "sizes.switches"} | (_WORLD if any(map(_is_judged, results)) else {})
     baseline, rows = _baseline(results), []
     for result in results:
         row = {"preset": result["preset"], "run": result.get("run", 1)}
@@ -202,6 +208,36 @@ def noise_table(results: Sequence[Result]) -> pd.DataFrame:
     row = {name: None if share is None else 100 * share for name, share in shares.items()}
     rows = [{"preset": noise["preset"]} | row] if noise else []
     return pd.DataFrame(rows, columns=["preset", *_NOISE.values()])
+
+
+def _is_judged(result: Result) -> bool:
+    """Whether the result says how well the video followed its prompts."""
+    return bool(result.get("world")) and not is_na(result["world"])
+
+
+def world_table(results: Sequence[Result]) -> pd.DataFrame | None:
+    """How well each run's video followed its prompts in the small world: shares, delays in blocks, what was
+    wrong. A run whose video was not judged says why; None if none was judged.
+    """
+    if not any(map(_is_judged, results)):
+        return None
+    absent = na("not judged", "run the preset again")
+    rows = []
+    for result in results:
+        world = result.get("world") or absent
+        never = f", {world['never']} of {world['switches']} never" if world.get("never") else ""
+        cells = {"adherence before": _share(world.get("adherence_before", world)),
+                 "adherence after": _share(world.get("adherence_after", world)),
+                 "switch delay, blocks": _share(world.get("delay_blocks", world), 1) + never,
+                 "permanence": _share(world.get("permanence", world)),
+                 "wrong": ", ".join(world.get("wrong", ())),
+                 "not judged": ", ".join(world.get("not_judged", ()))}
+        rows.append({"preset": result["preset"], "run": result.get("run", 1)} | cells)
+    return pd.DataFrame(rows)
+
+
+def _share(value: Any, digits: int = 3) -> str:
+    return f"n/a ({value['reason']})" if is_na(value) else f"{value:.{digits}f}"
 
 
 # ------------------------------------------------------------------------------- writing
@@ -523,9 +559,28 @@ def _run_notes(run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) ->
     if lookup(result, "quality.reference"):
         notes.append(f"Quality is {_escape(lookup(result, 'quality.label'))}: how far the frames are from "
                      f"those of {_escape(lookup(result, 'quality.reference'))}, not how good they look.")
+    notes += _world(result)
     notes += _variations(result)
     notes += [_sentence(note) for note in result.get("notes") or []]
     return notes + [f"{label} is n/a: {_sentence(reason)}" for label, reason in run.missing.items()]
+
+
+def _world(result: Result) -> list[str]:
+    """Whether the video showed its prompts, where that was asked: a note, or why it cannot be told."""
+    world = result.get("world")
+    if not world:
+        return []
+    if is_na(world):
+        return [f"Small world: n/a, {_escape(world['reason'])}; {_sentence(world['how_to_fix'])}"]
+    never = f" ({world['never']} of {world['switches']} switches never came)" if world["never"] else ""
+    text = (f"Small world: prompt adherence {_share(world['adherence_before'])} before a prompt switch and "
+            f"{_share(world['adherence_after'])} from the second block after it on, switch delay in blocks "
+            f"{_share(world['delay_blocks'], 1)}{never}, object permanence "
+            f"{_share(world['permanence'])}; {world['label']}")
+    told = [_sentence(text)]
+    told += [f"{name}: {_escape(', '.join(world[key]))}."
+             for name, key in (("Wrong", "wrong"), ("Not judged", "not_judged")) if world[key]]
+    return [" ".join(told)]
 
 
 def _variations(result: Result) -> list[str]:

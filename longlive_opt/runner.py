@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 BASELINE = "baseline"
 SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
+TRAINING = "training"
+TRAINING_NOTEBOOK = "98_training.ipynb"
+TINY_WEIGHTS = "weights/tiny"
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
@@ -70,17 +73,21 @@ class Layout:
         """
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
             raise UserError(f"--campaign: {name!r} cannot name a folder; use letters, digits, '_', '-', '.'")
+        if name == TRAINING:
+            raise UserError(f"--campaign: outputs/{TRAINING} holds the report on training; choose another "
+                            "name")
         return self.root / "outputs" / name
 
     def presets(self) -> dict[str, Path]:
-        """Preset -> notebook, in the order of the notebooks' numbers, without the summary."""
-        paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name != SUMMARY_NOTEBOOK]
+        """Preset -> notebook, in the order of the notebooks' numbers, without those that run no preset."""
+        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK)
+        paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in others]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
 
 def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] = ()) -> dict[str, Path]:
-    """The notebooks of the presets `asked` for, in that order; "all" is every notebook but the summary and
-    those to be `skipped`.
+    """The notebooks of the presets `asked` for, in that order; "all" is every preset but those to be
+    `skipped`.
 
     Raises:
         UserError: a preset is unknown, or lacks its notebook or its parameters.
@@ -206,6 +213,20 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
     return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)
 
 
+def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:
+    """The report on the training of the weights folder `weights`, seen from the project's folder.
+
+    Raises:
+        UserError: the notebook does not declare its parameter, or something else lies in its folder.
+    """
+    notebook, folder = layout.notebooks / TRAINING_NOTEBOOK, layout.root / "outputs" / TRAINING
+    _require_declared(notebook, declared_parameters(notebook), ["weights_dir"])
+    if any(folder.glob("*/result.json")):
+        raise UserError(f"outputs/{TRAINING}: is a campaign, and would be replaced by the report; rename it")
+    return Job(TRAINING, notebook, folder, {"weights_dir": weights}, "Training of the tiny model",
+               needs_result=False)
+
+
 def has_cuda() -> bool:
     """Whether a CUDA GPU can be used; asks nvidia-smi, and where that fails torch in a process of its own."""
     smi = shutil.which("nvidia-smi")
@@ -287,6 +308,17 @@ def run_summary(layout: Layout, arguments: argparse.Namespace) -> int:
         return 1 if run_jobs(layout.root, [summary]) else 0
 
 
+def run_training(layout: Layout, arguments: argparse.Namespace) -> int:
+    """The command `training`."""
+    asked = arguments.weights
+    if asked and not (layout.root / asked).is_dir():
+        raise UserError(f"--weights: there is no folder {asked}; train one: "
+                        f"python -m longlive_opt.training --out {asked} --device cuda")
+    job = plan_training(layout, asked or TINY_WEIGHTS)
+    with locked([job]):
+        return 1 if run_jobs(layout.root, [job]) else 0
+
+
 def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `list`."""
     for preset, notebook in layout.presets().items():
@@ -298,7 +330,7 @@ def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m longlive_opt.runner", description="Run presets as notebooks.")
-    commands = parser.add_subparsers(required=True, metavar="run | summary | list")
+    commands = parser.add_subparsers(required=True, metavar="run | summary | training | list")
     run = commands.add_parser("run", help="run presets, then the summary")
     run.add_argument("--campaign", required=True, metavar="NAME", help="results go to outputs/NAME")
     run.add_argument("--profile", type=Path, metavar="FILE", help="goes over each preset's values")
@@ -315,6 +347,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, summary):
         command.add_argument("--log", type=Path, metavar="FILE", help="where the optimization log goes, seen "
                              "from the project's folder (default: into the campaign)")
+    training = commands.add_parser("training", help="the report on the training of the tiny model")
+    training.add_argument("--weights", metavar="DIR", help="a folder of trained weights, seen from the "
+                          f"project's folder (default: {TINY_WEIGHTS})")
+    training.set_defaults(command=run_training)
     commands.add_parser("list", help="list the presets").set_defaults(command=list_presets)
     return parser
 

@@ -4,6 +4,7 @@
     run.build()                        # load the model, apply the optimizations
     run.measure()                      # rehearse, then measure the stream
     run.film()                         # a short video
+    run.judge()                        # does it show its prompts? (of the small world; may be left out)
     run.compare()                      # quality against the campaign's baseline
     run.save()                         # result.json, the only sign of success
     run.vary({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
@@ -25,7 +26,7 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from . import figures, metrics, provenance, quality, results, video
+from . import figures, judgement, metrics, provenance, quality, results, video
 from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
@@ -54,6 +55,7 @@ class Experiment:
         self.number = run
         self.folder = folder
         self.script = script_of(config)
+        self.world: dict[str, Any] | None = None
         self._variations = itertools.count(1)
 
     @classmethod
@@ -202,6 +204,7 @@ class Experiment:
     def film(self) -> HTML:
         """Generate the script's video with its prompt switches; returns a player. Not measured."""
         self._start_over()
+        self.world = None  # of the video before
         self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
                        for chunk in self.session.play(self.script, self.config.video_blocks)]
         self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
@@ -219,6 +222,20 @@ class Experiment:
         if self.is_reference:
             Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)
         return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
+
+    def judge(self) -> pd.DataFrame:
+        """Whether the video of `film` shows its prompts, one row for each; n/a where they are none of the
+        small world. Call it before `charts` and `save`, or the result is without it.
+
+        Raises:
+            UserError: the result was put together already.
+        """
+        if "result" in self.__dict__:
+            raise UserError("judge: the result was put together already; call judge() before charts() and "
+                            "save().")
+        prompts = [chunk.prompt for chunk in self.chunks for _ in range(chunk.frames.shape[1])]
+        self.world = judgement.judge(self.frames, prompts, weights_kind=self.pipeline.weights["kind"])
+        return judgement.table(self.world, prompts).map(plain)
 
     def compare(self) -> pd.DataFrame:
         """Quality against the baseline of the same campaign, by two protocols; the headline is the one-block
@@ -371,6 +388,7 @@ class Experiment:
                 **self.measured,
                 "setup_s": pipeline.setup_s,
                 "quality": self.quality,
+                **({} if self.world is None else {"world": self.world}),
                 "rooms": self._room_reports(),
                 "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }

@@ -19,7 +19,7 @@ import yaml
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.html import export_html, network_references
-from longlive_opt.runner import QUICK, Layout, plan, plan_summary
+from longlive_opt.runner import QUICK, Layout, plan, plan_summary, plan_training
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -87,6 +87,9 @@ def test_notebook_is_clean(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
+    named = [cell.id for cell in notebook.cells]
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in named), "ids that say what they are"
+    assert not [name for name in named if re.fullmatch(r"[0-9a-f]{8}", name)], "give the cells ids by hand"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not [cell for cell in code if cell.outputs or cell.execution_count is not None], "strip outputs"
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
@@ -109,6 +112,7 @@ def test_notebooks_presets_and_profiles_fit(profile: Path) -> None:
     # Smoke is for tests, which build it without a notebook.
     assert presets - {"smoke"} == {job.label for job in jobs} - {"baseline.repeat2"}
     plan_summary(layout, "house")
+    plan_training(layout)
 
 
 # ---- tracked files

@@ -184,6 +184,44 @@ def test_variations_are_told_with_their_figures():
     assert "one key changed" not in report.render_log([make("baseline"), result])
 
 
+WORLD = {"label": "read from the frames", "adherence_before": 0.975, "adherence_after": 0.75,
+         "delay_blocks": 1.5, "switches": 3, "never": 1, "permanence": 1.0, "wrong": ["red circle: motion"],
+         "not_judged": ["blue star: letter"], "segments": []}
+
+
+def test_world_is_told_per_run_and_tabled():
+    """Would catch a prompt that a preset breaks standing in result.json alone, and a number where one could
+    not judge."""
+    judged, other = make("quality") | {"world": WORLD}, make("speed")
+    other["world"] = na("a prompt is none of the small world: 'a_fox'", "write another")
+    never = make("balanced") | {"world": WORLD | {"delay_blocks": na("never came", "look"), "never": 3}}
+    runs = [make("baseline"), judged, never, other]
+    text = report.render_log(runs)
+    part = section(text, "### Experiment 4")
+    assert ("Small world: prompt adherence 0.975 before a prompt switch and 0.750 from the second block "
+            "after it on, switch delay in blocks 1.5 (1 of 3 switches never came), object permanence 1.000"
+            ) in part
+    assert "Wrong: red circle: motion. Not judged: blue star: letter." in part
+    assert "switch delay in blocks n/a (never came) (3 of 3" in section(text, "### Experiment 5")
+    assert "- Small world: n/a, a prompt is none" in section(text, "### Experiment 6")
+    assert "mall world" not in section(text, "## Baseline Measurement")
+    assert headings(text) == headings(TEMPLATE)
+    numbers = report.summary_table(runs).set_index("preset")
+    assert numbers.loc["quality", "world_after"] == 0.75 and numbers.loc["quality", "world_never"] == 1
+    assert numbers.loc[["baseline", "speed"], "world_after"].isna().all()
+    table = report.world_table(runs).set_index("preset")
+    assert table.loc["quality", "switch delay, blocks"] == "1.5, 1 of 3 never"
+    assert table.loc["speed", "permanence"].startswith("n/a (a prompt is none")
+    assert table.loc["baseline", "adherence after"] == "n/a (not judged)"
+
+
+def test_without_a_judged_run_there_is_no_world(seven):
+    """Would catch empty columns in every campaign of the large model."""
+    results = [*seven, make("speed", run=2) | {"world": na("none of the small world", "nothing")}]
+    assert report.world_table(results) is None and report.world_table([]) is None
+    assert not [name for name in report.summary_table(results) if "world" in name]
+
+
 def test_user_text_cannot_change_the_log():
     """Would catch HTML, markup, table cells or new lines from a preset's hypothesis."""
     result = make("baseline")

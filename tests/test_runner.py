@@ -74,6 +74,7 @@ def make_project(root: Path, endings: dict[str, list[str]]) -> None:
         (root / "params" / f"{preset}.yaml").write_text(yaml.safe_dump(content))
     summary = 'campaign_dir: str = ""\nlog_path: str = ""'
     write_notebook(root / "notebooks" / "99_summary.ipynb", summary, ["print('<b>summary</b>')"])
+    write_notebook(root / "notebooks" / "98_training.ipynb", 'weights_dir: str = "x"', ["weights_dir"])
 
 
 def failure(root: Path, label: str) -> dict:
@@ -272,6 +273,37 @@ def test_second_runner_is_refused(project: Path, capsys: pytest.CaptureFixture) 
     """Two processes write into one folder, and time each other's work."""
     with batch.locked(runner.plan(runner.Layout(project), "c")):
         assert f"process {os.getpid()} is running it" in error_of(project, capsys)
+
+
+# ---- the training's report
+
+
+def test_training_report_is_no_preset(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A campaign that runs the notebook on the training as a preset, or a summary without parameters."""
+    layout = runner.Layout(project)
+    assert list(layout.presets()) == ["baseline"]
+    job = runner.plan_training(layout, "weights/other")
+    assert job.parameters == {"weights_dir": "weights/other"} and not job.needs_result
+    executed = stub_kernel(monkeypatch, lambda job, folder: (folder / "notebook.ipynb").touch())
+    assert runner.main(["training"], project) == 0 and executed == ["training"]
+    assert (project / "outputs/training/report.html").exists()
+    (project / "weights").mkdir()
+    assert runner.main(["training", "--weights", "weights"], project) == 0, "made again"
+
+
+def test_training_report_replaces_no_campaign(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """Measured results deleted with the folder that the report is written into."""
+    assert "outputs/training holds" in error_of(project, capsys, "--campaign", "training")
+    (project / "outputs/training/baseline").mkdir(parents=True)
+    (project / "outputs/training/baseline/result.json").touch()
+    assert runner.main(["training"], project) == 2 and "is a campaign" in capsys.readouterr().err
+    assert (project / "outputs/training/baseline/result.json").exists()
+
+
+def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """A typo in --weights that ends in a report of sentences."""
+    assert runner.main(["training", "--weights", "weights/tiyn"], project) == 2
+    assert "longlive_opt.training --out weights/tiyn" in capsys.readouterr().err
 
 
 # ---- refused before anything runs

@@ -103,6 +103,34 @@ def test_variant_is_compared_and_decided(campaign, name, level):
     json.dumps(result, allow_nan=False)
 
 
+def test_judged_video_stands_in_the_result(campaign, monkeypatch):
+    """A verdict on prompts that nobody can look up, or frames handed over under the wrong prompt."""
+    seen = {}
+
+    def judge(frames: torch.Tensor, frame_prompts: list[str], *, weights_kind: str) -> dict[str, Any]:
+        seen.update(frames=len(frames), prompts=frame_prompts, weights=weights_kind)
+        return results.na("a prompt is none of the small world: 'a fox'", "write another")
+
+    monkeypatch.setattr(workbook.judgement, "judge", judge)
+    folder = campaign / "judged"
+    run = open_run(folder, name="judged", use_static_kv=True)
+    run.build()
+    run.measure()
+    run.film()
+    table = run.judge()
+    run.compare()
+    run.save()
+    assert seen == {"frames": 21, "prompts": ["a fox"] * 9 + ["a whale"] * 12, "weights": "random"}
+    assert list(table["prompt"]) == ["a fox", "a whale"]
+    assert set(table["adherence"]) == {"n/a: a prompt is none of the small world: 'a fox'"}
+    assert results.read_result(folder / RESULT_FILE)["world"] == run.world
+    assert "world" not in results.read_result(campaign / "baseline" / RESULT_FILE)
+    with pytest.raises(UserError, match="before charts"):
+        run.judge()
+    run.film()
+    assert run.world is None, "of another video"
+
+
 def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch):
     """A figure that needs a run this notebook has not made."""
     shown = []

@@ -6,11 +6,13 @@ object that is cut by the edge in every frame, say) counts neither way; what is 
 
 Adherence is the mean over the objects and the ground of the share of right attributes; an object too many
 counts as one with none right. A block is 12 video frames.
+
+Reading the frames is half of the work; who judges the same frames several times reads them once, by `read`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import combinations, permutations
 from typing import Mapping
 
@@ -32,7 +34,8 @@ from .reading import (
 from .scene import COLOURS, MOTIONS, ObjectSpec, SceneSpec
 from .tracking import LEAST_FRAMES, WINDOW_FRAMES, Course, follow, motion_of
 
-__all__ = ["Check", "Drift", "Seen", "check", "drift", "permanence", "read_objects", "switch_delay"]
+__all__ = ["Check", "Drift", "Reading", "Seen", "changed", "check", "drift", "permanence", "read",
+           "read_objects", "switch_delay"]
 
 BLOCK_FRAMES = 12
 FPS = 16
@@ -41,6 +44,39 @@ _GAP_FRAMES = 30  # how long an object that left at one edge may take to come in
 _HIDDEN_FRAMES = 80
 
 Marks = Mapping[str, bool | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `read` found in T frames; a slice of it is what it had found in those frames."""
+
+    frames: Tensor  # uint8 [T, 3, H, W]
+    traces: Mapping[str, Trace]
+    clear: Tensor  # [T, H, W] where only ground is seen
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, part: slice) -> Reading:
+        arrays = [f.name for f in fields(Trace) if f.name != "colour"]
+        traces = {colour: replace(trace, **{name: getattr(trace, name)[part] for name in arrays})
+                  for colour, trace in self.traces.items()}
+        return Reading(self.frames[part], traces, self.clear[part])
+
+
+Frames = Tensor | np.ndarray | Reading
+
+
+def read(frames: Frames, least: int = 1) -> Reading:
+    """Read `frames`, uint8 [T, 3, 128, 128], at least `least` of them; what is read stays as it is.
+
+    Raises:
+        UserError: frames of another shape or dtype, or too few.
+    """
+    if isinstance(frames, Reading) and len(frames) >= least:
+        return frames
+    frames = check_frames(frames.frames if isinstance(frames, Reading) else frames, least)
+    return Reading(frames, *read_traces(frames))
 
 
 @dataclass(frozen=True)
@@ -81,16 +117,16 @@ class Drift:
         return self.first - self.last
 
 
-def check(frames: Tensor | np.ndarray, scene: SceneSpec) -> Check:
-    """Compare `frames`, uint8 [T, 3, 128, 128], at least 12 of them (0.75 s), with the scene claimed.
+def check(frames: Frames, scene: SceneSpec) -> Check:
+    """Compare `frames`, uint8 [T, 3, 128, 128] or a reading of them, at least 12 (0.75 s), with the scene
+    claimed.
 
     Raises:
         UserError: frames of another shape or dtype, or too few.
     """
-    frames = check_frames(frames, least=BLOCK_FRAMES)
-    traces, clear = read_traces(frames)
-    least = max(2, len(frames) // 5)
-    traces = {colour: trace for colour, trace in traces.items() if trace.there.sum() >= least}
+    reading = read(frames, least=BLOCK_FRAMES)
+    least = max(2, len(reading) // 5)
+    traces = {colour: trace for colour, trace in reading.traces.items() if trace.there.sum() >= least}
     found = {i: traces[thing.colour] for i, thing in enumerate(scene.objects) if thing.colour in traces}
     named = {thing.colour for thing in scene.objects}
     others = [trace for colour, trace in traces.items() if colour not in named]
@@ -100,12 +136,12 @@ def check(frames: Tensor | np.ndarray, scene: SceneSpec) -> Check:
     taken = _assign(missing, others, scene, traces, marks)
     nothing = {field: False for field in ("colour", "shape", "size", "motion")}
     extra = len(others) - taken + sum(np.median(trace.strays[trace.there]) > 60 for trace in found.values())
-    ground, pattern = read_ground(frames, clear)
+    ground, pattern = read_ground(reading.frames, reading.clear)
     return Check(tuple(marks.get(i, nothing) for i in range(len(scene.objects))),
                  {"colour": ground == scene.ground, "pattern": pattern == scene.pattern}, int(extra))
 
 
-def switch_delay(frames: Tensor | np.ndarray, scene: SceneSpec, before: SceneSpec | None = None,
+def switch_delay(frames: Frames, scene: SceneSpec, before: SceneSpec | None = None,
                  threshold: float = 0.9) -> int | None:
     """Blocks from a prompt switch, at the first of `frames`, to the end of the first with the new scene.
 
@@ -115,22 +151,23 @@ def switch_delay(frames: Tensor | np.ndarray, scene: SceneSpec, before: SceneSpe
     Raises:
         UserError: as `check`.
     """
-    frames = check_frames(frames, least=BLOCK_FRAMES)
+    if not isinstance(frames, Reading):
+        frames = check_frames(frames, least=BLOCK_FRAMES)
     for block in range(len(frames) // BLOCK_FRAMES):
         result = check(frames[block * BLOCK_FRAMES:(block + 1) * BLOCK_FRAMES], scene)
-        score = result.adherence if before is None else _share(_changed(result, scene, before))
+        score = result.adherence if before is None else _share(changed(result, scene, before))
         if score >= threshold:
             return block + 1
     return None
 
 
-def permanence(frames: Tensor | np.ndarray, scene: SceneSpec) -> float:
+def permanence(frames: Frames, scene: SceneSpec) -> float:
     """Share of the frames in which every object of the scene is there, by its colour.
 
     An object may be away for 30 frames next to its passing an edge, and for 80 while the object lasts behind
     which it vanished or from behind which it comes.
     """
-    traces, _ = read_traces(check_frames(frames))
+    traces = read(frames).traces
     present = np.ones(len(frames), bool)
     for index, thing in enumerate(scene.objects):
         trace = traces.get(thing.colour)
@@ -155,13 +192,8 @@ def drift(frames: Tensor | np.ndarray, scene: SceneSpec, seconds: float = 5) -> 
     return Drift(check(frames[:count], scene).adherence, check(frames[-count:], scene).adherence)
 
 
-def _share(marks: Marks) -> float:
-    judged = [mark for mark in marks.values() if mark is not None]
-    return float(np.mean(judged)) if judged else 0.0
-
-
-def _changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
-    """Of the marks those of what `scene` asks for and `before` did not."""
+def changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
+    """Of the marks of a check those of what `scene` asks for and `before` did not."""
     marks: dict[str, bool | None] = {}
     if len(scene.objects) < len(before.objects):
         marks["extra"] = result.extra == 0
@@ -176,6 +208,11 @@ def _changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
     return marks
 
 
+def _share(marks: Marks) -> float:
+    judged = [mark for mark in marks.values() if mark is not None]
+    return float(np.mean(judged)) if judged else 0.0
+
+
 def _in_front(scene: SceneSpec, index: int, traces: Mapping[str, Trace]) -> list[Trace]:
     """What may hide object `index`: all but itself and the objects behind it."""
     behind = {thing.colour for thing in scene.objects[:index + 1]}
@@ -187,12 +224,15 @@ def _assign(missing: list[int], others: list[Trace], scene: SceneSpec, traces: M
     """Judge missing objects by the traces that nobody asked for, as it fits best; how many were used."""
     count = min(len(missing), len(others))
     best: tuple[float, dict[int, Marks]] = -1.0, {}
+    known: dict[tuple[int, str], Marks] = {}
     for wanted in combinations(missing, count):
         for chosen in permutations(others, count):
             judged = {}
             for i, trace in zip(wanted, chosen):
-                front = [other for other in _in_front(scene, i, traces) if other is not trace]
-                judged[i] = _judge(trace, scene.objects[i], front) | {"colour": False}
+                if (i, trace.colour) not in known:
+                    front = [other for other in _in_front(scene, i, traces) if other is not trace]
+                    known[i, trace.colour] = _judge(trace, scene.objects[i], front) | {"colour": False}
+                judged[i] = known[i, trace.colour]
             score = sum(map(_share, judged.values()))
             if score > best[0]:
                 best = score, judged

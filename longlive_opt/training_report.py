@@ -1,0 +1,356 @@
+"""How the tiny model was trained and what it can do: tables and figures from the files that training leaves.
+
+    training/log.jsonl   a line every so many steps: {stage, step, progress, ms_per_step, losses ...}
+    check.json           held-out prompts judged by the checker of the world; the same with parts taken away
+
+Both lie in the folder of the weights. Reading them needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
+
+from .errors import UserError
+from .figures import Chart, lookup, number
+from .inputs import project_path
+
+LOG = "training/log.jsonl"
+CHECK = "check.json"
+DRIFT = "long.lost"
+TARGETS = {"plain.adherence": (">=", 0.90), "switch.adherence": (">=", 0.85), DRIFT: ("<=", 0.05)}
+"""What the tiny model is to reach: adherence to held-out prompts, in the second block after a switch, and
+what of it a minute may cost."""
+
+_FIGURES = {
+    "plain.adherence": "prompt adherence, 5 s of one held-out prompt",
+    "switch.adherence": "adherence in the second block after a prompt switch",
+    DRIFT: "adherence lost over 60 s (first 5 s minus last 5 s)",
+    "switch.later_adherence": "adherence from the third block after a switch on",
+    "switch.delay_blocks": "switch delay in blocks, where the new scene came",
+    "switch.delay_blocks_never": "switches whose new scene never came",
+    "plain.permanence": "object permanence, 5 s of one prompt",
+    "switch.permanence": "object permanence after a switch",
+    "long.first": "adherence, first 5 s of 60 s",
+    "long.last": "adherence, last 5 s of 60 s",
+    "long.permanence": "object permanence, last 5 s of 60 s",
+}
+_ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.adherence",
+             "later": "switch.later_adherence", "delay, blocks": "switch.delay_blocks",
+             "never": "switch.delay_blocks_never", "permanence": "switch.permanence",
+             "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
+             "lost over 60 s": DRIFT}
+_BARS = ("second block after a switch", "later", "last 5 s")
+_FULL = "full model"
+_VARIANTS = {"no_sink": "no sink", "no_recache": "no recache"}
+_TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
+_SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
+           "change": "differences in time, L1", "kl": "KL", "flow": "flow",
+           "switch_flow": "flow after a switch",
+           "reading": "attributes of the prompt, cross entropy", "true": "true past", "stream": "own past",
+           "gradient": "norm of the gradient", "read_right": "share read rightly"}
+_NO_LOSS = ("gradient", "read_right")
+_BESIDE = ("stage", "step", "progress", "ms_per_step")
+_COLOURS = ("#3b75af", "#d1491b", "#5aa469", "#9467bd", "#8a8a8a", "#e0a100")
+_LOG_FROM = 4.0  # a curve that falls by less shows more on a linear scale
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What the notebook shows of one weights folder; what is not there becomes a sentence that says how to
+    make it.
+    """
+
+    folder: Path
+    name: str  # as it was given: what a command shall read
+
+    @classmethod
+    def open(cls, weights_dir: str) -> TrainingReport:
+        """Args: weights_dir: seen from the project's folder."""
+        pd.set_option("display.max_colwidth", None)
+        return cls(project_path(weights_dir), str(weights_dir))
+
+    def losses(self, stage: str) -> Chart | HTML:
+        """Loss curves of one stage: vae, text, teacher or student."""
+        if not (self.folder / LOG).is_file():
+            return self._train_first()
+        rows = [row for row in read_log(self.folder, self.name) if row["stage"] == stage]
+        if not rows:
+            return _sentence(f"The log in {self.name} has no steps of the stage {stage}.")
+        return loss_chart(rows)
+
+    def stages(self) -> pd.DataFrame | HTML:
+        """Steps and minutes of every stage."""
+        there = (self.folder / LOG).is_file()
+        return stage_table(read_log(self.folder, self.name)) if there else self._train_first()
+
+    def about(self) -> HTML:
+        """On what the check was made."""
+        return self._of_check(lambda check: _sentence(conditions(check)))
+
+    def check(self) -> pd.DataFrame | HTML:
+        """The figures against their targets."""
+        return self._of_check(check_table)
+
+    def ablation(self) -> pd.DataFrame | HTML:
+        """The model with parts taken away, beside the full one."""
+        return self._of_check(ablation_table)
+
+    def ablation_figure(self) -> Chart | HTML:
+        """The same as bars."""
+        return self._of_check(ablation_chart)
+
+    def _of_check(self, show: Callable[[dict[str, Any]], Any]) -> Any:
+        if (self.folder / CHECK).is_file():
+            return show(read_check(self.folder, self.name))
+        return _sentence(f"{self.name} was not checked yet; with trained weights there, run: "
+                         f"{check_command(self.name)}")
+
+    def _train_first(self) -> HTML:
+        return _sentence(f"{self.name} has no training log; train the model, on an H100 in about 22 minutes: "
+                         f"{train_command(self.name)}")
+
+
+def train_command(name: str) -> str:
+    """What makes a log."""
+    return f"python -m longlive_opt.training --out {name} --device cuda"
+
+
+def check_command(name: str) -> str:
+    """What makes a check."""
+    return f"{train_command(name)} --stage check"
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def read_log(folder: str | Path, name: str = "") -> list[Row]:
+    """The rows of a training log, without those that a resumed stage made again.
+
+    Args:
+        name: the folder as messages shall name it.
+
+    Raises:
+        UserError: no log there, or a line of it is damaged.
+    """
+    path, name = Path(folder) / LOG, name or str(folder)
+    text = _read(path, f"train the model first: {train_command(name)}")
+    rows: dict[str, list[Row]] = {}
+    for line, content in enumerate(text.splitlines(), 1):
+        row = _parse(content)
+        if not isinstance(row, dict) or not isinstance(row.get("stage"), str) \
+                or not all(_is_number(row.get(key)) for key in _BESIDE[1:]) \
+                or not all(_is_number(value) for key, value in row.items() if key != "stage"):
+            raise UserError(f"{path}: line {line} is damaged; delete that line, or delete the folder "
+                            f"{name}/training and train again: {train_command(name)}")
+        stage = rows.setdefault(row["stage"], [])
+        while stage and stage[-1]["step"] >= row["step"]:  # resumed from a checkpoint before it
+            stage.pop()
+        stage.append(row)
+    if not rows:
+        raise UserError(f"{path}: is empty; train the model first: {train_command(name)}")
+    return [row for stage in rows.values() for row in stage]
+
+
+def read_check(folder: str | Path, name: str = "") -> dict[str, Any]:
+    """The content of check.json, with `lost` added where a minute was judged.
+
+    Args:
+        name: the folder as messages shall name it.
+
+    Raises:
+        UserError: no check there, or it is damaged.
+    """
+    path, name = Path(folder) / CHECK, name or str(folder)
+    check = _parse(_read(path, f"check the weights first: {check_command(name)}"))
+    parts = [check, *_variants(check).values()] if isinstance(check, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts) or not lookup(check, "plain.videos") \
+            and not lookup(check, "switch.videos") and not lookup(check, "long.videos"):
+        raise UserError(f"{path}: is damaged, or no check; make it again: {check_command(name)}")
+    for part in parts:
+        first, last = number(part, "long.first"), number(part, "long.last")
+        if first is not None and last is not None:
+            part["long"]["lost"] = round(first - last, 4)
+    return check
+
+
+def _variants(check: Mapping[str, Any]) -> Mapping[str, Any]:
+    variants = check.get("variants")
+    return variants if isinstance(variants, Mapping) else {}
+
+
+def _read(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
+
+
+def _parse(text: str) -> Any:
+    """JSON, or None for anything else, NaN and infinity included."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(token: str) -> None:
+    raise ValueError(token)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _sentence(text: str) -> HTML:
+    return HTML(f"<p>{html.escape(text)}</p>")
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def stage_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """One row per stage: steps, minutes of training, progress (1 is complete), and each curve's first value
+    and the mean of its last tenth. Steps after the last line of the log are missing.
+    """
+    table = {}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        own = [row for row in rows if row["stage"] == stage]
+        steps = [row["step"] for row in own]
+        spent = sum((now - before) * row["ms_per_step"] for before, now, row in zip([0, *steps], steps, own))
+        last = own[-math.ceil(len(own) / 10):]
+        curves = (f"{_SERIES.get(key, key)} {_digits(own[0].get(key))} to "
+                  f"{_digits(sum(row[key] for row in last) / len(last))}"
+                  for key in _series(own) if all(key in row for row in last))
+        table[_TITLES.get(stage, stage)] = {
+            "steps": int(steps[-1]), "minutes": round(spent / 6e4, 2),
+            "ms per step": round(spent / steps[-1], 1), "progress": own[-1]["progress"],
+            "from, to": "; ".join(curves)}
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
+    """Every figure of a check, those with a target first, with the number of videos that it is a mean of."""
+    rows = []
+    for path, words in _FIGURES.items():
+        kind, _, key = path.partition(".")
+        value = number(check, path)
+        if value is None and key == "delay_blocks_never" and lookup(check, f"{kind}.videos"):
+            value = 0.0  # named only where it happened
+        sign, target = TARGETS.get(path, ("", None))
+        met = "" if target is None else "not measured" if value is None else \
+            "yes" if (value >= target if sign == ">=" else value <= target) else "no"
+        none_came = key == "delay_blocks" and (number(check, f"{path}_never") or 0) > 0
+        absent = "none came" if none_came else "not measured"
+        rows.append({"figure": words, "value": absent if value is None else _digits(value),
+                     "target": "" if target is None else f"{sign} {target:.2f}", "met": met,
+                     "videos": lookup(check, f"{kind}.videos") or 0})
+    return pd.DataFrame(rows)
+
+
+def ablation_table(check: Mapping[str, Any]) -> pd.DataFrame:
+    """The full model and each variant, a row each; an empty cell was not measured."""
+    table = {}
+    for name, part in {_FULL: check, **_variants(check)}.items():
+        row = {column: number(part, path) for column, path in _ABLATION.items()}
+        if row["videos"] and row["never"] is None:
+            row["never"] = 0.0
+        table[_variant(name)] = {column: "" if value is None else _digits(value)
+                                 for column, value in row.items()}
+    return pd.DataFrame.from_dict(table, orient="index", columns=list(_ABLATION))
+
+
+def conditions(check: Mapping[str, Any]) -> str:
+    """On what a check was made, in a sentence."""
+    beside = ("weights", "sizes", "variants", "plain", "switch", "long")
+    words = (f"{key} {json.dumps(value).strip(chr(34))}" for key, value in check.items() if key not in beside)
+    return f"Checked: {check.get('weights', 'weights')}; {', '.join(words)}."
+
+
+def _variant(name: str) -> str:
+    if name.startswith("window_"):
+        return f"window of {name.removeprefix('window_')} latent frames"
+    return _VARIANTS.get(name, name)
+
+
+def _series(rows: Sequence[Row]) -> list[str]:
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _BESIDE]
+
+
+def _digits(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.0f}" if value == round(value) and abs(value) >= 2 or value == 0 else f"{value:.3g}"
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def loss_chart(rows: Sequence[Row]) -> Chart:
+    """Curves of one stage over its steps: losses, and beside them each figure that is none. A panel whose
+    curves are positive and fall far is logarithmic.
+    """
+    series = _series(rows)
+    panels = [[key for key in series if key not in _NO_LOSS], *([key] for key in _NO_LOSS if key in series)]
+    panels = [keys for keys in panels if keys]
+    chart = Chart(figsize=(9, 2.9), dpi=110, layout="constrained")
+    axes = chart.subplots(1, len(panels), squeeze=False,
+                          width_ratios=[2, *[1] * (len(panels) - 1)])[0]
+    title = _TITLES.get(rows[0]["stage"], rows[0]["stage"])
+    for ax, keys in zip(axes, panels):
+        for key, colour in zip(keys, _COLOURS * len(keys)):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            ax.plot(*zip(*points), color=colour, lw=1.2, label=_SERIES.get(key, key),
+                    marker="." if len(points) < 40 else None)
+        values = [row[key] for row in rows for key in keys if key in row]
+        if min(values) > 0 and max(values) > _LOG_FROM * min(values):
+            ax.set_yscale("log")
+        name = f"{title}: losses" if keys is panels[0] else _SERIES[keys[0]]
+        _dress(ax, name, "step")
+    axes[0].legend(frameon=False, fontsize=8)
+    return chart
+
+
+def ablation_chart(check: Mapping[str, Any]) -> Chart:
+    """Adherence of the full model and of each variant: after a switch, later, and at the end of a minute."""
+    parts = {_variant(name): part for name, part in {_FULL: check, **_variants(check)}.items()}
+    chart = Chart(figsize=(9, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
+    for ax, column in zip(chart.subplots(1, len(_BARS), sharey=True), _BARS):
+        path = _ABLATION[column]
+        for height, (name, part) in enumerate(parts.items()):
+            value = number(part, path)
+            text = "not measured" if value is None else f"{value:.2f}"
+            ax.barh(height, value or 0.0, height=0.62, color=_COLOURS[0] if name == _FULL else "#b8b8b8")
+            ax.text(max((value or 0.0) - 0.02, 0.02), height, text, va="center", fontsize=8,
+                    ha="right" if value and value > 0.2 else "left")
+        ax.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6))
+        ax.set_yticks(range(len(parts)), list(parts))
+        words = f"{column} of 60 s" if path.startswith("long") else column
+        _dress(ax, words, f"adherence{_target(path)}")
+        if path in TARGETS:
+            ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
+    return chart
+
+
+def _target(path: str) -> str:
+    return f"   (dashed: target {TARGETS[path][1]:.2f})" if path in TARGETS else ""
+
+
+def _dress(ax: Any, title: str, label: str) -> None:
+    ax.set_title(title, loc="left", fontsize=9)
+    ax.set_xlabel(label, fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="#e6e6e6", lw=0.7)
+    ax.set_axisbelow(True)

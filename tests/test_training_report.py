@@ -1,0 +1,190 @@
+"""The report on the training: what it makes of a log and a check, and what it says where they are missing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+from IPython.display import HTML
+
+from longlive_opt import training_report
+from longlive_opt.errors import UserError
+from longlive_opt.figures import Chart
+from longlive_opt.training_report import (
+    TrainingReport,
+    ablation_chart,
+    ablation_table,
+    check_table,
+    conditions,
+    loss_chart,
+    read_check,
+    read_log,
+    stage_table,
+)
+
+ROOT = Path(training_report.__file__).resolve().parents[1]
+CURVES = {"vae": {"loss": 1.0, "l1": 0.6, "kl": 2.0}, "text": {"reading": 1.5, "read_right": 0.3},
+          "teacher": {"flow": 2.0, "switch_flow": 2.1, "read_right": 0.5},
+          "student": {"true": 0.05, "stream": 0.09}}
+
+
+def row(stage: str, step: int, share: float, **more: Any) -> dict[str, Any]:
+    """A line as `training.loop.run_stage` writes it, its curves at `share` of their start."""
+    curves = {key: value * share for key, value in CURVES[stage].items()}
+    return {"stage": stage, **curves, "gradient": 1.0, "step": float(step), "progress": step / 1000,
+            "ms_per_step": 60.0, **more}
+
+
+def part(after: float, last: float, videos: int = 12) -> dict[str, Any]:
+    return {"switch": {"videos": videos, "adherence": after, "later_adherence": after, "delay_blocks": 1.5,
+                       "permanence": 0.98},
+            "long": {"videos": videos // 4, "first": 0.95, "last": last, "permanence": 0.97}}
+
+
+def checked(**more: Any) -> dict[str, Any]:
+    """A check as `training.check.check_weights` writes it."""
+    variants = {"no_sink": part(0.88, 0.4), "no_recache": part(0.5, 0.94), "window_6": part(0.85, 0.8)}
+    return {"weights": "tiny", "device": "cuda", "model": "tiny", "dtype": "bfloat16", "seed": 0,
+            "sizes": {"plain": 32}, "plain": {"videos": 32, "adherence": 0.93, "permanence": 1.0},
+            **part(0.84, 0.9, 24), "variants": variants, **more}
+
+
+def write(folder: Path, rows: list[dict[str, Any]] | str = "", check: Any = None) -> Path:
+    (folder / "training").mkdir(parents=True, exist_ok=True)
+    if rows:
+        lines = rows if isinstance(rows, str) else "".join(json.dumps(one) + "\n" for one in rows)
+        (folder / "training" / "log.jsonl").write_text(lines)
+    if check is not None:
+        (folder / "check.json").write_text(check if isinstance(check, str) else json.dumps(check))
+    return folder
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    rows = [row(stage, step, 1.0 - 0.9 * step / 1000) for stage in CURVES for step in range(50, 1001, 50)]
+    return write(tmp_path / "tiny", rows, checked())
+
+
+def test_stages_and_their_cost(trained: Path) -> None:
+    """Minutes counted per line instead of per step, or the first value taken for the last."""
+    table = stage_table(read_log(trained))
+    assert list(table.index) == ["VAE", "text encoder alone", "teacher", "student"]
+    assert set(table["steps"]) == {1000} and set(table["minutes"]) == {1.0}
+    assert set(table["ms per step"]) == {60.0} and set(table["progress"]) == {1.0}
+    assert "pixels, L1 0.573 to 0.0735" in table.loc["VAE", "from, to"]
+
+
+def test_steps_made_twice_count_once(tmp_path: Path) -> None:
+    """A stage that was cut off and resumed from an older checkpoint: minutes too many, a curve that goes
+    back."""
+    rows = [row("vae", step, 1.0) for step in (50, 100, 150)]
+    again = [row("vae", step, 0.5) for step in (100, 150, 200)]
+    kept = read_log(write(tmp_path, rows + again))
+    assert [(one["step"], one["loss"]) for one in kept] == [(50, 1.0), (100, 0.5), (150, 0.5), (200, 0.5)]
+    assert stage_table(kept).loc["VAE", "minutes"] == 0.2
+
+
+def test_figures_against_targets(trained: Path) -> None:
+    """A target that is met the wrong way round, or that n/a meets."""
+    table = check_table(read_check(trained)).set_index("figure")
+    met = {name: value for name, value in table["met"].items() if value}
+    assert list(met.values()) == ["yes", "no", "yes"]
+    assert list(table["target"][:3]) == [">= 0.90", ">= 0.85", "<= 0.05"]
+    assert table.loc["adherence lost over 60 s (first 5 s minus last 5 s)", "value"] == "0.05"
+    assert table.loc["switches whose new scene never came", "value"] == "0"
+    assert list(table["videos"][:3]) == [32, 24, 6]
+
+
+def test_what_was_not_measured_meets_no_target(tmp_path: Path) -> None:
+    """A quick check without long videos passes for a model without drift."""
+    quick = checked(long=None, switch={"videos": 1, "adherence": 0.1, "later_adherence": 0.1,
+                                       "delay_blocks": None, "delay_blocks_never": 1, "permanence": 0.9})
+    table = check_table(read_check(write(tmp_path, check=quick))).set_index("figure")
+    assert table.loc["adherence lost over 60 s (first 5 s minus last 5 s)", "met"] == "not measured"
+    assert table.loc["switch delay in blocks, where the new scene came", "value"] == "none came"
+
+
+def test_ablation_beside_the_full_model(trained: Path) -> None:
+    """A variant under another's name, or a comparison that hides how few videos it rests on."""
+    check = read_check(trained)
+    table = ablation_table(check)
+    assert list(table.index) == ["full model", "no sink", "no recache", "window of 6 latent frames"]
+    assert list(table["videos"]) == ["24", "12", "12", "12"]
+    assert table.loc["no recache", "second block after a switch"] == "0.5"
+    assert table.loc["no sink", "lost over 60 s"] == "0.55"
+    alone = ablation_table(read_check(write(trained, check=checked(variants={}, long=None))))
+    assert list(alone.index) == ["full model"] and alone.loc["full model", "lost over 60 s"] == ""
+    assert conditions(check) == "Checked: tiny; device cuda, model tiny, dtype bfloat16, seed 0."
+
+
+def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
+    """A loss that looks flat after its first tenth; a share near one on a logarithmic scale."""
+    rows = read_log(trained)
+    vae, right = loss_chart([one for one in rows if one["stage"] == "vae"]), \
+        loss_chart([one | {"read_right": 0.9} for one in rows if one["stage"] == "text"])
+    assert [ax.get_yscale() for ax in vae.axes] == ["log", "linear"]
+    assert [ax.get_title(loc="left") for ax in right.axes] == \
+        ["text encoder alone: losses", "norm of the gradient", "share read rightly"]
+    assert right.axes[2].get_yscale() == "linear"
+    for chart in (vae, right, ablation_chart(read_check(trained)), loss_chart([row("vae", 50, 0.0)])):
+        assert chart._repr_png_()[0].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line", ['{"stage": "vae", "lo', "[]", '{"stage": "vae"}', "", "NaN",
+                                  '{"stage": "vae", "step": 1, "progress": 0, "ms_per_step": 1, "l1": NaN}',
+                                  '{"stage": "vae", "step": 1, "progress": 0, "ms_per_step": 1, "l1": "x"}'])
+def test_damaged_log_names_its_line(tmp_path: Path, line: str) -> None:
+    """A line that was cut off by a kill: a traceback, or a curve that silently lacks it."""
+    write(tmp_path / "w", json.dumps(row("vae", 50, 1.0)) + f"\n{line}\n" + json.dumps(row("vae", 100, 1.0)))
+    with pytest.raises(UserError, match=r"log.jsonl: line 2 is damaged.*longlive_opt.training --out w "):
+        read_log(tmp_path / "w", "w")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"plain": {"videos": 2', '{"variants": {"no_sink": 3}}'])
+def test_damaged_check_names_its_command(tmp_path: Path, text: str) -> None:
+    """An empty table that looks like a check in which nothing was measured."""
+    (tmp_path / "check.json").write_text(text)
+    with pytest.raises(UserError, match=r"check.json: is damaged.*--out w --device cuda --stage check"):
+        read_check(tmp_path, "w")
+
+
+def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
+    """A FileNotFoundError where a command would help; a notebook that stops there."""
+    with pytest.raises(UserError, match=r"longlive_opt.training --out w --device cuda$"):
+        read_log(tmp_path, "w")
+    with pytest.raises(UserError, match="--stage check"):
+        read_check(tmp_path, "w")
+    (write(tmp_path / "empty") / "training" / "log.jsonl").touch()
+    with pytest.raises(UserError, match="is empty; train the model"):
+        read_log(tmp_path / "empty")
+    report = TrainingReport.open(str(tmp_path / "absent"))
+    shown = [report.losses("vae"), report.stages(), report.about(), report.check(), report.ablation(),
+             report.ablation_figure()]
+    assert all(isinstance(one, HTML) for one in shown)
+    assert "python -m longlive_opt.training --out" in shown[0].data and "--stage check" in shown[3].data
+
+
+def test_the_notebook_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that calls what the library does not have; runs the cells without a kernel, the pictures of
+    scenes apart."""
+    notebook = nbformat.read(ROOT / "notebooks" / "98_training.ipynb", as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    names: dict[str, Any] = {"weights_dir": str(trained), "seed": 0}
+    exec(next(source for source in cells if "import" in source), names)
+    shown = {source: eval(source, names) for source in cells if source.startswith("training.")}
+    assert len(shown) == 9
+    kinds = {type(value) for value in shown.values()}
+    assert kinds == {Chart, pd.DataFrame, HTML}
+    assert [source for source, value in shown.items() if isinstance(value, HTML)] == ["training.about()"]
+    assert {f'training.losses("{stage}")' for stage in CURVES} < set(shown)
+
+
+def test_importing_needs_no_torch() -> None:
+    """Seconds of waiting, and gigabytes, to look at a table."""
+    code = "import sys, longlive_opt.training_report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
