@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +28,12 @@ from longlive_opt.pipeline import build_reference
 from longlive_opt.sampler import EagerForward, Sampler, SamplingPlan
 from longlive_opt.session import StreamingSession
 from longlive_opt.training import __main__ as command
+from longlive_opt.training import bench
+from longlive_opt.training.bench import budget, times_of
 from longlive_opt.training.check import SWITCH_BLOCK, NoRecache, judge_switch
 from longlive_opt.training.checkpoints import checkpoints
+from longlive_opt.training.clipwise import decode_clip, moments
+from longlive_opt.training.compiled import use_compiler
 from longlive_opt.training.data import (
     CLIP_BLOCKS,
     ClipMaker,
@@ -35,20 +45,32 @@ from longlive_opt.training.data import (
     plan_chunk,
 )
 from longlive_opt.training.export import export_weights, fold_statistics
+from longlive_opt.training.gather import attend_blocks
 from longlive_opt.training.loop import Budget, run_stage
 from longlive_opt.training.parallel import (
     ClipLayout,
     Context,
+    Denoiser,
+    NoisyClips,
     encode_context,
     extend_context,
-    predict,
+    predict_clips,
     window_past,
 )
-from longlive_opt.training.run import QUICK
+from longlive_opt.training.pictures import VideoRing, plan_videos, render_fast, unpack_tracks
+from longlive_opt.training.run import QUICK, Settings
 from longlive_opt.training.student import StudentSettings, StudentStage, Task
 from longlive_opt.training.teacher import ReadingStage, TeacherSettings, TeacherStage
 from longlive_opt.training.text import CLASSES, scene_labels, text_features
-from longlive_opt.training.vae import VAESettings, VAEStage, decode_clip, encode_video, moments, statistics
+from longlive_opt.training.vae import (
+    VAESettings,
+    VAEStage,
+    encode_video,
+    init_vae_,
+    reconstruction_losses,
+    statistics,
+)
+from longlive_opt.training.workers import Planner, start_workers
 from longlive_opt.weight_files import resolve_weights
 from longlive_opt.world.render import render, simulate, to_uint8
 from longlive_opt.world.scene import change_scene, sample_scene
@@ -84,7 +106,7 @@ def vae() -> WanVAE:
 
 @pytest.fixture(scope="module")
 def maker(vae) -> ClipMaker:
-    return ClipMaker(vae, load_tokenizer("bytes", 128), 32, seed=3, mix=Mix(1, 1, 1, 1, 1), far=30)
+    return ClipMaker(vae, 128, 32, seed=3, mix=Mix(1, 1, 1, 1, 1), far=30)
 
 
 def texts(dit: CausalDiT, count: int) -> list[TextContext]:
@@ -120,12 +142,19 @@ def by_inference(dit: CausalDiT, plan: SamplingPlan, clean: Tensor, noisy: Tenso
 
 def in_parallel(dit: CausalDiT, layout: ClipLayout, clean: Tensor, noisy: Tensor, steps: list[float],
                 positions: Tensor, sink_text: TextContext, text: TextContext) -> Tensor:
-    """Flow of the noisy blocks from the layout's switch on."""
-    context = encode_context(dit, clean, positions, sink_text, text, layout, layout.blocks - 1)
-    first = 3 * layout.recached
-    timesteps = torch.tensor(steps).repeat_interleave(3).expand(2, -1)
-    return predict(dit, noisy[:, first:], timesteps[:, first:], positions[:, first:], text, context, layout,
-                   range(layout.recached, layout.blocks))
+    """Flow of the noisy blocks from the layout's switch on: all in one pass, which is to equal two passes."""
+    first, blocks = 3 * layout.recached, tuple(range(layout.recached, layout.blocks))
+    noisy, places = noisy[:, first:], positions[:, first:]
+    timesteps = torch.tensor(steps).repeat_interleave(3).expand(2, -1)[:, first:]
+    batch = NoisyClips(clean, positions, noisy, timesteps, sink_text, text, layout, blocks)
+    flow, = predict_clips(dit, [batch])
+    with torch.no_grad():
+        context = encode_context(dit, clean, positions, sink_text, text, layout, layout.blocks - 1)
+        denoise = Denoiser(dit, [(places, text, context, layout, blocks)])
+        denoise([torch.zeros_like(noisy)], [timesteps])  # must leave nothing behind
+        apart, = denoise([noisy], [timesteps])
+    torch.testing.assert_close(flow, apart, rtol=0, atol=2e-5)
+    return flow
 
 
 STEPS = [1000.0, 833.33, 20.0, 625.0, 937.5, 400.0, 1000.0, 312.5, 50.0, 700.0]
@@ -220,7 +249,7 @@ def test_context_grows_block_by_block(dit):
         part = slice(3 * block, 3 * block + 3)
         extend_context(dit, clean[:, part], positions[:, part], text, grown, layout)
     for a, b in zip((*whole.keys, *whole.values), (*grown.keys, *grown.values), strict=True):
-        torch.testing.assert_close(torch.cat(a, 1), torch.cat(b, 1), rtol=0, atol=2e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 def test_window_must_be_whole_blocks():
@@ -332,6 +361,170 @@ def test_ring_overwrites_the_oldest_and_refills_itself(maker):
     assert all(ids in newest for ids in clips.ids.tolist()) and clips.latents.flatten(1).any(dim=1).all()
 
 
+@pytest.fixture(scope="module")
+def workers():
+    pool = start_workers(1)
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+def test_planned_elsewhere_is_planned_here(vae, workers):
+    """Chunks from another process, in whatever order they are asked for, are those made in this one."""
+    here, there = (ClipMaker(vae, 128, 32, seed=3, mix=Mix(1, 1, 1, 1, 1), far=30, workers=pool)
+                   for pool in (None, workers))
+    for index in (2, 3, 0):
+        a, b = here.plan(index), there.plan(index)
+        assert a.pools == b.pools and torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
+        assert torch.equal(a.clip.position, b.clip.position) and torch.equal(a.sink.rgb, b.sink.rgb)
+    assert sorted(there.planner._coming) == list(range(1, 9))
+
+
+def test_error_of_a_worker_is_raised(workers):
+    planner = Planner(divide_one, workers, ahead=1)
+    assert planner(2) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        planner(0)
+
+
+def divide_one(index: int) -> float:
+    return 1 / index
+
+
+SCRIPT = """
+import os, sys, time
+from longlive_opt.training.workers import Planner, start_workers
+
+def pid(index):
+    return os.getpid()
+
+if __name__ == "__main__":
+    print(Planner(pid, start_workers(1))(0), flush=True)
+    {then}
+"""
+
+
+@pytest.mark.parametrize("then, status", [("time.sleep(600)", -signal.SIGKILL), ("sys.exit(5)", 5),
+                                          ("raise SystemError", 1)])
+def test_workers_end_with_their_parent(tmp_path, then, status):
+    """However it ends: killed, by an exit, by an error; and a script of any name can start them."""
+    path = tmp_path / "some script.py"
+    path.write_text(SCRIPT.format(then=then), encoding="utf-8")
+    root = Path(command.__file__).parents[2]
+    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(root)})
+    worker = int(process.stdout.readline())
+    if status < 0:
+        process.send_signal(-status)
+    assert process.wait(timeout=60) == status
+    for _ in range(100):
+        if not is_running(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def is_running(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_video_ring_cuts_its_videos():
+    """A clip is a window of a rendered video on the grid of latents, and a resumed ring holds the same."""
+    ring, other = (VideoRing(5, 2, 9, 2, 32, CPU) for _ in range(2))
+    for _ in range(3):
+        ring.refresh()
+    other.refill(3)
+    clips, again = (r.sample(6, 5, 16, torch.Generator().manual_seed(1)) for r in (ring, other))
+    assert torch.equal(clips, again) and clips.shape == (6, 3, 5, 16, 16)
+    videos = [to_uint8(render(unpack_tracks(plan_videos(5, 2, 9, index)), slice(None), size=32))
+              for index in (1, 2)]
+    windows = torch.cat(videos).transpose(1, 2).unfold(2, 5, 1).unfold(3, 16, 8).unfold(4, 16, 8)
+    windows = windows.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(0, 3)
+    assert all((windows == clip).flatten(1).all(dim=1).any() for clip in clips)
+    assert len({clip.numpy().tobytes() for clip in clips}) > 1
+
+
+def test_attention_of_blocks_is_masked_attention():
+    """Grouped attention, and its gradient, are those of dense attention under the mask that `sees` spells,
+    whichever order the blocks come in, with blocks stored before.
+    """
+    sees = ((0, 1, 4), (5,), (0, 2, 6), (0, 1, 2, 7), (0, 2, 3, 8), (9,))
+    g = torch.Generator().manual_seed(1)
+    stored, new = ([torch.randn(n, 2, 3, 2, 4, generator=g, requires_grad=True) for _ in range(k)]
+                   for n, k in ((4, 2), (6, 3)))
+    out = attend_blocks(*new, sees, *stored)
+    mask = torch.tensor([[key in seen for key in range(10)] for seen in sees])
+    mask = mask.repeat_interleave(3, 0).repeat_interleave(3, 1)
+    q, k, v = (t.permute(1, 3, 0, 2, 4).flatten(2, 3) for t in (
+        new[0], torch.cat([stored[0], new[1]]), torch.cat([stored[1], new[2]])))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    dense = dense.unflatten(2, (6, 3)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(out, dense)
+    weight = torch.randn(out.shape, generator=g)
+    for a, b in zip(*(torch.autograd.grad((result * weight).sum(), [*new, *stored]) for result in (
+            out, dense))):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_transformer_is_the_transformer(maker):
+    """Without graph breaks, equal in values and gradients; clips of other kinds and numbers need no other
+    graph than the first, of which there are three: two halves of a block and the head.
+    """
+    from torch._dynamo.utils import counters
+
+    def gradients(plain: int, switch: int) -> list[Tensor]:
+        sizes = dict(plain_batch=plain, switch_batch=switch)
+        stage = TeacherStage(SMALL, PLAN, maker, CPU, torch.float32, 0, TeacherSettings(**sizes))
+        stage.ring = ring
+        for parameter in stage.trainee.work.parameters():
+            parameter.data.add_(0.02)  # gates begin at zero
+        stage.step(0, 0.0)
+        return [parameter.grad for parameter in stage.trainee.work.parameters() if parameter.grad is not None]
+
+    ring = OneBatch(maker)
+    plain = gradients(3, 2)
+    counters.clear()
+    use_compiler("aot_eager")
+    try:
+        compiled, graphs = gradients(3, 2), counters["stats"]["unique_graphs"]
+        gradients(2, 4)
+        assert not counters["graph_break"] and graphs == counters["stats"]["unique_graphs"] == 3
+    finally:
+        use_compiler(None)
+    assert len(plain) == len(compiled)
+    for a, b in zip(plain, compiled):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_vae_and_drawing_are_the_same():
+    """One graph for each size of picture and number of channels, and one to draw any number of objects."""
+    from torch._dynamo.utils import counters
+
+    tracks, vae = unpack_tracks(plan_videos(5, 2, 5, 0)), WanVAE(SMALL.vae)
+    init_vae_(vae)
+
+    def run() -> list[Tensor]:
+        video = render_fast(tracks, slice(None), CPU, 32).transpose(1, 2)
+        pixels = decode_clip(vae, moments(vae, video)[0])
+        losses = reconstruction_losses(pixels, video)
+        return [video, pixels, *torch.autograd.grad(sum(losses.values()), list(vae.decoder.parameters()))]
+
+    plain = run()
+    counters.clear()
+    use_compiler("aot_eager")
+    try:
+        compiled = run()
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 10
+    finally:
+        use_compiler(None)
+    for a, b in zip(plain, compiled):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_text_of_training_is_text_of_inference():
     """Encoding a batch at once gives what `TextEncoder.encode` gives prompt by prompt."""
     module = UMT5Encoder(TEXT)
@@ -377,7 +570,9 @@ def test_rollout_is_the_sampler(maker, dit):
     from longlive_opt.training.student import Prompt
 
     stage.generator.manual_seed(5)
-    task = stage._rollout(None, positions, Prompt(text, text), stage.layouts["plain"], Context.empty(3))
+    ids = torch.ones((2, 128), dtype=torch.int64)
+    task = stage._rollout(
+        None, positions, Prompt(text, text), stage.layouts["plain"], Context.empty(3), ids, ids)
     stage.generator.manual_seed(5)
     level = stage._levels(2, CLIP_BLOCKS)
     assert torch.equal(level, task.level)
@@ -402,26 +597,27 @@ def test_end_points_follow_the_flow(maker, dit):
                   *(torch.ones(2, 128, dtype=torch.int64) for _ in range(2)), torch.zeros(2))
     level = torch.tensor([[0, 1], [2, 3]])
     task = Task(clips.latents, clips.positions, stage.layouts["plain"], (3, 4), latents(2, 8), level,
-                torch.ones(2, 2))
+                torch.ones(2, 2), clips.sink_ids, clips.ids)
     sigma = stage.sigmas[level].repeat_interleave(3, 1)[:, :, None, None, None]
-    torch.testing.assert_close(stage.end_points(task, clips.sink_ids, clips.ids), task.noisy - 0.25 * sigma,
-                               rtol=0, atol=1e-5)
+    found, again = stage.end_points([task, task])
+    torch.testing.assert_close(found, task.noisy - 0.25 * sigma, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, again)
 
 
 def test_streams_run_on_and_switch(maker, dit):
     """Streams keep their sink, move on by what was made, and take their other prompt at a switch."""
     stage = student(maker, dit, birth_batch=4, stream_batch=4)
     stage.ring.refresh()
-    stage._learn_start()
+    stage._start()
     streams = stage.streams
     sink, ids, other = streams.latents[:, :3].clone(), streams.ids.clone(), streams.next_ids.clone()
     assert len(streams) == 4 and streams.position.tolist() == [12] * 4 and not torch.equal(ids, other)
-    stage._learn_stream(switch=False)
-    stage._learn_stream(switch=True)
+    stage._go_on(switch=False)
+    stage._go_on(switch=True)
     assert streams.position.tolist() == [30] * 4 and torch.equal(streams.latents[:, :3], sink)
     assert torch.equal(streams.ids, other) and torch.equal(streams.sink_ids, ids)
     streams.position.fill_(299)
-    stage._learn_stream(switch=False)
+    stage._go_on(switch=False)
     assert streams.position.tolist() == [12] * 4
 
 
@@ -435,7 +631,8 @@ def stages(maker: ClipMaker, dit: CausalDiT) -> dict:
             CPU,
             torch.float32,
             0,
-            VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=5),
+            VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=5, horizon=8,
+                        ring_videos=2, ring_chunks=2, first_chunks=1, refresh_every=2),
         ),
         "text": lambda: ReadingStage(SMALL, CPU, torch.float32, 0, batch=4, prompts=16),
         "teacher": lambda: TeacherStage(SMALL, PLAN, maker, CPU, torch.float32, 0, TeacherSettings(**sizes)),
@@ -541,7 +738,8 @@ class OneBatch:
 
 def test_vae_learns():
     falls(VAEStage(SMALL.vae, 32, CPU, torch.float32, 0,
-                   VAESettings(rate=4e-3, crop=16, crop_batch=4, crop_frames=5)), 40, "loss", 0.7)
+                   VAESettings(rate=4e-3, crop=16, crop_batch=4, crop_frames=5, horizon=8, ring_videos=4)),
+          40, "loss", 0.7)
 
 
 def test_text_encoder_learns():
@@ -631,6 +829,8 @@ def test_command_trains_exports_and_resumes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["--stage", "bench", "--only", "tea"], "teacher"),
+        (["--stage", "plan"], "--ms"), (["--stage", "plan", "--ms", "teacher"], "name=milliseconds"),
         (["--minutes", "4,x,8"], "--minutes"),
         (["--steps", "1,2"], "--steps"), (["--rate-scale", "0"], "--rate-scale"),
         (["--stage", "student"], "teacher"),
@@ -640,6 +840,29 @@ def test_command_trains_exports_and_resumes(tmp_path, monkeypatch):
 def test_command_names_what_is_wrong(tmp_path, caplog, arguments, said):
     assert command.main(["--out", str(tmp_path), "--quick", *arguments]) == 1
     assert said in caplog.text
+
+
+def test_bench_times_every_stage_and_plan_reads_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "MODELS", {"tiny": dataclasses.replace(SMALL, name="tiny")})
+    arguments = ["--out", str(tmp_path), "--quick"]
+    monkeypatch.setattr(bench, "PROFILED_STEPS", 1)
+    assert command.main([*arguments, "--stage", "bench"]) == 0
+    rows = json.loads((tmp_path / "training" / "bench.json").read_text())
+    assert list(rows) == ["vae_crop", "vae_whole", "text", "teacher", "student"]
+    assert all(row["wall"] > 0 and row["host"] > 0 for row in rows.values())
+    assert rows["teacher"]["chunk"] > 0 < rows["vae_whole"]["plan"] and "chunk" not in rows["text"]
+    assert command.main([*arguments, "--stage", "plan", "--minutes", "4,10,8"]) == 0
+    assert "student" in capsys.readouterr().out
+
+
+def test_plan_counts_what_the_minutes_buy():
+    """One minute at 100 ms and, every 60 steps, 600 ms for a chunk; two chunks come before."""
+    settings = Settings(minutes=(None, 1.0, None), teacher=TeacherSettings(first_chunks=2, refresh_every=60))
+    row = budget(settings, times_of("teacher=100,teacher_chunk=600"))["teacher"]
+    assert row["steps"] == int((60_000 - 1200) / 110) and row["clips"] == 64 * row["steps"]
+    assert row["frames"] == 81 * row["clips"] and row["chunks"] == 2 + row["steps"] // 60
+    halves = budget(Settings(minutes=(1.0, None, None)), times_of("vae_crop=50,vae_whole=100"))
+    assert [halves[name]["steps"] for name in ("vae_crop", "vae_whole")] == [720, 240]
 
 
 def test_true_videos_pass_the_check():

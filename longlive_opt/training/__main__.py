@@ -1,9 +1,10 @@
 """Train a tiny LongLive: python -m longlive_opt.training --out weights/tiny --device cuda
 
 Stages, in order: vae, teacher (the text encoder first), student, export; check judges what was exported,
-bench times a few steps of each stage. Every stage goes on from its newest checkpoint in OUT/training, so a
-command that was cut off is simply given again; --call-minutes ends a call in time. --pack copies what is
-needed to go on, or to export, on another machine.
+bench times a few steps of each stage, plan says what --minutes buy at the times of the bench, or at --ms.
+Every stage goes on from its newest checkpoint in OUT/training, so a command that was cut off is simply
+given again; --call-minutes ends a call in time. --pack copies what is needed to go on, or to export, on
+another machine.
 
 Exit status: 0 done, 1 something is wrong (said in one line), 3 to be continued: the call's minutes are over.
 """
@@ -11,6 +12,7 @@ Exit status: 0 done, 1 something is wrong (said in one line), 3 to be continued:
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -20,11 +22,14 @@ from typing import Sequence
 
 from ..config import MODELS
 from ..errors import UserError
+from .bench import BENCH_NAME, BUDGET_COLUMNS, CASES, budget, table, times_of, times_of_bench
+from .run import QUICK, Settings, Training
 
 logger = logging.getLogger("longlive_opt.training")
 
-STAGES = ("vae", "teacher", "student", "export", "check", "bench", "all")
+STAGES = ("vae", "teacher", "student", "export", "check", "bench", "plan", "all")
 CONTINUE = 3
+WORKERS = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, deadline: float | None) -> int:
     from .check import Sizes, check_weights
-    from .run import QUICK, Settings, Training
 
     settings = QUICK if args.quick else Settings()
     settings = settings.with_budget(
@@ -57,11 +61,23 @@ def _run(args: argparse.Namespace, deadline: float | None) -> int:
                       processes=0 if args.quick else os.cpu_count() or 1,
                       **{key: value for key, value in keys.items() if value})
         return 0
-    training = Training(
-        args.out, MODELS[args.model], args.device, args.seed, settings, args.compile, deadline
-    )
+    if args.stage == "plan":
+        times = times_of(args.ms) if args.ms else _measured(args.out / "training" / BENCH_NAME)
+        print(table(budget(settings, times), BUDGET_COLUMNS))
+        return 0
+    cuda = args.device.startswith("cuda")
+    compiler = "inductor" if (cuda and not args.quick if args.compile is None else args.compile) else None
+    workers = args.workers
+    if workers is None:
+        workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2)) if cuda else 0
+    with Training(args.out, MODELS[args.model], args.device, args.seed, settings, compiler, deadline,
+                  workers) as training:
+        return _train(args, training)
+
+
+def _train(args: argparse.Namespace, training: Training) -> int:
     if args.stage == "bench":
-        training.bench()
+        training.bench(args.only or CASES, 1 if args.quick else 6)
         return 0
     complete = all(training.run(stage) for stage in STAGES[:3] if args.stage in (stage, "all"))
     if complete and args.stage in ("export", "all"):
@@ -72,6 +88,15 @@ def _run(args: argparse.Namespace, deadline: float | None) -> int:
     if not complete:
         logger.info("to be continued: give the command again")
     return 0 if complete else CONTINUE
+
+
+def _measured(path: Path) -> dict[str, float]:
+    """The times that `--stage bench` wrote."""
+    try:
+        return times_of_bench(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run --stage bench there, or give "
+                        "--ms.") from error
 
 
 def _numbers(name: str, text: str | None, kind: type) -> list | None:
@@ -99,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate-scale", type=float, default=1.0, help="multiplies all learning rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps at 32x32: shows that all runs")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the networks")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="torch.compile what is element-wise (default: on CUDA, without --quick)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help=f"processes that plan the data (default: {WORKERS} on CUDA, none on the CPU)")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"for bench: {', '.join(CASES)}")
+    parser.add_argument("--ms", help="for plan: vae_crop=60,teacher=100,teacher_chunk=500 and so on")
     parser.add_argument("--export-from", choices=("student", "teacher"), default="student",
                         help="whose transformer (default: %(default)s)")
     parser.add_argument("--denoising-steps", help="for check, such as 1000,750,500,250")

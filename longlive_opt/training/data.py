@@ -17,22 +17,25 @@ A clip of n blocks is the first block of a video (the sink) and n - 1 blocks in 
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
-from typing import Sequence
+from functools import partial
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.text import PAD_ID, Tokenizer
+from ..models.text import PAD_ID, load_tokenizer
 from ..models.vae import WanVAE
 from ..world.prompts import describe
-from ..world.render import Tracks, render, simulate
+from ..world.render import Tracks, simulate
 from ..world.scene import SceneSpec, change_scene, sample_scene
 from .parallel import ClipLayout
+from .pictures import pack_tracks, render_fast, unpack_tracks
 from .text import scene_labels
 from .vae import encode_video
+from .workers import Planner
 
 FAR = 300
 CLIP_BLOCKS = 7
@@ -95,6 +98,23 @@ class Plan:
     pools: dict[str, list[Video]]
     clip: Tracks  # [N, 81, ...]
     sink: Tracks  # [N, 9, ...]
+    sink_ids: Tensor  # the rest as in `Clips`, of all pools
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    loss: Tensor
+
+    def packed(self) -> Plan:
+        """With arrays in place of tensors, as it travels between processes."""
+        return self._mapped(lambda t: pack_tracks(t) if isinstance(t, Tracks) else t.numpy())
+
+    def unpacked(self) -> Plan:
+        """What was `packed`."""
+        return self._mapped(lambda a: unpack_tracks(a) if isinstance(a, dict) else torch.from_numpy(a))
+
+    def _mapped(self, change: Callable) -> Plan:
+        names = [f.name for f in fields(self) if f.name != "pools"]
+        return Plan(self.pools, **{name: change(getattr(self, name)) for name in names})
 
 
 def layouts(past: int, block_frames: int = 3) -> dict[str, ClipLayout]:
@@ -110,7 +130,7 @@ def first_video_frame(latent: int) -> int:
     return max(0, 4 * latent - 3)
 
 
-def plan_chunk(seed: int, index: int, mix: Mix, far: int = FAR) -> Plan:
+def plan_chunk(seed: int, index: int, mix: Mix, far: int = FAR, text_len: int = 128) -> Plan:
     """Scenes, prompts and motion of chunk `index`; needs no device."""
     rng = np.random.default_rng([seed, index])
     block = 3
@@ -158,9 +178,19 @@ def plan_chunk(seed: int, index: int, mix: Mix, far: int = FAR) -> Plan:
     frames = 4 * (clip_latents - 1) + 1
     tracks = simulate([v.timeline for v in videos], int(firsts.max()) + frames, int(rng.integers(2**31)))
     rows = torch.arange(len(videos))[:, None]
+    tokenizer = load_tokenizer("bytes", text_len)
+    position = torch.tensor([v.position for v in videos])[:, None]
     return Plan(
-        pools, tracks[rows, firsts[:, None] + torch.arange(frames)], tracks[:, : first_video_frame(block)]
-    )
+        pools, tracks[rows, firsts[:, None] + torch.arange(frames)], tracks[:, : first_video_frame(block)],
+        tokenizer([v.sink_prompt for v in videos])[0], tokenizer([v.prompt for v in videos])[0],
+        torch.tensor([scene_labels(v.timeline[-1][1]) for v in videos]),
+        torch.cat([torch.arange(block).expand(len(videos), -1),
+                   position + torch.arange(clip_latents - block)], dim=1),
+        torch.tensor([v.loss for v in videos]).float())
+
+
+def _packed_chunk(seed: int, mix: Mix, far: int, text_len: int, index: int) -> Plan:
+    return plan_chunk(seed, index, mix, far, text_len).packed()
 
 
 def _first_rendered(video: Video, block: int) -> int:
@@ -174,52 +204,46 @@ class ClipMaker:
     def __init__(
         self,
         vae: WanVAE,
-        tokenizer: Tokenizer,
+        text_len: int,
         size: int,
         seed: int,
         mix: Mix = Mix(),
         far: int = FAR,
         videos_at_once: int = 16,
+        workers: Executor | None = None,
     ):
-        """Args: vae: frozen, normalising (see `export.fold_statistics`). size: of the picture, in pixels."""
-        self.vae, self.tokenizer, self.size, self.seed = vae, tokenizer, size, seed
+        """Args: vae: frozen, normalising (see `export.fold_statistics`). text_len: ids of a prompt. size: of
+        the picture, in pixels. workers: plan the chunks ahead (see `workers`).
+        """
+        self.vae, self.text_len, self.size, self.seed = vae, text_len, size, seed
         self.mix, self.far, self.videos_at_once = mix, far, videos_at_once
         self.device, self.dtype = vae.conv1.weight.device, vae.conv1.weight.dtype
+        self.planner = Planner(partial(_packed_chunk, seed, mix, far, text_len), workers)
 
     def plan(self, index: int) -> Plan:
-        return plan_chunk(self.seed, index, self.mix, self.far)
+        return self.planner(index).unpacked()
 
     def make(self, plan: Plan) -> dict[str, Clips]:
         """The clips of a chunk by pool, on the device."""
+        rest = Clips(plan.sink_ids[:, :0], plan.positions, plan.loss, plan.sink_ids, plan.ids,
+                     plan.labels).to(self.device)
+        is_cut = (rest.positions[:, 3] > 3)[:, None, None, None, None]
         latents = []
-        videos = [v for part in plan.pools.values() for v in part]
-        for first in range(0, len(videos), self.videos_at_once):
+        for first in range(0, len(rest), self.videos_at_once):
             rows = slice(first, first + self.videos_at_once)
-            whole = self._encode(plan.clip[rows])
-            sinks = self._encode(plan.sink[rows])
+            whole, sinks = self._encode(plan.clip[rows]), self._encode(plan.sink[rows])
             cut = torch.cat([sinks, whole[:, WARM_LATENTS:]], dim=1)
-            is_cut = torch.tensor([v.position > sinks.shape[1] for v in videos[rows]])
-            is_cut = is_cut.to(self.device)[:, None, None, None, None]
-            latents.append(torch.where(is_cut, cut, whole))
-        encoded = torch.cat(latents)
+            latents.append(torch.where(is_cut[rows], cut, whole))
+        clips = replace(rest, latents=torch.cat(latents))
         made, first = {}, 0
         for name, part in plan.pools.items():
-            made[name] = self._clips(part, encoded[first:first + len(part)])
+            made[name] = clips[first:first + len(part)]
             first += len(part)
         return made
 
     def _encode(self, tracks: Tracks) -> Tensor:
-        frames = render(tracks, slice(None), self.device, self.size)
+        frames = render_fast(tracks, slice(None), self.device, self.size)
         return encode_video(self.vae, frames.to(self.dtype))
-
-    def _clips(self, videos: list[Video], latents: Tensor) -> Clips:
-        sink_ids, _ = self.tokenizer([v.sink_prompt for v in videos])
-        ids, _ = self.tokenizer([v.prompt for v in videos])
-        steps = torch.arange(3), torch.arange(latents.shape[1] - 3)
-        positions = torch.stack([torch.cat([steps[0], v.position + steps[1]]) for v in videos])
-        rest = Clips(latents[:0], positions, torch.tensor([v.loss for v in videos]).float(), sink_ids, ids,
-                     torch.tensor([scene_labels(v.timeline[-1][1]) for v in videos]))
-        return replace(rest.to(self.device), latents=latents)
 
 
 def text_mask(ids: Tensor) -> Tensor:
@@ -236,8 +260,6 @@ class ClipRing:
         self.produced = 0
         self._pools: dict[str, Clips] = {}
         self._valid: dict[str, Tensor] = {}
-        self._next: tuple[int, Future[Plan]] | None = None
-        self._planner = ThreadPoolExecutor(1)
 
     def refresh(self) -> None:
         """Make one more chunk."""
@@ -282,14 +304,8 @@ class ClipRing:
         """An early pool gets clips from some chunks only."""
         return max(1, self.chunks // len(EARLY_BLOCKS))
 
-    def _plan(self, index: int) -> Plan:
-        """The plan of a chunk; the next one is made meanwhile."""
-        plan = self._next[1].result() if self._next and self._next[0] == index else self.maker.plan(index)
-        self._next = index + 1, self._planner.submit(self.maker.plan, index + 1)
-        return plan
-
     def _store(self, index: int) -> None:
-        for name, clips in self.maker.make(self._plan(index)).items():
+        for name, clips in self.maker.make(self.maker.plan(index)).items():
             early = name.startswith("early")
             turn, turns = (index // len(EARLY_BLOCKS), self._early_turns) if early else (index, self.chunks)
             if name not in self._pools:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import logging
 import shutil
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, Sequence, TypeVar
+from typing import Callable, Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,25 +16,26 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import UserError
 from ..models.dit import CausalDiT
-from ..models.text import UMT5Encoder, load_tokenizer
+from ..models.text import UMT5Encoder
 from ..models.vae import WanVAE
 from ..models.weights import load_vae
 from ..pipeline import check_device
 from ..results import atomic_path
 from ..sampler import SamplingPlan
 from ..weight_files import LAYOUT, WeightFiles
+from .bench import BENCH_NAME, CASES, Case, run_bench
 from .checkpoints import checkpoints, load_checkpoint, pack, prefixed
+from .compiled import use_compiler
 from .data import ClipMaker, Mix
 from .export import export_weights, fold_statistics
 from .loop import LOG_NAME, Budget, Stage, run_stage
-from .student import StudentSettings, StudentStage
+from .student import JOBS, StudentSettings, StudentStage
 from .teacher import ReadingStage, TeacherSettings, TeacherStage
 from .text import AttributeHead
 from .vae import VAESettings, VAEStage, statistics
+from .workers import start_workers
 
 logger = logging.getLogger(__name__)
-
-StageType = TypeVar("StageType", bound=Stage)
 
 STAGE_NAMES = ("vae", "teacher", "student")
 STATISTICS_BATCHES = 32
@@ -90,7 +90,8 @@ class Settings:
 
 
 QUICK = Settings(
-    vae=VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=9),
+    vae=VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=9, horizon=8,
+                    ring_videos=2, ring_chunks=4, first_chunks=1, refresh_every=2),
     teacher=TeacherSettings(plain_batch=2, switch_batch=1, ring_chunks=4, first_chunks=1, refresh_every=4),
     student=StudentSettings(
         true_batch=2,
@@ -116,11 +117,15 @@ QUICK = Settings(
 
 
 class Training:
-    """All stages in one folder."""
+    """All stages in one folder; to be closed, or used in a `with`, if it has workers."""
 
     def __init__(self, out: Path, model: ModelConfig, device: str, seed: int, settings: Settings = Settings(),
-                 compile_blocks: bool = False, deadline: float | None = None):
-        """Args: deadline: of `time.perf_counter`, at which stages stop to be continued."""
+                 compiler: str | None = None, deadline: float | None = None, workers: int = 0):
+        """Args:
+            compiler: backend of torch.compile, for this whole process; None leaves everything eager.
+            deadline: of `time.perf_counter`, at which stages stop to be continued.
+            workers: processes that plan data ahead; 0: this one does when it is needed.
+        """
         self.out, self.seed, self.settings, self.deadline = out, seed, settings, deadline
         self.model = model.with_size(settings.size, settings.size)
         if self.model.height != self.model.width:
@@ -129,7 +134,9 @@ class Training:
             )
         self.device = check_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.compile_blocks, self.plan = compile_blocks, SamplingPlan()
+        self.plan = SamplingPlan()
+        use_compiler(compiler)
+        self.workers = start_workers(workers)
         self.folder = out / "training"
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -186,7 +193,8 @@ class Training:
 
     def _vae_stage(self) -> VAEStage:
         return VAEStage(
-            self.model.vae, self.model.height, self.device, self.dtype, self.seed, self.settings.vae
+            self.model.vae, self.model.height, self.device, self.dtype, self.seed, self.settings.vae,
+            self.workers,
         )
 
     def _export_vae(self) -> None:
@@ -215,9 +223,8 @@ class Training:
         vae, _ = load_vae(self.model.vae, files, self.device, self.dtype)
         if self.device.type == "cuda":
             vae.use_channels_last()
-        tokenizer = load_tokenizer("bytes", self.model.text.text_len)
-        return ClipMaker(vae, tokenizer, self.model.height, 1000 * self.seed + stream, self.settings.mix,
-                         self.settings.far)
+        return ClipMaker(vae, self.model.text.text_len, self.model.height, 1000 * self.seed + stream,
+                         self.settings.mix, self.settings.far, workers=self.workers)
 
     def _reading_stage(self) -> ReadingStage:
         return ReadingStage(self.model, self.device, self.dtype, self.seed, batch=self.settings.reading_batch,
@@ -229,8 +236,8 @@ class Training:
             read = self._average("text")
             encoder.load_state_dict(prefixed(read, "text"))
             attributes.load_state_dict(prefixed(read, "attributes"))
-        return self._compiled(TeacherStage(self.model, self.plan, self._maker(1), self.device, self.dtype,
-                                           self.seed, self.settings.teacher, encoder, attributes))
+        return TeacherStage(self.model, self.plan, self._maker(1), self.device, self.dtype, self.seed,
+                            self.settings.teacher, encoder, attributes)
 
     def _student_stage(self) -> StudentStage:
         average = self._average("teacher")
@@ -238,23 +245,8 @@ class Training:
         teacher.load_state_dict(prefixed(average, "dit"))
         encoder.load_state_dict(prefixed(average, "text"))
         networks = (module.to(self.device, self.dtype).eval() for module in (teacher, encoder))
-        return self._compiled(StudentStage(self.model, self.plan, self._maker(2), *networks, self.device,
-                                           self.dtype, self.seed, self.settings.student))
-
-    def _compiled(self, stage: StageType) -> StageType:
-        """The stage, its transformers compiled block by block if that is asked for. All blocks share their
-        code; there is one graph for each shape of clip, about 13 for the teacher and 30 for the student.
-        """
-        if self.compile_blocks:
-            import torch._dynamo
-
-            torch._dynamo.config.recompile_limit = 64
-            for block in [
-                *stage.dit.blocks,
-                *(stage.teacher.blocks if isinstance(stage, StudentStage) else ()),
-            ]:
-                block.compile(dynamic=False)
-        return stage
+        return StudentStage(self.model, self.plan, self._maker(2), *networks, self.device, self.dtype,
+                            self.seed, self.settings.student)
 
     def export(self, source: str = "student") -> dict[str, int]:
         """Write the weights folder from what is there; the transformer is that of stage `source`."""
@@ -270,50 +262,56 @@ class Training:
             raise UserError(f"{self.folder}: there is no checkpoint of stage {stage}; train it first.")
         return {name: tensor.float() for name, tensor in found[0]["average"].items()}
 
-    def bench(self, steps: int = 10) -> dict[str, float]:
-        """Milliseconds per step of each stage on random weights, the ring's chunks apart; logs them."""
-        times = {}
-        for name, stage, progress in self._bench_stages():
-            for step in range(12):
-                _step(stage, step, progress)
-            self._wait()
-            began = time.perf_counter()
-            for step in range(12, 12 + steps):
-                _step(stage, step, progress)
-            self._wait()
-            times[name] = 1e3 * (time.perf_counter() - began) / steps
-            if ring := getattr(stage, "ring", None):
-                began = time.perf_counter()
-                ring.refresh()
-                self._wait()
-                times[f"{name}_chunk"] = 1e3 * (time.perf_counter() - began)
-            logger.info("bench %s", {key: round(value, 1) for key, value in times.items()})
-            if self.device.type == "cuda":
-                logger.info("memory %.1f GB", torch.cuda.max_memory_allocated() / 1e9)
-        return times
+    def bench(self, names: Sequence[str] = CASES, steps: int = 6) -> dict[str, dict[str, float]]:
+        """Time the cases `names` on random weights (see `bench`), and write bench.json.
 
-    def _bench_stages(self) -> Iterator[tuple[str, Stage, float]]:
-        """(name, stage, progress): both phases of the VAE, the others with untrained networks to build on."""
-        vae = self._vae_stage()
-        yield "vae_crop", vae, 0.0
-        yield "vae_whole", vae, 0.9
-        maker = self._maker(0, WeightFiles())
-        teacher = self._compiled(
-            TeacherStage(
-                self.model, self.plan, maker, self.device, self.dtype, self.seed, self.settings.teacher
-            )
-        )
-        yield "teacher", teacher, 0.0
-        networks = (copy.deepcopy(teacher.trainee.work[name]).eval() for name in ("dit", "text"))
-        student = StudentStage(self.model, self.plan, maker, *networks, self.device, self.dtype, self.seed,
-                               replace(self.settings.student, first_chunks=2))
-        yield "student", self._compiled(student), 0.0
+        Raises:
+            UserError: an unknown name.
+        """
+        unknown = [name for name in names if name not in CASES]
+        if unknown:
+            raise UserError(f"--only: {unknown} is nothing to bench; choose from {', '.join(CASES)}.")
+        cases = [case for case in self._bench_cases(steps) if case.name in names]
+        rows = run_bench(cases, self.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.folder / BENCH_NAME) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        return rows
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _bench_cases(self, steps: int) -> list[Case]:
+        """Both phases of the VAE; the others with untrained networks to build on, and enough steps to meet
+        every kind of clip.
+        """
+        settings = self.settings
+        student = replace(settings.student, first_chunks=2, streams=settings.student.stream_batch)
+        births = -(-student.streams // student.birth_batch)
 
+        def teacher() -> TeacherStage:
+            return TeacherStage(
+                self.model, self.plan, self._maker(0, WeightFiles()), self.device, self.dtype, self.seed,
+                replace(settings.teacher, first_chunks=2))
 
-def _step(stage: Stage, step: int, progress: float) -> None:
-    stage.step(step, progress)
-    stage.trainee.update(progress)
+        def make_student() -> StudentStage:
+            torch.manual_seed(self.seed)
+            dit, encoder = CausalDiT(self.model.dit), UMT5Encoder(self.model.text)
+            networks = (module.to(self.device, self.dtype).eval() for module in (dit, encoder))
+            return StudentStage(self.model, self.plan, self._maker(0, WeightFiles()), *networks, self.device,
+                                self.dtype, self.seed, student)
+
+        return [Case("vae_crop", self._vae_stage, 0.0, 3, steps),
+                Case("vae_whole", self._vae_stage, 0.9, 3, steps),
+                Case("text", self._reading_stage, 0.0, 3, steps),
+                Case("teacher", teacher, 0.0, 6, steps),
+                Case("student", make_student, 0.0, births + len(JOBS), min(steps, len(JOBS)))]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.workers is not None:
+            self.workers.shutdown(wait=False, cancel_futures=True)
+            self.workers = None
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

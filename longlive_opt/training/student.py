@@ -29,7 +29,17 @@ from ..models.text import UMT5Encoder
 from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
 from .data import EARLY_BLOCKS, LATE_BLOCK, ClipMaker, ClipRing, layouts
-from .parallel import ClipLayout, Context, encode_context, extend_context, predict, window_past
+from .parallel import (
+    ClipLayout,
+    Context,
+    Denoiser,
+    NoisyClips,
+    encode_context,
+    extend_context,
+    predict_clips,
+    split_text,
+    window_past,
+)
 from .streams import Streams
 from .teacher import empty_prompt, noise_context, repeat_sigma
 from .text import text_features
@@ -74,7 +84,8 @@ class Task:
     """Noisy blocks of a batch of clips, and the clean past of each: what teacher and student are given.
 
     `latents` [B, F, C, H, W] are all blocks of the clips; `noisy` those called `blocks`, each at the
-    sampler's step `level` [B, len(blocks)] and counting `weight`.
+    sampler's step `level` [B, len(blocks)] and counting `weight`. `sink_ids` [B, L] are the prompts of the
+    sinks, `ids` those of all else.
     """
 
     latents: Tensor
@@ -84,11 +95,18 @@ class Task:
     noisy: Tensor
     level: Tensor
     weight: Tensor
+    sink_ids: Tensor
+    ids: Tensor
 
     @property
     def places(self) -> Tensor:
         """Positions of the noisy frames."""
         return self.positions[:, block_frames(self.blocks, self.layout)]
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    """The noise level that the timestep shift makes of `sigma`."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def block_frames(blocks: Sequence[int], layout: ClipLayout) -> list[int]:
@@ -129,12 +147,12 @@ class StudentStage:
         settings, ring = self.settings, self.ring
         while ring.produced < settings.first_chunks + step // settings.refresh_every:
             ring.refresh()
-        loss = {"true": self._learn_true(step)}
         job = JOBS[step % len(JOBS)] if self.streams.born >= settings.streams else "start"
-        loss["stream"] = self._learn_start() if job == "start" else self._learn_stream(job == "switch")
-        return loss
+        tasks = {"true": self._true_clips(step),
+                 "stream": self._start() if job == "start" else self._go_on(job == "switch")}
+        return dict(zip(tasks, self._learn(list(tasks.values()))))
 
-    def _learn_true(self, step: int) -> Tensor:
+    def _true_clips(self, step: int) -> Task:
         """Blocks of true clips, noised as the sampler would."""
         pool = "plain"
         if step % 4 == 3:
@@ -149,10 +167,10 @@ class StudentStage:
         sigma = repeat_sigma(self._on_device[1][level], layout.block_frames).to(clean.dtype)
         noisy = (1 - sigma) * clean + sigma * self._noise(clean.shape)
         past = noise_context(clips.latents, self.generator, self.settings.context_sigma, 0.5)
-        task = Task(past, clips.positions, layout, blocks, noisy, level, clips.loss[:, list(blocks)])
-        return self._learn(task, clips.sink_ids, clips.ids)
+        return Task(past, clips.positions, layout, blocks, noisy, level, clips.loss[:, list(blocks)],
+                    clips.sink_ids, clips.ids)
 
-    def _learn_start(self) -> Tensor:
+    def _start(self) -> Task:
         """Videos from their very first block on; they become streams."""
         clips = self.ring.sample("late", self.settings.birth_batch, self.generator)
         layout = self.layouts["plain"]
@@ -160,11 +178,12 @@ class StudentStage:
         positions = positions.expand(len(clips), -1)
         with torch.no_grad():
             prompt = self._prompt(self.dit, clips.sink_ids, clips.sink_ids)
-            task = self._rollout(None, positions, prompt, layout, Context.empty(len(self.dit.blocks)))
+            task = self._rollout(None, positions, prompt, layout, Context.empty(len(self.dit.blocks)),
+                                 clips.sink_ids, clips.sink_ids)
         self.streams.begin(task.latents, clips.sink_ids, clips.ids)
-        return self._learn(task, clips.sink_ids, clips.sink_ids)
+        return task
 
-    def _learn_stream(self, switch: bool) -> Tensor:
+    def _go_on(self, switch: bool) -> Task:
         """Streams that go on, some under another prompt."""
         rows = torch.randperm(len(self.streams), generator=self.generator, device=self.device)
         rows = rows[:self.settings.stream_batch]
@@ -183,12 +202,13 @@ class StudentStage:
                 LATE_BLOCK,
                 self.plan.context_noise,
             )
-            task = self._rollout(clips.latents[:, known], clips.positions, prompt, layout, context)
+            task = self._rollout(clips.latents[:, known], clips.positions, prompt, layout, context,
+                                 clips.sink_ids, clips.ids)
         self.streams.give(rows, task.latents)
-        return self._learn(task, clips.sink_ids, clips.ids)
+        return task
 
     def _rollout(self, known: Tensor | None, positions: Tensor, prompt: Prompt, layout: ClipLayout,
-                 context: Context) -> Task:
+                 context: Context, sink_ids: Tensor, ids: Tensor) -> Task:
         """Let the student make the blocks after those of `context` as `Sampler` does, and keep of each one of
         the noisy versions that it met.
         """
@@ -199,13 +219,13 @@ class StudentStage:
         for column, block in enumerate(blocks):
             place = positions[:, block * size:(block + 1) * size]
             noisy = self._noise((batch, size, *self.streams.shape))
-            met = []
+            met, denoise = [], Denoiser(self.dit, [(place, prompt.now, context, layout, (block,))])
             for i, sigma in enumerate(self.sigmas.tolist()):
                 if i:
                     noisy = (1 - sigma) * clean + sigma * self._noise(noisy.shape)  # noqa: F821
                 met.append(noisy)
                 timesteps = torch.full((batch, size), self.timesteps[i].item(), device=self.device)
-                flow = predict(self.dit, noisy, timesteps, place, prompt.now, context, layout, (block,))
+                flow, = denoise([noisy], [timesteps])
                 clean = noisy - sigma * flow
             choice = level[:, column]
             kept.append(torch.stack(met, dim=1)[torch.arange(batch, device=self.device), choice])
@@ -213,73 +233,63 @@ class StudentStage:
             if block + 1 < layout.blocks:
                 extend_context(self.dit, clean, place, prompt.now, context, layout, self.plan.context_noise)
         return Task(torch.cat(made, dim=1), positions, layout, blocks, torch.cat(kept, dim=1), level,
-                    torch.ones((batch, len(blocks)), device=self.device))
+                    torch.ones((batch, len(blocks)), device=self.device), sink_ids, ids)
 
-    def _learn(self, task: Task, sink_ids: Tensor, ids: Tensor) -> Tensor:
-        """Gradients of half the loss: what the student names against the end points of the teacher."""
-        layout, last = task.layout, task.blocks[-1]
-        target = self.end_points(task, sink_ids, ids)
-        prompt = self._prompt(self.dit, sink_ids, ids)
-        context = encode_context(
-            self.dit,
-            task.latents,
-            task.positions,
-            prompt.sink,
-            prompt.now,
-            layout,
-            last,
-            self.plan.context_noise,
-        )
-        timesteps, sigmas = (
-            repeat_sigma(table[task.level], layout.block_frames) for table in self._on_device
-        )
-        flow = predict(
-            self.dit,
-            task.noisy,
-            timesteps[..., 0, 0, 0],
-            task.places,
-            prompt.now,
-            context,
-            layout,
-            task.blocks,
-        )
-        clean = task.noisy.float() - sigmas * flow.float()
-        error = (clean - target).square().unflatten(1, (len(task.blocks), -1)).mean(dim=(2, 3, 4, 5))
-        loss = (error * task.weight).sum() / task.weight.sum().clamp(min=1)
-        (0.5 * loss).backward()
-        return loss
+    def _learn(self, tasks: Sequence[Task]) -> list[Tensor]:
+        """Gradients of the mean of the losses: what the student names against the end points of the teacher.
+        """
+        targets, clips, sigmas = self.end_points(tasks), [], []
+        for task in tasks:
+            prompt = self._prompt(self.dit, task.sink_ids, task.ids)
+            timesteps, sigma = (
+                repeat_sigma(table[task.level], task.layout.block_frames) for table in self._on_device
+            )
+            clips.append(NoisyClips(task.latents, task.positions, task.noisy, timesteps[..., 0, 0, 0],
+                                    prompt.sink, prompt.now, task.layout, task.blocks))
+            sigmas.append(sigma)
+        flows, losses = predict_clips(self.dit, clips, self.plan.context_noise), []
+        for task, flow, sigma, target in zip(tasks, flows, sigmas, targets):
+            clean = task.noisy.float() - sigma * flow.float()
+            error = (clean - target).square().unflatten(1, (len(task.blocks), -1)).mean(dim=(2, 3, 4, 5))
+            losses.append((error * task.weight).sum() / task.weight.sum().clamp(min=1))
+        torch.stack(losses).mean().backward()
+        return losses
 
     @torch.no_grad()
-    def end_points(self, task: Task, sink_ids: Tensor, ids: Tensor) -> Tensor:
+    def end_points(self, tasks: Sequence[Task]) -> list[Tensor]:
         """Clean blocks, float32, to which the guided teacher's ODE leads from the noisy ones: Euler steps,
         evenly spaced in the unshifted noise level. Guidance acts at high noise only, where what is shown is
         decided (arXiv:2404.07724): lower down it would add contrast, block after block.
         """
-        teacher, layout, last = self.teacher, task.layout, task.blocks[-1]
-        nothing = empty_prompt(ids).expand_as(ids)
-        # One batch with the prompts and without.
-        prompt = self._prompt(teacher, torch.cat([sink_ids, nothing]), torch.cat([ids, nothing]))
-        context = encode_context(teacher, torch.cat([task.latents] * 2), torch.cat([task.positions] * 2),
-                                 prompt.sink, prompt.now, layout, last, self.plan.context_noise)
-        shift, count = self.plan.shift, self.settings.ode_steps
-        x, places = task.noisy.float(), torch.cat([task.places] * 2)
-        start = repeat_sigma(self._on_device[1][task.level], layout.block_frames)
-        unshifted = start / (shift - (shift - 1) * start)
+        teacher, shift, count = self.teacher, self.plan.shift, self.settings.ode_steps
+        batches, unshifted = [], []
+        for task in tasks:
+            nothing = empty_prompt(task.ids).expand_as(task.ids)
+            # One batch with the prompts and without.
+            prompt = self._prompt(
+                teacher, torch.cat([task.sink_ids, nothing]), torch.cat([task.ids, nothing]))
+            context = encode_context(
+                teacher, torch.cat([task.latents] * 2), torch.cat([task.positions] * 2), prompt.sink,
+                prompt.now, task.layout, task.blocks[-1], self.plan.context_noise)
+            batches.append((torch.cat([task.places] * 2), prompt.now, context, task.layout, task.blocks))
+            start = repeat_sigma(self._on_device[1][task.level], task.layout.block_frames)
+            unshifted.append(start / (shift - (shift - 1) * start))
+        denoise, points = Denoiser(teacher, batches), [task.noisy.float() for task in tasks]
         for i in range(count):
-            here, there = (unshifted * (1 - j / count) for j in (i, i + 1))
-            sigma, after = (shift * u / (1 + (shift - 1) * u) for u in (here, there))
-            both, timesteps = (torch.cat([t] * 2) for t in (x.to(self.dtype), 1000 * sigma[..., 0, 0, 0]))
-            flows = predict(teacher, both, timesteps, places, prompt.now, context, layout, task.blocks)
-            with_prompt, without = flows.float().chunk(2)
-            weight = torch.where(sigma >= self.settings.guidance_from, self.settings.guidance, 1.0)
-            flow = without + weight * (with_prompt - without)
-            x = x + (after - sigma) * flow
-        return x
+            here, after = ([_shifted(u * (1 - j / count), shift) for u in unshifted] for j in (i, i + 1))
+            flows = denoise([torch.cat([x.to(self.dtype)] * 2) for x in points],
+                            [torch.cat([1000 * sigma[..., 0, 0, 0]] * 2) for sigma in here])
+            for row, (flow, sigma, then) in enumerate(zip(flows, here, after)):
+                with_prompt, without = flow.float().chunk(2)
+                weight = torch.where(sigma >= self.settings.guidance_from, self.settings.guidance, 1.0)
+                flow = without + weight * (with_prompt - without)
+                points[row] = points[row] + (then - sigma) * flow
+        return points
 
     def _prompt(self, dit: CausalDiT, sink_ids: Tensor, ids: Tensor) -> Prompt:
         with torch.no_grad():
-            sink, now = text_features(self.text_encoder, torch.cat([sink_ids, ids])).chunk(2)
-        return Prompt(dit.embed_text(sink), dit.embed_text(now))
+            features = text_features(self.text_encoder, torch.cat([sink_ids, ids]))
+        return Prompt(*split_text(dit.embed_text(features), [len(ids)] * 2))
 
     def _levels(self, batch: int, blocks: int) -> Tensor:
         return torch.randint(len(self.sigmas), (batch, blocks), generator=self.generator, device=self.device)

@@ -16,7 +16,7 @@ One prompt in ten is dropped, for guidance while distilling (arXiv:2207.12598).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..models.text import END_ID, UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
 from .data import EARLY_BLOCKS, ClipMaker, ClipRing, Clips, layouts, text_mask
-from .parallel import ClipLayout, encode_context, predict, window_past
+from .parallel import ClipLayout, NoisyClips, predict_clips, split_text, window_past
 from .text import AttributeHead, attribute_loss, sample_prompts, text_features
 from .trainee import Trainee
 
@@ -152,63 +152,65 @@ class TeacherStage:
         settings, ring = self.settings, self.ring
         while ring.produced < settings.first_chunks + step // settings.refresh_every:
             ring.refresh()
-        losses = self._learn("plain", settings.plain_batch, step)
+        pools = {"plain": settings.plain_batch}
         if settings.switch_batch:
             early = f"early{EARLY_BLOCKS[step // ODD_STEPS % len(EARLY_BLOCKS)]}"
-            pool = early if step % ODD_STEPS == ODD_STEPS - 1 and ring.has(early) else "late"
-            losses |= {f"switch_{key}": value for key, value in
-                       self._learn(pool, settings.switch_batch, step).items() if key == "flow"}
-        return losses
-
-    def _learn(self, pool: str, count: int, step: int) -> dict[str, Tensor]:
-        """Gradients of `count` clips of a pool."""
-        clips = self.ring.sample(pool, count, self.generator)
-        text, sink_text, features = self._read(clips)
-        flow = self.flow_loss(clips, self.layouts[pool], text, sink_text)
-        total = flow * count / (self.settings.plain_batch + self.settings.switch_batch)
-        if pool != "plain":
-            total.backward()
-            return {"flow": flow}
-        logits = self.trainee.work["attributes"](features, text_mask(clips.ids))
-        reading, right = attribute_loss(logits, clips.labels)
+            odd = step % ODD_STEPS == ODD_STEPS - 1 and ring.has(early)
+            pools[early if odd else "late"] = settings.switch_batch
+        clips = {pool: ring.sample(pool, count, self.generator) for pool, count in pools.items()}
+        texts, features, ids = self._read(list(clips.values()))
+        flows = self.flow_losses(
+            [(batch, self.layouts[pool], *text) for (pool, batch), text in zip(clips.items(), texts)])
+        total = sum(flow * count for flow, count in zip(flows, pools.values())) / sum(pools.values())
+        logits = self.trainee.work["attributes"](features, text_mask(ids))
+        reading, right = attribute_loss(logits, torch.cat([batch.labels for batch in clips.values()]))
         (total + self.settings.attribute_weight * reading).backward()
-        return {"flow": flow, "reading": reading, "read_right": right}
+        losses = {"flow": flows[0], "reading": reading, "read_right": right}
+        return losses | ({"switch_flow": flows[1]} if len(flows) > 1 else {})
 
-    def _read(self, clips: Clips) -> tuple[TextContext, TextContext, Tensor]:
-        """What the transformer keeps of the prompts of blocks and sink, some dropped, and the text features.
+    def _read(self, batches: Sequence[Clips]) -> tuple[list[tuple[TextContext, TextContext]], Tensor, Tensor]:
+        """What the transformer keeps of the prompts of blocks and sink of each batch, some dropped; the text
+        features and the ids of all prompts of blocks.
         """
-        encoder = self.trainee.work["text"]
-        features = text_features(encoder, torch.cat([clips.ids, clips.sink_ids, empty_prompt(clips.ids)]))
-        count = len(clips)
+        ids, sink_ids = (torch.cat([getattr(clips, name) for clips in batches]) for name in (
+            "ids", "sink_ids"))
+        count = len(ids)
+        features = text_features(self.trainee.work["text"], torch.cat([ids, sink_ids, empty_prompt(ids)]))
         dropped = torch.rand((count, 1, 1), generator=self.generator, device=self.device)
-        dropped = dropped < self.settings.prompt_dropout
-        nothing = features[2 * count:]
-        now, sink = (torch.where(dropped, nothing, features[part])
-                     for part in (slice(0, count), slice(count, 2 * count)))
-        return self.dit.embed_text(now), self.dit.embed_text(sink), features[:count]
+        dropped = (dropped < self.settings.prompt_dropout).repeat(2, 1, 1)
+        text = self.dit.embed_text(torch.where(dropped, features[2 * count:], features[:2 * count]))
+        parts = split_text(text, [len(clips) for clips in batches] * 2)
+        return list(zip(parts[:len(batches)], parts[len(batches):])), features[:count], ids
 
-    def flow_loss(
-        self, clips: Clips, layout: ClipLayout, text: TextContext, sink_text: TextContext
-    ) -> Tensor:
-        """Mean square error of the flow over the blocks that count."""
-        settings, clean = self.settings, clips.latents
-        past = noise_context(clean, self.generator, settings.context_sigma, settings.context_clean_share)
-        context = encode_context(self.dit, past, clips.positions, sink_text, text, layout, layout.blocks - 1,
-                                 self.plan.context_noise)
-        first = layout.recached  # nothing before the prompt switch counts
-        part = slice(first * layout.block_frames, None)
-        clean, blocks = clean[:, part], range(first, layout.blocks)
-        level = torch.randint(len(self.sigmas), (len(clips), len(blocks)), generator=self.generator,
-                              device=self.device)
-        noise = torch.randn(clean.shape, generator=self.generator, device=self.device, dtype=clean.dtype)
-        sigma = repeat_sigma(self.sigmas[level], layout.block_frames).to(clean.dtype)
-        timesteps = self.timesteps[level].repeat_interleave(layout.block_frames, dim=1)
-        noisy = (1 - sigma) * clean + sigma * noise
-        flow = predict(self.dit, noisy, timesteps, clips.positions[:, part], text, context, layout, blocks)
-        error = (flow.float() - (noise - clean).float()).square()
-        error = error.unflatten(1, (len(blocks), -1)).mean(dim=(2, 3, 4, 5))
-        weight = clips.loss[:, first:]
-        return (error * weight).sum() / weight.sum().clamp(min=1)
+    def flow_losses(
+        self, batches: Sequence[tuple[Clips, ClipLayout, TextContext, TextContext]]
+    ) -> list[Tensor]:
+        """Mean square error of the flow over the blocks that count, for each (clips, layout, prompt, prompt
+        of the sink).
+        """
+        settings, tasks, targets = self.settings, [], []
+        for clips, layout, text, sink_text in batches:
+            past = noise_context(
+                clips.latents, self.generator, settings.context_sigma, settings.context_clean_share
+            )
+            blocks = tuple(range(layout.recached, layout.blocks))  # before the prompt switch nothing counts
+            clean = clips.latents[:, layout.recached * layout.block_frames:]
+            level = torch.randint(len(self.sigmas), (len(clips), len(blocks)), generator=self.generator,
+                                  device=self.device)
+            noise = torch.randn(clean.shape, generator=self.generator, device=self.device, dtype=clean.dtype)
+            sigma = repeat_sigma(self.sigmas[level], layout.block_frames).to(clean.dtype)
+            timesteps = self.timesteps[level].repeat_interleave(layout.block_frames, dim=1)
+            noisy = (1 - sigma) * clean + sigma * noise
+            tasks.append(
+                NoisyClips(past, clips.positions, noisy, timesteps, sink_text, text, layout, blocks))
+            targets.append((noise - clean).float())
+        losses = []
+        for flow, target, task, (clips, *_) in zip(
+                predict_clips(self.dit, tasks, self.plan.context_noise), targets, tasks, batches):
+            error = (flow.float() - target).square().unflatten(1, (len(task.blocks), -1))
+            weight = clips.loss[:, task.layout.recached:]
+            losses.append((error.mean(dim=(2, 3, 4, 5)) * weight).sum() / weight.sum().clamp(min=1))
+        return losses
 
     def state(self) -> dict[str, Any]:
         return {"produced": self.ring.produced}

@@ -63,7 +63,8 @@ class Trainee:
         decay = min(self.average_decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._average, self._master, 1 - decay)
         torch._foreach_copy_(self._work, self._master)
-        torch._foreach_zero_([p.grad for p in self._work])
+        for work in self._work:  # the next gradient is taken as it comes, not added to zeros
+            work.grad = None
         return norm
 
     def is_finite(self) -> bool:

@@ -12,6 +12,7 @@ channel, `export.fold_statistics` puts them into conv1 and conv2.
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 
 from ..config import VAEConfig
 from ..models.vae import AttentionBlock, ResidualBlock, WanVAE, latent_statistics
-from ..world.render import render, simulate
+from ..world.render import simulate
 from ..world.scene import change_scene
+from .clipwise import decode_clip, moments
+from .compiled import compilable
+from .pictures import VideoRing, render_fast
 from .text import sample_scenes
 from .trainee import Trainee
 
@@ -31,8 +35,8 @@ FIRST_LOG_VARIANCE = -6.0
 
 @dataclass(frozen=True)
 class VAESettings:
-    """Clips are of 1 + 4k video frames, the first of them below `horizon`. The second phase begins at
-    `whole_from` of the training.
+    """Clips are of 1 + 4k video frames, the first of them below `horizon` in longer clips. The second phase
+    begins at `whole_from` of the training. One chunk of `ring_videos` is made every `refresh_every` steps.
     """
 
     rate: float = 2e-3
@@ -47,36 +51,16 @@ class VAESettings:
     temporal_weight: float = 0.25
     horizon: int = 48
     average_decay: float = 0.998
-
-
-def moments(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log variance [B, z, F, h, w] of a video [B, 3, 1 + 4k, H, W] in [-1, 1], with gradients.
-
-    The encoder's streaming form in two calls, the first frame and all others: causal, hence the same values
-    as four frames at a time.
-    """
-    batch, _, _, height, width = video.shape
-    video = video.contiguous(memory_format=vae.memory_format)
-    history = vae.encoder.init_history(batch, height, width, video.device, video.dtype, vae.memory_format)
-    first, history = vae.encoder(video[:, :, :1], history, True)
-    rest, _ = vae.encoder(video[:, :, 1:], history, False)
-    mean, log_variance = vae.conv1(torch.cat([first, rest], dim=2)).chunk(2, dim=1)
-    return mean, log_variance
-
-
-def decode_clip(vae: WanVAE, z: Tensor) -> Tensor:
-    """Pixels [B, 3, 1 + 4k, H, W] of unscaled latents [B, z, 1 + k, h, w], with gradients."""
-    batch, _, _, height, width = z.shape
-    history = vae.init_history(batch, height, width, z.device, z.dtype)
-    first, history = vae.decode(z[:, :, :1], history, True)
-    rest, _ = vae.decode(z[:, :, 1:], history, False)
-    return torch.cat([first, rest], dim=2)
+    ring_videos: int = 32
+    ring_chunks: int = 16
+    first_chunks: int = 4
+    refresh_every: int = 8
 
 
 @torch.no_grad()
 def encode_video(vae: WanVAE, frames: Tensor) -> Tensor:
     """Normalised latents [B, 1 + k, 16, h, w] of frames [B, 1 + 4k, 3, H, W] in [0, 1]: `WanVAE.encode` in
-    two calls.
+    one call.
     """
     mean, _ = moments(vae, frames.transpose(1, 2) * 2 - 1)
     centre, inverse_std = latent_statistics(mean.device, mean.dtype)
@@ -108,8 +92,10 @@ class VAEStage:
     name = "vae"
 
     def __init__(self, config: VAEConfig, size: int, device: torch.device, dtype: torch.dtype, seed: int,
-                 settings: VAESettings = VAESettings()):
-        """Args: size: of the whole picture, in pixels; the crop is at most that."""
+                 settings: VAESettings = VAESettings(), workers: Executor | None = None):
+        """Args: size: of the whole picture, in pixels; the crop is at most that. workers: plan the videos
+        ahead (see `workers`).
+        """
         self.config, self.settings, self.size, self.seed = config, settings, size, seed
         self.device, self.dtype = device, dtype
         torch.manual_seed(seed)
@@ -121,20 +107,23 @@ class VAEStage:
         if device.type == "cuda":
             self.vae.use_channels_last()
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.ring = VideoRing(seed, settings.ring_videos, settings.horizon + settings.whole_frames,
+                              settings.ring_chunks, size, device, workers)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
-        settings = self.settings
+        settings, ring = self.settings, self.ring
+        while ring.produced < settings.first_chunks + step // settings.refresh_every:
+            ring.refresh()
         if progress < settings.whole_from:
-            target = self.video(
-                step, settings.crop_batch, settings.crop_frames, min(settings.crop, self.size)
-            )
+            sizes = settings.crop_batch, settings.crop_frames, min(settings.crop, self.size)
         else:
-            target = self.video(step, settings.whole_batch, settings.whole_frames, self.size)
+            sizes = settings.whole_batch, settings.whole_frames, self.size
+        target = (ring.sample(*sizes, self.generator) / 127.5 - 1).to(self.dtype)
         mean, log_variance = moments(self.vae, target)
         noise = torch.randn(mean.shape, generator=self.generator, device=self.device, dtype=self.dtype)
         log_variance = log_variance.float().clamp(-20, 10)
         z = mean + noise * (0.5 * log_variance).exp().to(self.dtype)
-        losses = reconstruction_losses(decode_clip(self.vae, z).float(), target.float())
+        losses = reconstruction_losses(decode_clip(self.vae, z), target)
         losses["kl"] = 0.5 * (mean.float().square() + log_variance.exp() - 1 - log_variance).mean()
         loss = (losses["l1"] + settings.gradient_weight * losses["edges"]
                 + settings.temporal_weight * losses["change"] + settings.kl_weight * losses["kl"])
@@ -142,28 +131,30 @@ class VAEStage:
         return {"loss": loss, **losses}
 
     def video(self, index: int, batch: int, frames: int, crop: int) -> Tensor:
-        """Clips [batch, 3, frames, crop, crop] in [-1, 1]; every fourth with a change of scene in it."""
-        rng = np.random.default_rng([self.seed, 1, index])
+        """Clips [batch, 3, frames, crop, crop] in [-1, 1] that are in no ring; every fourth with a change of
+        scene in it.
+        """
+        rng = np.random.default_rng([self.seed, 2, index])
         start = int(rng.integers(self.settings.horizon))
         scenes = [[(0, scene)] for scene in sample_scenes(rng, batch)]
         for timeline in scenes[::4]:
             timeline.append((start + 1 + int(rng.integers(frames)), change_scene(rng, timeline[0][1])))
         tracks = simulate(scenes, start + frames, int(rng.integers(2**31)))
-        pictures = render(tracks, slice(start, start + frames), self.device, self.size)
+        pictures = render_fast(tracks, slice(start, start + frames), self.device, self.size)
         y, x = (8 * int(rng.integers((self.size - crop) // 8 + 1)) for _ in range(2))
         return (pictures[..., y:y + crop, x:x + crop].to(self.dtype) * 2 - 1).transpose(1, 2)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"produced": self.ring.produced}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Nothing to do: batches depend on the step alone."""
+        self.ring.refill(state["produced"])
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
 
     def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to do."""
+        """Nothing to do: the ring is made again."""
 
     def averaged(self) -> WanVAE:
         """The averaged VAE in float32, for inference."""
@@ -172,11 +163,12 @@ class VAEStage:
         return vae.eval().requires_grad_(False)
 
 
+@compilable()
 def reconstruction_losses(made: Tensor, target: Tensor) -> dict[str, Tensor]:
     """L1 of pixels, of their differences to the right and below, and of those to the next frame; all [B, 3,
     T, H, W].
     """
-    error = made - target
+    error = made.float() - target.float()
     return {"l1": error.abs().mean(),
             "edges": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
             "change": error.diff(dim=2).abs().mean()}

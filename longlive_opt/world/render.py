@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from functools import cache
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,11 @@ _TEXELS = 8  # texture pixels per font pixel
 
 
 def render(tracks: Tracks, frames: slice | Sequence[int] | Tensor, device: str | torch.device = "cpu",
-           size: int = SIZE) -> Tensor:
+           size: int = SIZE, draw: Callable[..., Tensor] | None = None) -> Tensor:
     """Pictures of the given frames of all videos: float32 [B, T, 3, size, size] in 0..1 on `device`.
 
-    `frames` is the same for all videos, or a tensor [B, T] of each video's own.
+    `frames` is the same for all videos, or a tensor [B, T] of each video's own. `draw` is a compiled
+    `draw_object`: always called with the same flags and tables, so that it is compiled once.
     """
     if isinstance(frames, slice):
         frames = torch.arange(tracks.frames)[frames]
@@ -47,7 +48,7 @@ def render(tracks: Tracks, frames: slice | Sequence[int] | Tensor, device: str |
     videos, length = chosen.alpha.shape[:2]
     flat = Tracks(**{f.name: getattr(chosen, f.name).flatten(0, 1) for f in fields(chosen)})
     chunk = 4 if torch.device(device).type == "cpu" else 2048
-    parts = [_draw(flat[first:first + chunk], torch.device(device), size)
+    parts = [_draw(flat[first:first + chunk], torch.device(device), size, draw)
              for first in range(0, videos * length, chunk)]
     return torch.cat(parts).unflatten(0, (videos, length))
 
@@ -57,45 +58,58 @@ def to_uint8(pictures: Tensor) -> Tensor:
     return (pictures * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _draw(tracks: Tracks, device: torch.device, size: int) -> Tensor:
+def _draw(tracks: Tracks, device: torch.device, size: int, draw: Callable[..., Tensor] | None) -> Tensor:
     """[F, 3, size, size] of tracks whose two leading axes are one."""
-    there = [bool(tracks.alpha[:, i].any()) for i in range(MAX_OBJECTS)]
-    turning = bool((tracks.shape[..., 0] != tracks.shape[..., 1]).any())
-    lettered = bool(tracks.letter_alpha.any())
+    there = [draw is not None or bool(tracks.alpha[:, i].any()) for i in range(MAX_OBJECTS)]
+    turning = draw is not None or bool((tracks.shape[..., 0] != tracks.shape[..., 1]).any())
+    lettered = draw is not None or bool(tracks.letter_alpha.any())
     moved = {f.name: getattr(tracks, f.name).to(device, non_blocking=True) for f in fields(tracks)}
     t = Tracks(**moved)
     bank = _grounds(device, size)
     picture = bank[t.ground[:, 0]]
     if bool((tracks.ground[:, 0] != tracks.ground[:, 1]).any()):
         picture = torch.lerp(picture, bank[t.ground[:, 1]], t.ground_mix[:, None, None, None])
-    pixel = SIZE / size
-    axis = (torch.arange(size, device=device) + 0.5) * pixel
+    tables = (_outlines(device), *_letters(device), _axis(device, size), _ink_colour(device))
     for i in filter(there.__getitem__, range(MAX_OBJECTS)):
-        x = axis[None, None, :] - t.position[:, i, 0, None, None]
-        y = axis[None, :, None] - t.position[:, i, 1, None, None]
-        cos, sin = (f(t.angle[:, i])[:, None, None] for f in (torch.cos, torch.sin))
-        x, y = x * cos + y * sin, y * cos - x * sin
-        scale, alpha, mix = (v[:, i, None, None] for v in (t.scale, t.alpha, t.shape_mix))
-        far, around = torch.sqrt(x * x + y * y), torch.atan2(x, -y)
-        distance = _distance(far, around, t.shape[:, i, 1], scale)
-        if turning:
-            distance = torch.lerp(_distance(far, around, t.shape[:, i, 0], scale), distance, mix)
-        shade = (1 - distance.clamp(min=0) / 5).clamp(min=0).square()
-        picture = picture * (1 - 0.3 * alpha * shade)[:, None]
-        rim = 0.72 + 0.28 * (0.5 - (distance + 2.0) / pixel).clamp(0, 1)
-        body = t.rgb[:, i, :, None, None] * rim[:, None]
-        if lettered:
-            ink = _ink(x, y, t.letter[:, i], t.shape[:, i, 1], scale, device)
-            ink = (ink * t.letter_alpha[:, i, None, None])[:, None]
-            body = torch.lerp(body, torch.tensor(INK, device=device)[:, None, None] / 255, ink)
-        cover = (0.5 - distance / pixel).clamp(0, 1) * alpha
-        picture = torch.lerp(picture, body, cover[:, None])
+        values = (v[:, i] for v in (t.position, t.angle, t.scale, t.alpha, t.rgb, t.shape, t.shape_mix,
+                                    t.letter, t.letter_alpha))
+        picture = (draw or draw_object)(picture, *values, *tables, turning, lettered)
     return picture
 
 
-def _distance(far: Tensor, around: Tensor, shape: Tensor, scale: Tensor) -> Tensor:
-    """Signed distance in pixels [F, H, W] to the outline of each frame's shape, from polar coordinates."""
-    sector, offset, fold, nx, ny, radius = (v[:, None, None] for v in _outlines(far.device)[shape].unbind(-1))
+def draw_object(picture: Tensor, position: Tensor, angle: Tensor, scale: Tensor, alpha: Tensor, rgb: Tensor,
+                shape: Tensor, shape_mix: Tensor, letter: Tensor, letter_alpha: Tensor, outlines: Tensor,
+                texture: Tensor, letter_pixels: Tensor, axis: Tensor, ink_colour: Tensor, turning: bool,
+                lettered: bool) -> Tensor:
+    """One object and its shade over pictures [F, 3, size, size]; its values as in `Tracks`, [F, ...] each.
+
+    The tables are those of this module. Without `turning` no shape changes, without `lettered` none has a
+    letter.
+    """
+    pixel = SIZE / picture.shape[-1]
+    x = axis[None, None, :] - position[:, 0, None, None]
+    y = axis[None, :, None] - position[:, 1, None, None]
+    cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))
+    x, y = x * cos + y * sin, y * cos - x * sin
+    scale, alpha, mix, ink_alpha = (v[:, None, None] for v in (scale, alpha, shape_mix, letter_alpha))
+    far, around = torch.sqrt(x * x + y * y), torch.atan2(x, -y)
+    distance = _distance(far, around, outlines[shape[:, 1]], scale)
+    if turning:
+        distance = torch.lerp(_distance(far, around, outlines[shape[:, 0]], scale), distance, mix)
+    shade = (1 - distance.clamp(min=0) / 5).clamp(min=0).square()
+    picture = picture * (1 - 0.3 * alpha * shade)[:, None]
+    rim = 0.72 + 0.28 * (0.5 - (distance + 2.0) / pixel).clamp(0, 1)
+    body = rgb[:, :, None, None] * rim[:, None]
+    if lettered:
+        ink = _ink(x, y, letter, letter_pixels[shape[:, 1]], scale, texture)
+        body = torch.lerp(body, ink_colour[:, None, None], (ink * ink_alpha)[:, None])
+    cover = (0.5 - distance / pixel).clamp(0, 1) * alpha
+    return torch.lerp(picture, body, cover[:, None])
+
+
+def _distance(far: Tensor, around: Tensor, outline: Tensor, scale: Tensor | float) -> Tensor:
+    """Signed distance in pixels [F, H, W] to the outline [F, 6] of each frame, from polar coordinates."""
+    sector, offset, fold, nx, ny, radius = (v[:, None, None] for v in outline.unbind(-1))
     corner = torch.remainder(around + offset + sector / 2, sector) - sector / 2
     corner = corner.abs() * fold
     return far * (torch.cos(corner) * nx + torch.sin(corner) * ny) - radius * nx * scale
@@ -107,7 +121,8 @@ def silhouette(shape: str, scale: float, angle: float) -> Tensor:
     axis = torch.arange(-half, half + 1.0)
     x, y = axis[None, :].expand(2 * half + 1, -1), axis[:, None].expand(-1, 2 * half + 1)
     around = torch.atan2(x, -y) - angle
-    distance = _distance(torch.hypot(x, y)[None], around[None], torch.tensor([SHAPES.index(shape)]), scale)
+    outline = _outlines(torch.device("cpu"))[[SHAPES.index(shape)]]
+    distance = _distance(torch.hypot(x, y)[None], around[None], outline, scale)
     return (distance[0] < 0).float()
 
 
@@ -128,14 +143,24 @@ def _outlines(device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
-def _ink(x: Tensor, y: Tensor, letter: Tensor, shape: Tensor, scale: Tensor, device: torch.device) -> Tensor:
+def _ink(x: Tensor, y: Tensor, letter: Tensor, pixels: Tensor, scale: Tensor, texture: Tensor) -> Tensor:
     """Coverage [F, H, W] of the letter at each pixel, in the object's own coordinates."""
-    texture, pixels = _letters(device)
     rows, columns = texture.shape[1:]
-    texel = _TEXELS / (pixels[shape][:, None, None] * scale)
+    texel = _TEXELS / (pixels[:, None, None] * scale)
     column = (x * texel + columns / 2).long().clamp(0, columns - 1)
     row = (y * texel + rows / 2).long().clamp(0, rows - 1)
     return texture.flatten()[(letter[:, None, None] * rows + row) * columns + column]
+
+
+@cache
+def _axis(device: torch.device, size: int) -> Tensor:
+    """The middle of each pixel of a row or column."""
+    return (torch.arange(size, device=device) + 0.5) * (SIZE / size)
+
+
+@cache
+def _ink_colour(device: torch.device) -> Tensor:
+    return torch.tensor(INK, device=device) / 255
 
 
 @cache
