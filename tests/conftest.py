@@ -35,3 +35,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cheap_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile that traces as Inductor does and then runs the trace."""
+    import torch
+
+    compile = torch.compile
+
+    def traced(function, *, fullgraph, dynamic, options=None):
+        assert fullgraph and dynamic is False
+        return compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -737,20 +737,6 @@ def test_memory_limit_is_kept():
 # torch.compile. The backend "eager" traces as Inductor does and then runs the trace.
 
 
-@pytest.fixture
-def cheap_compile(monkeypatch):
-    compile = torch.compile
-
-    def traced(function, *, fullgraph, dynamic, options=None):
-        assert fullgraph and dynamic is False
-        return compile(function, fullgraph=True, dynamic=False, backend="eager")
-
-    monkeypatch.setattr(torch, "compile", traced)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def rehearse(session: StreamingSession, warmup: int) -> None:
     """As `Experiment` does: one stream, one switch."""
     for chunk in session.stream("a", warmup + 4):
