@@ -286,18 +286,14 @@ class Experiment:
                        for name, text in metrics.DEFINITIONS.items())
         return HTML(f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>")
 
-    def difference(self) -> figures.Chart:
+    def difference(self) -> figures.Chart | HTML:
         """Heat map of the mean absolute difference between this video and the baseline's, beside a frame of
-        each.
-
-        Raises:
-            UserError: the campaign has no baseline video.
+        each; a sentence where the campaign has no baseline video.
         """
         reference = self.reference
         if reference is None:
-            raise UserError(
-                f"campaign: {self.campaign!r} has no baseline video to compare with; run the baseline first."
-            )
+            return HTML(f"<p>n/a: the campaign {html.escape(self.campaign)} has no baseline video to compare "
+                        "with; run the baseline first.</p>")
         video.write_mp4(self.folder / "side_by_side.mp4",
                         quality.side_by_side(video.shrink(reference.frames, self.config.video_width),
                                              video.shrink(self.frames, self.config.video_width)),
