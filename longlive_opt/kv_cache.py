@@ -229,16 +229,14 @@ class _RollingLayer:
         self.key = key
         self.value = value
 
-    def store(self, k: Tensor, v: Tensor) -> None:
-        self._store(k, v)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        key, value = self._store(k, v)
+        key, value = self.store(k, v)
         if self._cache.geometry.relative_rope:
             key = self._cache.rotate_window(key)
         return self._attention(self._cache.rotate_new(q), key, value)
 
-    def _store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v of the new frames; returns the keys and values that are attended."""
         k = k if self._cache.geometry.relative_rope else self._cache.rotate_new(k)
         return self._update(self.key, k), self._update(self.value, v)
 

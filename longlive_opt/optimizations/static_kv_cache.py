@@ -208,9 +208,13 @@ class RingLayer:
         if self.cache.turns_sink:
             self.turn_sink(k)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def enter(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What comes before attention: store k and v; returns rotated q."""
         self.store(k, v)
-        return self.read(self.cache.rotate(q))
+        return self.cache.rotate(q)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.read(self.enter(q, k, v))
 
     def turn_sink(self, k: Tensor | None) -> None:
         """Rotate the sink to its new distance. k, [B, L, N, D], are the new frames' keys as they came; None

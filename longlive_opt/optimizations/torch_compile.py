@@ -162,9 +162,7 @@ class CompiledForward:
 
 def write_half(block: DiTBlock, x: Tensor, time: Tensor, layer: RingLayer) -> Tensor:
     """A block up to self-attention: keys and values go to the cache, rotated q [B, L, N, D] comes out."""
-    q, k, v = block.project(x, time)
-    layer.store(k, v)
-    return layer.cache.rotate(q)
+    return layer.enter(*block.project(x, time))
 
 
 def finish_half(block: DiTBlock, x: Tensor, attended: Tensor, time: Tensor, text_key: Tensor,
