@@ -47,8 +47,8 @@ TINY_WEIGHTS = "weights/tiny"
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
-# Blocks that a repetition measures at most: it tells the noise of means, and is no second campaign.
-REPEAT_BLOCKS = 100
+# What a repetition measures at most: it tells the noise of means, and is no second campaign.
+REPEAT_AT_MOST = {"measure_blocks": 50, "num_switches": 10}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     """Check everything that is asked for and return the jobs in their order; touches no file.
 
     Repetitions of the baseline come last: with the first one they span the campaign, drift included. They
-    measure REPEAT_BLOCKS blocks at most.
+    measure no more than REPEAT_AT_MOST.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -172,8 +172,7 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     if repeats:
         notebook = choose_presets(layout, [BASELINE])[BASELINE]
         asked = {**load_yaml(layout.params / f"{BASELINE}.yaml"), **over}
-        if asked.get("measure_blocks", 0) > REPEAT_BLOCKS:
-            over = {**over, "measure_blocks": REPEAT_BLOCKS}
+        over = {**over, **{key: most for key, most in REPEAT_AT_MOST.items() if asked.get(key, 0) > most}}
         jobs += [_plan_run(layout, campaign, BASELINE, 2 + i, notebook, over) for i in range(repeats)]
     return jobs
 

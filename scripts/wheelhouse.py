@@ -63,7 +63,7 @@ def write_stand_in(folder: Path, name: str, version: str) -> str:
 
 
 def requirements() -> List[str]:
-    """What an offline set-up installs: the dependencies, pytest, and what builds the project."""
+    """What an offline set-up installs: the dependencies, what runs the tests, and what builds the project."""
     import tomllib
 
     content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

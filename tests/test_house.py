@@ -30,7 +30,7 @@ REQUIREMENTS = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].va
 # Import name -> package, where they differ.
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
 # Declared, but not imported: torchvision is for lpips, ipykernel for papermill, the rest are commands.
-NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "ruff"}
+NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
 NOT_DECLARED = {"triton", "jinja2", "IPython", "flash_attn", "cutlass", "quack", "mlflow", "ipywidgets"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")

@@ -197,9 +197,10 @@ def write_new(job: batch.Job, folder: Path) -> None:
 def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
     """The noise of a mean needs no 300 blocks a second time; a short baseline is repeated as it is."""
     layout = runner.Layout(Path(__file__).parents[1])
-    for asked, repeated in ((300, 100), (8, 8)):
-        jobs = runner.plan(layout, "c", ["baseline"], settings={"measure_blocks": asked}, repeats=1)
-        assert [job.parameters["measure_blocks"] for job in jobs] == [asked, repeated]
+    for key, asked, repeated in (("measure_blocks", 300, 50), ("measure_blocks", 8, 8),
+                                 ("num_switches", 20, 10), ("num_switches", 2, 2)):
+        jobs = runner.plan(layout, "c", ["baseline"], settings={key: asked}, repeats=1)
+        assert [job.parameters[key] for job in jobs] == [asked, repeated]
 
 
 def test_skipped_presets_are_left_out_of_all_and_of_nothing_else(project: Path) -> None:
