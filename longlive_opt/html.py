@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from longlive_opt.errors import UserError
+from longlive_opt.styles import drop_unused_styles
 
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
@@ -54,6 +55,7 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
     # The path is where relative pictures in prose are looked for, to be embedded.
     resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}}
     html, _ = exporter.from_notebook_node(notebook, resources=resources)
+    html = drop_unused_styles(html)
     references = network_references(html)
     if references:
         raise UserError(f"{notebook_path}: the report would load {references[0]} from the network; "

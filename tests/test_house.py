@@ -20,6 +20,7 @@ from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.html import export_html, network_references
 from longlive_opt.runner import QUICK, Layout, plan, plan_summary, plan_training
+from longlive_opt.styles import drop_unused_styles
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -32,7 +33,8 @@ PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
 # Declared, but not imported: torchvision is for lpips, ipykernel for papermill, the rest are commands.
 NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
-NOT_DECLARED = {"triton", "jinja2", "IPython", "flash_attn", "cutlass", "quack", "mlflow", "ipywidgets"}
+NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow",
+                "ipywidgets"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
@@ -315,6 +317,20 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     assert "<title>&lt;b&gt;bold&lt;/b&gt; &amp; co</title>" in html
     export_html(notebook, report, title="x", hide_code=True)
     assert "cell_code" not in report.read_text(encoding="utf-8")
+
+
+def test_only_styles_that_nothing_asks_for_are_dropped() -> None:
+    """A report that looks different, or carries 240 KB of JupyterLab's icons."""
+    html = """<style>:root { --seen: red; --by-seen: 1px; --seen2: var(--by-seen); --icon: url(data:x) }
+        p { color: var(--seen) } .here, .gone { top: var(--seen2) } .gone .here { top: 2px }
+        .here:not(.gone) { top: 3px } .gone { background: var(--icon) } @media print { .gone { top: 4px } }
+        </style><p class="other here">.gone {}</p>"""
+    slim = drop_unused_styles(html)
+    assert slim.endswith('<p class="other here">.gone {}</p>')
+    kept = "--seen: --by-seen: --seen2: .here, .here:not(.gone) 3px 4px".split()
+    assert all(part in slim for part in kept)
+    assert not any(part in slim for part in ("--icon", "2px", "data:x", ".gone {background"))
+    assert drop_unused_styles(slim) == slim
 
 
 def test_remote_picture_is_refused(tmp_path: Path) -> None:
