@@ -27,7 +27,8 @@ DEFINITIONS = {
         "runs from one block's frames being complete in pixels to the next one's, on the host clock, "
         "synchronised at block edges. Only blocks after warm-up count (window full, compilation over), "
         "without those at which a prompt switch took effect: their interval contains text encoding and "
-        "recache; they count as switches.",
+        "recache; they count as switches. With asynchronous decoding the stream's last block does not count: "
+        "no further block competes with it.",
     "ss_with_switches":
         "The same with the switch blocks left in, so that nothing is hidden.",
     "ps_ms":

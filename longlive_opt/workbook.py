@@ -163,10 +163,13 @@ class Experiment:
         )
 
     def _record(self, blocks: int, switches: list[int]) -> list[Event]:
+        """The events of a stream's first `blocks` blocks. Where decoding overlaps the next block, a stream
+        has one more: nothing competes with the decoding of its last, which is no steady state.
+        """
         self._start_over()
-        for _ in self._stream_with_switches(blocks, switches):
+        for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
             pass
-        return self.timeline.resolve()
+        return [event for event in self.timeline.resolve() if event.block is None or event.block < blocks]
 
     def _start_over(self) -> None:
         self.session.reset()
