@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from ..models.vae import AttentionBlock, ResidualBlock, WanVAE, latent_statistics
+from ..models.vae import AttentionBlock, Downsample, ResidualBlock, Upsample, WanVAE, latent_statistics
 from ..world.render import simulate
 from ..world.scene import change_scene
 from .clipwise import decode_clip, moments
@@ -31,6 +31,7 @@ from .text import sample_scenes
 from .trainee import Trainee
 
 FIRST_LOG_VARIANCE = -6.0
+WEAK = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class VAESettings:
     begins at `whole_from` of the training. One chunk of `ring_videos` is made every `refresh_every` steps.
     """
 
-    rate: float = 2e-3
+    rate: float = 6e-4
     crop: int = 64
     crop_batch: int = 32
     crop_frames: int = 17
@@ -67,9 +68,14 @@ def encode_video(vae: WanVAE, frames: Tensor) -> Tensor:
     return ((mean - centre) * inverse_std).transpose(1, 2)
 
 
+@torch.no_grad()
 def init_vae_(vae: WanVAE) -> None:
     """Initial weights: activations keep their scale, every residual branch begins at zero (Fixup,
     arXiv:1901.09321), and the posterior begins narrow, or the decoder would first learn to ignore it.
+
+    What is left is a chain of plain convolutions. It begins by passing on each place, as the identity would
+    (a random mix of channels, arXiv:1806.05393), with weak taps around: random taps blur from layer to layer
+    what the network then has to sharpen again.
     """
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -80,10 +86,26 @@ def init_vae_(vae: WanVAE) -> None:
             nn.init.zeros_(module.residual["6"].weight)
         elif isinstance(module, AttentionBlock):
             nn.init.zeros_(module.proj.weight)
+        elif isinstance(module, Downsample):
+            _pass_on_(module.resample[1], (slice(2), slice(2)))  # what lies in the coarser place
+            if module.time_conv is not None:
+                _pass_on_(module.time_conv, (slice(1, None), 0, 0))
+        elif isinstance(module, Upsample):
+            _pass_on_(module.resample[1], (1, 1))
+            if module.time_conv is not None:
+                _pass_on_(module.time_conv, (-1, 0, 0))
+    for conv in (vae.encoder.conv1, vae.encoder.head[2], vae.decoder.conv1, vae.decoder.head[2]):
+        _pass_on_(conv, (-1, 1, 1))
     z = vae.conv2.in_channels
-    with torch.no_grad():
-        vae.conv1.weight[z:] *= 0.1
-        vae.conv1.bias[z:] = FIRST_LOG_VARIANCE
+    vae.conv1.weight[z:] *= 0.1
+    vae.conv1.bias[z:] = FIRST_LOG_VARIANCE
+
+
+def _pass_on_(conv: nn.Conv2d | nn.Conv3d, taps: tuple[int | slice, ...]) -> None:
+    """Strong random weights at `taps` of the kernel, weak ones elsewhere."""
+    conv.weight *= WEAK
+    strong = conv.weight[(slice(None), slice(None), *taps)]
+    strong += torch.randn_like(strong) * strong[0].numel() ** -0.5
 
 
 class VAEStage:

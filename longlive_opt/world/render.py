@@ -175,12 +175,16 @@ def _letters(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @cache
 def _grounds(device: torch.device, size: int) -> Tensor:
-    """All grounds [12, 3, size, size]: 8-pixel squares, 4-pixel diagonal stripes, dots 8 pixels apart."""
+    """All grounds [12, 3, size, size]: 8-pixel squares, diagonal stripes, dots; all repeat after 16 pixels.
+
+    After 8, the stride of the VAE, would be too early: all latents of a ground would be equal, and a decoder
+    of nearest-neighbour enlargements and convolutions cannot tell places within equal latents apart.
+    """
     axis = (torch.arange(size) + 0.5) * SIZE / size
     x, y = axis[None, :].expand(size, -1), axis[:, None].expand(-1, size)
     checked = ((x // 8 + y // 8) % 2).float()
-    striped = (((x + y - 1) % 8 - 4).abs() - 1.5).clamp(0, 1)
-    dotted = (3.0 - torch.hypot(x % 8 - 4, y % 8 - 4)).clamp(0, 1)
+    striped = (((x + y - 1) % 16 - 8).abs() - 3.5).clamp(0, 1)
+    dotted = (4.0 - torch.hypot(x % 16 - 4, y % 16 - 4)).clamp(0, 1)
     masks = {"checked": checked, "striped": striped, "dotted": dotted}
     grounds = []
     for name in GROUNDS:
