@@ -48,7 +48,7 @@ TINY_WEIGHTS = "weights/tiny"
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
 # What a repetition measures at most: it tells the noise of means, and is no second campaign.
-REPEAT_AT_MOST = {"measure_blocks": 50, "num_switches": 10}
+REPEAT_AT_MOST = {"measure_blocks": 40, "num_switches": 6}
 
 
 @dataclass(frozen=True)

@@ -197,8 +197,8 @@ def write_new(job: batch.Job, folder: Path) -> None:
 def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
     """The noise of a mean needs no 300 blocks a second time; a short baseline is repeated as it is."""
     layout = runner.Layout(Path(__file__).parents[1])
-    for key, asked, repeated in (("measure_blocks", 300, 50), ("measure_blocks", 8, 8),
-                                 ("num_switches", 20, 10), ("num_switches", 2, 2)):
+    for key, asked, repeated in (("measure_blocks", 300, 40), ("measure_blocks", 8, 8),
+                                 ("num_switches", 20, 6), ("num_switches", 2, 2)):
         jobs = runner.plan(layout, "c", ["baseline"], settings={key: asked}, repeats=1)
         assert [job.parameters[key] for job in jobs] == [asked, repeated]
 

@@ -55,7 +55,7 @@ class VAESettings:
     ring_videos: int = 32
     ring_chunks: int = 16
     first_chunks: int = 4
-    refresh_every: int = 8
+    refresh_every: int = 16
 
 
 @torch.no_grad()
