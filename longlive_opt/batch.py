@@ -17,6 +17,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,25 +90,26 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
 
 def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
     """Run `jobs` in their order and return those that failed; one failure does not stop the rest. What this
-    machine lacks the means for is told, recorded and no failure.
+    machine lacks the means for is told, recorded and no failure. A report is exported while the next kernel
+    starts, long before that measures anything.
     """
-    failed = []
-    for number, job in enumerate(jobs, 1):
-        log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
-        started = time.perf_counter()
-        try:
-            run_job(root, job)
-        except RunFailed as error:
-            if error.report["status"] == "not available":
-                log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
+    failed, exports = [], []
+    with ThreadPoolExecutor(max_workers=1) as exporter:
+        for number, job in enumerate(jobs, 1):
+            log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
+            started = time.perf_counter()
+            try:
+                run_job(root, job)
+            except RunFailed as error:
+                if error.report["status"] == "not available":
+                    log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
+                    continue
+                failed.append(job)
+                log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
                 continue
-            failed.append(job)
-            log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
-            continue
-        log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
-        if not export_report(root, job):
-            failed.append(job)
-    return failed
+            log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
+            exports.append((job, exporter.submit(export_report, root, job)))
+        return failed + [job for job, exported in exports if not exported.result()]
 
 
 def export_report(root: Path, job: Job) -> bool:
