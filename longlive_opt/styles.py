@@ -17,10 +17,10 @@ def drop_unused_styles(html: str) -> str:
 
     For pages without scripts: a class that a script would add counts as not there.
     """
-    finder = _ClassFinder()
-    finder.feed(_STYLE.sub("", html))
-    finder.close()
     rest = _STYLE.sub("", html)
+    finder = _ClassFinder()
+    finder.feed(rest)
+    finder.close()
     sheets = [_used_rules(style[1], finder.classes) for style in _STYLE.findall(html)]
     read: set[str] = set()
     while True:  # a variable may be read by one that is dropped itself
