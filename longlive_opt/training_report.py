@@ -53,7 +53,7 @@ _FULL = "full model"
 _VARIANTS = {"no_sink": "no sink", "no_recache": "no recache"}
 _TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
 _SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
-           "change": "differences in time, L1", "kl": "KL", "flow": "flow",
+           "change": "differences in time, L1", "kl": "KL", "flow": "flow", "opening_flow": "flow of openings",
            "switch_flow": "flow after a switch",
            "reading": "attributes of the prompt, cross entropy", "true": "true past", "stream": "own past",
            "gradient": "norm of the gradient", "read_right": "share read rightly"}

@@ -36,6 +36,7 @@ from longlive_opt.training.clipwise import decode_clip, moments
 from longlive_opt.training.compiled import use_compiler
 from longlive_opt.training.data import (
     CLIP_BLOCKS,
+    OPENING,
     ClipMaker,
     ClipRing,
     Clips,
@@ -477,15 +478,15 @@ def test_compiled_transformer_is_the_transformer(maker):
     from torch._dynamo.utils import counters
 
     def gradients(plain: int, switch: int) -> list[Tensor]:
-        sizes = dict(plain_batch=plain, switch_batch=switch)
+        sizes = dict(plain_batch=plain, switch_batch=switch, clips_from=0, **OPENINGS)
         stage = TeacherStage(SMALL, PLAN, maker, CPU, torch.float32, 0, TeacherSettings(**sizes))
-        stage.ring = ring
+        stage.ring, stage.openings = ring, openings
         for parameter in stage.trainee.work.parameters():
             parameter.data.add_(0.02)  # gates begin at zero
         stage.step(0, 0.0)
         return [parameter.grad for parameter in stage.trainee.work.parameters() if parameter.grad is not None]
 
-    ring = OneBatch(maker)
+    ring, openings = OneBatch(maker), OneBatch(maker, 4)
     plain = gradients(3, 2)
     counters.clear()
     use_compiler("aot_eager")
@@ -621,9 +622,13 @@ def test_streams_run_on_and_switch(maker, dit):
     assert streams.position.tolist() == [12] * 4
 
 
+OPENINGS = dict(opening_batch=3, opening_beside=2, opening_chunk=4, opening_ring_chunks=2,
+                opening_first_chunks=1, opening_refresh_every=2)
+
+
 def stages(maker: ClipMaker, dit: CausalDiT) -> dict:
     """A new instance of every stage, tiny."""
-    sizes = dict(plain_batch=2, switch_batch=1, ring_chunks=2, first_chunks=1, refresh_every=3)
+    sizes = dict(plain_batch=2, switch_batch=1, ring_chunks=2, first_chunks=1, refresh_every=2, **OPENINGS)
     return {
         "vae": lambda: VAEStage(
             SMALL.vae,
@@ -722,11 +727,14 @@ def falls(stage, steps: int, key: str, share: float) -> None:
 
 
 class OneBatch:
-    """A ring that always gives the same clips."""
+    """A ring that always gives the same clips, or the same `openings`."""
 
-    def __init__(self, maker: ClipMaker):
-        self.clips = maker.make(plan_chunk(3, 0, maker.mix, 30))
-        self.produced = 10**6
+    def __init__(self, maker: ClipMaker, openings: int = 0):
+        whose = maker.openings(openings) if openings else maker
+        self.clips = whose.make(whose.plan(0))
+
+    def produce(self, chunks: int) -> None:
+        pass
 
     def sample(self, pool: str, count: int, generator: torch.Generator) -> Clips:
         clips = self.clips[pool]
@@ -746,13 +754,38 @@ def test_text_encoder_learns():
     falls(ReadingStage(SMALL, CPU, torch.float32, 0, rate=1e-2, batch=16, prompts=16), 60, "reading", 0.8)
 
 
-def test_teacher_learns(maker):
+@pytest.mark.parametrize("key", ["flow", "opening_flow"])
+def test_teacher_learns(maker, key):
     stage = TeacherStage(SMALL, PLAN, maker, CPU, torch.float32, 0,
-                         TeacherSettings(rate=5e-3, plain_batch=2, switch_batch=1))
-    stage.ring = OneBatch(maker)
-    for clips in stage.ring.clips.values():  # the untrained VAE's latents have no unit scale
-        clips.latents = clips.latents / clips.latents.std()
-    falls(stage, 40, "flow", 0.95)
+                         TeacherSettings(rate=5e-3, plain_batch=2, switch_batch=1, clips_from=0, **OPENINGS))
+    stage.ring, stage.openings = OneBatch(maker), OneBatch(maker, 4)
+    for clips in (*stage.ring.clips.values(), *stage.openings.clips.values()):
+        clips.latents = clips.latents / clips.latents.std()  # the untrained VAE's have no unit scale
+    falls(stage, 40, key, 0.95)
+
+
+def test_teacher_begins_with_openings(maker):
+    """No clip is asked for, or made, before its time."""
+    sizes = dict(plain_batch=2, switch_batch=1, ring_chunks=2, first_chunks=1, clips_from=0.5, **OPENINGS)
+    stage = TeacherStage(SMALL, PLAN, maker, CPU, torch.float32, 0, TeacherSettings(**sizes))
+    assert "flow" not in stage.step(0, 0.0) and stage.ring.produced == 0 and stage.openings.produced == 1
+    assert {"opening_flow", "flow", "switch_flow"} < stage.step(7, 0.5).keys()
+    assert stage.ring.produced == 1 and stage.openings.produced == 4 and stage.state()["clips_since"] == 7
+
+
+def test_openings_are_first_blocks(maker, vae):
+    """What an opening shows is what a video of that scene begins with, under its own prompt."""
+    openings = maker.openings(4)
+    plan = openings.plan(2)
+    clips = openings.make(plan)[OPENING]
+    assert clips.latents.shape[:2] == (4, 3) and clips.positions.tolist() == [[0, 1, 2]] * 4
+    assert torch.equal(clips.ids, clips.sink_ids) and clips.loss.tolist() == [[1.0]] * 4
+    for i, video in enumerate(plan.pools[OPENING]):
+        frames = render(plan.clip[i:i + 1], slice(None), size=32)
+        assert frames.shape[1] == 9
+        torch.testing.assert_close(encode_video(vae, frames)[0], clips.latents[i], rtol=0, atol=1e-4)
+        assert clips.labels[i].tolist() == scene_labels(video.timeline[0][1])
+    assert not torch.equal(clips.ids, openings.make(openings.plan(3))[OPENING].ids)
 
 
 def test_student_learns(maker, dit):
@@ -848,7 +881,7 @@ def test_bench_times_every_stage_and_plan_reads_it(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(bench, "PROFILED_STEPS", 1)
     assert command.main([*arguments, "--stage", "bench"]) == 0
     rows = json.loads((tmp_path / "training" / "bench.json").read_text())
-    assert list(rows) == ["vae_crop", "vae_whole", "text", "teacher", "student"]
+    assert list(rows) == ["vae_crop", "vae_whole", "text", "opening", "teacher", "student"]
     assert all(row["wall"] > 0 and row["host"] > 0 for row in rows.values())
     assert rows["teacher"]["chunk"] > 0 < rows["vae_whole"]["plan"] and "chunk" not in rows["text"]
     assert command.main([*arguments, "--stage", "plan", "--minutes", "4,10,8"]) == 0
@@ -857,12 +890,16 @@ def test_bench_times_every_stage_and_plan_reads_it(tmp_path, monkeypatch, capsys
 
 def test_plan_counts_what_the_minutes_buy():
     """One minute at 100 ms and, every 60 steps, 600 ms for a chunk; two chunks come before."""
-    settings = Settings(minutes=(None, 1.0, None), teacher=TeacherSettings(first_chunks=2, refresh_every=60))
+    settings = Settings(minutes=(None, 1.0, None),
+                        teacher=TeacherSettings(clips_from=0.0, first_chunks=2, refresh_every=60))
     row = budget(settings, times_of("teacher=100,teacher_chunk=600"))["teacher"]
     assert row["steps"] == int((60_000 - 1200) / 110) and row["clips"] == 64 * row["steps"]
     assert row["frames"] == 81 * row["clips"] and row["chunks"] == 2 + row["steps"] // 60
     halves = budget(Settings(minutes=(1.0, None, None)), times_of("vae_crop=50,vae_whole=100"))
     assert [halves[name]["steps"] for name in ("vae_crop", "vae_whole")] == [720, 240]
+    halves = budget(Settings(minutes=(None, 1.0, None), teacher=TeacherSettings(clips_from=0.25)),
+                    times_of("opening=50,teacher=100"))
+    assert [halves[name]["steps"] for name in ("opening", "teacher")] == [300, 450]
 
 
 def test_true_videos_pass_the_check():

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=STAGES, default="all", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--model", choices=tuple(MODELS), default="tiny", help="default: %(default)s")
-    parser.add_argument("--minutes", help="of training: vae,teacher,student (default: 4,10,8)")
+    parser.add_argument("--minutes", help="of training: vae,teacher,student (default: 3.5,13,7)")
     parser.add_argument("--steps", help="vae,teacher,student; with --minutes whatever ends first")
     parser.add_argument("--call-minutes", type=float, help="end this call after so many minutes and save")
     parser.add_argument(

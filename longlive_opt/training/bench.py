@@ -29,26 +29,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BENCH_NAME = "bench.json"
-CASES = ("vae_crop", "vae_whole", "text", "teacher", "student")
+CASES = ("vae_crop", "vae_whole", "text", "opening", "teacher", "student")
 COLUMNS = ("wall", "host", "device", "kernels", "plan", "chunk", "ready", "memory")
 TOP = 15
+OPENING_FRAMES = 9
 PROFILED_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stage to time: how it is made, the progress it is at, and after how many steps it is warm."""
+    """A stage to time: how it is made, the progress it is at, after how many steps it is warm, and which of
+    its rings holds the data.
+    """
 
     name: str
     make: Callable[[], Stage]
     progress: float
     warm: int
     steps: int
+    ring: str = "ring"
 
 
 def run_bench(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, float]]:
     """Time the cases; logs a table of COLUMNS in ms (`kernels` a step, `ready` in s, `memory` in GB) and the
-    most expensive operations of each.
+    most expensive kernels of each, or operations on the CPU.
     """
     rows = {}
     for case in cases:
@@ -89,7 +93,7 @@ def _bench(case: Case, device: torch.device) -> dict[str, float]:
     row["wall"] = timed(lambda: run(case.steps)) / case.steps
     hosts = [timed(lambda: run(1), then_wait=False) for _ in range(case.steps)]
     row["host"] = sum(hosts) / len(hosts)
-    ring = getattr(stage, "ring", None)
+    ring = getattr(stage, case.ring, None)
     if ring is not None:
         planner = ring.maker.planner if hasattr(ring, "maker") else ring.planner
         index = ring.produced
@@ -98,8 +102,7 @@ def _bench(case: Case, device: torch.device) -> dict[str, float]:
         planner.expect(index + 1)
         planner.wait(index + 1)
         row["chunk"] = timed(ring.refresh)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         run(PROFILED_STEPS)
         wait()
     averages = profiler.key_averages()
@@ -109,8 +112,6 @@ def _bench(case: Case, device: torch.device) -> dict[str, float]:
         row["device"] = sum(a.self_device_time_total for a in kernels) / 1e3 / PROFILED_STEPS
         row["kernels"] = sum(a.count for a in kernels) / PROFILED_STEPS
         _log_top(case.name, "kernel", kernels, "self_device_time_total")
-        operations = [a for a in averages if a.device_type == DeviceType.CPU]
-        _log_top(case.name, "operation", operations, "self_device_time_total")
     else:
         _log_top(case.name, "operation", averages, "self_cpu_time_total")
     return row
@@ -138,7 +139,7 @@ def times_of(text: str) -> dict[str, float]:
     Raises:
         UserError: another name, or no number.
     """
-    known = [*CASES, *(f"{case}_chunk" for case in ("vae", "teacher", "student"))]
+    known = [*CASES, *(f"{case}_chunk" for case in ("vae", "opening", "teacher", "student"))]
     times = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -171,20 +172,24 @@ def budget(settings: Settings, times: Mapping[str, float]) -> dict[str, dict[str
     per_chunk = mix.start + mix.far + mix.after + mix.late + mix.early
     clip_frames = 12 * CLIP_BLOCKS - 3
     minutes = dict(zip(("vae", "teacher", "student"), settings.minutes))
-    vae_minutes = minutes["vae"]
-    shares = {} if vae_minutes is None else {
-        "vae_crop": vae_minutes * vae.whole_from, "vae_whole": vae_minutes * (1 - vae.whole_from)}
-    shares |= {"text": settings.reading_minutes, **{k: minutes[k] for k in ("teacher", "student")}}
+    shares = {"text": settings.reading_minutes, "student": minutes["student"]}
+    for stage, phases, until in (("vae", ("vae_crop", "vae_whole"), vae.whole_from),
+                                 ("teacher", ("opening", "teacher"), teacher.clips_from)):
+        if minutes[stage] is not None:
+            shares |= zip(phases, (minutes[stage] * until, minutes[stage] * (1 - until)))
     sizes = {  # clips of a step, frames of a clip, clips of a chunk, steps per chunk
         "vae_crop": (vae.crop_batch, vae.crop_frames, vae.ring_videos, vae.refresh_every),
         "vae_whole": (vae.whole_batch, vae.whole_frames, vae.ring_videos, vae.refresh_every),
         "text": (settings.reading_batch, 0, 0, math.inf),
+        "opening": (teacher.opening_batch, OPENING_FRAMES, teacher.opening_chunk,
+                    teacher.opening_refresh_every),
         "teacher": (teacher.plain_batch + teacher.switch_batch, clip_frames, per_chunk,
                     teacher.refresh_every),
         "student": (student.true_batch + student.stream_batch, clip_frames, per_chunk,
                     student.refresh_every),
     }
-    first = {"vae_crop": vae.first_chunks, "teacher": teacher.first_chunks, "student": student.first_chunks}
+    first = {"vae_crop": vae.first_chunks, "opening": teacher.opening_first_chunks,
+             "teacher": teacher.first_chunks, "student": student.first_chunks}
     rows = {}
     for name, (clips, frames, chunk_clips, every) in sizes.items():
         share = shares.get(name)

@@ -13,6 +13,9 @@ A clip of n blocks is the first block of a video (the sink) and n - 1 blocks in 
     late    the prompt changes at block 4 with a full window: blocks 1..3 are recached together under the new
             prompt, the sink stays under the old one
     early m the prompt changes at block m of the first blocks, m <= 4: the recache takes the sink too
+
+Openings are the first blocks of videos and nothing else. There all is invented that later blocks have only to
+carry on, so it is where most is to be learned; and they cost a tenth of a clip.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ..world.render import Tracks, simulate
 from ..world.scene import SceneSpec, change_scene, sample_scene
 from .parallel import ClipLayout
 from .pictures import pack_tracks, render_fast, unpack_tracks
-from .text import scene_labels
+from .text import sample_scenes, scene_labels
 from .vae import encode_video
 from .workers import Planner
 
@@ -43,6 +46,8 @@ LATE_BLOCK = 4
 WARM_LATENTS = 3
 """Latent frames that the VAE reads, and that are thrown away, before a clip that is cut out of a video."""
 EARLY_BLOCKS = (2, 4)
+OPENING = "opening"
+"""The pool and the layout of openings."""
 
 
 @dataclass
@@ -122,7 +127,7 @@ def layouts(past: int, block_frames: int = 3) -> dict[str, ClipLayout]:
     plain = ClipLayout(CLIP_BLOCKS, past, block_frames)
     late = replace(plain, recached=LATE_BLOCK)
     early = {f"early{m}": replace(plain, recached=m, keeps_sink=False) for m in EARLY_BLOCKS}
-    return {"plain": plain, "late": late, **early}
+    return {"plain": plain, "late": late, **early, OPENING: replace(plain, blocks=1)}
 
 
 def first_video_frame(latent: int) -> int:
@@ -193,6 +198,24 @@ def _packed_chunk(seed: int, mix: Mix, far: int, text_len: int, index: int) -> P
     return plan_chunk(seed, index, mix, far, text_len).packed()
 
 
+def plan_openings(seed: int, index: int, count: int, text_len: int = 128, block: int = 3) -> Plan:
+    """Scenes, prompts and motion of `count` first blocks; needs no device."""
+    rng = np.random.default_rng([seed, index, 1])
+    scenes = sample_scenes(rng, count)
+    prompts = [describe(scene, rng) for scene in scenes]
+    frames = first_video_frame(block)
+    tracks = simulate([((0, scene),) for scene in scenes], frames, int(rng.integers(2**31)))
+    ids = load_tokenizer("bytes", text_len)(prompts)[0]
+    videos = [Video(((0, scene),), 0, prompt, prompt, (1,)) for scene, prompt in zip(scenes, prompts)]
+    return Plan({OPENING: videos}, tracks, tracks, ids, ids,
+                torch.tensor([scene_labels(scene) for scene in scenes]),
+                torch.arange(block).expand(count, -1).clone(), torch.ones(count, 1))
+
+
+def _packed_openings(seed: int, text_len: int, count: int, index: int) -> Plan:
+    return plan_openings(seed, index, count, text_len).packed()
+
+
 def _first_rendered(video: Video, block: int) -> int:
     """A cut clip starts some latents early, with the last frame of the latent that stands first there."""
     return 0 if video.position == block else 4 * (video.position - WARM_LATENTS)
@@ -216,12 +239,16 @@ class ClipMaker:
         the picture, in pixels. workers: plan the chunks ahead (see `workers`).
         """
         self.vae, self.text_len, self.size, self.seed = vae, text_len, size, seed
-        self.mix, self.far, self.videos_at_once = mix, far, videos_at_once
+        self.mix, self.far, self.videos_at_once, self.workers = mix, far, videos_at_once, workers
         self.device, self.dtype = vae.conv1.weight.device, vae.conv1.weight.dtype
         self.planner = Planner(partial(_packed_chunk, seed, mix, far, text_len), workers)
 
     def plan(self, index: int) -> Plan:
         return self.planner(index).unpacked()
+
+    def openings(self, count: int) -> OpeningMaker:
+        """What makes chunks of `count` openings with the same VAE, seed and workers."""
+        return OpeningMaker(self, count)
 
     def make(self, plan: Plan) -> dict[str, Clips]:
         """The clips of a chunk by pool, on the device."""
@@ -231,7 +258,7 @@ class ClipMaker:
         latents = []
         for first in range(0, len(rest), self.videos_at_once):
             rows = slice(first, first + self.videos_at_once)
-            whole, sinks = self._encode(plan.clip[rows]), self._encode(plan.sink[rows])
+            whole, sinks = self.encode(plan.clip[rows]), self.encode(plan.sink[rows])
             cut = torch.cat([sinks, whole[:, WARM_LATENTS:]], dim=1)
             latents.append(torch.where(is_cut[rows], cut, whole))
         clips = replace(rest, latents=torch.cat(latents))
@@ -241,9 +268,30 @@ class ClipMaker:
             first += len(part)
         return made
 
-    def _encode(self, tracks: Tracks) -> Tensor:
+    def encode(self, tracks: Tracks) -> Tensor:
+        """Normalised latents of all frames of `tracks`."""
         frames = render_fast(tracks, slice(None), self.device, self.size)
         return encode_video(self.vae, frames.to(self.dtype))
+
+
+class OpeningMaker:
+    """Renders and encodes chunks of openings."""
+
+    def __init__(self, clips: ClipMaker, count: int):
+        """Args: count: openings of a chunk."""
+        self.clips, self.device = clips, clips.device
+        self.planner = Planner(partial(_packed_openings, clips.seed, clips.text_len, count), clips.workers)
+
+    def plan(self, index: int) -> Plan:
+        return self.planner(index).unpacked()
+
+    def make(self, plan: Plan) -> dict[str, Clips]:
+        """The openings of a chunk, on the device."""
+        at_once = self.clips.videos_at_once  # as many as sinks of clips: for other shapes all compiles again
+        latents = torch.cat([self.clips.encode(plan.clip[first:first + at_once])
+                             for first in range(0, len(plan.ids), at_once)])
+        return {OPENING: Clips(latents, plan.positions, plan.loss, plan.sink_ids, plan.ids,
+                               plan.labels).to(self.device)}
 
 
 def text_mask(ids: Tensor) -> Tensor:
@@ -265,6 +313,11 @@ class ClipRing:
         """Make one more chunk."""
         self._store(self.produced)
         self.produced += 1
+
+    def produce(self, chunks: int) -> None:
+        """Make chunks until there have been `chunks`."""
+        while self.produced < chunks:
+            self.refresh()
 
     def refill(self, produced: int, chunks: int | None = None) -> None:
         """Bring back the ring as it was after `produced` chunks. With `chunks`, only so many of the newest

@@ -263,7 +263,7 @@ def encode_context(dit: CausalDiT, latents: Tensor, positions: Tensor, sink_text
     """
     context = Context.empty(len(dit.blocks))
     size, first = layout.block_frames, 0
-    if layout.sink_apart:
+    if layout.sink_apart and blocks:
         first = 1
         extend_context(dit, latents[:, :size], positions[:, :size], sink_text, context, layout, context_noise)
     if blocks > first:

@@ -51,9 +51,9 @@ class Settings:
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     mix: Mix = Mix()
-    minutes: tuple[float | None, ...] = (4.0, 10.0, 8.0)
+    minutes: tuple[float | None, ...] = (3.5, 13.0, 7.0)
     steps: tuple[int | None, ...] = (None, None, None)
-    reading_minutes: float | None = 0.75
+    reading_minutes: float | None = 0.4
     reading_steps: int | None = None
     reading_batch: int = 256
     reading_prompts: int = 16384
@@ -70,9 +70,14 @@ class Settings:
                 f"--rate-scale: {rate_scale} and --refresh-every: {refresh_every} must be positive."
             )
         changes = {} if refresh_every is None else {"refresh_every": refresh_every}
-        return replace(self, vae=replace(self.vae, rate=self.vae.rate * rate_scale),
-                       teacher=replace(self.teacher, rate=self.teacher.rate * rate_scale, **changes),
-                       student=replace(self.student, rate=self.student.rate * rate_scale, **changes))
+
+        def scaled(stage, **more):
+            rates = {name: getattr(stage, name) * rate_scale for name in ("rate", "muon_rate")
+                     if getattr(stage, name, None)}
+            return replace(stage, **rates, **more)
+
+        return replace(self, vae=scaled(self.vae), teacher=scaled(self.teacher, **changes),
+                       student=scaled(self.student, **changes))
 
     def with_budget(self, minutes: Sequence[float] | None, steps: Sequence[int] | None) -> Settings:
         """With other minutes or steps; steps alone take the place of minutes."""
@@ -92,11 +97,15 @@ class Settings:
 QUICK = Settings(
     vae=VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=9, horizon=8,
                     ring_videos=2, ring_chunks=4, first_chunks=1, refresh_every=2),
-    teacher=TeacherSettings(plain_batch=2, switch_batch=1, ring_chunks=4, first_chunks=1, refresh_every=4),
+    teacher=TeacherSettings(opening_batch=2, opening_beside=1, opening_chunk=4, opening_ring_chunks=4,
+                            opening_first_chunks=1, plain_batch=2, switch_batch=1, ring_chunks=4,
+                            first_chunks=1, refresh_every=4),
     student=StudentSettings(
         true_batch=2,
         stream_batch=2,
         birth_batch=2,
+        opening_batch=2,
+        opening_prompts=32,
         streams=4,
         ode_steps=2,
         ring_chunks=4,
@@ -279,8 +288,8 @@ class Training:
         return rows
 
     def _bench_cases(self, steps: int) -> list[Case]:
-        """Both phases of the VAE; the others with untrained networks to build on, and enough steps to meet
-        every kind of clip.
+        """Both phases of the VAE and of the teacher; all but the VAE with untrained networks to build on, and
+        enough steps to meet every kind of clip.
         """
         settings = self.settings
         student = replace(settings.student, first_chunks=2, streams=settings.student.stream_batch)
@@ -289,7 +298,7 @@ class Training:
         def teacher() -> TeacherStage:
             return TeacherStage(
                 self.model, self.plan, self._maker(0, WeightFiles()), self.device, self.dtype, self.seed,
-                replace(settings.teacher, first_chunks=2))
+                replace(settings.teacher, first_chunks=2, opening_first_chunks=2))
 
         def make_student() -> StudentStage:
             torch.manual_seed(self.seed)
@@ -301,7 +310,8 @@ class Training:
         return [Case("vae_crop", self._vae_stage, 0.0, 3, steps),
                 Case("vae_whole", self._vae_stage, 0.9, 3, steps),
                 Case("text", self._reading_stage, 0.0, 3, steps),
-                Case("teacher", teacher, 0.0, 6, steps),
+                Case("opening", teacher, 0.0, 3, steps, "openings"),
+                Case("teacher", teacher, 0.9, 6, steps),
                 Case("student", make_student, 0.0, births + len(JOBS), min(steps, len(JOBS)))]
 
     def close(self) -> None:

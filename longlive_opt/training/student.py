@@ -6,13 +6,14 @@ teacher's probability-flow ODE from that very noisy block (consistency models, a
 for all levels, multistep sampling with fresh noise), guided by the prompt (arXiv:2207.12598), so that
 inference needs no guidance. The end points are computed on the fly, by Euler steps of the averaged teacher.
 
-Half of the work uses true clips as the past. The other half uses the student's own: `Streams` are videos that
+One third of the work uses true clips as the past. Another uses the student's own: `Streams` are videos that
 the student makes with its sampler and that run on from step to step for minutes, through prompt switches, as
 in Self Forcing (arXiv:2506.08009) and LongLive (arXiv:2509.22622), so that it learns to live with its own
 flaws. The noisy blocks are those that the rollout met. The teacher, whose past was noised while it was
 trained, says how a video with such a past should go on. A regression was preferred to distribution matching
 (CausVid, arXiv:2412.07772) because it needs no critic and cannot collapse in the few minutes there are; its
-price, a softer picture, is small where the past leaves little to chance.
+price, a softer picture, is small where the past leaves little to chance. It leaves most in the opening, the
+first block of a video, which the last third of the work is about: openings as the student makes them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..models.dit import CausalDiT, TextContext
-from ..models.text import UMT5Encoder
+from ..models.text import UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
-from .data import EARLY_BLOCKS, LATE_BLOCK, ClipMaker, ClipRing, layouts
+from .data import EARLY_BLOCKS, LATE_BLOCK, OPENING, ClipMaker, ClipRing, layouts
 from .parallel import (
     ClipLayout,
     Context,
@@ -42,7 +43,7 @@ from .parallel import (
 )
 from .streams import Streams
 from .teacher import empty_prompt, noise_context, repeat_sigma
-from .text import text_features
+from .text import sample_prompts, text_features
 from .trainee import Trainee
 
 UNUSED = {"plain": (1, 2)}
@@ -53,13 +54,18 @@ JOBS = ("start", "go on", "go on", "switch", "go on", "go on")
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """`true_batch` clips and `stream_batch` streams (`birth_batch` where they begin) in each step."""
+    """`true_batch` clips, `stream_batch` streams (`birth_batch` where they begin) and `opening_batch`
+    openings in each step.
+    """
 
     rate: float = 3e-4
-    true_batch: int = 16
-    stream_batch: int = 32
-    birth_batch: int = 8
-    streams: int = 64
+    muon_rate: float | None = 6e-4
+    true_batch: int = 24
+    stream_batch: int = 48
+    birth_batch: int = 12
+    opening_batch: int = 96
+    opening_prompts: int = 16384
+    streams: int = 96
     ode_steps: int = 10
     guidance: float = 2.0
     guidance_from: float = 0.7
@@ -130,10 +136,14 @@ class StudentStage:
         self.text_encoder = text_encoder.requires_grad_(False)
         student = CausalDiT(model.dit).to(device)
         student.load_state_dict(teacher.state_dict())
-        self.trainee = Trainee({"dit": student}, dtype, settings.rate, average_decay=settings.average_decay)
+        self.trainee = Trainee({"dit": student}, dtype, settings.rate, average_decay=settings.average_decay,
+                               muon_rate=settings.muon_rate)
         self.dit: CausalDiT = self.trainee.work["dit"]
         self.ring = ClipRing(maker, settings.ring_chunks)
         self.layouts = layouts(window_past(plan), plan.block_frames)
+        tokenizer = load_tokenizer("bytes", model.text.text_len)
+        prompts, _ = sample_prompts(tokenizer, [seed, 3], settings.opening_prompts)
+        self.prompts = prompts.to(device)
         schedule = FlowSchedule(plan.shift)
         self.timesteps = torch.tensor(schedule.warped_steps(plan.denoising_steps))
         self.sigmas = schedule.sigma(self.timesteps)
@@ -145,11 +155,11 @@ class StudentStage:
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         settings, ring = self.settings, self.ring
-        while ring.produced < settings.first_chunks + step // settings.refresh_every:
-            ring.refresh()
+        ring.produce(settings.first_chunks + step // settings.refresh_every)
         job = JOBS[step % len(JOBS)] if self.streams.born >= settings.streams else "start"
         tasks = {"true": self._true_clips(step),
-                 "stream": self._start() if job == "start" else self._go_on(job == "switch")}
+                 "stream": self._start() if job == "start" else self._go_on(job == "switch"),
+                 "opening": self._open()}
         return dict(zip(tasks, self._learn(list(tasks.values()))))
 
     def _true_clips(self, step: int) -> Task:
@@ -182,6 +192,17 @@ class StudentStage:
                                  clips.sink_ids, clips.sink_ids)
         self.streams.begin(task.latents, clips.sink_ids, clips.ids)
         return task
+
+    def _open(self) -> Task:
+        """First blocks, of which no more is made."""
+        rows = torch.randint(len(self.prompts), (self.settings.opening_batch,), generator=self.generator,
+                             device=self.device)
+        ids, layout = self.prompts[rows], self.layouts[OPENING]
+        positions = torch.arange(layout.block_frames, device=self.device).expand(len(ids), -1)
+        with torch.no_grad():
+            prompt = self._prompt(self.dit, ids, ids)
+            return self._rollout(None, positions, prompt, layout, Context.empty(len(self.dit.blocks)), ids,
+                                 ids)
 
     def _go_on(self, switch: bool) -> Task:
         """Streams that go on, some under another prompt."""

@@ -10,13 +10,17 @@ its cache are its own imperfect blocks, and a network that was trained on a perf
 it for real and amplifies it (GameNGen, arXiv:2408.14837; diffusion forcing, arXiv:2407.01392). The target
 stays perfect, so the flow points back to the world.
 
+First comes a phase of openings only, as large models see images before they see videos (Wan 2.1,
+arXiv:2503.20314): shapes and letters have to be invented there and are only carried on later. Openings stay
+in the mix beside the clips.
+
 One prompt in ten is dropped, for guidance while distilling (arXiv:2207.12598).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +30,7 @@ from ..models.dit import CausalDiT, TextContext
 from ..models.text import END_ID, UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
-from .data import EARLY_BLOCKS, ClipMaker, ClipRing, Clips, layouts, text_mask
+from .data import EARLY_BLOCKS, OPENING, ClipMaker, ClipRing, Clips, layouts, text_mask
 from .parallel import ClipLayout, NoisyClips, predict_clips, split_text, window_past
 from .text import AttributeHead, attribute_loss, sample_prompts, text_features
 from .trainee import Trainee
@@ -37,9 +41,20 @@ ODD_STEPS = 6
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Batches in clips of seven blocks."""
+    """Batches in clips of seven blocks, or in openings. Clips begin at `clips_from` of the training; then
+    openings are `opening_share` of the loss.
+    """
 
-    rate: float = 8e-4
+    rate: float = 1.2e-3
+    muon_rate: float | None = 4e-3
+    clips_from: float = 0.3
+    opening_batch: int = 512
+    opening_beside: int = 192
+    opening_share: float = 0.3
+    opening_chunk: int = 256
+    opening_ring_chunks: int = 64
+    opening_first_chunks: int = 24
+    opening_refresh_every: int = 20
     plain_batch: int = 48
     switch_batch: int = 16
     context_sigma: float = 0.3
@@ -47,7 +62,7 @@ class TeacherSettings:
     prompt_dropout: float = 0.1
     attribute_weight: float = 0.05
     ring_chunks: int = 48
-    first_chunks: int = 16
+    first_chunks: int = 10
     refill_chunks: int | None = 12
     refresh_every: int = 60
     average_decay: float = 0.999
@@ -140,47 +155,70 @@ class TeacherStage:
             dtype,
             settings.rate,
             average_decay=settings.average_decay,
+            muon_rate=settings.muon_rate,
         )
         self.dit: CausalDiT = self.trainee.work["dit"]
         self.ring = ClipRing(maker, settings.ring_chunks)
+        self.openings = ClipRing(maker.openings(settings.opening_chunk), settings.opening_ring_chunks)
+        self.clips_since: int | None = None
         self.layouts = layouts(window_past(plan), plan.block_frames)
         schedule = FlowSchedule(plan.shift)
         self.sigmas, self.timesteps = schedule.sigmas.to(device), schedule.timesteps.to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        settings = self.settings
+        self.openings.produce(settings.opening_first_chunks + step // settings.opening_refresh_every)
+        if progress < settings.clips_from:
+            pools = {OPENING: settings.opening_batch}
+        else:
+            pools = {OPENING: settings.opening_beside} | self._clip_pools(step)
+        clips = {pool: (self.openings if pool == OPENING else self.ring).sample(pool, count, self.generator)
+                 for pool, count in pools.items()}
+        texts, features, ids = self._read(clips[OPENING], list(clips.values())[1:])
+        flows = dict(zip(pools, self.flow_losses(
+            [(batch, self.layouts[pool], *text) for (pool, batch), text in zip(clips.items(), texts)])))
+        logits = self.trainee.work["attributes"](features, text_mask(ids))
+        reading, right = attribute_loss(logits, torch.cat([batch.labels for batch in clips.values()]))
+        (self._total(flows, pools) + settings.attribute_weight * reading).backward()
+        losses = {"opening_flow": flows.pop(OPENING), "reading": reading, "read_right": right}
+        return losses | dict(zip(("flow", "switch_flow"), flows.values()))
+
+    def _clip_pools(self, step: int) -> dict[str, int]:
+        """How many clips of which pools this step takes, once they are there."""
         settings, ring = self.settings, self.ring
-        while ring.produced < settings.first_chunks + step // settings.refresh_every:
-            ring.refresh()
+        if self.clips_since is None:
+            self.clips_since = step
+        ring.produce(settings.first_chunks + (step - self.clips_since) // settings.refresh_every)
         pools = {"plain": settings.plain_batch}
         if settings.switch_batch:
             early = f"early{EARLY_BLOCKS[step // ODD_STEPS % len(EARLY_BLOCKS)]}"
             odd = step % ODD_STEPS == ODD_STEPS - 1 and ring.has(early)
             pools[early if odd else "late"] = settings.switch_batch
-        clips = {pool: ring.sample(pool, count, self.generator) for pool, count in pools.items()}
-        texts, features, ids = self._read(list(clips.values()))
-        flows = self.flow_losses(
-            [(batch, self.layouts[pool], *text) for (pool, batch), text in zip(clips.items(), texts)])
-        total = sum(flow * count for flow, count in zip(flows, pools.values())) / sum(pools.values())
-        logits = self.trainee.work["attributes"](features, text_mask(ids))
-        reading, right = attribute_loss(logits, torch.cat([batch.labels for batch in clips.values()]))
-        (total + self.settings.attribute_weight * reading).backward()
-        losses = {"flow": flows[0], "reading": reading, "read_right": right}
-        return losses | ({"switch_flow": flows[1]} if len(flows) > 1 else {})
+        return pools
 
-    def _read(self, batches: Sequence[Clips]) -> tuple[list[tuple[TextContext, TextContext]], Tensor, Tensor]:
-        """What the transformer keeps of the prompts of blocks and sink of each batch, some dropped; the text
-        features and the ids of all prompts of blocks.
+    def _total(self, flows: Mapping[str, Tensor], pools: Mapping[str, int]) -> Tensor:
+        """The losses of clips by their number, that of the openings by its share."""
+        clips = {pool: count for pool, count in pools.items() if pool != OPENING}
+        if not clips:
+            return flows[OPENING]
+        mean = sum(flows[pool] * count for pool, count in clips.items()) / sum(clips.values())
+        return torch.lerp(mean, flows[OPENING], self.settings.opening_share)
+
+    def _read(self, openings: Clips, batches: Sequence[Clips]) -> tuple[
+            list[tuple[TextContext, TextContext]], Tensor, Tensor]:
+        """What the transformer keeps of the prompts of blocks and sink of the openings, then of each batch,
+        some dropped; the text features and the ids of all prompts of blocks. An opening is its own sink.
         """
-        ids, sink_ids = (torch.cat([getattr(clips, name) for clips in batches]) for name in (
-            "ids", "sink_ids"))
-        count = len(ids)
-        features = text_features(self.trainee.work["text"], torch.cat([ids, sink_ids, empty_prompt(ids)]))
-        dropped = torch.rand((count, 1, 1), generator=self.generator, device=self.device)
-        dropped = (dropped < self.settings.prompt_dropout).repeat(2, 1, 1)
-        text = self.dit.embed_text(torch.where(dropped, features[2 * count:], features[:2 * count]))
-        parts = split_text(text, [len(clips) for clips in batches] * 2)
-        return list(zip(parts[:len(batches)], parts[len(batches):])), features[:count], ids
+        ids = torch.cat([clips.ids for clips in (openings, *batches)])
+        sink_ids = [clips.sink_ids for clips in batches]
+        features = text_features(self.trainee.work["text"], torch.cat([ids, *sink_ids, empty_prompt(ids)]))
+        dropped = torch.rand((len(ids), 1, 1), generator=self.generator, device=self.device)
+        dropped = torch.cat([dropped, dropped[len(openings):]]) < self.settings.prompt_dropout
+        text = self.dit.embed_text(torch.where(dropped, features[-1:], features[:-1]))
+        sizes = [len(clips) for clips in batches]
+        first, *parts = split_text(text, [len(openings), *sizes, *sizes])
+        return [(first, first), *zip(parts[:len(sizes)], parts[len(sizes):])], features[:len(ids)], ids
 
     def flow_losses(
         self, batches: Sequence[tuple[Clips, ClipLayout, TextContext, TextContext]]
@@ -213,10 +251,13 @@ class TeacherStage:
         return losses
 
     def state(self) -> dict[str, Any]:
-        return {"produced": self.ring.produced}
+        return {"produced": self.ring.produced, "openings": self.openings.produced,
+                "clips_since": self.clips_since}
 
     def resume(self, state: dict[str, Any]) -> None:
+        self.openings.refill(state["openings"], self.settings.opening_first_chunks)
         self.ring.refill(state["produced"], self.settings.refill_chunks)
+        self.clips_since = state["clips_since"]
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

@@ -4,6 +4,9 @@ The working copy is a plain module of `longlive_opt.models` in bfloat16 on CUDA,
 rounds as inference does, and no autocast is involved. Gradients of it go to the float32 masters, AdamW
 (arXiv:1711.05101) moves those, and the working copy is refreshed. The exponential average of the masters is
 what is exported. Nothing here waits for the device.
+
+The matrices of a transformer's blocks may be left to Muon (https://kellerjordan.github.io/posts/muon/), whose
+steps are orthogonalised momentum, scaled to the size of AdamW's (arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -24,24 +27,37 @@ FALL_FROM = 0.6  # share of the training after which the learning rate falls
 BETAS = (0.9, 0.98)
 
 
+def _is_block_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and name.startswith("dit.blocks.")
+
+
 class Trainee:
     """A set of named modules that are trained together. `work` holds the modules to compute with."""
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, rate: float,
-                 weight_decay: float = 0.01, average_decay: float = 0.999, clip_norm: float = 1.0):
-        """Args: modules: float32, on their final device; `work` gets copies. rate: peak learning rate."""
-        self.rate, self.average_decay, self.clip_norm = rate, average_decay, clip_norm
+                 weight_decay: float = 0.01, average_decay: float = 0.999, clip_norm: float = 1.0,
+                 muon_rate: float | None = None):
+        """Args: modules: float32, on their final device; `work` gets copies. rate: peak learning rate.
+            muon_rate: that of the matrices of the blocks of module dit; None leaves them to AdamW too.
+        """
+        self.average_decay, self.clip_norm = average_decay, clip_norm
         master = nn.ModuleDict(dict(modules)).float().requires_grad_(True)
         self.work: nn.ModuleDict = copy.deepcopy(master).to(dtype)
         named = dict(master.named_parameters())
         self._names, self._master = list(named), list(named.values())
         self._work = [dict(self.work.named_parameters())[name] for name in self._names]
         self._average = [p.detach().clone() for p in self._master]
-        decays = [p for p in self._master if p.ndim > 1]
-        others = [p for p in self._master if p.ndim <= 1]
-        self._optimizer = torch.optim.AdamW(
+        matrices = [p for name, p in named.items() if _is_block_matrix(name, p)] if muon_rate else []
+        rest = [p for p in self._master if all(p is not matrix for matrix in matrices)]
+        decays = [p for p in rest if p.ndim > 1]
+        others = [p for p in rest if p.ndim <= 1]
+        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
             [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=rate, betas=BETAS, fused=self._master[0].is_cuda)
+            lr=rate, betas=BETAS, fused=self._master[0].is_cuda)]
+        if matrices:
+            self._optimizers.append(torch.optim.Muon(matrices, lr=muon_rate, weight_decay=weight_decay,
+                                                     adjust_lr_fn="match_rms_adamw"))
+        self._rates = [optimizer.defaults["lr"] for optimizer in self._optimizers]
         self.steps = self._warm_since = 0
 
     @torch.no_grad()
@@ -56,9 +72,10 @@ class Trainee:
         norm = nn.utils.clip_grad_norm_(self._master, self.clip_norm, foreach=True)
         warm = min(1.0, (self.steps - self._warm_since + 1) / WARMUP_STEPS)
         fall = min(1.0, max(0.02, (1 - progress) / (1 - FALL_FROM)))
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.rate * warm * fall
-        self._optimizer.step()
+        for optimizer, rate in zip(self._optimizers, self._rates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * fall
+            optimizer.step()
         self.steps += 1
         decay = min(self.average_decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._average, self._master, 1 - decay)
@@ -66,6 +83,12 @@ class Trainee:
         for work in self._work:  # the next gradient is taken as it comes, not added to zeros
             work.grad = None
         return norm
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        """What the optimizer of a parameter remembers of it."""
+        optimizer = next(o for o in self._optimizers
+                         if any(p is master for group in o.param_groups for p in group["params"]))
+        return optimizer.state[master]
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers; waits for the device."""
@@ -79,7 +102,7 @@ class Trainee:
         """What a checkpoint keeps: `weights`, the `average` in bfloat16, and the `exact` rest."""
         exact = {f"average.{name}": t for name, t in self.average().items()}
         for name, master in zip(self._names, self._master):
-            for key, value in self._optimizer.state.get(master, {}).items():
+            for key, value in self._moments(master).items():
                 exact[f"{key}.{name}"] = value
         return {"weights": dict(zip(self._names, self._master)),
                 "average": {name: t.to(torch.bfloat16) for name, t in self.average().items()},
@@ -101,12 +124,11 @@ class Trainee:
             keys = sorted({name.split(".")[0] for name in exact} - {"average"})
             for name, master, average in zip(self._names, self._master, self._average):
                 average.copy_(averages[name])
-                if keys:  # else nothing was trained yet
+                # Nothing is there if nothing was trained yet.
+                for key in (key for key in keys if f"{key}.{name}" in exact):
                     # AdamW keeps its step count on the CPU unless it is fused.
-                    self._optimizer.state[master] = {
-                        key: exact[f"{key}.{name}"].to(
-                            "cpu" if key == "step" and not master.is_cuda else master.device, copy=True)
-                        for key in keys}
+                    device = "cpu" if key == "step" and not master.is_cuda else master.device
+                    self._moments(master)[key] = exact[f"{key}.{name}"].to(device, copy=True)
         else:
             self._warm_since = steps
             logger.warning(
