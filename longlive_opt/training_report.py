@@ -53,8 +53,8 @@ _FULL = "full model"
 _VARIANTS = {"no_sink": "no sink", "no_recache": "no recache"}
 _TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
 _SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
-           "change": "differences in time, L1", "kl": "KL", "flow": "flow", "opening_flow": "flow of openings",
-           "switch_flow": "flow after a switch",
+           "change": "differences in time, L1", "kl": "KL", "flow": "flow",
+           "opening_flow": "flow of openings", "switch_flow": "flow after a switch", "opening": "openings",
            "reading": "attributes of the prompt, cross entropy", "true": "true past", "stream": "own past",
            "gradient": "norm of the gradient", "read_right": "share read rightly"}
 _NO_LOSS = ("gradient", "read_right")

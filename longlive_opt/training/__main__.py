@@ -70,8 +70,9 @@ def _run(args: argparse.Namespace, deadline: float | None) -> int:
     workers = args.workers
     if workers is None:
         workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2)) if cuda else 0
+    graphs = cuda if args.graphs is None else args.graphs
     with Training(args.out, MODELS[args.model], args.device, args.seed, settings, compiler, deadline,
-                  workers) as training:
+                  workers, graphs) as training:
         return _train(args, training)
 
 
@@ -126,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a few steps at 32x32: shows that all runs")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile what is element-wise (default: on CUDA, without --quick)")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction,
+                        help="replay the steps of teacher and student as CUDA graphs (default: on CUDA)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help=f"processes that plan the data (default: {WORKERS} on CUDA, none on the CPU)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help=f"for bench: {', '.join(CASES)}")

@@ -70,6 +70,10 @@ class Clips:
     def __getitem__(self, index) -> Clips:
         return Clips(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def tensors(self) -> list[Tensor]:
+        """All there is, in the order of the fields."""
+        return [getattr(self, f.name) for f in fields(self)]
+
     def to(self, device: torch.device) -> Clips:
         return Clips(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 

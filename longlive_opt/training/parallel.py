@@ -184,6 +184,16 @@ def by_clip(x: Tensor, clips: int) -> Tensor:
     return x.unflatten(0, (-1, clips)).transpose(0, 1).flatten(1, 2)
 
 
+def take_blocks(x: Tensor, blocks: Sequence[int], block_frames: int) -> Tensor:
+    """[B, frames, ...] -> what of it belongs to `blocks`, in ascending order, as few slices."""
+    first, parts = 0, []
+    for i in range(1, len(blocks) + 1):
+        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
+            parts.append(x[:, blocks[first] * block_frames:(blocks[i - 1] + 1) * block_frames])
+            first = i
+    return _joined(parts, dim=1)
+
+
 def expand_text(text: TextContext, blocks: int) -> TextContext:
     """The prompts [B, ...] of clips as those of `blocks` blocks each, [blocks * B, ...]."""
     return TextContext(*(tuple(t.expand(blocks, *t.shape).flatten(0, 1) for t in part)
@@ -251,8 +261,8 @@ class Denoiser:
         return [by_clip(flow, clips) for flow, clips in zip(flows.split(self.sizes), self.clips)]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def encode_context(dit: CausalDiT, latents: Tensor, positions: Tensor, sink_text: TextContext,
@@ -324,11 +334,11 @@ class _Part:
     def __init__(self, batch: NoisyClips, context_noise: float):
         layout, size = batch.layout, batch.layout.block_frames
         self.batch, self.clips, self.clean = batch, len(batch.past), batch.blocks[-1]
-        places = [block * size + i for block in batch.blocks for i in range(size)]
         known = slice(self.clean * size)
         latents = torch.cat([batch.past[:, known], batch.noisy], dim=1)
         timesteps = F.pad(batch.timesteps.float(), (self.clean * size, 0), value=context_noise)
-        positions = torch.cat([batch.positions[:, known], batch.positions[:, places]], dim=1)
+        positions = torch.cat([batch.positions[:, known], take_blocks(batch.positions, batch.blocks, size)],
+                              dim=1)
         self.latents, self.timesteps, self.positions = (
             by_block(t, size) for t in (latents, timesteps, positions))
         noisy = tuple((*layout.noisy(block), self.clean + j) for j, block in enumerate(batch.blocks))

@@ -129,11 +129,13 @@ class Training:
     """All stages in one folder; to be closed, or used in a `with`, if it has workers."""
 
     def __init__(self, out: Path, model: ModelConfig, device: str, seed: int, settings: Settings = Settings(),
-                 compiler: str | None = None, deadline: float | None = None, workers: int = 0):
+                 compiler: str | None = None, deadline: float | None = None, workers: int = 0,
+                 graphs: bool = False):
         """Args:
             compiler: backend of torch.compile, for this whole process; None leaves everything eager.
             deadline: of `time.perf_counter`, at which stages stop to be continued.
             workers: processes that plan data ahead; 0: this one does when it is needed.
+            graphs: record teacher and student as CUDA graphs (see `record`).
         """
         self.out, self.seed, self.settings, self.deadline = out, seed, settings, deadline
         self.model = model.with_size(settings.size, settings.size)
@@ -143,6 +145,9 @@ class Training:
             )
         self.device = check_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.graphs = graphs
+        if graphs and self.device.type != "cuda":
+            raise UserError(f"--graphs: there are no CUDA graphs on {device}; leave it out.")
         self.plan = SamplingPlan()
         use_compiler(compiler)
         self.workers = start_workers(workers)
@@ -246,7 +251,7 @@ class Training:
             encoder.load_state_dict(prefixed(read, "text"))
             attributes.load_state_dict(prefixed(read, "attributes"))
         return TeacherStage(self.model, self.plan, self._maker(1), self.device, self.dtype, self.seed,
-                            self.settings.teacher, encoder, attributes)
+                            self.settings.teacher, encoder, attributes, self.graphs)
 
     def _student_stage(self) -> StudentStage:
         average = self._average("teacher")
@@ -255,7 +260,7 @@ class Training:
         encoder.load_state_dict(prefixed(average, "text"))
         networks = (module.to(self.device, self.dtype).eval() for module in (teacher, encoder))
         return StudentStage(self.model, self.plan, self._maker(2), *networks, self.device, self.dtype,
-                            self.seed, self.settings.student)
+                            self.seed, self.settings.student, self.graphs)
 
     def export(self, source: str = "student") -> dict[str, int]:
         """Write the weights folder from what is there; the transformer is that of stage `source`."""
@@ -298,14 +303,14 @@ class Training:
         def teacher() -> TeacherStage:
             return TeacherStage(
                 self.model, self.plan, self._maker(0, WeightFiles()), self.device, self.dtype, self.seed,
-                replace(settings.teacher, first_chunks=2, opening_first_chunks=2))
+                replace(settings.teacher, first_chunks=2, opening_first_chunks=2), graphs=self.graphs)
 
         def make_student() -> StudentStage:
             torch.manual_seed(self.seed)
             dit, encoder = CausalDiT(self.model.dit), UMT5Encoder(self.model.text)
             networks = (module.to(self.device, self.dtype).eval() for module in (dit, encoder))
             return StudentStage(self.model, self.plan, self._maker(0, WeightFiles()), *networks, self.device,
-                                self.dtype, self.seed, student)
+                                self.dtype, self.seed, student, self.graphs)
 
         return [Case("vae_crop", self._vae_stage, 0.0, 3, steps),
                 Case("vae_whole", self._vae_stage, 0.9, 3, steps),

@@ -19,6 +19,7 @@ first block of a video, which the last third of the work is about: openings as t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Sequence
 
 import torch
@@ -29,7 +30,7 @@ from ..models.dit import CausalDiT, TextContext
 from ..models.text import UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
-from .data import EARLY_BLOCKS, LATE_BLOCK, OPENING, ClipMaker, ClipRing, layouts
+from .data import CLIP_BLOCKS, EARLY_BLOCKS, LATE_BLOCK, OPENING, ClipMaker, ClipRing, layouts
 from .parallel import (
     ClipLayout,
     Context,
@@ -39,8 +40,10 @@ from .parallel import (
     extend_context,
     predict_clips,
     split_text,
+    take_blocks,
     window_past,
 )
+from .record import Recorder
 from .streams import Streams
 from .teacher import empty_prompt, noise_context, repeat_sigma
 from .text import sample_prompts, text_features
@@ -60,12 +63,12 @@ class StudentSettings:
 
     rate: float = 3e-4
     muon_rate: float | None = 6e-4
-    true_batch: int = 24
-    stream_batch: int = 48
-    birth_batch: int = 12
-    opening_batch: int = 96
+    true_batch: int = 16
+    stream_batch: int = 32
+    birth_batch: int = 8
+    opening_batch: int = 48
     opening_prompts: int = 16384
-    streams: int = 96
+    streams: int = 64
     ode_steps: int = 10
     guidance: float = 2.0
     guidance_from: float = 0.7
@@ -107,18 +110,29 @@ class Task:
     @property
     def places(self) -> Tensor:
         """Positions of the noisy frames."""
-        return self.positions[:, block_frames(self.blocks, self.layout)]
+        return take_blocks(self.positions, self.blocks, self.layout.block_frames)
+
+    @property
+    def kind(self) -> tuple[ClipLayout, tuple[int, ...]]:
+        """What is no tensor."""
+        return self.layout, self.blocks
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in TASK_TENSORS]
+
+    @classmethod
+    def of(cls, kind: tuple[ClipLayout, tuple[int, ...]], tensors: Sequence[Tensor]) -> Task:
+        """The task with this `kind` and these `tensors`."""
+        return cls(layout=kind[0], blocks=kind[1], **dict(zip(TASK_TENSORS, tensors)))
+
+
+TASK_TENSORS = ("latents", "positions", "noisy", "level", "weight", "sink_ids", "ids")
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:
     """The noise level that the timestep shift makes of `sigma`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def block_frames(blocks: Sequence[int], layout: ClipLayout) -> list[int]:
-    """Latent frames of a clip that belong to `blocks`."""
-    size = layout.block_frames
-    return [block * size + i for block in blocks for i in range(size)]
 
 
 class StudentStage:
@@ -128,8 +142,9 @@ class StudentStage:
 
     def __init__(self, model: ModelConfig, plan: SamplingPlan, maker: ClipMaker, teacher: CausalDiT,
                  text_encoder: UMT5Encoder, device: torch.device, dtype: torch.dtype, seed: int,
-                 settings: StudentSettings = StudentSettings()):
+                 settings: StudentSettings = StudentSettings(), graphs: bool = False):
         """Args: teacher, text_encoder: averaged, in `dtype`, on `device`; the student begins as the teacher.
+            graphs: see `record`.
         """
         self.settings, self.plan, self.device, self.dtype = settings, plan, device, dtype
         self.teacher = teacher.requires_grad_(False)
@@ -148,7 +163,9 @@ class StudentStage:
         self.timesteps = torch.tensor(schedule.warped_steps(plan.denoising_steps))
         self.sigmas = schedule.sigma(self.timesteps)
         self._on_device = self.timesteps.to(device), self.sigmas.to(device)
+        self.steps = tuple(zip(self.timesteps.tolist(), self.sigmas.tolist()))
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.recorder = Recorder(list(self.trainee.work.parameters()), self.generator, graphs)
         shape = (model.vae.z_dim, model.latent_height, model.latent_width)
         self._restored = False
         self.streams = Streams(settings.streams, plan.block_frames, shape, model.text.text_len, device, dtype)
@@ -160,7 +177,11 @@ class StudentStage:
         tasks = {"true": self._true_clips(step),
                  "stream": self._start() if job == "start" else self._go_on(job == "switch"),
                  "opening": self._open()}
-        return dict(zip(tasks, self._learn(list(tasks.values()))))
+        kinds = tuple(task.kind for task in tasks.values())
+        sizes = tuple(len(task.ids) for task in tasks.values())
+        losses = self.recorder((kinds, sizes), partial(self._learn, kinds),
+                               *(tensor for task in tasks.values() for tensor in task.tensors))
+        return dict(zip(tasks, losses))
 
     def _true_clips(self, step: int) -> Task:
         """Blocks of true clips, noised as the sampler would."""
@@ -171,8 +192,7 @@ class StudentStage:
         clips = self.ring.sample(pool, self.settings.true_batch, self.generator)
         layout = self.layouts[pool]
         blocks = tuple(b for b in range(layout.recached, layout.blocks) if b not in UNUSED.get(pool, ()))
-        frames = block_frames(blocks, layout)
-        clean = clips.latents[:, frames]
+        clean = take_blocks(clips.latents, blocks, layout.block_frames)
         level = self._levels(len(clips), len(blocks))
         sigma = repeat_sigma(self._on_device[1][level], layout.block_frames).to(clean.dtype)
         noisy = (1 - sigma) * clean + sigma * self._noise(clean.shape)
@@ -183,13 +203,7 @@ class StudentStage:
     def _start(self) -> Task:
         """Videos from their very first block on; they become streams."""
         clips = self.ring.sample("late", self.settings.birth_batch, self.generator)
-        layout = self.layouts["plain"]
-        positions = torch.arange(layout.blocks * layout.block_frames, device=self.device)
-        positions = positions.expand(len(clips), -1)
-        with torch.no_grad():
-            prompt = self._prompt(self.dit, clips.sink_ids, clips.sink_ids)
-            task = self._rollout(None, positions, prompt, layout, Context.empty(len(self.dit.blocks)),
-                                 clips.sink_ids, clips.sink_ids)
+        task = self._roll_out("plain", CLIP_BLOCKS, clips.sink_ids, clips.sink_ids)
         self.streams.begin(task.latents, clips.sink_ids, clips.ids)
         return task
 
@@ -197,55 +211,68 @@ class StudentStage:
         """First blocks, of which no more is made."""
         rows = torch.randint(len(self.prompts), (self.settings.opening_batch,), generator=self.generator,
                              device=self.device)
-        ids, layout = self.prompts[rows], self.layouts[OPENING]
-        positions = torch.arange(layout.block_frames, device=self.device).expand(len(ids), -1)
-        with torch.no_grad():
-            prompt = self._prompt(self.dit, ids, ids)
-            return self._rollout(None, positions, prompt, layout, Context.empty(len(self.dit.blocks)), ids,
-                                 ids)
+        return self._roll_out(OPENING, 1, self.prompts[rows], self.prompts[rows])
 
     def _go_on(self, switch: bool) -> Task:
         """Streams that go on, some under another prompt."""
         rows = torch.randperm(len(self.streams), generator=self.generator, device=self.device)
         rows = rows[:self.settings.stream_batch]
-        layout = self.layouts["late" if switch else "plain"]
+        name = "late" if switch else "plain"
+        layout = self.layouts[name]
         clips = self.streams.take(rows, (layout.blocks - LATE_BLOCK) * layout.block_frames, switch)
-        with torch.no_grad():
-            known = slice(0, LATE_BLOCK * layout.block_frames)
-            prompt = self._prompt(self.dit, clips.sink_ids, clips.ids)
-            context = encode_context(
-                self.dit,
-                clips.latents[:, known],
-                clips.positions[:, known],
-                prompt.sink,
-                prompt.now,
-                layout,
-                LATE_BLOCK,
-                self.plan.context_noise,
-            )
-            task = self._rollout(clips.latents[:, known], clips.positions, prompt, layout, context,
-                                 clips.sink_ids, clips.ids)
+        known = clips.latents[:, :LATE_BLOCK * layout.block_frames]
+        task = self._roll_out(name, layout.blocks, clips.sink_ids, clips.ids, clips.positions, known)
         self.streams.give(rows, task.latents)
         return task
 
-    def _rollout(self, known: Tensor | None, positions: Tensor, prompt: Prompt, layout: ClipLayout,
-                 context: Context, sink_ids: Tensor, ids: Tensor) -> Task:
-        """Let the student make the blocks after those of `context` as `Sampler` does, and keep of each one of
-        the noisy versions that it met.
+    def _roll_out(self, name: str, blocks: int, sink_ids: Tensor, ids: Tensor,
+                  positions: Tensor | None = None, known: Tensor | None = None) -> Task:
+        """What the student makes of the blocks after those that are `known`, up to `blocks`; without any, of
+        new videos.
+        """
+        layout = self.layouts[name]
+        if positions is None:
+            positions = torch.arange(blocks * layout.block_frames, device=self.device).expand(len(ids), -1)
+        first = 0 if known is None else known.shape[1] // layout.block_frames
+        inputs = [sink_ids, ids, positions] + ([] if known is None else [known])
+        latents, noisy, level = self.recorder(
+            (name, first, len(ids)), partial(self._rollout, layout), *inputs)
+        weight = torch.ones(level.shape, device=self.device)
+        return Task(latents, positions, layout, tuple(range(first, blocks)), noisy, level, weight, sink_ids,
+                    ids)
+
+    @torch.no_grad()
+    def _rollout(self, layout: ClipLayout, sink_ids: Tensor, ids: Tensor, positions: Tensor,
+                 known: Tensor | None = None) -> list[Tensor]:
+        """Let the student make the blocks after those that are known as `Sampler` does; all latents, and of
+        each block that it made one of the noisy versions that it met, and which.
         """
         size, batch = layout.block_frames, len(positions)
-        made = [] if known is None else [known]
+        prompt = self._prompt(self.dit, sink_ids, ids)
+        made, context = [], Context.empty(len(self.dit.blocks))
+        if known is not None:
+            made.append(known)
+            context = encode_context(
+                self.dit,
+                known,
+                positions[:, :known.shape[1]],
+                prompt.sink,
+                prompt.now,
+                layout,
+                known.shape[1] // size,
+                self.plan.context_noise,
+            )
         blocks = tuple(range(context.blocks, layout.blocks))
         level, kept = self._levels(batch, len(blocks)), []
         for column, block in enumerate(blocks):
             place = positions[:, block * size:(block + 1) * size]
             noisy = self._noise((batch, size, *self.streams.shape))
             met, denoise = [], Denoiser(self.dit, [(place, prompt.now, context, layout, (block,))])
-            for i, sigma in enumerate(self.sigmas.tolist()):
+            for i, (timestep, sigma) in enumerate(self.steps):
                 if i:
                     noisy = (1 - sigma) * clean + sigma * self._noise(noisy.shape)  # noqa: F821
                 met.append(noisy)
-                timesteps = torch.full((batch, size), self.timesteps[i].item(), device=self.device)
+                timesteps = torch.full((batch, size), timestep, device=self.device)
                 flow, = denoise([noisy], [timesteps])
                 clean = noisy - sigma * flow
             choice = level[:, column]
@@ -253,12 +280,13 @@ class StudentStage:
             made.append(clean)
             if block + 1 < layout.blocks:
                 extend_context(self.dit, clean, place, prompt.now, context, layout, self.plan.context_noise)
-        return Task(torch.cat(made, dim=1), positions, layout, blocks, torch.cat(kept, dim=1), level,
-                    torch.ones((batch, len(blocks)), device=self.device), sink_ids, ids)
+        return [torch.cat(made, dim=1), torch.cat(kept, dim=1), level]
 
-    def _learn(self, tasks: Sequence[Task]) -> list[Tensor]:
+    def _learn(self, kinds: Sequence[tuple[ClipLayout, tuple[int, ...]]], *tensors: Tensor) -> list[Tensor]:
         """Gradients of the mean of the losses: what the student names against the end points of the teacher.
         """
+        count = len(TASK_TENSORS)
+        tasks = [Task.of(kind, tensors[i * count:(i + 1) * count]) for i, kind in enumerate(kinds)]
         targets, clips, sigmas = self.end_points(tasks), [], []
         for task in tasks:
             prompt = self._prompt(self.dit, task.sink_ids, task.ids)
@@ -274,7 +302,7 @@ class StudentStage:
             error = (clean - target).square().unflatten(1, (len(task.blocks), -1)).mean(dim=(2, 3, 4, 5))
             losses.append((error * task.weight).sum() / task.weight.sum().clamp(min=1))
         torch.stack(losses).mean().backward()
-        return losses
+        return [loss.detach() for loss in losses]
 
     @torch.no_grad()
     def end_points(self, tasks: Sequence[Task]) -> list[Tensor]:

@@ -20,7 +20,8 @@ One prompt in ten is dropped, for guidance while distilling (arXiv:2207.12598).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from functools import partial
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
 from .data import EARLY_BLOCKS, OPENING, ClipMaker, ClipRing, Clips, layouts, text_mask
 from .parallel import ClipLayout, NoisyClips, predict_clips, split_text, window_past
+from .record import Recorder
 from .text import AttributeHead, attribute_loss, sample_prompts, text_features
 from .trainee import Trainee
 
@@ -48,15 +50,15 @@ class TeacherSettings:
     rate: float = 1.2e-3
     muon_rate: float | None = 4e-3
     clips_from: float = 0.3
-    opening_batch: int = 512
-    opening_beside: int = 192
+    opening_batch: int = 192
+    opening_beside: int = 96
     opening_share: float = 0.3
     opening_chunk: int = 256
     opening_ring_chunks: int = 64
     opening_first_chunks: int = 24
-    opening_refresh_every: int = 20
-    plain_batch: int = 48
-    switch_batch: int = 16
+    opening_refresh_every: int = 50
+    plain_batch: int = 32
+    switch_batch: int = 12
     context_sigma: float = 0.3
     context_clean_share: float = 0.3
     prompt_dropout: float = 0.1
@@ -64,7 +66,7 @@ class TeacherSettings:
     ring_chunks: int = 48
     first_chunks: int = 10
     refill_chunks: int | None = 12
-    refresh_every: int = 60
+    refresh_every: int = 90
     average_decay: float = 0.999
 
 
@@ -139,8 +141,11 @@ class TeacherStage:
 
     def __init__(self, model: ModelConfig, plan: SamplingPlan, maker: ClipMaker, device: torch.device,
                  dtype: torch.dtype, seed: int, settings: TeacherSettings = TeacherSettings(),
-                 text_encoder: UMT5Encoder | None = None, attributes: AttributeHead | None = None):
-        """Args: text_encoder, attributes: as `ReadingStage` left them; None starts anew."""
+                 text_encoder: UMT5Encoder | None = None, attributes: AttributeHead | None = None,
+                 graphs: bool = False):
+        """Args: text_encoder, attributes: as `ReadingStage` left them; None starts anew. graphs: see
+            `record`.
+        """
         self.settings, self.plan, self.device, self.dtype = settings, plan, device, dtype
         torch.manual_seed(seed)
         dit = CausalDiT(model.dit)
@@ -165,6 +170,7 @@ class TeacherStage:
         schedule = FlowSchedule(plan.shift)
         self.sigmas, self.timesteps = schedule.sigmas.to(device), schedule.timesteps.to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.recorder = Recorder(list(self.trainee.work.parameters()), self.generator, graphs)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         settings = self.settings
@@ -175,14 +181,23 @@ class TeacherStage:
             pools = {OPENING: settings.opening_beside} | self._clip_pools(step)
         clips = {pool: (self.openings if pool == OPENING else self.ring).sample(pool, count, self.generator)
                  for pool, count in pools.items()}
-        texts, features, ids = self._read(clips[OPENING], list(clips.values())[1:])
-        flows = dict(zip(pools, self.flow_losses(
-            [(batch, self.layouts[pool], *text) for (pool, batch), text in zip(clips.items(), texts)])))
+        names = ["opening_flow", "flow", "switch_flow"][:len(pools)] + ["reading", "read_right"]
+        return dict(zip(names, self.recorder(
+            tuple(pools.items()), partial(self._learn, tuple(pools)),
+            *(t for batch in clips.values() for t in batch.tensors()))))
+
+    def _learn(self, pools: Sequence[str], *tensors: Tensor) -> list[Tensor]:
+        """Gradients on clips of `pools`; the flow loss of each, the reading loss and what is read rightly."""
+        count = len(tensors) // len(pools)
+        batches = [Clips(*tensors[i * count:(i + 1) * count]) for i in range(len(pools))]
+        texts, features, ids = self._read(batches[0], batches[1:])
+        flows = self.flow_losses(
+            [(batch, self.layouts[pool], *text) for pool, batch, text in zip(pools, batches, texts)])
         logits = self.trainee.work["attributes"](features, text_mask(ids))
-        reading, right = attribute_loss(logits, torch.cat([batch.labels for batch in clips.values()]))
-        (self._total(flows, pools) + settings.attribute_weight * reading).backward()
-        losses = {"opening_flow": flows.pop(OPENING), "reading": reading, "read_right": right}
-        return losses | dict(zip(("flow", "switch_flow"), flows.values()))
+        reading, right = attribute_loss(logits, torch.cat([batch.labels for batch in batches]))
+        total = self._total(flows, [len(batch) for batch in batches])
+        (total + self.settings.attribute_weight * reading).backward()
+        return [t.detach() for t in (*flows, reading, right)]
 
     def _clip_pools(self, step: int) -> dict[str, int]:
         """How many clips of which pools this step takes, once they are there."""
@@ -197,13 +212,13 @@ class TeacherStage:
             pools[early if odd else "late"] = settings.switch_batch
         return pools
 
-    def _total(self, flows: Mapping[str, Tensor], pools: Mapping[str, int]) -> Tensor:
-        """The losses of clips by their number, that of the openings by its share."""
-        clips = {pool: count for pool, count in pools.items() if pool != OPENING}
+    def _total(self, flows: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        """The loss of the openings by its share, those of clips by their number."""
+        openings, *clips = flows
         if not clips:
-            return flows[OPENING]
-        mean = sum(flows[pool] * count for pool, count in clips.items()) / sum(clips.values())
-        return torch.lerp(mean, flows[OPENING], self.settings.opening_share)
+            return openings
+        mean = sum(flow * count for flow, count in zip(clips, counts[1:])) / sum(counts[1:])
+        return torch.lerp(mean, openings, self.settings.opening_share)
 
     def _read(self, openings: Clips, batches: Sequence[Clips]) -> tuple[
             list[tuple[TextContext, TextContext]], Tensor, Tensor]:

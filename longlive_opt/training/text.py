@@ -9,6 +9,7 @@ exported.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Sequence
 
 import numpy as np
@@ -88,10 +89,15 @@ class AttributeHead(nn.Module):
         return self.out(found.transpose(1, 2).flatten(-2))
 
 
+@cache
+def _class_counts(device: torch.device) -> Tensor:
+    return torch.tensor(CLASSES, device=device)
+
+
 def attribute_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy, and the share of attributes that are read rightly."""
     logits = logits.float()
-    sizes = torch.tensor(CLASSES, device=logits.device)
+    sizes = _class_counts(logits.device)
     logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= sizes[:, None], -1e4)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ABSENT)
     asked = labels != ABSENT
