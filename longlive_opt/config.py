@@ -142,7 +142,7 @@ class ExperimentConfig:
     hypothesis: str = ""
 
     model: str = "tiny"
-    weights: str = "random"
+    weights: str = "weights/tiny"
     lora_alpha: float = 256.0
     device: str = "cpu"
     model_dtype: str = "bfloat16"
@@ -177,8 +177,10 @@ class ExperimentConfig:
     prompt_cache_mb: int = 1024
     prompt_cache_dir: str | None = None
 
-    prompts: tuple[str, ...] = ("A red fox walks through fresh snow at dawn, soft light, slow camera.",
-                                "The fox stops and looks up as the first sunlight falls between the trees.")
+    prompts: tuple[str, ...] = (
+        "a large red square moves left and a small blue circle bounces, on a striped grey ground",
+        "a large yellow star moves left and a small blue circle bounces, on a striped grey ground",
+        "a large yellow star pulses and a small green circle bounces, on a dotted teal ground")
     prompts_file: str | None = None
     switch_frame_indices: tuple[int, ...] | None = None
     video_latent_frames: int = 18

@@ -35,7 +35,7 @@ def micro_model() -> Iterator[None]:
 def micro_config(**keys: Any) -> ExperimentConfig:
     """A preset on the micro model in float32; 16 x 16 pixels make one token a frame."""
     return ExperimentConfig.from_mapping({
-        "model": "micro", "model_dtype": "float32", "warmup_blocks": 16,
+        "model": "micro", "weights": "random", "model_dtype": "float32", "warmup_blocks": 16,
         "video_latent_frames": 6 * keys.get("block_frames", 3), **keys})
 
 

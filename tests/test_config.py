@@ -50,8 +50,9 @@ def write(path: Path, text: str) -> Path:
     ("lora_alpha", 0, "greater than 0"), ("timestep_shift", 0.0, "greater than 0"),
     ("measure_blocks", 400, "relative_rope"), ("prompts", [], "at least one prompt"),
     ("prompts", ["a", " "], "write some"),
-    ("switch_frame_indices", [3, 6], "2 prompts need 1"), ("switch_frame_indices", [-3], "not be negative"),
-    ("switch_frame_indices", [18], "video_latent_frames"),
+    ("switch_frame_indices", [3, 6, 9], "3 prompts need 2"),
+    ("switch_frame_indices", [-3, 3], "not be negative"),
+    ("switch_frame_indices", [3, 18], "video_latent_frames"),
     ("video_latent_frames", 10, "use 9 or 12"),
 ])
 def test_refused_value_names_key_value_and_remedy(key, value, says):
@@ -212,9 +213,11 @@ def test_shipped_preset_is_valid_with_every_profile(preset):
 
 
 def test_profiles_leave_the_experiment_alone():
-    """A profile names the machine; a flag or a sampling value in it would change what is compared."""
+    """A profile names machine and model, and prompts that this model understands; a flag or a sampling value
+    in it would change what is compared.
+    """
     assert {"laptop", "h100"} <= {path.stem for path in PROFILES}
-    experiment = {"name", "title", "hypothesis", "seed", "prompts", "denoising_steps", "local_attn_size",
+    experiment = {"name", "title", "hypothesis", "seed", "denoising_steps", "local_attn_size",
                   "sink_size"}
     for profile in PROFILES:
         keys = load_yaml(profile).keys()

@@ -688,7 +688,7 @@ def test_text_offload_goes_with_the_prompt_store(tmp_path, micro):
 @pytest.mark.gpu
 def test_text_offload_on_the_gpu_gives_the_same_bits_in_less_memory():
     """A copy that overtakes the block that still reads the buffer gives other bits."""
-    keys = {"device": "cuda", "model": "tiny", "model_dtype": "bfloat16"}
+    keys = {"device": "cuda", "model": "tiny", "weights": "random", "model_dtype": "bfloat16"}
     plain, offloaded = build_pipeline(ExperimentConfig(**keys)), build_pipeline(
         ExperimentConfig(use_text_offload=True, **keys))
     for prompt in ("a fox", "a fox that runs", "snow"):
@@ -707,8 +707,8 @@ def test_memory_limit_needs_a_gpu():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_vae_offload_gives_the_same_bits(compiled):
     """A part that is overwritten on the host before the GPU has read it, or two streams that share one."""
-    keys = {"device": "cuda", "model": "tiny", "model_dtype": "bfloat16", "use_static_kv": True,
-            "use_torch_compile": compiled}
+    keys = {"device": "cuda", "model": "tiny", "weights": "random", "model_dtype": "bfloat16",
+            "use_static_kv": True, "use_torch_compile": compiled}
     plain, offloaded = (build_pipeline(ExperimentConfig(**keys, use_vae_offload=offload))
                         for offload in (False, True))
     latents = torch.randn(4, 1, 3, 16, 16, 16, device="cuda", dtype=torch.bfloat16)
@@ -788,8 +788,8 @@ def test_compiled_with_caches_and_kernels_changes_no_more_than_rounding(cheap_co
 
 # On a GPU. The tiny model: heads of 64, which every attention kernel takes.
 
-GPU = {"model": "tiny", "device": "cuda", "model_dtype": "bfloat16", "height": 64, "width": 64,
-       "warmup_blocks": 5}
+GPU = {"model": "tiny", "weights": "random", "device": "cuda", "model_dtype": "bfloat16", "height": 64,
+       "width": 64, "warmup_blocks": 5}
 
 
 def gpu_pipeline(**keys: Any) -> Pipeline:

@@ -23,8 +23,9 @@ from longlive_opt.workbook import (
     switch_blocks,
 )
 
-SMALLEST = {"model": "micro", "model_dtype": "float32", "denoising_steps": [1000, 500], "warmup_blocks": 4,
-            "measure_blocks": 2, "num_switches": 1, "video_latent_frames": 6, "prompts": ["a fox", "a whale"]}
+SMALLEST = {"model": "micro", "weights": "random", "model_dtype": "float32",
+            "denoising_steps": [1000, 500], "warmup_blocks": 4, "measure_blocks": 2,
+            "num_switches": 1, "video_latent_frames": 6, "prompts": ["a fox", "a whale"]}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,7 +4,8 @@ judged by `world.checker`.
 Each figure is a mean over videos. `plain`: adherence over five seconds. `switch`: adherence in the second
 block after a prompt switch, the delay in blocks (and how many videos never got there), permanence of the
 objects. `long`: adherence in the first and the last five seconds of a minute. `variants` repeats it with what
-LongLive adds taken away: no sink, no recache, shorter windows.
+LongLive adds taken away: no sink, no recache, shorter windows. The first of the videos with a switch are
+shown in `switches.png`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ..pipeline import Pipeline, build_reference
 from ..results import atomic_path
 from ..sampler import Sampler
 from ..session import StreamingSession
-from ..world.checker import check, drift, permanence, switch_delay
+from ..world.checker import FPS, check, drift, permanence, switch_delay
+from ..world.gallery import sheet
 from ..world.prompts import describe
 from ..world.scene import SceneSpec, change_scene, sample_scene
 
@@ -40,6 +42,9 @@ PLAIN_BLOCKS = 7
 SWITCH_BLOCK = 7
 AFTER_BLOCKS = 6
 LONG_BLOCKS = 80
+SHOWN_FRAMES = (8, 40, 78, 84, 92, 104, 128, 152)
+SHOWN_VIDEOS = 3
+PICTURE_NAME = "switches.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ def check_weights(
     processes: int = 0,
     **keys: Any,
 ) -> dict[str, Any]:
-    """Write and return `check.json` in `folder`.
+    """Write and return `check.json` in `folder`; writes `switches.png` there too.
 
     Args:
         processes: how many judge at the same time; 0: this one does.
@@ -100,10 +105,13 @@ def check_weights(
     }
     with _processes(processes) as pool:
         counts = (sizes.plain, sizes.switch, sizes.long)
-        result |= _judge(_pipeline(base), seed, counts, pool)
+        shown: list[tuple[str, Sequence[int], Tensor]] = []
+        result |= _judge(_pipeline(base), seed, counts, pool, shown)
         result["variants"] = {
             name: _judge(_pipeline({**base, **VARIANTS[name]}, name == "no_recache"), seed,
                          (0, sizes.variant_switch, sizes.variant_long), pool) for name in variants}
+    with atomic_path(folder / PICTURE_NAME) as temporary:
+        sheet(shown).savefig(temporary, format="png")
     with atomic_path(folder / "check.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return result
@@ -147,9 +155,11 @@ def judge_long(frames: Tensor, scene: SceneSpec) -> Row:
     return {"first": found.first, "last": found.last, "permanence": permanence(frames[-80:], scene)}
 
 
-def _judge(pipeline: Pipeline, seed: int, counts: tuple[int, int, int],
-           pool: Executor | None) -> dict[str, Any]:
-    """Make (plain, switch, long) videos and judge them, in other processes while the next is made."""
+def _judge(pipeline: Pipeline, seed: int, counts: tuple[int, int, int], pool: Executor | None,
+           shown: list[tuple[str, Sequence[int], Tensor]] | None = None) -> dict[str, Any]:
+    """Make (plain, switch, long) videos and judge them, in other processes while the next is made. The first
+    with a switch are added to `shown`, as rows of `sheet`.
+    """
     play = _player(pipeline)
     found: dict[str, list[Callable[[], Row]]] = {}
 
@@ -170,6 +180,10 @@ def _judge(pipeline: Pipeline, seed: int, counts: tuple[int, int, int],
         other = change_scene(rng, scene, held_out=True)
         frames = play([scene, other], [SWITCH_BLOCK], SWITCH_BLOCK + AFTER_BLOCKS, i)
         judge("switch", judge_switch, frames, scene, other)
+        if shown is not None and i < SHOWN_VIDEOS:
+            at = (12 * SWITCH_BLOCK - 3) / FPS
+            text = f"{describe(scene)}\nfrom {at:.1f} s on: {describe(other)}"
+            shown.append((text, SHOWN_FRAMES, frames[list(SHOWN_FRAMES)]))
     for i in range(long):
         scene = sample_scene(np.random.default_rng([seed, 102, i]), held_out=True)
         judge("long", judge_long, play([scene], [], LONG_BLOCKS, i), scene)

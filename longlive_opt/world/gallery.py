@@ -36,7 +36,7 @@ def scenes(seed: int, count: int = 4, held_out: bool = False) -> Chart:
         scene = sample_scene(rng, held_out)
         shown = range(0, 12 * COLUMNS, 12)
         rows.append((describe(scene, rng), shown, _pictures([(0, scene)], shown, seed + i)))
-    return _sheet(rows)
+    return sheet(rows)
 
 
 def switch(seed: int) -> Chart:
@@ -46,7 +46,7 @@ def switch(seed: int) -> Chart:
     after = change_scene(rng, before)
     shown = [SWITCH_FRAME + offset for offset in (-12, -1, 1, 3, 5, 11, 23)]
     pictures = _pictures([(0, before), (SWITCH_FRAME, after)], shown, seed)
-    return _sheet([(f"{describe(before)}\n-> {describe(after)}", shown, pictures)])
+    return sheet([(f"{describe(before)}\n-> {describe(after)}", shown, pictures)])
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Sample:
 
     def chart(self) -> Chart:
         """Frames of it under its prompt."""
-        return _sheet([(describe(self.scene), range(0, FRAMES, 6), self.frames[::6])])
+        return sheet([(describe(self.scene), range(0, FRAMES, 6), self.frames[::6])])
 
     def seen(self) -> pd.DataFrame:
         """What the checker reads in the first frame, knowing nothing of the prompt: an object a row."""
@@ -117,7 +117,7 @@ def _pictures(timeline: list[tuple[int, SceneSpec]], frames: Sequence[int], seed
     return to_uint8(render(simulate([timeline], max(frames) + 1, seed), list(frames))[0])
 
 
-def _sheet(rows: Sequence[tuple[str, Sequence[int], Tensor]]) -> Chart:
+def sheet(rows: Sequence[tuple[str, Sequence[int], Tensor]]) -> Chart:
     """Rows of (text, frame numbers, pictures): a text above each row, its seconds below."""
     columns = max(len(pictures) for _, _, pictures in rows)
     lines = max(text.count("\n") + 1 for text, _, _ in rows)
