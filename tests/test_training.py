@@ -926,7 +926,7 @@ def test_command_trains_exports_and_resumes(tmp_path, monkeypatch):
         (["--stage", "plan"], "--ms"), (["--stage", "plan", "--ms", "teacher"], "name=milliseconds"),
         (["--minutes", "4,x,8"], "--minutes"),
         (["--steps", "1,2"], "--steps"), (["--rate-scale", "0"], "--rate-scale"),
-        (["--stage", "student"], "teacher"),
+        (["--stage", "student"], "teacher"), (["--stage", "teacher", "--graphs"], "--graphs"),
         (["--stage", "export"], "teacher"),
     ],
 )
