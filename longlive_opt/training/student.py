@@ -62,7 +62,7 @@ class StudentSettings:
     """
 
     rate: float = 3e-4
-    muon_rate: float | None = 6e-4
+    muon_rate: float | None = 8e-4
     true_batch: int = 16
     stream_batch: int = 32
     birth_batch: int = 8

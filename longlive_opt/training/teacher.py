@@ -47,8 +47,8 @@ class TeacherSettings:
     openings are `opening_share` of the loss.
     """
 
-    rate: float = 1.2e-3
-    muon_rate: float | None = 4e-3
+    rate: float = 1.5e-3
+    muon_rate: float | None = 6e-3
     clips_from: float = 0.3
     opening_batch: int = 192
     opening_beside: int = 96
