@@ -26,6 +26,7 @@ from torch import Tensor
 from ..config import ExperimentConfig
 from ..inputs import Script
 from ..pipeline import Pipeline, build_reference
+from ..provenance import environment
 from ..results import atomic_path
 from ..sampler import Sampler
 from ..session import StreamingSession
@@ -102,6 +103,7 @@ def check_weights(
         "seed": seed,
         "sizes": dataclasses.asdict(sizes),
         **keys,
+        "environment": environment(torch.device(device)),
     }
     with _processes(processes) as pool:
         counts = (sizes.plain, sizes.switch, sizes.long)
@@ -110,8 +112,9 @@ def check_weights(
         result["variants"] = {
             name: _judge(_pipeline({**base, **VARIANTS[name]}, name == "no_recache"), seed,
                          (0, sizes.variant_switch, sizes.variant_long), pool) for name in variants}
-    with atomic_path(folder / PICTURE_NAME) as temporary:
-        sheet(shown).savefig(temporary, format="png")
+    if shown:
+        with atomic_path(folder / PICTURE_NAME) as temporary:
+            sheet(shown).savefig(temporary, format="png")
     with atomic_path(folder / "check.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return result

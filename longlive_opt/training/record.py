@@ -1,8 +1,8 @@
 """Pieces of a training step as CUDA graphs.
 
-A step of a small model launches thousands of kernels that are each done before the next is launched: of
-124 ms a step of the teacher, the device worked 65 (H100, `--stage bench`). What is recorded once and replayed
-costs the host one launch. Gradients are part of it; the optimizer is not, since its learning rate changes.
+A step of a small model launches thousands of kernels, and each is done before the next is launched: the
+device waits for the host (`--stage bench --no-graphs` shows both). What is recorded once and replayed costs
+the host one launch. Gradients are part of it; the optimizer is not, since its learning rate changes.
 """
 
 from __future__ import annotations
