@@ -573,7 +573,7 @@ def test_rollout_is_the_sampler(maker, dit):
     ids = torch.ones((2, 128), dtype=torch.int64)
     text = stage._prompt(stage.dit, ids, ids).now
     stage.generator.manual_seed(5)
-    task = stage._roll_out("plain", CLIP_BLOCKS, ids, ids)
+    task = stage._roll_out("plain", ids, ids)
     stage.generator.manual_seed(5)
     level = stage._levels(2, CLIP_BLOCKS)
     assert torch.equal(level, task.level)

@@ -32,7 +32,6 @@ BENCH_NAME = "bench.json"
 CASES = ("vae_crop", "vae_whole", "text", "opening", "teacher", "student")
 COLUMNS = ("wall", "host", "device", "kernels", "plan", "chunk", "ready", "memory")
 TOP = 15
-OPENING_FRAMES = 9
 PROFILED_STEPS = 2
 
 
@@ -170,7 +169,7 @@ def budget(settings: Settings, times: Mapping[str, float]) -> dict[str, dict[str
     """
     vae, teacher, student, mix = settings.vae, settings.teacher, settings.student, settings.mix
     per_chunk = mix.start + mix.far + mix.after + mix.late + mix.early
-    clip_frames = 12 * CLIP_BLOCKS - 3
+    opening_frames, clip_frames = (12 * blocks - 3 for blocks in (1, CLIP_BLOCKS))
     minutes = dict(zip(("vae", "teacher", "student"), settings.minutes))
     shares = {"text": settings.reading_minutes, "student": minutes["student"]}
     for stage, phases, until in (("vae", ("vae_crop", "vae_whole"), vae.whole_from),
@@ -181,7 +180,7 @@ def budget(settings: Settings, times: Mapping[str, float]) -> dict[str, dict[str
         "vae_crop": (vae.crop_batch, vae.crop_frames, vae.ring_videos, vae.refresh_every),
         "vae_whole": (vae.whole_batch, vae.whole_frames, vae.ring_videos, vae.refresh_every),
         "text": (settings.reading_batch, 0, 0, math.inf),
-        "opening": (teacher.opening_batch, OPENING_FRAMES, teacher.opening_chunk,
+        "opening": (teacher.opening_batch, opening_frames, teacher.opening_chunk,
                     teacher.opening_refresh_every),
         "teacher": (teacher.plain_batch + teacher.switch_batch, clip_frames, per_chunk,
                     teacher.refresh_every),

@@ -135,7 +135,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, sees: Sees, stored_key: Tenso
     order, groups = grouped(sees, 0 if stored_key is None else len(stored_key))
     sorted_already = order == tuple(range(len(order)))
     if not sorted_already:
-        q = torch.cat(_slices(q, order))
+        q = torch.cat(slices(q, order))
     parts = []
     queries = q.split([group.last - group.first for group in groups])
     keys, values = (_seen(stored, new, groups, name, kept)
@@ -147,7 +147,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, sees: Sees, stored_key: Tenso
     out = out.unflatten(0, q.shape[:2])
     if not sorted_already:
         back = tuple(sorted(range(len(order)), key=order.__getitem__))
-        out = torch.cat(_slices(out, back))
+        out = torch.cat(slices(out, back))
     return out
 
 
@@ -165,6 +165,6 @@ def _seen(stored: Tensor | None, new: Tensor, groups: tuple[Group, ...], name: s
     return [kept[group.first, name].flatten(2, 3) for group in groups]
 
 
-def _slices(x: Tensor, order: tuple[int, ...]) -> list[Tensor]:
-    """Blocks of x in another order, as few slices."""
-    return [x[run.source:run.source + run.count] for run in _runs(0, list(order), 0)]
+def slices(x: Tensor, order: Sequence[int], dim: int = 0, size: int = 1) -> list[Tensor]:
+    """Blocks of x in another order, or some of them, as few slices; a block is `size` long along `dim`."""
+    return [x.narrow(dim, run.source * size, run.count * size) for run in _runs(0, list(order), 0)]

@@ -29,7 +29,7 @@ from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, modulate
 from ..models.rope import rope_angles
 from ..sampler import SamplingPlan
 from .compiled import compilable
-from .gather import Kept, Sees, attend_blocks
+from .gather import Kept, Sees, attend_blocks, slices
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,8 @@ def by_clip(x: Tensor, clips: int) -> Tensor:
 
 
 def take_blocks(x: Tensor, blocks: Sequence[int], block_frames: int) -> Tensor:
-    """[B, frames, ...] -> what of it belongs to `blocks`, in ascending order, as few slices."""
-    first, parts = 0, []
-    for i in range(1, len(blocks) + 1):
-        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
-            parts.append(x[:, blocks[first] * block_frames:(blocks[i - 1] + 1) * block_frames])
-            first = i
-    return _joined(parts, dim=1)
+    """[B, frames, ...] -> what of it belongs to `blocks`; no index travels to the device."""
+    return _joined(slices(x, blocks, dim=1, size=block_frames), dim=1)
 
 
 def expand_text(text: TextContext, blocks: int) -> TextContext:

@@ -30,7 +30,7 @@ from ..models.dit import CausalDiT, TextContext
 from ..models.text import UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan
 from ..scheduler import FlowSchedule
-from .data import CLIP_BLOCKS, EARLY_BLOCKS, LATE_BLOCK, OPENING, ClipMaker, ClipRing, layouts
+from .data import EARLY_BLOCKS, LATE_BLOCK, OPENING, ClipMaker, ClipRing, layouts
 from .parallel import (
     ClipLayout,
     Context,
@@ -203,7 +203,7 @@ class StudentStage:
     def _start(self) -> Task:
         """Videos from their very first block on; they become streams."""
         clips = self.ring.sample("late", self.settings.birth_batch, self.generator)
-        task = self._roll_out("plain", CLIP_BLOCKS, clips.sink_ids, clips.sink_ids)
+        task = self._roll_out("plain", clips.sink_ids, clips.sink_ids)
         self.streams.begin(task.latents, clips.sink_ids, clips.ids)
         return task
 
@@ -211,7 +211,7 @@ class StudentStage:
         """First blocks, of which no more is made."""
         rows = torch.randint(len(self.prompts), (self.settings.opening_batch,), generator=self.generator,
                              device=self.device)
-        return self._roll_out(OPENING, 1, self.prompts[rows], self.prompts[rows])
+        return self._roll_out(OPENING, self.prompts[rows], self.prompts[rows])
 
     def _go_on(self, switch: bool) -> Task:
         """Streams that go on, some under another prompt."""
@@ -221,25 +221,26 @@ class StudentStage:
         layout = self.layouts[name]
         clips = self.streams.take(rows, (layout.blocks - LATE_BLOCK) * layout.block_frames, switch)
         known = clips.latents[:, :LATE_BLOCK * layout.block_frames]
-        task = self._roll_out(name, layout.blocks, clips.sink_ids, clips.ids, clips.positions, known)
+        task = self._roll_out(name, clips.sink_ids, clips.ids, clips.positions, known)
         self.streams.give(rows, task.latents)
         return task
 
-    def _roll_out(self, name: str, blocks: int, sink_ids: Tensor, ids: Tensor,
-                  positions: Tensor | None = None, known: Tensor | None = None) -> Task:
-        """What the student makes of the blocks after those that are `known`, up to `blocks`; without any, of
-        new videos.
+    def _roll_out(self, name: str, sink_ids: Tensor, ids: Tensor, positions: Tensor | None = None,
+                  known: Tensor | None = None) -> Task:
+        """What the student makes of the blocks of a layout after those that are `known`; without any, of new
+        videos.
         """
         layout = self.layouts[name]
         if positions is None:
-            positions = torch.arange(blocks * layout.block_frames, device=self.device).expand(len(ids), -1)
+            positions = torch.arange(layout.blocks * layout.block_frames, device=self.device)
+            positions = positions.expand(len(ids), -1)
         first = 0 if known is None else known.shape[1] // layout.block_frames
         inputs = [sink_ids, ids, positions] + ([] if known is None else [known])
         latents, noisy, level = self.recorder(
             (name, first, len(ids)), partial(self._rollout, layout), *inputs)
         weight = torch.ones(level.shape, device=self.device)
-        return Task(latents, positions, layout, tuple(range(first, blocks)), noisy, level, weight, sink_ids,
-                    ids)
+        return Task(latents, positions, layout, tuple(range(first, layout.blocks)), noisy, level, weight,
+                    sink_ids, ids)
 
     @torch.no_grad()
     def _rollout(self, layout: ClipLayout, sink_ids: Tensor, ids: Tensor, positions: Tensor,

@@ -48,7 +48,7 @@ class Trainee:
         self._work = [dict(self.work.named_parameters())[name] for name in self._names]
         self._average = [p.detach().clone() for p in self._master]
         matrices = [p for name, p in named.items() if _is_block_matrix(name, p)] if muon_rate else []
-        rest = [p for p in self._master if all(p is not matrix for matrix in matrices)]
+        rest = [p for name, p in named.items() if not (muon_rate and _is_block_matrix(name, p))]
         decays = [p for p in rest if p.ndim > 1]
         others = [p for p in rest if p.ndim <= 1]
         self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
