@@ -38,19 +38,24 @@ _FIGURES = {
     "switch.delay_blocks": "switch delay in blocks, where the new scene came",
     "switch.delay_blocks_never": "switches whose new scene never came",
     "plain.permanence": "object permanence, 5 s of one prompt",
+    "switch.old_left": "share of what changed that is as before, 0.25 to 1 s after a switch",
     "switch.permanence": "object permanence after a switch",
     "long.first": "adherence, first 5 s of 60 s",
     "long.last": "adherence, last 5 s of 60 s",
     "long.permanence": "object permanence, last 5 s of 60 s",
+    "long.in_place": "share of the objects that keep their place over 60 s, of those that are to",
 }
 _ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.adherence",
              "later": "switch.later_adherence", "delay, blocks": "switch.delay_blocks",
-             "never": "switch.delay_blocks_never", "permanence": "switch.permanence",
+             "never": "switch.delay_blocks_never", "old prompt left": "switch.old_left",
+             "permanence": "switch.permanence",
              "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
-             "lost over 60 s": DRIFT}
-_BARS = ("second block after a switch", "later", "last 5 s")
+             "lost over 60 s": DRIFT, "in place": "long.in_place"}
+_BARS = {"second block after a switch": "adherence", "old prompt left": "share of what changed",
+         "last 5 s": "adherence", "in place": "share of what is to stay"}
 _FULL = "full model"
-_VARIANTS = {"no_sink": "no sink", "no_recache": "no recache"}
+_VARIANTS = {"no_sink": "no sink", "no_recache": "no recache",
+             "full": f"{_FULL}, on the videos of the windows"}
 _TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
 _SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
            "change": "differences in time, L1", "kl": "KL", "flow": "flow",
@@ -323,10 +328,10 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
 
 
 def ablation_chart(check: Mapping[str, Any]) -> Chart:
-    """Adherence of the full model and of each variant: after a switch, later, and at the end of a minute."""
+    """The full model and each variant: what is there after a switch, and at the end of a minute."""
     parts = {_variant(name): part for name, part in {_FULL: check, **_variants(check)}.items()}
-    chart = Chart(figsize=(9, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
-    for ax, column in zip(chart.subplots(1, len(_BARS), sharey=True), _BARS):
+    chart = Chart(figsize=(11, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
+    for ax, (column, unit) in zip(chart.subplots(1, len(_BARS), sharey=True), _BARS.items()):
         path = _ABLATION[column]
         for height, (name, part) in enumerate(parts.items()):
             value = number(part, path)
@@ -337,7 +342,7 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
         ax.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6))
         ax.set_yticks(range(len(parts)), list(parts))
         words = f"{column} of 60 s" if path.startswith("long") else column
-        _dress(ax, words, f"adherence{_target(path)}")
+        _dress(ax, words, f"{unit}{_target(path)}")
         if path in TARGETS:
             ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
     return chart

@@ -3,9 +3,11 @@ judged by `world.checker`.
 
 Each figure is a mean over videos. `plain`: adherence over five seconds. `switch`: adherence in the second
 block after a prompt switch, the delay in blocks (and how many videos never got there), permanence of the
-objects. `long`: adherence in the first and the last five seconds of a minute. `variants` repeats it with what
-LongLive adds taken away: no sink, no recache, shorter windows. The first of the videos with a switch are
-shown in `switches.png`.
+objects; `old_left`, how much of what changed is still as the old prompt had it in the 12 frames from the
+second latent frame on. `long`: adherence in the first and the last five seconds of a minute, and `in_place`,
+the share of the objects which are to keep their place that did. `variants` repeats it with what LongLive adds
+taken away: no sink, no recache, shorter windows. These are made on fewer videos; `full` is nothing taken away
+on the same ones. The first of the videos with a switch are shown in `switches.png`.
 """
 
 from __future__ import annotations
@@ -30,10 +32,19 @@ from ..provenance import environment
 from ..results import atomic_path
 from ..sampler import Sampler
 from ..session import StreamingSession
-from ..world.checker import FPS, check, drift, permanence, switch_delay
+from ..world.checker import (
+    BLOCK_FRAMES,
+    FPS,
+    changed_share,
+    check,
+    ends,
+    permanence,
+    switch_delay,
+    wandered,
+)
 from ..world.gallery import sheet
 from ..world.prompts import describe
-from ..world.scene import SceneSpec, change_scene, sample_scene
+from ..world.scene import STAYING, SceneSpec, change_scene, sample_scene
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +54,10 @@ PLAIN_BLOCKS = 7
 SWITCH_BLOCK = 7
 AFTER_BLOCKS = 6
 LONG_BLOCKS = 80
+FROM_FRAME = 4
+"""Of a switch's first block: the video frames of its first latent frame still hold on to the old picture."""
+NEAR_PIXELS = 6
+"""Half of the radius of a small object."""
 SHOWN_FRAMES = (8, 40, 78, 84, 92, 104, 128, 152)
 SHOWN_VIDEOS = 3
 PICTURE_NAME = "switches.png"
@@ -50,13 +65,19 @@ PICTURE_NAME = "switches.png"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many videos of each kind; `variant_long` of the long ones for each variant."""
+    """How many videos of each kind; those of shorter windows are `window_switch` and `window_long`."""
 
     plain: int = 32
-    switch: int = 24
-    long: int = 6
-    variant_switch: int = 12
-    variant_long: int = 2
+    switch: int = 36
+    long: int = 12
+    window_switch: int = 12
+    window_long: int = 3
+
+    def of(self, variant: str) -> tuple[int, int]:
+        """How many with a switch, and how many long ones; without a switch there is nothing to recache."""
+        if variant == "no_recache":
+            return self.switch, 0
+        return (self.switch, self.long) if variant == "no_sink" else (self.window_switch, self.window_long)
 
 
 class NoRecache(Sampler):
@@ -108,10 +129,14 @@ def check_weights(
     with _processes(processes) as pool:
         counts = (sizes.plain, sizes.switch, sizes.long)
         shown: list[tuple[str, Sequence[int], Tensor]] = []
-        result |= _judge(_pipeline(base), seed, counts, pool, shown)
+        rows = _judge(_pipeline(base), seed, counts, pool, shown)
+        result |= _summary(rows)
         result["variants"] = {
-            name: _judge(_pipeline({**base, **VARIANTS[name]}, name == "no_recache"), seed,
-                         (0, sizes.variant_switch, sizes.variant_long), pool) for name in variants}
+            name: _summary(_judge(_pipeline({**base, **VARIANTS[name]}, name == "no_recache"), seed,
+                                  (0, *sizes.of(name)), pool)) for name in variants}
+        if any(name.startswith("window") for name in variants):
+            few = {"switch": sizes.window_switch, "long": sizes.window_long}
+            result["variants"]["full"] = _summary({kind: rows[kind][:n] for kind, n in few.items() if n})
     if shown:
         with atomic_path(folder / PICTURE_NAME) as temporary:
             sheet(shown).savefig(temporary, format="png")
@@ -149,17 +174,21 @@ def judge_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
     after = frames[12 * SWITCH_BLOCK - 3:]
     return {"adherence": check(after[12:24], other).adherence,
             "later_adherence": check(after[24:], other).adherence,
-            "delay_blocks": switch_delay(after, other, scene), "permanence": permanence(after[24:], other)}
+            "delay_blocks": switch_delay(after, other, scene), "permanence": permanence(after[24:], other),
+            "old_left": changed_share(after[FROM_FRAME:FROM_FRAME + BLOCK_FRAMES], scene, other)}
 
 
 def judge_long(frames: Tensor, scene: SceneSpec) -> Row:
     """Figures of the first and the last five seconds of a long video of one scene."""
-    found = drift(frames, scene)
-    return {"first": found.first, "last": found.last, "permanence": permanence(frames[-80:], scene)}
+    first, last = ends(frames)
+    away = wandered(first, last, scene)
+    return {"first": check(first, scene).adherence, "last": check(last, scene).adherence,
+            "permanence": permanence(last, scene),
+            "in_place": float(np.mean([distance < NEAR_PIXELS for distance in away])) if away else None}
 
 
 def _judge(pipeline: Pipeline, seed: int, counts: tuple[int, int, int], pool: Executor | None,
-           shown: list[tuple[str, Sequence[int], Tensor]] | None = None) -> dict[str, Any]:
+           shown: list[tuple[str, Sequence[int], Tensor]] | None = None) -> dict[str, list[Row]]:
     """Make (plain, switch, long) videos and judge them, in other processes while the next is made. The first
     with a switch are added to `shown`, as rows of `sheet`.
     """
@@ -188,11 +217,23 @@ def _judge(pipeline: Pipeline, seed: int, counts: tuple[int, int, int], pool: Ex
             text = f"{describe(scene)}\nfrom {at:.1f} s on: {describe(other)}"
             shown.append((text, SHOWN_FRAMES, frames[list(SHOWN_FRAMES)]))
     for i in range(long):
-        scene = sample_scene(np.random.default_rng([seed, 102, i]), held_out=True)
+        scene = _scene_that_stays(np.random.default_rng([seed, 102, i]))
         judge("long", judge_long, play([scene], [], LONG_BLOCKS, i), scene)
-    summary = {kind: _means([row() for row in rows]) for kind, rows in found.items()}
-    logger.info("%s", summary)
-    return summary
+    made = {kind: [row() for row in rows] for kind, rows in found.items()}
+    logger.info("%s", _summary(made))
+    return made
+
+
+def _scene_that_stays(rng: np.random.Generator) -> SceneSpec:
+    """A held-out scene in which at least one object is to keep its place."""
+    while True:
+        scene = sample_scene(rng, held_out=True)
+        if any(thing.motion in STAYING for thing in scene.objects):
+            return scene
+
+
+def _summary(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
+    return {kind: _means(some) for kind, some in rows.items()}
 
 
 def _means(rows: list[Row]) -> dict[str, Any]:
@@ -200,7 +241,7 @@ def _means(rows: list[Row]) -> dict[str, Any]:
     for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
         means[key] = round(float(np.mean(values)), 4) if values else None
-        if len(values) < len(rows):
+        if len(values) < len(rows) and key == "delay_blocks":
             means[f"{key}_never"] = len(rows) - len(values)
     return means
 

@@ -31,11 +31,11 @@ from .reading import (
     read_objects,
     read_traces,
 )
-from .scene import COLOURS, MOTIONS, ObjectSpec, SceneSpec
+from .scene import COLOURS, MOTIONS, STAYING, ObjectSpec, SceneSpec
 from .tracking import LEAST_FRAMES, WINDOW_FRAMES, Course, follow, motion_of
 
-__all__ = ["Check", "Drift", "Reading", "Seen", "changed", "check", "drift", "permanence", "read",
-           "read_objects", "switch_delay"]
+__all__ = ["Check", "Drift", "Reading", "Seen", "changed", "changed_share", "check", "drift", "ends",
+           "permanence", "read", "read_objects", "switch_delay", "wandered"]
 
 BLOCK_FRAMES = 12
 FPS = 16
@@ -154,8 +154,8 @@ def switch_delay(frames: Frames, scene: SceneSpec, before: SceneSpec | None = No
     if not isinstance(frames, Reading):
         frames = check_frames(frames, least=BLOCK_FRAMES)
     for block in range(len(frames) // BLOCK_FRAMES):
-        result = check(frames[block * BLOCK_FRAMES:(block + 1) * BLOCK_FRAMES], scene)
-        score = result.adherence if before is None else _share(changed(result, scene, before))
+        shown = frames[block * BLOCK_FRAMES:(block + 1) * BLOCK_FRAMES]
+        score = check(shown, scene).adherence if before is None else changed_share(shown, scene, before)
         if score >= threshold:
             return block + 1
     return None
@@ -182,6 +182,16 @@ def drift(frames: Tensor | np.ndarray, scene: SceneSpec, seconds: float = 5) -> 
     """Adherence in the first and in the last `seconds` of a video that shows one scene.
 
     Raises:
+        UserError: as `ends`.
+    """
+    first, last = (check(end, scene) for end in ends(frames, seconds))
+    return Drift(first.adherence, last.adherence)
+
+
+def ends(frames: Tensor | np.ndarray, seconds: float = 5) -> tuple[Reading, Reading]:
+    """What the first and the last `seconds` of a video show.
+
+    Raises:
         UserError: a video shorter than twice that, or as `check`.
     """
     count = round(seconds * FPS)
@@ -189,7 +199,19 @@ def drift(frames: Tensor | np.ndarray, scene: SceneSpec, seconds: float = 5) -> 
     if len(frames) < 2 * count or count < BLOCK_FRAMES:
         raise UserError(f"frames: {len(frames)} of them for {seconds} s at each end; give at least "
                         f"{2 * count}.")
-    return Drift(check(frames[:count], scene).adherence, check(frames[-count:], scene).adherence)
+    return read(frames[:count]), read(frames[-count:])
+
+
+def wandered(first: Reading, last: Reading, scene: SceneSpec) -> list[float]:
+    """How far, in pixels, each object that is to stay where it is (spins, pulses, stands still) has come
+    between two spans of a video; infinitely far if `last` does not show it, left out if `first` does not.
+    """
+    distances = []
+    for index, thing in enumerate(scene.objects):
+        if thing.motion in STAYING and (start := _place(first, scene, index)) is not None:
+            end = _place(last, scene, index)
+            distances.append(float("inf") if end is None else float(np.linalg.norm(end - start)))
+    return distances
 
 
 def changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
@@ -208,9 +230,29 @@ def changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
     return marks
 
 
+def changed_share(frames: Frames, scene: SceneSpec, other: SceneSpec) -> float:
+    """Share right in `frames` of what `scene` asks for and `other`, before or after it, does not.
+
+    Raises:
+        UserError: as `check`.
+    """
+    return _share(changed(check(frames, scene), scene, other))
+
+
 def _share(marks: Marks) -> float:
     judged = [mark for mark in marks.values() if mark is not None]
     return float(np.mean(judged)) if judged else 0.0
+
+
+def _place(reading: Reading, scene: SceneSpec, index: int) -> np.ndarray | None:
+    """x, y around which object `index` is; None if it is seen too seldom."""
+    thing = scene.objects[index]
+    trace = reading.traces.get(thing.colour)
+    if trace is None:
+        return None
+    place = follow(trace, _in_front(scene, index, reading.traces), (thing.shape, SCALES[thing.size])).place
+    known = place[np.isfinite(place).all(axis=1)]
+    return np.median(known, axis=0) if len(known) >= LEAST_FRAMES else None
 
 
 def _in_front(scene: SceneSpec, index: int, traces: Mapping[str, Trace]) -> list[Trace]:

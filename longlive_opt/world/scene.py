@@ -20,6 +20,7 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES = ("square", "circle", "triangle", "star")
 LETTERS = ("A", "C", "T", "X")
 MOTIONS = ("left", "right", "up", "down", "bounces", "spins", "orbits", "pulses", "still")
+STAYING = ("spins", "pulses", "still")  # the motions of objects that keep their place
 GROUNDS = ("grey", "navy", "brown", "teal")
 PATTERNS = ("checked", "striped", "dotted")
 MAX_OBJECTS = 3
