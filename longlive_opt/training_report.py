@@ -51,8 +51,10 @@ _ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.a
              "permanence": "switch.permanence",
              "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
              "lost over 60 s": DRIFT, "in place": "long.in_place"}
-_BARS = {"second block after a switch": "adherence", "old prompt left": "share of what changed",
-         "last 5 s": "adherence", "in place": "share of what is to stay"}
+_BARS = {"second block after a switch": ("second block after a switch", "adherence"),
+         "old prompt left": ("old prompt left after a switch", "share of what changed"),
+         "last 5 s": ("last 5 s of 60 s", "adherence"),
+         "in place": ("in place after 60 s", "share of what is to stay")}
 _FULL = "full model"
 _VARIANTS = {"no_sink": "no sink", "no_recache": "no recache",
              "full": f"{_FULL}, on the videos of the windows"}
@@ -122,7 +124,7 @@ class TrainingReport:
                          f"{check_command(self.name)}")
 
     def _train_first(self) -> HTML:
-        return _sentence(f"{self.name} has no training log; train the model, on an H100 in about 22 minutes: "
+        return _sentence(f"{self.name} has no training log; train the model, on an H100 in about 25 minutes: "
                          f"{train_command(self.name)}")
 
 
@@ -331,7 +333,7 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
     """The full model and each variant: what is there after a switch, and at the end of a minute."""
     parts = {_variant(name): part for name, part in {_FULL: check, **_variants(check)}.items()}
     chart = Chart(figsize=(11, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
-    for ax, (column, unit) in zip(chart.subplots(1, len(_BARS), sharey=True), _BARS.items()):
+    for ax, (column, (title, unit)) in zip(chart.subplots(1, len(_BARS), sharey=True), _BARS.items()):
         path = _ABLATION[column]
         for height, (name, part) in enumerate(parts.items()):
             value = number(part, path)
@@ -341,8 +343,7 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
                     ha="right" if value and value > 0.2 else "left")
         ax.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6))
         ax.set_yticks(range(len(parts)), list(parts))
-        words = f"{column} of 60 s" if path.startswith("long") else column
-        _dress(ax, words, f"{unit}{_target(path)}")
+        _dress(ax, title, f"{unit}{_target(path)}")
         if path in TARGETS:
             ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
     return chart

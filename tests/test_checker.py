@@ -9,10 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longlive_opt.errors import UserError
-from longlive_opt.world.checker import check, drift, permanence, read_objects, switch_delay
+from longlive_opt.world.checker import (
+    Reading,
+    check,
+    drift,
+    permanence,
+    read,
+    read_objects,
+    switch_delay,
+    wandered,
+)
 from longlive_opt.world.reading import read_traces
 from longlive_opt.world.render import render, simulate, to_uint8
-from longlive_opt.world.scene import LETTERS, MOTIONS, SHAPES, ObjectSpec, SceneSpec, sample_scene
+from longlive_opt.world.scene import LETTERS, MOTIONS, SHAPES, STAYING, ObjectSpec, SceneSpec, sample_scene
 from longlive_opt.world.tracking import follow, motion_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +144,25 @@ def test_drift_compares_both_ends() -> None:
     other = replace(SCENE, objects=(replace(RED, shape="circle", motion="right"), BLUE))
     result = drift(video((0, SCENE), (30, other), frames=72), SCENE, seconds=1.5)
     assert result.first == 1 and result.last < 0.9 and result.lost == result.first - result.last
+
+
+def test_what_is_to_stay_is_followed() -> None:
+    """An object that is lost counted as one that stays; one that may move blamed."""
+    scene = SceneSpec((RED, BLUE, ObjectSpec("small", "white", "star", "bounces")), "grey", "dotted")
+    assert {thing.motion for thing in scene.objects[:2]} <= set(STAYING)
+
+    def span(place: float, things: SceneSpec = scene) -> Reading:
+        tracks = simulate([[(0, things)]], 24, seed=0)
+        tracks.position[..., 0, :] = torch.tensor([40.0, 40.0])
+        tracks.position[..., 1, :] = torch.tensor([40.0 + place, 80.0])
+        return read(to_uint8(render(tracks, slice(None))[0]))
+
+    first = span(0)
+    assert wandered(first, span(0), scene) == pytest.approx([0, 0], abs=0.5)
+    assert wandered(first, span(20), scene) == pytest.approx([0, 20], abs=1)
+    lost = span(0, replace(scene, objects=(RED,)))
+    assert wandered(first, lost, scene)[1] == float("inf")
+    assert len(wandered(lost, first, scene)) == 1
 
 
 @pytest.mark.parametrize("frames", [torch.zeros(11, 3, 128, 128, dtype=torch.uint8),

@@ -33,7 +33,7 @@ from longlive_opt.session import StreamingSession
 from longlive_opt.training import __main__ as command
 from longlive_opt.training import bench
 from longlive_opt.training.bench import budget, times_of
-from longlive_opt.training.check import SWITCH_BLOCK, NoRecache, judge_switch
+from longlive_opt.training.check import SWITCH_BLOCK, NoRecache, judge_long, judge_switch
 from longlive_opt.training.checkpoints import checkpoints
 from longlive_opt.training.clipwise import decode_clip, moments
 from longlive_opt.training.compiled import use_compiler
@@ -78,7 +78,7 @@ from longlive_opt.training.vae import (
 from longlive_opt.training.workers import Planner, start_workers
 from longlive_opt.weight_files import resolve_weights
 from longlive_opt.world.render import render, simulate, to_uint8
-from longlive_opt.world.scene import change_scene, sample_scene
+from longlive_opt.world.scene import ObjectSpec, SceneSpec, change_scene, sample_scene
 
 PLAN = SamplingPlan()
 TEXT = TextEncoderConfig(
@@ -971,6 +971,20 @@ def test_true_videos_pass_the_check():
     tracks = simulate([[(0, scene), (start, other)]], start + 48, 0)
     found = judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
     assert found["delay_blocks"] == 1 and found["adherence"] > 0.9 and found["permanence"] == 1.0
+    assert found["old_left"] == 0
+    tracks = simulate([[(0, scene)]], start + 48, 0)
+    assert judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)["old_left"] == 1
+
+
+def test_things_out_of_place_fail_the_check():
+    """A video that loses an object's place within its last five seconds keeps its adherence."""
+    scene = SceneSpec((ObjectSpec("large", "red", "square", "pulses"),), "grey", "dotted")
+    tracks = simulate([[(0, scene)]], 160, 0)
+    for shift, share in ((0, 1), (15, 0)):
+        tracks.position[..., 0, :] = torch.tensor([60.0, 60.0])
+        tracks.position[:, 80:, 0, :] += shift
+        found = judge_long(to_uint8(render(tracks, slice(None)))[0], scene)
+        assert found["in_place"] == share and found["first"] == found["last"] == 1
 
 
 @torch.no_grad()

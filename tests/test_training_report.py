@@ -41,8 +41,9 @@ def row(stage: str, step: int, share: float, **more: Any) -> dict[str, Any]:
 
 def part(after: float, last: float, videos: int = 12) -> dict[str, Any]:
     return {"switch": {"videos": videos, "adherence": after, "later_adherence": after, "delay_blocks": 1.5,
-                       "permanence": 0.98},
-            "long": {"videos": videos // 4, "first": 0.95, "last": last, "permanence": 0.97}}
+                       "permanence": 0.98, "old_left": round(1 - after, 2)},
+            "long": {"videos": videos // 4, "first": 0.95, "last": last, "permanence": 0.97,
+                     "in_place": last}}
 
 
 def checked(**more: Any) -> dict[str, Any]:
@@ -115,7 +116,11 @@ def test_ablation_beside_the_full_model(trained: Path) -> None:
     assert list(table.index) == ["full model", "no sink", "no recache", "window of 6 latent frames"]
     assert list(table["videos"]) == ["24", "12", "12", "12"]
     assert table.loc["no recache", "second block after a switch"] == "0.5"
-    assert table.loc["no sink", "lost over 60 s"] == "0.55"
+    assert table.loc["no sink", "lost over 60 s"] == "0.55" and table.loc["no sink", "in place"] == "0.4"
+    assert table.loc["no recache", "old prompt left"] == "0.5"
+    same = checked(variants={"full": part(0.9, 0.9), "window_6": part(0.85, 0.8)})
+    assert list(ablation_table(same).index)[1:] == ["full model, on the videos of the windows",
+                                                    "window of 6 latent frames"]
     alone = ablation_table(read_check(write(trained, check=checked(variants={}, long=None))))
     assert list(alone.index) == ["full model"] and alone.loc["full model", "lost over 60 s"] == ""
     assert conditions(check) == "Checked: tiny; device cuda, model tiny, dtype bfloat16, seed 0."
