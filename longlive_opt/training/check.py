@@ -55,7 +55,7 @@ SWITCH_BLOCK = 7
 AFTER_BLOCKS = 6
 LONG_BLOCKS = 80
 FROM_FRAME = 4
-"""Of a switch's first block: the video frames of its first latent frame still hold on to the old picture."""
+"""After a switch, whose change is drawn over six frames: where the old scene is looked for."""
 NEAR_PIXELS = 6
 """Half of the radius of a small object."""
 SHOWN_FRAMES = (8, 40, 78, 84, 92, 104, 128, 152)
