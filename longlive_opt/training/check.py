@@ -130,19 +130,26 @@ def check_weights(
         counts = (sizes.plain, sizes.switch, sizes.long)
         shown: list[tuple[str, Sequence[int], Tensor]] = []
         rows = _judge(_pipeline(base), seed, counts, pool, shown)
-        result |= _summary(rows)
-        result["variants"] = {
-            name: _summary(_judge(_pipeline({**base, **VARIANTS[name]}, name == "no_recache"), seed,
-                                  (0, *sizes.of(name)), pool)) for name in variants}
-        if any(name.startswith("window") for name in variants):
-            few = {"switch": sizes.window_switch, "long": sizes.window_long}
-            result["variants"]["full"] = _summary({kind: rows[kind][:n] for kind, n in few.items() if n})
-    if shown:
-        with atomic_path(folder / PICTURE_NAME) as temporary:
-            sheet(shown).savefig(temporary, format="png")
+        result |= {**_summary(rows), "variants": {}}
+        if shown:
+            with atomic_path(folder / PICTURE_NAME) as temporary:
+                sheet(shown).savefig(temporary, format="png")
+        _write(result, folder)
+        for name in variants:
+            pipeline = _pipeline({**base, **VARIANTS[name]}, name == "no_recache")
+            made = _judge(pipeline, seed, (0, *sizes.of(name)), pool)
+            result["variants"][name] = _summary(made)
+            if name.startswith("window"):
+                same = {kind: rows[kind][:len(some)] for kind, some in made.items()}
+                result["variants"]["full"] = _summary(same)
+            _write(result, folder)
+    return result
+
+
+def _write(result: Mapping[str, Any], folder: Path) -> None:
+    """After each part, for the whole takes long."""
     with atomic_path(folder / "check.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return result
 
 
 @contextlib.contextmanager
