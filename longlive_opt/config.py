@@ -178,9 +178,9 @@ class ExperimentConfig:
     prompt_cache_dir: str | None = None
 
     prompts: tuple[str, ...] = (
-        "a large red square moves left and a small blue circle bounces, on a striped grey ground",
-        "a large yellow star moves left and a small blue circle bounces, on a striped grey ground",
-        "a large yellow star pulses and a small green circle bounces, on a dotted teal ground")
+        "a large red square with the letter A pulses and a small blue circle orbits, on a dotted grey ground",
+        "a large white star with the letter A pulses and a small blue circle orbits, on a dotted grey ground",
+        "a large white star with the letter A pulses and a small red circle orbits, on a striped teal ground")
     prompts_file: str | None = None
     switch_frame_indices: tuple[int, ...] | None = None
     video_latent_frames: int = 18
