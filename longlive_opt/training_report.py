@@ -13,7 +13,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -58,6 +60,7 @@ _BARS = {"second block after a switch": ("second block after a switch", "adheren
 _FULL = "full model"
 _VARIANTS = {"no_sink": "no sink", "no_recache": "no recache",
              "full": f"{_FULL}, on the videos of the windows"}
+_MACHINE = ("gpu", "cpu", "cpu_threads", "torch", "git_commit", "git_dirty")
 _TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
 _SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
            "change": "differences in time, L1", "kl": "KL", "flow": "flow",
@@ -235,16 +238,27 @@ def stage_table(rows: Sequence[Row]) -> pd.DataFrame:
     for stage in dict.fromkeys(row["stage"] for row in rows):
         own = [row for row in rows if row["stage"] == stage]
         steps = [row["step"] for row in own]
-        spent = sum((now - before) * row["ms_per_step"] for before, now, row in zip([0, *steps], steps, own))
+        spent = _minutes(own)
         last = own[-math.ceil(len(own) / 10):]
         curves = (f"{_SERIES.get(key, key)} {_digits(own[0].get(key))} to "
                   f"{_digits(sum(row[key] for row in last) / len(last))}"
                   for key in _series(own) if all(key in row for row in last))
         table[_TITLES.get(stage, stage)] = {
-            "steps": int(steps[-1]), "minutes": round(spent / 6e4, 2),
-            "ms per step": round(spent / steps[-1], 1), "progress": own[-1]["progress"],
+            "steps": int(steps[-1]), "minutes": round(spent, 2),
+            "ms per step": round(6e4 * spent / steps[-1], 1), "progress": own[-1]["progress"],
             "from, to": "; ".join(curves)}
     return pd.DataFrame.from_dict(table, orient="index")
+
+
+def _minutes(rows: Sequence[Row]) -> float:
+    """Of training up to the last of the rows of a stage. A line after a resumption is a mean over fewer steps
+    than lie between it and the line before, so time is counted by the progress, and only its scale by lines.
+    """
+    scale = [(now["step"] - before["step"]) * now["ms_per_step"] / (now["progress"] - before["progress"])
+             for before, now in pairwise(rows) if now["progress"] > before["progress"]]
+    first = rows[0]
+    scale = scale or [first["step"] * first["ms_per_step"] / max(first["progress"], 1e-4)]
+    return median(scale) * rows[-1]["progress"] / 6e4
 
 
 def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
@@ -280,8 +294,11 @@ def ablation_table(check: Mapping[str, Any]) -> pd.DataFrame:
 
 def conditions(check: Mapping[str, Any]) -> str:
     """On what a check was made, in a sentence."""
-    beside = ("weights", "sizes", "variants", "plain", "switch", "long")
-    words = (f"{key} {json.dumps(value).strip(chr(34))}" for key, value in check.items() if key not in beside)
+    beside = ("weights", "sizes", "variants", "plain", "switch", "long", "environment")
+    machine = {key: lookup(check, f"environment.{key}") for key in _MACHINE}
+    facts = {key: value for key, value in check.items() if key not in beside} | machine
+    words = (f"{key.replace('_', ' ')} {json.dumps(value).strip(chr(34))}" for key, value in facts.items()
+             if value is not None)
     return f"Checked: {check.get('weights', 'weights')}; {', '.join(words)}."
 
 

@@ -89,6 +89,13 @@ def test_steps_made_twice_count_once(tmp_path: Path) -> None:
     assert stage_table(kept).loc["VAE", "minutes"] == 0.2
 
 
+def test_a_resumption_costs_what_it_took(tmp_path: Path) -> None:
+    """The slow first steps after a resumption counted for all steps since the line before it."""
+    rows = [row("vae", step, 1.0) for step in range(50, 1001, 50)]
+    rows[10]["ms_per_step"] = 4000.0
+    assert stage_table(read_log(write(tmp_path, rows))).loc["VAE", "minutes"] == 1.0
+
+
 def test_figures_against_targets(trained: Path) -> None:
     """A target that is met the wrong way round, or that n/a meets."""
     table = check_table(read_check(trained)).set_index("figure")
@@ -124,6 +131,9 @@ def test_ablation_beside_the_full_model(trained: Path) -> None:
     alone = ablation_table(read_check(write(trained, check=checked(variants={}, long=None))))
     assert list(alone.index) == ["full model"] and alone.loc["full model", "lost over 60 s"] == ""
     assert conditions(check) == "Checked: tiny; device cuda, model tiny, dtype bfloat16, seed 0."
+    machine = {"gpu": "H100", "cpu": None, "git_commit": "a1b2", "packages": {"a": "1"}}
+    measured = check | {"environment": machine}
+    assert conditions(measured).endswith(" seed 0, gpu H100, git commit a1b2.")
 
 
 def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
