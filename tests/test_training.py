@@ -32,8 +32,9 @@ from longlive_opt.sampler import EagerForward, Sampler, SamplingPlan
 from longlive_opt.session import StreamingSession
 from longlive_opt.training import __main__ as command
 from longlive_opt.training import bench
+from longlive_opt.training import check as check_module
 from longlive_opt.training.bench import budget, times_of
-from longlive_opt.training.check import SWITCH_BLOCK, NoRecache, judge_long, judge_switch
+from longlive_opt.training.check import SWITCH_BLOCK, NoRecache, check_weights, judge_long, judge_switch
 from longlive_opt.training.checkpoints import checkpoints
 from longlive_opt.training.clipwise import decode_clip, moments
 from longlive_opt.training.compiled import use_compiler
@@ -974,6 +975,28 @@ def test_true_videos_pass_the_check():
     assert found["old_left"] == 0
     tracks = simulate([[(0, scene)]], start + 48, 0)
     assert judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)["old_left"] == 1
+
+
+def test_a_check_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
+    """An hour of videos lost to the last variant; an unknown variant found out after that hour."""
+    parts = iter([{"switch": [{"old_left": 0.0}, {"old_left": 1.0}]}, {"switch": [{"old_left": 1.0}]}])
+
+    def judge(*arguments):
+        try:
+            return next(parts)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(check_module, "_judge", judge)
+    monkeypatch.setattr(check_module, "_pipeline", lambda *arguments: None)
+    with pytest.raises(UserError, match="--variants: 'no_such' is unknown; known: no_sink"):
+        check_weights(tmp_path, "cpu", variants=("window_6", "no_such"))
+    with pytest.raises(KeyboardInterrupt):
+        check_weights(tmp_path, "cpu", variants=("window_6", "no_sink"))
+    kept = json.loads((tmp_path / "check.json").read_text())
+    assert kept["switch"] == {"videos": 2, "old_left": 0.5}
+    assert kept["variants"] == {"window_6": {"switch": {"videos": 1, "old_left": 1.0}},
+                                "full": {"switch": {"videos": 1, "old_left": 0.0}}}
 
 
 def test_things_out_of_place_fail_the_check():

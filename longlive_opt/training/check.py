@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..config import ExperimentConfig
+from ..errors import UserError
 from ..inputs import Script
 from ..pipeline import Pipeline, build_reference
 from ..provenance import environment
@@ -113,8 +114,10 @@ def check_weights(
         keys: more keys of the preset, such as `denoising_steps`.
 
     Raises:
-        UserError: no such weights or device.
+        UserError: no such weights, device or variant.
     """
+    if unknown := set(variants) - set(VARIANTS):
+        raise UserError(f"--variants: {min(unknown)!r} is unknown; known: {', '.join(VARIANTS)}.")
     base = {"weights": str(folder.resolve()), "device": device, "model": model, "model_dtype": dtype, **keys}
     result: dict[str, Any] = {
         "weights": folder.name,
