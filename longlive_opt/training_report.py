@@ -237,15 +237,14 @@ def stage_table(rows: Sequence[Row]) -> pd.DataFrame:
     table = {}
     for stage in dict.fromkeys(row["stage"] for row in rows):
         own = [row for row in rows if row["stage"] == stage]
-        steps = [row["step"] for row in own]
-        spent = _minutes(own)
+        steps, spent = own[-1]["step"], _minutes(own)
         last = own[-math.ceil(len(own) / 10):]
         curves = (f"{_SERIES.get(key, key)} {_digits(own[0].get(key))} to "
                   f"{_digits(sum(row[key] for row in last) / len(last))}"
                   for key in _series(own) if all(key in row for row in last))
         table[_TITLES.get(stage, stage)] = {
-            "steps": int(steps[-1]), "minutes": round(spent, 2),
-            "ms per step": round(6e4 * spent / steps[-1], 1), "progress": own[-1]["progress"],
+            "steps": int(steps), "minutes": round(spent, 2),
+            "ms per step": round(6e4 * spent / steps, 1), "progress": own[-1]["progress"],
             "from, to": "; ".join(curves)}
     return pd.DataFrame.from_dict(table, orient="index")
 
@@ -254,11 +253,10 @@ def _minutes(rows: Sequence[Row]) -> float:
     """Of training up to the last of the rows of a stage. A line after a resumption is a mean over fewer steps
     than lie between it and the line before, so time is counted by the progress, and only its scale by lines.
     """
-    scale = [(now["step"] - before["step"]) * now["ms_per_step"] / (now["progress"] - before["progress"])
-             for before, now in pairwise(rows) if now["progress"] > before["progress"]]
-    first = rows[0]
-    scale = scale or [first["step"] * first["ms_per_step"] / max(first["progress"], 1e-4)]
-    return median(scale) * rows[-1]["progress"] / 6e4
+    scale = median((now["step"] - before["step"]) * now["ms_per_step"]
+                   / max(now["progress"] - before["progress"], 1e-4)
+                   for before, now in pairwise([{"step": 0, "progress": 0}, *rows]))
+    return scale * rows[-1]["progress"] / 6e4
 
 
 def check_table(check: Mapping[str, Any]) -> pd.DataFrame:

@@ -40,6 +40,7 @@ from ..world.checker import (
     check,
     ends,
     permanence,
+    read,
     switch_delay,
     wandered,
 )
@@ -181,7 +182,7 @@ def judge_plain(frames: Tensor, scene: SceneSpec) -> Row:
 
 def judge_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
     """Figures of a video that turns to `other` at SWITCH_BLOCK."""
-    after = frames[12 * SWITCH_BLOCK - 3:]
+    after = read(frames[12 * SWITCH_BLOCK - 3:])
     return {"adherence": check(after[12:24], other).adherence,
             "later_adherence": check(after[24:], other).adherence,
             "delay_blocks": switch_delay(after, other, scene), "permanence": permanence(after[24:], other),
