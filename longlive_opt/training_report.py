@@ -53,10 +53,10 @@ _ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.a
              "permanence": "switch.permanence",
              "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
              "lost over 60 s": DRIFT, "in place": "long.in_place"}
-_BARS = {"second block after a switch": ("second block after a switch", "adherence"),
-         "old prompt left": ("old prompt left after a switch", "share of what changed"),
-         "last 5 s": ("last 5 s of 60 s", "adherence"),
-         "in place": ("in place after 60 s", "share of what is to stay")}
+_BARS = {"switch.adherence": ("", "adherence"),  # what the title says after the column, and what is counted
+         "switch.old_left": (" after a switch", "share of what changed"),
+         "long.last": (" of 60 s", "adherence"),
+         "long.in_place": (" after 60 s", "share of what is to stay")}
 _FULL = "full model"
 _VARIANTS = {"no_sink": "no sink", "no_recache": "no recache",
              "full": f"{_FULL}, on the videos of the windows"}
@@ -348,8 +348,9 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
     """The full model and each variant: what is there after a switch, and at the end of a minute."""
     parts = {_variant(name): part for name, part in {_FULL: check, **_variants(check)}.items()}
     chart = Chart(figsize=(11, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
-    for ax, (column, (title, unit)) in zip(chart.subplots(1, len(_BARS), sharey=True), _BARS.items()):
-        path = _ABLATION[column]
+    columns = [(column, path) for column, path in _ABLATION.items() if path in _BARS]
+    for ax, (column, path) in zip(chart.subplots(1, len(_BARS), sharey=True), columns):
+        when, unit = _BARS[path]
         for height, (name, part) in enumerate(parts.items()):
             value = number(part, path)
             text = "not measured" if value is None else f"{value:.2f}"
@@ -358,7 +359,7 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
                     ha="right" if value and value > 0.2 else "left")
         ax.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6))
         ax.set_yticks(range(len(parts)), list(parts))
-        _dress(ax, title, f"{unit}{_target(path)}")
+        _dress(ax, column + when, f"{unit}{_target(path)}")
         if path in TARGETS:
             ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
     return chart

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longlive_opt.errors import UserError
+from longlive_opt.world import checker
 from longlive_opt.world.checker import (
     Reading,
     check,
@@ -146,8 +147,8 @@ def test_drift_compares_both_ends() -> None:
     assert result.first == 1 and result.last < 0.9 and result.lost == result.first - result.last
 
 
-def test_what_is_to_stay_is_followed() -> None:
-    """An object that is lost counted as one that stays; one that may move blamed."""
+def test_what_is_to_stay_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object that is lost counted as one that stays; one that may move blamed; one followed twice."""
     scene = SceneSpec((RED, BLUE, ObjectSpec("small", "white", "star", "bounces")), "grey", "dotted")
     assert {thing.motion for thing in scene.objects[:2]} <= set(STAYING)
 
@@ -163,6 +164,9 @@ def test_what_is_to_stay_is_followed() -> None:
     lost = span(0, replace(scene, objects=(RED,)))
     assert wandered(first, lost, scene)[1] == float("inf")
     assert len(wandered(lost, first, scene)) == 1
+    check(again := span(0), scene)
+    monkeypatch.setattr(checker, "follow", None)
+    assert wandered(again, again, scene) == [0, 0]
 
 
 @pytest.mark.parametrize("frames", [torch.zeros(11, 3, 128, 128, dtype=torch.uint8),

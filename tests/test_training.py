@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -979,15 +980,8 @@ def test_true_videos_pass_the_check():
 
 def test_a_check_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
     """An hour of videos lost to the last variant; an unknown variant found out after that hour."""
-    parts = iter([{"switch": [{"old_left": 0.0}, {"old_left": 1.0}]}, {"switch": [{"old_left": 1.0}]}])
-
-    def judge(*arguments):
-        try:
-            return next(parts)
-        except StopIteration:
-            raise KeyboardInterrupt from None
-
-    monkeypatch.setattr(check_module, "_judge", judge)
+    full, few = {"switch": [{"old_left": 0.0}, {"old_left": 1.0}]}, {"switch": [{"old_left": 1.0}]}
+    monkeypatch.setattr(check_module, "_judge", Mock(side_effect=[(full, []), (few, []), KeyboardInterrupt]))
     monkeypatch.setattr(check_module, "_pipeline", lambda *arguments: None)
     with pytest.raises(UserError, match="--variants: 'no_such' is unknown; known: no_sink"):
         check_weights(tmp_path, "cpu", variants=("window_6", "no_such"))
@@ -997,6 +991,13 @@ def test_a_check_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
     assert kept["switch"] == {"videos": 2, "old_left": 0.5}
     assert kept["variants"] == {"window_6": {"switch": {"videos": 1, "old_left": 1.0}},
                                 "full": {"switch": {"videos": 1, "old_left": 0.0}}}
+
+
+def test_each_variant_has_its_videos():
+    """Minutes of video without a switch for a recache that is left out; as many for each of the windows."""
+    sizes = check_module.Sizes(0, 8, 4, 2, 1)
+    found = {name: variant.videos(sizes) for name, variant in check_module.VARIANTS.items()}
+    assert found == {"no_sink": (8, 4), "no_recache": (8, 0), "window_9": (2, 1), "window_6": (2, 1)}
 
 
 def test_things_out_of_place_fail_the_check():

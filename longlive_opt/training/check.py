@@ -19,7 +19,7 @@ import logging
 import multiprocessing
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -51,9 +51,12 @@ from ..world.scene import STAYING, SceneSpec, change_scene, sample_scene
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
+Video = tuple[str, Callable[..., Row], Tensor, tuple[SceneSpec, ...]]  # kind, judge, frames, scenes
+Strip = tuple[str, Sequence[int], Tensor]
 
 PLAIN_BLOCKS = 7
 SWITCH_BLOCK = 7
+SWITCH_FRAME = 12 * SWITCH_BLOCK - 3
 AFTER_BLOCKS = 6
 LONG_BLOCKS = 80
 FROM_FRAME = 4
@@ -75,12 +78,6 @@ class Sizes:
     window_switch: int = 12
     window_long: int = 3
 
-    def of(self, variant: str) -> tuple[int, int]:
-        """How many with a switch, and how many long ones; without a switch there is nothing to recache."""
-        if variant == "no_recache":
-            return self.switch, 0
-        return (self.switch, self.long) if variant == "no_sink" else (self.window_switch, self.window_long)
-
 
 class NoRecache(Sampler):
     """Goes on with the keys that the old prompt left."""
@@ -89,11 +86,26 @@ class NoRecache(Sampler):
         pass
 
 
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "no_sink": {"sink_size": 0},
-    "no_recache": {},
-    "window_9": {"local_attn_size": 9},
-    "window_6": {"local_attn_size": 6},
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is taken away; `few`: judged on fewer videos, and `full` on the same ones."""
+
+    keys: Mapping[str, Any]
+    recache: bool = True
+    few: bool = False
+
+    def videos(self, sizes: Sizes) -> tuple[int, int]:
+        """How many with a switch, and how many long ones; without a switch there is nothing to recache."""
+        switch, long = (sizes.window_switch, sizes.window_long) if self.few else (sizes.switch, sizes.long)
+        return switch, long if self.recache else 0
+
+
+FULL = Variant({})
+VARIANTS: Mapping[str, Variant] = {
+    "no_sink": Variant({"sink_size": 0}),
+    "no_recache": Variant({}, recache=False),
+    "window_9": Variant({"local_attn_size": 9}, few=True),
+    "window_6": Variant({"local_attn_size": 6}, few=True),
 }
 
 
@@ -131,19 +143,17 @@ def check_weights(
         "environment": environment(torch.device(device)),
     }
     with _processes(processes) as pool:
-        counts = (sizes.plain, sizes.switch, sizes.long)
-        shown: list[tuple[str, Sequence[int], Tensor]] = []
-        rows = _judge(_pipeline(base), seed, counts, pool, shown)
+        rows, shown = _judge(_videos(_pipeline(base, FULL), seed, sizes.plain, *FULL.videos(sizes)), pool)
         result |= {**_summary(rows), "variants": {}}
         if shown:
             with atomic_path(folder / PICTURE_NAME) as temporary:
                 sheet(shown).savefig(temporary, format="png")
         _write(result, folder)
         for name in variants:
-            pipeline = _pipeline({**base, **VARIANTS[name]}, name == "no_recache")
-            made = _judge(pipeline, seed, (0, *sizes.of(name)), pool)
+            variant = VARIANTS[name]
+            made, _ = _judge(_videos(_pipeline(base, variant), seed, 0, *variant.videos(sizes)), pool)
             result["variants"][name] = _summary(made)
-            if name.startswith("window"):
+            if variant.few:
                 same = {kind: rows[kind][:len(some)] for kind, some in made.items()}
                 result["variants"]["full"] = _summary(same)
             _write(result, folder)
@@ -156,23 +166,19 @@ def _write(result: Mapping[str, Any], folder: Path) -> None:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _processes(count: int) -> Iterator[Executor | None]:
+def _processes(count: int) -> contextlib.AbstractContextManager[Executor | None]:
     """A pool of processes, or None for 0; spawned, since CUDA does not survive a fork."""
     if not count:
-        yield None
-        return
+        return contextlib.nullcontext()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool
+    return ProcessPoolExecutor(count, spawn, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _pipeline(keys: Mapping[str, Any], no_recache: bool = False) -> Pipeline:
-    pipeline = build_reference(ExperimentConfig.from_mapping({**keys, "warmup_blocks": 12}))
-    if no_recache:
-        sampler = NoRecache(pipeline.sampler.plan, pipeline.sampler.forward)
-        pipeline = dataclasses.replace(pipeline, sampler=sampler)
-    return pipeline
+def _pipeline(base: Mapping[str, Any], variant: Variant) -> Pipeline:
+    pipeline = build_reference(ExperimentConfig.from_mapping({**base, **variant.keys, "warmup_blocks": 12}))
+    if variant.recache:
+        return pipeline
+    return dataclasses.replace(pipeline, sampler=NoRecache(pipeline.sampler.plan, pipeline.sampler.forward))
 
 
 def judge_plain(frames: Tensor, scene: SceneSpec) -> Row:
@@ -182,7 +188,7 @@ def judge_plain(frames: Tensor, scene: SceneSpec) -> Row:
 
 def judge_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
     """Figures of a video that turns to `other` at SWITCH_BLOCK."""
-    after = read(frames[12 * SWITCH_BLOCK - 3:])
+    after = read(frames[SWITCH_FRAME:])
     return {"adherence": check(after[12:24], other).adherence,
             "later_adherence": check(after[24:], other).adherence,
             "delay_blocks": switch_delay(after, other, scene), "permanence": permanence(after[24:], other),
@@ -198,49 +204,48 @@ def judge_long(frames: Tensor, scene: SceneSpec) -> Row:
             "in_place": float(np.mean([distance < NEAR_PIXELS for distance in away])) if away else None}
 
 
-def _judge(pipeline: Pipeline, seed: int, counts: tuple[int, int, int], pool: Executor | None,
-           shown: list[tuple[str, Sequence[int], Tensor]] | None = None) -> dict[str, list[Row]]:
-    """Make (plain, switch, long) videos and judge them, in other processes while the next is made. The first
-    with a switch are added to `shown`, as rows of `sheet`.
-    """
-    play = _player(pipeline)
-    found: dict[str, list[Callable[[], Row]]] = {}
+def _videos(pipeline: Pipeline, seed: int, plain: int, switch: int, long: int) -> Iterator[Video]:
+    """So many of each kind, as they are made."""
+    for kind, judge, stream, count, blocks in (
+            ("plain", judge_plain, 100, plain, PLAIN_BLOCKS),
+            ("switch", judge_switch, 101, switch, SWITCH_BLOCK + AFTER_BLOCKS),
+            ("long", judge_long, 102, long, LONG_BLOCKS)):
+        for i in range(count):
+            scenes = _scenes(kind, np.random.default_rng([seed, stream, i]))
+            yield kind, judge, _play(pipeline, scenes, blocks, i), scenes
 
-    def judge(kind: str, function: Callable[..., Row], frames: Tensor, *scenes: SceneSpec) -> None:
-        if pool is None:
-            row = function(frames, *scenes)
-            found.setdefault(kind, []).append(lambda: row)
-        else:  # arrays: tensors would travel through shared memory, which may be small
-            found.setdefault(kind, []).append(pool.submit(function, frames.numpy(), *scenes).result)
 
-    plain, switch, long = counts
-    for i in range(plain):
-        scene = sample_scene(np.random.default_rng([seed, 100, i]), held_out=True)
-        judge("plain", judge_plain, play([scene], [], PLAIN_BLOCKS, i), scene)
-    for i in range(switch):
-        rng = np.random.default_rng([seed, 101, i])
+def _scenes(kind: str, rng: np.random.Generator) -> tuple[SceneSpec, ...]:
+    """Held-out ones; in that of a long video at least one object is to keep its place."""
+    scene = sample_scene(rng, held_out=True)
+    while kind == "long" and not any(thing.motion in STAYING for thing in scene.objects):
         scene = sample_scene(rng, held_out=True)
-        other = change_scene(rng, scene, held_out=True)
-        frames = play([scene, other], [SWITCH_BLOCK], SWITCH_BLOCK + AFTER_BLOCKS, i)
-        judge("switch", judge_switch, frames, scene, other)
-        if shown is not None and i < SHOWN_VIDEOS:
-            at = (12 * SWITCH_BLOCK - 3) / FPS
-            text = f"{describe(scene)}\nfrom {at:.1f} s on: {describe(other)}"
+    return (scene, change_scene(rng, scene, held_out=True)) if kind == "switch" else (scene,)
+
+
+def _play(pipeline: Pipeline, scenes: Sequence[SceneSpec], blocks: int, seed: int) -> Tensor:
+    """Frames uint8 [T, 3, H, W] on the CPU of one video; a second scene comes at SWITCH_BLOCK."""
+    config = dataclasses.replace(pipeline.config, seed=seed)
+    session = StreamingSession(dataclasses.replace(pipeline, config=config))
+    switch = pipeline.sampler.plan.block_frames * SWITCH_BLOCK
+    script = Script(tuple(map(describe, scenes)), (switch,) * (len(scenes) - 1))
+    return torch.cat([chunk.frames[0] for chunk in session.play(script, blocks)]).cpu()
+
+
+def _judge(videos: Iterable[Video], pool: Executor | None) -> tuple[dict[str, list[Row]], list[Strip]]:
+    """Figures by kind, found in other processes while the next video is made; first switches for `sheet`."""
+    found: dict[str, list[Any]] = {}
+    shown = []
+    for kind, judge, frames, scenes in videos:
+        # arrays: tensors would travel through shared memory, which may be small
+        row = pool.submit(judge, frames.numpy(), *scenes) if pool else judge(frames, *scenes)
+        found.setdefault(kind, []).append(row)
+        if kind == "switch" and len(shown) < SHOWN_VIDEOS:
+            text = f"{describe(scenes[0])}\nfrom {SWITCH_FRAME / FPS:.1f} s on: {describe(scenes[1])}"
             shown.append((text, SHOWN_FRAMES, frames[list(SHOWN_FRAMES)]))
-    for i in range(long):
-        scene = _scene_that_stays(np.random.default_rng([seed, 102, i]))
-        judge("long", judge_long, play([scene], [], LONG_BLOCKS, i), scene)
-    made = {kind: [row() for row in rows] for kind, rows in found.items()}
+    made = {kind: [row.result() if pool else row for row in rows] for kind, rows in found.items()}
     logger.info("%s", _summary(made))
-    return made
-
-
-def _scene_that_stays(rng: np.random.Generator) -> SceneSpec:
-    """A held-out scene in which at least one object is to keep its place."""
-    while True:
-        scene = sample_scene(rng, held_out=True)
-        if any(thing.motion in STAYING for thing in scene.objects):
-            return scene
+    return made, shown
 
 
 def _summary(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
@@ -255,16 +260,3 @@ def _means(rows: list[Row]) -> dict[str, Any]:
         if len(values) < len(rows) and key == "delay_blocks":
             means[f"{key}_never"] = len(rows) - len(values)
     return means
-
-
-def _player(pipeline: Pipeline) -> Callable[[Sequence[SceneSpec], Sequence[int], int, int], Tensor]:
-    size = pipeline.sampler.plan.block_frames
-
-    def play(scenes: Sequence[SceneSpec], switches: Sequence[int], blocks: int, seed: int) -> Tensor:
-        """Frames uint8 [T, 3, H, W] on the CPU of one video; prompts change at the blocks `switches`."""
-        config = dataclasses.replace(pipeline.config, seed=seed)
-        session = StreamingSession(dataclasses.replace(pipeline, config=config))
-        script = Script(tuple(map(describe, scenes)), tuple(size * block for block in switches))
-        return torch.cat([chunk.frames[0] for chunk in session.play(script, blocks)]).cpu()
-
-    return play

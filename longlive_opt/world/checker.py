@@ -12,7 +12,7 @@ Reading the frames is half of the work; who judges the same frames several times
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations, permutations
 from typing import Mapping
 
@@ -53,6 +53,7 @@ class Reading:
     frames: Tensor  # uint8 [T, 3, H, W]
     traces: Mapping[str, Trace]
     clear: Tensor  # [T, H, W] where only ground is seen
+    courses: dict[tuple[str, ...], Course] = field(default_factory=dict)  # what `_course` followed
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -127,13 +128,13 @@ def check(frames: Frames, scene: SceneSpec) -> Check:
     reading = read(frames, least=BLOCK_FRAMES)
     least = max(2, len(reading) // 5)
     traces = {colour: trace for colour, trace in reading.traces.items() if trace.there.sum() >= least}
+    seen = replace(reading, traces=traces)  # with the courses of `reading`
     found = {i: traces[thing.colour] for i, thing in enumerate(scene.objects) if thing.colour in traces}
     named = {thing.colour for thing in scene.objects}
-    others = [trace for colour, trace in traces.items() if colour not in named]
-    marks: dict[int, Marks] = {i: _judge(trace, scene.objects[i], _in_front(scene, i, traces))
-                               for i, trace in found.items()}
+    others = [colour for colour in traces if colour not in named]
+    marks: dict[int, Marks] = {i: _judge(seen, trace.colour, scene, i) for i, trace in found.items()}
     missing = [i for i in range(len(scene.objects)) if i not in found]
-    taken = _assign(missing, others, scene, traces, marks)
+    taken = _assign(missing, others, scene, seen, marks)
     nothing = {field: False for field in ("colour", "shape", "size", "motion")}
     extra = len(others) - taken + sum(np.median(trace.strays[trace.there]) > 60 for trace in found.values())
     ground, pattern = read_ground(reading.frames, reading.clear)
@@ -246,35 +247,35 @@ def _share(marks: Marks) -> float:
 
 def _place(reading: Reading, scene: SceneSpec, index: int) -> np.ndarray | None:
     """x, y around which object `index` is; None if it is seen too seldom."""
-    thing = scene.objects[index]
-    trace = reading.traces.get(thing.colour)
-    if trace is None:
+    colour = scene.objects[index].colour
+    if colour not in reading.traces:
         return None
-    place = follow(trace, _in_front(scene, index, reading.traces), (thing.shape, SCALES[thing.size])).place
+    place = _course(reading, colour, scene, index).place
     known = place[np.isfinite(place).all(axis=1)]
     return np.median(known, axis=0) if len(known) >= LEAST_FRAMES else None
 
 
-def _in_front(scene: SceneSpec, index: int, traces: Mapping[str, Trace]) -> list[Trace]:
-    """What may hide object `index`: all but itself and the objects behind it."""
-    behind = {thing.colour for thing in scene.objects[:index + 1]}
-    return [trace for colour, trace in traces.items() if colour not in behind]
+def _course(reading: Reading, colour: str, scene: SceneSpec, index: int) -> Course:
+    """Follow a colour taken for object `index`, once; all but the objects behind that one may hide it."""
+    thing = scene.objects[index]
+    never = {colour, *(other.colour for other in scene.objects[:index + 1])}
+    front = [trace for name, trace in reading.traces.items() if name not in never]
+    key = (colour, thing.shape, thing.size, *(trace.colour for trace in front))
+    if key not in reading.courses:
+        reading.courses[key] = follow(reading.traces[colour], front, (thing.shape, SCALES[thing.size]))
+    return reading.courses[key]
 
 
-def _assign(missing: list[int], others: list[Trace], scene: SceneSpec, traces: Mapping[str, Trace],
+def _assign(missing: list[int], others: list[str], scene: SceneSpec, reading: Reading,
             marks: dict[int, Marks]) -> int:
     """Judge missing objects by the traces that nobody asked for, as it fits best; how many were used."""
     count = min(len(missing), len(others))
     best: tuple[float, dict[int, Marks]] = -1.0, {}
-    known: dict[tuple[int, str], Marks] = {}
+    known = {(i, colour): _judge(reading, colour, scene, i) | {"colour": False}
+             for i in missing for colour in others}
     for wanted in combinations(missing, count):
         for chosen in permutations(others, count):
-            judged = {}
-            for i, trace in zip(wanted, chosen):
-                if (i, trace.colour) not in known:
-                    front = [other for other in _in_front(scene, i, traces) if other is not trace]
-                    known[i, trace.colour] = _judge(trace, scene.objects[i], front) | {"colour": False}
-                judged[i] = known[i, trace.colour]
+            judged = {i: known[i, colour] for i, colour in zip(wanted, chosen)}
             score = sum(map(_share, judged.values()))
             if score > best[0]:
                 best = score, judged
@@ -282,9 +283,10 @@ def _assign(missing: list[int], others: list[Trace], scene: SceneSpec, traces: M
     return count
 
 
-def _judge(trace: Trace, thing: ObjectSpec, front: list[Trace]) -> dict[str, bool | None]:
-    """Marks of one object that only `front` may hide."""
-    course = follow(trace, front, (thing.shape, SCALES[thing.size]))
+def _judge(reading: Reading, colour: str, scene: SceneSpec, index: int) -> dict[str, bool | None]:
+    """Marks of what has this colour, taken for object `index`."""
+    trace, thing = reading.traces[colour], scene.objects[index]
+    course = _course(reading, colour, scene, index)
     marks: dict[str, bool | None] = {"colour": True, "shape": None, "size": None}
     if course.shape is not None:
         marks["shape"] = course.shape == thing.shape
