@@ -30,19 +30,23 @@ DEFINITIONS = {
         "recache; they count as switches. With asynchronous decoding the stream's last block does not count: "
         "no further block competes with it.",
     "ss_with_switches":
-        "The same with the switch blocks left in, so that nothing is hidden.",
+        "Interval per video frame of all measured blocks of the stream with prompt switches, in which every "
+        "second block is one, so that nothing is hidden.",
     "ps_ms":
-        "Prompt-switch (PS) latency: from the request at a block boundary to the first new frames in pixels.",
+        "Prompt-switch (PS) latency: from the request at a block boundary to the first new frames in pixels. "
+        "A request that comes within a block waits for its end as well, half a block on average.",
     "ps_breakdown_ms":
         "Mean time of each stage within the switch blocks (CUDA events on a GPU); 'other' is what remains "
-        "of the mean PS latency on the host clock, negative where stages overlap.",
+        "of the mean PS latency on the host clock, negative where stages overlap. With asynchronous decoding "
+        "it contains the block that was under way at the request.",
     "first_frame_ms":
         "From the first event of the stream to its first frames in pixels. Contains compilation if nothing "
         "was warmed up before.",
     "stages_ms":
         "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU).",
     "fps":
-        "Video frames of the measured blocks / wall-clock time, any switch among them included.",
+        "Video frames of the stream that gives the steady state / its wall-clock time. Prompt switches have "
+        "a stream of their own and are not in it.",
     "playback":
         "A viewer shows frame i at start + i / FPS. Start-up buffer: the smallest delay after the first "
         "chunk that never stalls. Stalls: how often a viewer without a buffer has to wait. Deadline miss: a "
@@ -53,12 +57,19 @@ DEFINITIONS = {
     "clocks":
         "The headline is what a viewer feels: perf_counter, synchronised at block edges. CUDA events give "
         f"the stages. Where their sum differs from the block interval by more than {CLOCK_THRESHOLD:.0%}, "
-        "the report says so.",
+        "the report says so. A stage's span contains the gaps between its kernels: clocks that agree say "
+        "that no time is lost outside the stages, not that the GPU is always busy.",
     "aa_noise":
-        "The same preset run twice in one campaign: absolute difference / mean of the two.",
+        "The same preset run twice in one campaign: absolute difference / figure of the first run, over "
+        "equally many blocks and switches.",
+    "comparison":
+        "Changes, noise and decisions compare two runs over equally many steady-state blocks and prompt "
+        "switches, the first of each: a stream drifts while the GPU gets warm, and the maximum of more "
+        "samples is larger.",
     "memory_gb":
         "Peaks of the CUDA caching allocator in 1e9 bytes: allocated (tensors), reserved (held from the "
-        "driver).",
+        "driver), over the two measured streams, without loading and compiling; in use: all of the GPU's "
+        "memory that is taken at the end, other processes' too.",
     "setup_s":
         "Load, compile and capture seconds, each apart, never part of a latency.",
 }
@@ -150,30 +161,35 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
 
     Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
     """
+    section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
     steady = _steady(events, first_measured_block)
     per_frame = [interval / frames_per_block for interval in steady.values()]
     ready = _marks(events, "chunk_ready")
     first = min(ready)
     begin = min(event.start_ms for event in events if event.block in (None, first))
     stages, clocks = _stage_totals(events)
-    streams = [events] if switch_events is None else [events, switch_events]
-    measured = [interval / frames_per_block for stream in streams
-                for interval in _intervals(stream, first_measured_block).values()]
+    last = events if switch_events is None else switch_events
     over_target = sum(ms > target_ms for ms in per_frame)
     return {
         "ss_ms_per_frame": distribution(per_frame),
         "ss_block_ms": list(steady.values()),
         "ss_blocks": list(steady),
         "ss_over_target": {"target_ms": target_ms, "share": over_target / len(per_frame)},
-        "ss_with_switches": {"n": len(measured), "mean": math.fsum(measured) / len(measured),
-                             "max": max(measured)},
-        **_switch_metrics(streams[-1], first_measured_block),
+        "ss_with_switches": with_switches(last, **section),
+        **_switch_metrics(last, first_measured_block),
         "first_frame_ms": ready[first] - begin,
         "stages_ms": {
             name: distribution([totals.get(block, 0.0) for block in steady]) | {"clock": clocks[name]}
             for name, totals in stages.items() if steady.keys() & totals.keys()},
         "clock_disagreement": clock_agreement(events, first_measured_block=first_measured_block),
     }
+
+
+def with_switches(events: Iterable[Event], *, first_measured_block: int,
+                  frames_per_block: int = 12) -> dict[str, Any]:
+    """{n, mean, max} of the interval per video frame over all measured blocks of a stream."""
+    values = [ms / frames_per_block for ms in _intervals(list(events), first_measured_block).values()]
+    return {"n": len(values), "mean": math.fsum(values) / len(values), "max": max(values)}
 
 
 def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[str, Any]:
@@ -226,7 +242,7 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
 
 def wall_clock_fps(events: Sequence[Event], *, first_measured_block: int,
                    frames_per_block: int = 12) -> float:
-    """Video frames of the measured blocks per second of wall clock, any switch among them included."""
+    """Video frames of the measured blocks of `events` per second of wall clock."""
     intervals = _intervals(events, first_measured_block)
     return len(intervals) * frames_per_block / math.fsum(intervals.values()) * 1e3
 
@@ -330,24 +346,58 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     return ""
 
 
-def aa_noise(result_a: Mapping[str, Any], result_b: Mapping[str, Any]) -> dict[str, Any]:
-    """Run-to-run noise from one preset run twice: figure -> |a - b| / mean(a, b), or n/a.
+def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Two results over equally many steady-state blocks and prompt switches, the first of each: what the log
+    compares (see `DEFINITIONS["comparison"]`). One that is short enough is returned as it is.
+    """
+    blocks, switches = (min(_at(result, ("sizes", key)) for result in (a, b))
+                        for key in ("blocks_measured", "switches"))
+    return _shortened(a, blocks, switches), _shortened(b, blocks, switches)
 
-    Figures: ss_mean, ss_p50, ss_max, ps_mean, fps, peak_allocated. One pair is a rough estimate: see
-    `NOISE_FLOOR`. Raises UserError when the two are not runs of one preset on one kind of machine.
+
+def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping[str, Any]:
+    sizes, latency = result["sizes"], result["latency"]
+    if (sizes["blocks_measured"], sizes["switches"]) == (blocks, switches):
+        return result
+    apart = switches and "switch_events" in result
+    return {**result, **measurements(
+        _until(result["events"], latency["ss_blocks"][blocks - 1]),
+        first_measured_block=sizes["warmup_blocks"],
+        frames_per_block=sizes["frames_per_block"],
+        switch_events=_until(result["switch_events"], latency["ps_blocks"][switches - 1]) if apart else None,
+        playback_fps=result["playback"]["fps"],
+        target_ms=latency["ss_over_target"]["target_ms"])}
+
+
+def _until(rows: Iterable[list[Any]], last_block: int) -> list[Event]:
+    events = map(Event.from_row, rows)
+    return [event for event in events if event.block is None or event.block <= last_block]
+
+
+def aa_noise(result_a: Mapping[str, Any], result_b: Mapping[str, Any]) -> dict[str, Any]:
+    """Run-to-run noise from one preset run twice: figure -> |a - b| / a of the `matched` runs, or n/a.
+
+    Figures: ss_mean, ss_p50, ss_max, ps_mean, fps, peak_allocated; blocks and switches say how many were
+    compared. One pair is a rough estimate: see `NOISE_FLOOR`.
+
+    Raises:
+        UserError: the two are not runs of one preset on one kind of machine.
     """
     difference = unfair(result_a, result_b)
     if result_a["preset"] != result_b["preset"]:
         difference = f"preset is {result_a['preset']!r} against {result_b['preset']!r}"
     if difference:
         raise UserError(f"A/A noise needs the same run twice, but {difference}: run one preset twice")
-    noise: dict[str, Any] = {"preset": result_a["preset"]}
+    result_a, result_b = matched(result_a, result_b)
+    sizes = result_a["sizes"]
+    noise: dict[str, Any] = {"preset": result_a["preset"], "blocks": sizes["blocks_measured"],
+                             "switches": sizes["switches"]}
     for name, path in _FIGURES.items():
         a, b = _at(result_a, path), _at(result_b, path)
         if is_na(a) or is_na(b):
             noise[name] = a if is_na(a) else b
         else:
-            noise[name] = 2 * abs(a - b) / (a + b) if a + b else 0.0
+            noise[name] = abs(a - b) / a if a else 0.0
     return noise
 
 
@@ -371,6 +421,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
            gate: Mapping[str, Any]) -> dict[str, Any]:
     """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
 
+    Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a change
+    within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything.
+
     `noise`: from `aa_noise`, None if nothing was run twice (then undecided). `gate`: `{"level": "exact"}`, or
     `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim, min_ms_ssim, max_lpips,
     min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the default), "switch" or
@@ -379,9 +432,10 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     objective, level, limits = _read_gate(gate)
     figure, words, unit = _OBJECTIVES[objective]
     quality = ("the frames are bit-identical to the baseline's" if level == "exact"
-               else "quality passes " + ", ".join(f"{key} {limit:g}" for key, limit in limits.items()))
+               else "the mean over the frames passes " + ", ".join(f"{key} {limit:g}"
+                                                                       for key, limit in limits.items()))
     rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
-            f"(at least {NOISE_FLOOR:.0%}) and {quality}")
+            f"(at least {NOISE_FLOOR:.0%}) and {quality}; undecided if the change is within a larger noise")
 
     def verdict(keep: bool | None, rationale: str) -> dict[str, Any]:
         return {"keep": keep, "rule": rule, "rationale": rationale}
@@ -392,7 +446,7 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return verdict(None, "undecided: the campaign has no baseline result")
     if difference := unfair(result, baseline):
         return verdict(None, f"undecided: not comparable with the baseline, {difference}")
-    ours, reference = _at(result, _FIGURES[figure]), _at(baseline, _FIGURES[figure])
+    ours, reference = (_at(run, _FIGURES[figure]) for run in matched(result, baseline))
     spread = noise[figure] if noise else na("no A/A noise", "run one preset twice in the campaign")
     for value in (ours, reference, spread):
         if is_na(value):
@@ -400,6 +454,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     gain, threshold = (reference - ours) / reference, max(spread, NOISE_FLOOR)
     compared = (f"{words} {ours:.4g} {unit} against {reference:.4g}: {'gain' if gain >= 0 else 'loss'} "
                 f"{abs(gain):.1%}, threshold {threshold:.1%}")
+    if abs(gain) <= spread and spread > NOISE_FLOOR:
+        return verdict(None, f"undecided: {compared}, within the noise of this machine; repeat the campaign "
+                             "when nothing else runs on it")
     if gain <= threshold:
         return verdict(False, f"{compared}: no gain above the noise")
     passed, why = _passes(result["quality"], level, limits)

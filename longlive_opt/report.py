@@ -11,10 +11,11 @@ The same results give the same bytes.
 import argparse
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from longlive_opt.errors import UserError
 from longlive_opt.figures import TARGET_MS, lookup, number
 from longlive_opt.inputs import project_path
 from longlive_opt.results import atomic_path, is_na, na, read_campaign
+from longlive_opt.timeline import Event
 from longlive_opt.variations import variations_table
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ _SUMMARY_NAMES = {BASELINE: "Baseline", "quality": "Quality", "balanced": "Balan
 _FIGURES = {"SS Mean": "latency.ss_ms_per_frame.mean", "SS P99": "latency.ss_ms_per_frame.p99",
             "SS Max": "latency.ss_ms_per_frame.max", "PS Mean": "latency.ps_ms.mean", "FPS": "fps",
             "Memory": "memory_gb.peak_allocated"}
+_OTHERS = {"PS Mean": ("PS mean", "ms"), "Memory": ("memory", "GB")}
 _QUALITY = {"PSNR": "psnr_db", "SSIM": "ssim", "LPIPS": "lpips", "CLIP Delta": "clip_delta"}
 _NOISE = {"ss_mean": "SS mean", "ss_p50": "SS p50", "ss_max": "SS max", "ps_mean": "PS mean", "fps": "FPS",
           "peak_allocated": "memory"}
@@ -143,7 +146,7 @@ def _change(result: Result, baseline: Result | None, label: str) -> float | None
     """Percent against the baseline; None where either is n/a or the two may not be compared."""
     if baseline is None or metrics.unfair(result, baseline):
         return None
-    value, reference = number(result, _FIGURES[label]), number(baseline, _FIGURES[label])
+    value, reference = (number(run, _FIGURES[label]) for run in metrics.matched(result, baseline))
     return None if value is None or not reference else 100 * (value / reference - 1)
 
 
@@ -255,10 +258,18 @@ def save_figures(campaign: Campaign) -> dict[str, figures.Chart]:
 def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
     """Write summary/summary.csv and the log (default: into the campaign's folder); return the log's path."""
     to_csv(campaign.results, campaign.folder / SUMMARY / "summary.csv")
-    root, folder = project_path(""), campaign.folder
-    source = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
-    return write_log(campaign.results, project_path(log_path) if log_path else folder / LOG_NAME,
+    path = project_path(log_path) if log_path else campaign.folder / LOG_NAME
+    source = _shown(campaign.folder)
+    if path != campaign.folder / LOG_NAME:
+        source += f" --log {_shown(path)}"
+    return write_log(campaign.results, path,
                      failures=campaign.failures, problems=campaign.problems, source=source)
+
+
+def _shown(path: Path) -> str:
+    """As seen from the project's folder, where it lies there: a log that is published holds no other path."""
+    root = project_path("")
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def write_log(results: Sequence[Result], path: str | Path, *, failures: Sequence[Failure] = (),
@@ -269,7 +280,7 @@ def write_log(results: Sequence[Result], path: str | Path, *, failures: Sequence
         results: valid results; of a preset that was run twice, the first gives the figures.
         failures: runs without a result.
         problems: (place, reason) of what could not be read.
-        source: the campaign's folder as the log shall name it.
+        source: what the log shall name as the arguments of the command that made it.
 
     Raises:
         UserError: the file cannot be written.
@@ -356,7 +367,7 @@ def _digits(value: float) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:+.1f}%"
+    return "n/a" if value is None else f"{round(value, 1) + 0.0:+.1f}%"  # + 0.0: no -0.0
 
 
 def _escape(text: Any) -> str:
@@ -368,7 +379,8 @@ def _escape(text: Any) -> str:
 
 def _sentence(text: Any) -> str:
     text = str(text).strip().rstrip(" .;")
-    return f"{_escape(text[:1].upper() + text[1:])}."
+    is_word = re.match(r"[a-z]{2,}(?![\w.=])", text) or re.match(r"an? ", text)  # and no name or symbol
+    return f"{_escape(text[:1].upper() + text[1:] if is_word else text)}."
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -405,7 +417,8 @@ def _fill_baseline(section: str, run: _Run, noise: Mapping[str, Any] | None) -> 
         lines.append(line)
         if label == "Dtype" and not run.failure:
             lines += ["", _bullets(_provenance(run))]
-    return "\n".join([*lines, "", "**Notes**:", _bullets(_run_notes(run, None, noise))]) + "\n"
+    notes = [*_run_notes(run, None, noise), *_missing(run)]
+    return "\n".join([*lines, "", "**Notes**:", _bullets(notes)]) + "\n"
 
 
 def _settings(run: _Run) -> dict[str, str]:
@@ -461,6 +474,8 @@ def _extra_section(blank: str, index: int, run: _Run, base: _Run | None) -> str:
 
 def _fill_experiment(section: str, run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) -> str:
     lines = []
+    notes = [*_run_notes(run, base, noise), *_configuration_notes(section, run)]
+    run, base = _matched(run, base)
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
         label, metric = _label(line), re.match(rf"- (.+): {_BLANK}(.*)", line)
         if label in _FIGURES:
@@ -478,7 +493,7 @@ def _fill_experiment(section: str, run: _Run, base: _Run | None, noise: Mapping[
                 f"{_sentence(decision['rationale'])} Rule: {_sentence(decision['rule'])}"
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
-    notes = [*_run_notes(run, base, noise), *_configuration_notes(section, run)]
+    notes += _missing(run)
     return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{_bullets(notes)}\n"
 
 
@@ -530,11 +545,12 @@ def _configuration_notes(section: str, run: _Run) -> list[str]:
 def _run_notes(run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) -> list[str]:
     """Hypothesis and outcome, what the rooms did, and everything that qualifies the figures."""
     result = run.result
-    notes = [f"Hypothesis: {_sentence(result['hypothesis'])}"] if result.get("hypothesis") else []
+    other = "" if _is_large(result) else f" (of LongLive-1.3B on an H100; this is the model {_model(result)})"
+    notes = [f"Hypothesis{other}: {_sentence(result['hypothesis'])}"] if result.get("hypothesis") else []
     if run.failure:
         return [*notes, f"Failed: {_sentence(run.failure)}"]
     if base and not base.failure:
-        notes.append(_outcome(run, base))
+        notes += [_outcome(run, base), *_lengths(run, base), *_apart(run.result, base.result)]
     notes += [_room(room) for room in result["rooms"]]
     notes.append(f"Clocks: {_sentence(lookup(result, 'latency.clock_disagreement.sentence'))}")
     if noise:
@@ -544,9 +560,7 @@ def _run_notes(run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) ->
     seconds = ", ".join(f"{_escape(name)} {_digits(value)} s" for name, value in setup.items() if value)
     notes.append(f"Set-up, not part of any latency: {seconds or 'nothing recorded'}.")
     notes.append(_playback(result))
-    throttle = lookup(result, "environment.clocks_after.throttle_reasons") or []
-    if throttle:
-        notes.append(f"The GPU held its clocks back at the end of the run: {_escape(', '.join(throttle))}.")
+    notes += [*_memory(result), *_gpu_clocks(result)]
     if lookup(result, "environment.co_scheduled"):
         notes.append("Something else ran on the machine meanwhile: not fit for comparison.")
     notes += [f"Quality check: {_sentence(flag)}" for flag in lookup(result, "quality.flags") or []]
@@ -562,7 +576,12 @@ def _run_notes(run: _Run, base: _Run | None, noise: Mapping[str, Any] | None) ->
     notes += _world(result)
     notes += _variations(result)
     notes += [_sentence(note) for note in result.get("notes") or []]
-    return notes + [f"{label} is n/a: {_sentence(reason)}" for label, reason in run.missing.items()]
+    return notes
+
+
+def _missing(run: _Run) -> list[str]:
+    """Why some of the figures that were asked for are not there."""
+    return [f"{label} is n/a: {_sentence(reason)}" for label, reason in run.missing.items()]
 
 
 def _world(result: Result) -> list[str]:
@@ -601,20 +620,83 @@ def _cell(value: Any, unit: str) -> str:
     return value if isinstance(value, str) else f"{_digits(value)}{unit}"
 
 
+def _matched(run: _Run, base: _Run | None) -> tuple[_Run, _Run | None]:
+    """Both over the blocks and switches that are compared (`metrics.matched`)."""
+    if base is None or run.failure or base.failure or metrics.unfair(run.result, base.result):
+        return run, base
+    pair = metrics.matched(run.result, base.result)
+    return replace(run, result=pair[0]), replace(base, result=pair[1])
+
+
+def _lengths(run: _Run, base: _Run) -> list[str]:
+    """That the table shows a part of the longer run only, and what all of it gives."""
+    lines = []
+    for whole, part in zip((run, base), _matched(run, base)):
+        if part.result is not whole.result:
+            sizes, all_sizes = part.result["sizes"], whole.result["sizes"]
+            lines.append(f"Compared over the first {sizes['blocks_measured']} steady-state blocks and "
+                         f"{sizes['switches']} prompt switches of both; all that was measured of "
+                         f"{whole.name}: {all_sizes['blocks_measured']} blocks, SS mean "
+                         f"{whole.figure('SS Mean')} ms, SS max {whole.figure('SS Max')} ms.")
+    return lines
+
+
+def _apart(result: Result, baseline: Result) -> list[str]:
+    """That the two were not measured in one go."""
+    codes = [str(lookup(r, "environment.git_commit") or "unknown")[:12] for r in (result, baseline)]
+    if codes[0] == codes[1]:
+        return []
+    days = [_escape(r["created_utc"]) for r in (result, baseline)]
+    return [f"Not measured in one go with the baseline: commit {codes[0]}, {days[0]}; the baseline's is "
+            f"{codes[1]}, {days[1]}."]
+
+
 def _outcome(run: _Run, base: _Run) -> str:
     """What the hypothesis is to be compared with."""
+    run, base = _matched(run, base)
     text = f"Outcome: SS mean {run.figure('SS Mean')} ms per video frame against {base.figure('SS Mean')}"
     if difference := metrics.unfair(run.result, base.result):
         return f"{text}, not comparable: {_escape(difference)}."
-    moved = []
-    for name in run.result["latency"]["stages_ms"]:
-        before, after = (number(r.result, f"latency.stages_ms.{name}.mean") for r in (base, run))
-        if before is not None and after is not None:
-            moved.append(f"{_escape(name)} {after - before:+.1f} ms")
-    change = _percent(_change(run.result, base.result, "SS Mean"))
     verb = "meets" if _within_target(run.result) else "misses"
-    return (f"{text} ({change}); SS max {run.figure('SS Max')} ms {verb} the {TARGET_MS:.0f} ms target; per "
-            f"block: {', '.join(moved) or 'no stage in common'}.")
+    target = f" {verb} the {TARGET_MS:.0f} ms target" if _is_large(run.result) else ""
+    others = "; ".join(f"{name} {run.figure(label)} {unit} ({change})"
+                       for label, (name, unit) in _OTHERS.items()
+                       if (change := _percent(_change(run.result, base.result, label))) != "n/a")
+    return (f"{text} ({_percent(_change(run.result, base.result, 'SS Mean'))}); SS max "
+            f"{run.figure('SS Max')} ms{target}; {others}{'; ' if others else ''}{_per_block(run, base)}.")
+
+
+def _per_block(run: _Run, base: _Run) -> str:
+    """How far the block interval moved, and through which stages."""
+    runs = [base.result, run.result]
+    before, after = (math.fsum(r["latency"]["ss_block_ms"]) / r["sizes"]["blocks_measured"] for r in runs)
+    rest, moved = after - before, []
+    for name in run.result["latency"]["stages_ms"]:
+        was, now = (number(r, f"latency.stages_ms.{name}.mean") for r in runs)
+        if was is not None and now is not None:
+            rest -= now - was
+            moved.append(f"{_escape(name)} {now - was:+.1f} ms")
+    parts = ", ".join([*moved, f"overlap of stages and time outside them {rest:+.1f} ms"])
+    return f"per block {after - before:+.1f} ms: {parts}"
+
+
+def _memory(result: Result) -> list[str]:
+    """What stands behind the one figure of the tables."""
+    names = {"allocated": "peak_allocated", "reserved": "peak_reserved", "in use on the GPU": "device_used",
+             "KV cache": "kv_cache"}
+    values = {name: number(result, f"memory_gb.{key}") for name, key in names.items()}
+    words = ", ".join(f"{name} {_digits(value)}" for name, value in values.items() if value is not None)
+    return [f"Memory in GB: {words}."] if values["allocated"] is not None else []
+
+
+def _gpu_clocks(result: Result) -> list[str]:
+    found = [lookup(result, f"environment.clocks_{when}") for when in ("before", "after")]
+    if not all(clocks and clocks.get("sm_mhz") for clocks in found):
+        return []
+    before, after = (f"{clocks['sm_mhz']:.0f} MHz at {clocks['power_w'] or 0:.0f} W" for clocks in found)
+    held = ", ".join(found[1].get("throttle_reasons") or [])
+    return [f"GPU clock: {before} before the streams, {after} after"
+            f"{f', held back by {_escape(held)}' if held else ''}."]
 
 
 def _room(room: Mapping[str, Any]) -> str:
@@ -626,10 +708,20 @@ def _room(room: Mapping[str, Any]) -> str:
     return f"Room {_escape(room.get('name'))}{level}{state}: {done}"
 
 
+def _is_large(result: Result) -> bool:
+    """Whether it is the model that the hypotheses and the target speak of."""
+    return _model(result) == "longlive-1.3b"
+
+
+def _model(result: Result) -> str:
+    return _escape(lookup(result, "model.name") or lookup(result, "parameters.model") or "unknown")
+
+
 def _noise_sentence(noise: Mapping[str, Any]) -> str:
     shares = {name: number(noise, key) for key, name in _NOISE.items()}
     words = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share is not None)
-    return f"Noise (A/A, {_escape(noise['preset'])} run twice): {words}."
+    over = f"over {noise['blocks']} blocks and {noise['switches']} prompt switches"
+    return f"Noise (A/A, {_escape(noise['preset'])} run twice, {over}): {words}."
 
 
 def _sample(result: Result) -> str:
@@ -646,16 +738,19 @@ def _sample(result: Result) -> str:
     if built:
         text += " Not rehearsed, built inside the measured streams: " + ", ".join(
             f"{count} {_escape(kind)}" for kind, count in built.items()) + "."
-    mean, worst = (number(result, f"latency.ss_with_switches.{key}") for key in ("mean", "max"))
-    if mean is None or worst is None:
+    if not sizes["switches"] or "switch_events" not in result:
         return text
-    return (f"{text} With the switch blocks left in: mean {_digits(mean)} ms, max {_digits(worst)} ms per "
-            "video frame.")
+    all_blocks = metrics.with_switches(map(Event.from_row, result["switch_events"]),
+                                       first_measured_block=sizes["warmup_blocks"],
+                                       frames_per_block=sizes["frames_per_block"])
+    return (f"{text} In the stream in which every second block is a switch: mean "
+            f"{_digits(all_blocks['mean'])} ms, max {_digits(all_blocks['max'])} ms per video frame.")
 
 
 def _playback(result: Result) -> str:
     words = []
-    for path, name in (("playback", "steady state"), ("playback.switch_stream", "with prompt switches")):
+    for path, name in (("playback", "steady state"),
+                       ("playback.switch_stream", "with a prompt switch every second block")):
         buffer_ms = number(result, f"{path}.startup_buffer_ms")
         if buffer_ms is not None:
             slow = lookup(result, f"{path}.sustained") is False
@@ -700,7 +795,10 @@ def _recommend(runs: Mapping[str, _Run]) -> tuple[_Run | None, list[str]]:
                       key=lambda run: number(run.result, _FIGURES["SS Max"]))
     best = next((run for run in measured if _within_target(run.result) and _kept(run)), None)
     faster = measured[:measured.index(best)] if best else measured[:3]
-    reasons = [f"Rule: the lowest SS max among the presets that stay within {TARGET_MS:.0f} ms per video "
+    small = sorted({_model(run.result) for run in measured if not _is_large(run.result)})
+    reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
+               "nothing for LongLive-1.3B."] if small else []
+    reasons += [f"Rule: the lowest SS max among the presets that stay within {TARGET_MS:.0f} ms per video "
                "frame and whose decision is Keep (gain above the noise, quality gate passed); the baseline "
                "needs no decision."]
     if best:
@@ -756,7 +854,8 @@ def _observations(results: Sequence[Result], runs: Mapping[str, _Run],
         presets = [run.preset for run in runs.values() if lookup(run.result, path)]
         if presets:
             lines.append(f"{words} {_escape(', '.join(presets))}.")
-    if not any(lookup(run.result, "latency.clock_disagreement.flag") for run in runs.values()):
+    read = [run for run in runs.values() if lookup(run.result, "latency.clock_disagreement.available")]
+    if read and not any(lookup(run.result, "latency.clock_disagreement.flag") for run in read):
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
         found = sorted({str(lookup(result, path))[:24] for result in results})
@@ -776,7 +875,8 @@ def _troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) 
 
 
 def _closing(results: Sequence[Result], source: str) -> list[str]:
-    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb"}
+    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
+            "Clocks": "clocks", "Comparison": "comparison"}
     lines = [f"{name}: {_escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
     return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]

@@ -86,7 +86,7 @@ def test_not_run_experiments_keep_exactly_their_blanks(seven):
 
 def test_numbers_changes_and_ticks(seven):
     """Would catch a wrong column, sign or unit, and a tick that contradicts the decision or the target."""
-    baseline, speed = copy.deepcopy(seven[0]), copy.deepcopy(seven[6])
+    baseline, speed = make("baseline"), copy.deepcopy(seven[6])
     for result, mean, worst in ((baseline, 50.0, 60.0), (speed, 40.0, 40.0)):
         result["latency"]["ss_ms_per_frame"] |= {"mean": mean, "max": worst}
     speed["decision"] = {"keep": True, "rule": "a rule", "rationale": "because"}
@@ -112,6 +112,46 @@ def test_undecided_ticks_neither_box_and_is_not_recommended(seven):
     assert "**Preset**: none" in text and "Not Speed" in text
 
 
+def test_the_shorter_run_sets_what_is_compared(seven):
+    """Would catch a table in which the two columns are of different parts of a stream that drifts."""
+    part = section(report.render_log(seven), "### Experiment 2")
+    of_both, _ = report.metrics.matched(seven[0], seven[2])
+    mean, worst = (of_both["latency"]["ss_ms_per_frame"][key] for key in ("mean", "max"))
+    assert f"| SS Mean | {mean:.1f} ms |" in part and f"| SS Max | {worst:.1f} ms |" in part
+    assert "- Compared over the first 12 steady-state blocks and 2 prompt switches of both; all that was " \
+        "measured of Baseline: 300 blocks" in part
+    assert "Compared over" not in report.render_log([make("baseline"), seven[2]])
+
+
+def test_outcome_tells_where_the_time_went():
+    """Would catch stages whose changes do not add up to that of the block, and switches or memory that got
+    worse without a word."""
+    base, run = make("baseline"), make("async_vae", 0.9)
+    run["environment"] |= {"git_commit": "f" * 40}
+    run["memory_gb"] |= {"device_used": 12.0}
+    part = section(report.render_log([base, run]), "### Experiment 3")
+    found = re.search(r"PS mean [\d.]+ ms \((-[\d.]+)%\); memory [\d.]+ GB \(-5.1%\); per block "
+                      r"(-[\d.]+) ms: denoise (-[\d.]+) ms, decode (-[\d.]+) ms, overlap of stages and time outside them "
+                      r"([+-][\d.]+) ms\.", part)
+    assert found and float(found[1]) == pytest.approx(-10, abs=1)
+    assert sum(map(float, found.groups()[2:])) == pytest.approx(float(found[2]), abs=0.2)
+    assert "Not measured in one go with the baseline: commit ffffffffffff" in part
+    assert "Memory in GB: allocated 9.01, reserved 10.4, in use on the GPU 12.0, KV cache 3.45." in part
+    assert "GPU clock: 1980 MHz at 120 W before the streams, 1755 MHz at 120 W after, held back by " in part
+
+
+def test_the_small_model_recommends_nothing_for_the_large():
+    """Would catch a laptop's figures judged by what was expected of an H100."""
+    runs = [make("baseline"), make("speed", 0.01)]
+    text = report.render_log(runs)
+    assert "the model tiny" not in text and "meets the 40 ms target" in text
+    for result in runs:
+        result["model"] = {"name": "tiny"}
+    text = report.render_log(runs)
+    assert "Hypothesis (of LongLive-1.3B on an H100; this is the model tiny): Saves" in text
+    assert "recommend nothing for LongLive-1.3B" in text and "meets the 40 ms" not in text
+
+
 def test_decision_is_made_anew_once_the_noise_is_known():
     """Would catch verdicts that stay undecided because the baseline's repeat ran after the preset."""
     baseline, again, speed = make("baseline"), make("baseline", run=2), make("speed")
@@ -119,7 +159,8 @@ def test_decision_is_made_anew_once_the_noise_is_known():
                          "gate": {"level": "lossy", "min_psnr_db": 30.0}}
     assert report.decided([baseline, speed])[1]["decision"]["keep"] is None
     assert report.decided([baseline, again, speed])[2]["decision"]["keep"] is True
-    assert "baseline run twice): SS mean" in report.render_log([baseline, again, speed])
+    text = report.render_log([baseline, again, speed])
+    assert "baseline run twice, over 12 blocks and 2 prompt switches): SS mean" in text
 
 
 def test_p99_only_with_enough_samples(seven):
@@ -128,7 +169,7 @@ def test_p99_only_with_enough_samples(seven):
     few = make("baseline", steady=100)
     text = report.render_log([few])
     assert re.search(r"\| SS P99 \| n/a: n too small \(n=100\), max [\d.]+ ms \|", text)
-    assert "- SS P99 is n/a: N too small for p99" in text
+    assert "- SS P99 is n/a: n too small for p99" in text
 
 
 def test_missing_values_say_why():
@@ -268,7 +309,7 @@ def test_command_line_writes_log_table_and_figures(tmp_path, capsys):
     assert report.main([str(folder)]) == 0
     first = (folder / report.LOG_NAME).read_bytes()
     again = report.write_campaign_log(report.load(folder), tmp_path / "x" / "LOG.md")
-    assert again.read_bytes() == first
+    assert again.read_bytes() == first.replace(b"report c`", b"report c --log LOG.md`") != first
     assert {path.stem for path in (folder / "summary").glob("*.png")} == set(figures.campaign_figures([]))
     header = (folder / "summary" / "summary.csv").read_text().splitlines()[0]
     assert header.startswith("preset,run,ss_mean_ms,")

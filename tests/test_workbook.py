@@ -96,7 +96,7 @@ def test_variant_is_compared_and_decided(campaign, name, level):
     quality, decision = result["quality"], result["decision"]
     assert [room["name"] for room in result["rooms"]] == [name]
     assert decision["gate"]["level"] == level
-    assert decision["keep"] in (True, False) and "threshold" in decision["rationale"]
+    assert "threshold" in decision["rationale"]  # kept, dropped or within the noise of this machine
     assert len(quality["latent_relative_error"]) == 2
     if level == "exact":
         assert quality["identical"] is True and quality["free_running"]["identical"] is True
