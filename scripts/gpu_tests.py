@@ -2,12 +2,14 @@
 
     python scripts/gpu_tests.py outputs/h100/gpu_tests.txt [more arguments for pytest]
 
-Exit status: pytest's, 2 without a GPU.
+The record is written in any case; one that was cut off says so in its last line. Exit status: pytest's, 2
+without a GPU, 130 if interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,15 +30,22 @@ def main(record: str, *arguments: str) -> int:
     environment = provenance.environment(torch.device("cuda"), attention_backend=None)
     lines = [json.dumps({fact: environment[fact] for fact in FACTS}, indent=1)]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--color=no", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
-        for line in tests.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.rstrip())
+    status = 130
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
+            for line in tests.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.rstrip())
+        status = tests.returncode
+    except KeyboardInterrupt:
+        tests.kill()
+        lines.append("interrupted: what follows was not run")
     Path(record).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(record) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tests.returncode
+    return status
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` ends it
     sys.exit(main(*sys.argv[1:]))
