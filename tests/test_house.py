@@ -319,6 +319,19 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     assert "cell_code" not in report.read_text(encoding="utf-8")
 
 
+def test_parameters_are_folded(tmp_path: Path) -> None:
+    """A report whose first two screens are eighty lines of parameters, or one that lacks them."""
+    notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
+    v4 = nbformat.v4
+    tagged = [v4.new_code_cell(f"{tag}_cell", metadata={"tags": [tag]})
+              for tag in ("parameters", "injected-parameters")]
+    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("open_cell")]), notebook)
+    export_html(notebook, report, title="x")
+    folded = re.findall(r"(?s)<details.*?</details>", report.read_text(encoding="utf-8"))
+    assert len(folded) == 2 and "Parameters of this run" in folded[1]
+    assert "parameters_cell" in folded[0] and "open_cell" not in "".join(folded)
+
+
 def test_only_styles_that_nothing_asks_for_are_dropped() -> None:
     """A report that looks different, or carries 240 KB of JupyterLab's icons."""
     html = """<style>:root { --seen: red; --by-seen: 1px; --seen2: var(--by-seen); --icon: url(data:x) }
