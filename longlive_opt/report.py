@@ -780,6 +780,9 @@ def _fill_summary(section: str, runs: Mapping[str, _Run]) -> str:
         if preset in runs:
             blank = f"- {_SUMMARY_NAMES[preset]}: {_BLANK}"
             text = text.replace(blank, blank.replace(_BLANK, _when(runs[preset], best or runs.get(BASELINE))))
+    others = [run for run in _worth_taking(runs) if run.preset not in ("quality", "speed") and run != best]
+    if best and others:
+        text = f"{text.rstrip()}\n{_bullets(f'{run.name}: {_when(run, best)}' for run in others)}\n"
     return text
 
 
@@ -813,12 +816,29 @@ def _recommend(runs: Mapping[str, _Run]) -> tuple[_Run | None, list[str]]:
                               f"{_sentence(run.result['decision']['rationale'])}" for run in faster)]
 
 
+def _worth_taking(runs: Mapping[str, _Run]) -> list[_Run]:
+    """The kept presets that no other one beats: none is at least as fast and as faithful, and better in one.
+    One that is not meant to be fast is always worth it.
+    """
+    kept = [run for run in runs.values() if not run.failure and run.preset != BASELINE and _kept(run)]
+    costs = {run.preset: (number(run.result, _FIGURES["SS Max"]), -_fidelity(run)) for run in kept}
+
+    def is_beaten(ours: tuple[float, float]) -> bool:
+        return any(cost != ours and cost[0] <= ours[0] and cost[1] <= ours[1] for cost in costs.values())
+
+    return [run for run in kept if _objective(run) != "latency" or not is_beaten(costs[run.preset])]
+
+
+def _objective(run: _Run) -> str:
+    return lookup(run.result, "decision.gate.objective") or "latency"
+
+
 def _kept(run: _Run) -> bool:
     return run.preset == BASELINE or lookup(run.result, "decision.keep") is True
 
 
 def _when(run: _Run, other: _Run | None) -> str:
-    """When to take `run` (quality or speed) instead of `other`, the recommended one or the baseline."""
+    """When to take `run` instead of `other`, the recommended one or the baseline."""
     if run.failure:
         return f"n/a ({run.outcome})"
     if run is other:
@@ -826,7 +846,13 @@ def _when(run: _Run, other: _Run | None) -> str:
     facts = f"SS max {run.figure('SS Max')} ms, {_quality_short(run)}{'' if _kept(run) else ', not kept'}"
     if other is None or other.failure:
         return f"nothing to compare it with ({facts})"
-    if run.preset == "speed":
+    if _objective(run) != "latency":
+        label = {"memory": "Memory", "switch": "PS Mean"}[_objective(run)]
+        better = (number(run.result, _FIGURES[label]) or 0) < (number(other.result, _FIGURES[label]) or 0)
+        name, unit = _OTHERS[label]
+        facts = f"{name} {run.figure(label)} {unit}, {facts}"
+        purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
+    elif run.preset == "speed":
         better = number(run.result, _FIGURES["SS Max"]) < number(other.result, _FIGURES["SS Max"])
         purpose = "where latency counts more than fidelity"
     else:
@@ -857,6 +883,11 @@ def _observations(results: Sequence[Result], runs: Mapping[str, _Run],
     read = [run for run in runs.values() if lookup(run.result, "latency.clock_disagreement.available")]
     if read and not any(lookup(run.result, "latency.clock_disagreement.flag") for run in read):
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
+    held = [f"{run.preset} ({lookup(run.result, 'environment.clocks_after.sm_mhz'):.0f} MHz)"
+            for run in runs.values() if lookup(run.result, "environment.clocks_after.throttle_reasons")
+            and lookup(run.result, "environment.clocks_after.sm_mhz")]
+    if held:
+        lines.append(f"The GPU held its clock back at the end of {_escape(', '.join(held))}.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
         found = sorted({str(lookup(result, path))[:24] for result in results})
         if len(found) > 1:

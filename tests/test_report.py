@@ -103,6 +103,27 @@ def test_numbers_changes_and_ticks(seven):
     assert "[ ] Keep  [x] Drop" in text and "**Preset**: none" in text
 
 
+def test_says_when_to_take_another_preset():
+    """Would catch presets beyond the template left without a word, and one recommended that another beats."""
+    runs = [make("baseline", steady=30)]
+    for name, scale, psnr in (("balanced", 0.5, 47.0), ("speed", 0.45, 40.0), ("realtime", 0.4, 40.0),
+                              ("static_kv", 0.9, 47.0), ("low_memory", 1.0, 38.0)):
+        run = make(name, scale, exact=False, steady=30)
+        run["quality"]["psnr_db"] |= {"mean": psnr}
+        objective = "memory" if name == "low_memory" else "latency"
+        run["memory_gb"] |= {"peak_allocated": 3.0 if objective == "memory" else 9.0}
+        run["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0, "objective": objective}}
+        runs.append(run)
+    text = report.render_log([*runs, make("baseline", run=2, steady=30)])
+    part = text[text.index("**When to use"):text.index("## Notes")]
+    assert "**Preset**: Realtime" in text and "- Quality: ___" in part
+    assert "- Speed: no reason in these figures to prefer it to Realtime" in part
+    assert "- Balanced: where fidelity counts more than latency (SS max" in part
+    assert "- Low memory: where memory counts most (memory 3.00 GB, SS max" in part
+    assert "Static" not in part
+    assert "The GPU held its clock back at the end of baseline (1755 MHz), " in text
+
+
 def test_undecided_ticks_neither_box_and_is_not_recommended(seven):
     """Would catch a fast preset recommended although nobody could judge its quality."""
     speed = copy.deepcopy(seven[6])
