@@ -34,7 +34,7 @@ from longlive_opt.batch import Job, export_report, finished_result, locked, run_
 from longlive_opt.config import RUN_KEYS, ExperimentConfig, load_yaml
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
-from longlive_opt.weight_files import resolve_weights
+from longlive_opt.weight_files import TINY_WEIGHTS, check_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
 TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
-TINY_WEIGHTS = "weights/tiny"
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
@@ -183,7 +182,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         script_of(config)
-        resolve_weights(config.weights)
+        check_weights(config)
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
     if config.name != preset:
