@@ -246,7 +246,7 @@ def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = 
     on_gpu = [job for job in jobs if str(job.parameters.get("device", "")).startswith("cuda")]
     if on_gpu and not cuda():
         raise UserError(f"device: {on_gpu[0].parameters['device']} is asked for, but no CUDA GPU can be used "
-                        "here; take --profile params/profiles/laptop.yaml or --set device=cpu")
+                        "here; take --profile params/profiles/laptop.yaml")
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
