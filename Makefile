@@ -1,11 +1,13 @@
 # Every target sets up the environment first (once; scripts/bootstrap.py explains how) and then uses it.
 # PYTHON   the Python that makes the environment       make demo PYTHON=python3.12
 # ARGS     more arguments for the runner or for pytest make campaign-h100 ARGS="--overwrite"
+# CAMPAIGN the folder of the results, below outputs/   make campaign-h100 CAMPAIGN=mine
 
 PYTHON ?= python3
 ARGS ?=
 PYTHON_TARGET ?= 3.12
-CAMPAIGN ?= demo
+# The project's log is that of the campaign that comes with it.
+LOG = $(if $(filter h100,$(CAMPAIGN)),--log OPTIMIZATION_LOG.md)
 
 SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
@@ -19,8 +21,9 @@ help: ## show this list
 install: ## set up the environment (.venv, or the active one where it has torch already)
 	@$(SETUP); echo "environment ready: $$py"
 
+demo summary: CAMPAIGN ?= demo
 demo: ## run every preset but the ablation on the tiny model (CPU, minutes): outputs/demo
-	@$(RUNNER) run --campaign demo --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation $(ARGS)
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation $(ARGS)
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest $(ARGS)
@@ -35,17 +38,19 @@ lab: ## open JupyterLab
 	@$(SETUP); "$$py" -m jupyterlab $(ARGS)
 
 summary: ## compare the finished runs of one campaign again (CAMPAIGN=demo)
-	@$(RUNNER) summary --campaign $(CAMPAIGN) $(ARGS)
+	@$(RUNNER) summary --campaign $(CAMPAIGN) $(LOG) $(ARGS)
 
 training-report: ## explain how the tiny model was trained and how well it does: outputs/training
 	@$(RUNNER) training $(ARGS)
 
-campaign-h100: ## measure every preset but the ablation on an H100: outputs/h100 and OPTIMIZATION_LOG.md
-	@$(RUNNER) run --campaign h100 --profile params/profiles/h100.yaml --repeat-baseline 1 --skip ablation \
-		--log OPTIMIZATION_LOG.md $(ARGS)
+campaign-h100: CAMPAIGN ?= h100
+campaign-h100: ## measure what is not yet in outputs/h100 (or CAMPAIGN) on an H100, all presets but the ablation
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
+		--skip ablation $(LOG) $(ARGS)
 
-ablation-h100: ## measure the realtime preset with one thing changed at a time: outputs/h100_ablation
-	@$(RUNNER) run --campaign h100_ablation --profile params/profiles/h100.yaml --presets ablation $(ARGS)
+ablation-h100: CAMPAIGN ?= h100_ablation
+ablation-h100: ## measure realtime with one thing changed at a time, and a baseline: outputs/h100_ablation
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --presets baseline ablation $(ARGS)
 
 wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
 	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse

@@ -88,12 +88,12 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
         yield
 
 
-def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
-    """Run `jobs` in their order and return those that failed; one failure does not stop the rest. What this
-    machine lacks the means for is told, recorded and no failure. A report is exported while the next kernel
-    starts, long before that measures anything.
+def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
+    """Run `jobs` in their order and return the labels of those that failed, with the reason in short; one
+    failure does not stop the rest. What this machine lacks the means for is told, recorded and no failure. A
+    report is exported while the next kernel starts, long before that measures anything.
     """
-    failed, exports = [], []
+    failed, exports = {}, []
     with ThreadPoolExecutor(max_workers=1) as exporter:
         for number, job in enumerate(jobs, 1):
             log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
@@ -104,12 +104,12 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> list[Job]:
                 if error.report["status"] == "not available":
                     log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
                     continue
-                failed.append(job)
+                failed[job.label] = re.split(r"[.;]\s|\n", error.report["meaning"])[0].rstrip(".")
                 log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
                 continue
             log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
             exports.append((job, exporter.submit(export_report, root, job)))
-        return failed + [job for job, exported in exports if not exported.result()]
+        return failed | {job.label: "no report" for job, exported in exports if not exported.result()}
 
 
 def export_report(root: Path, job: Job) -> bool:

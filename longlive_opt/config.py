@@ -126,6 +126,11 @@ DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
 ROPE_POSITIONS = 1024
+# What cannot do without `use_static_kv` or `use_quantized_kv`, and why.
+NEEDS_FIXED_CACHE: Mapping[str, str] = MappingProxyType({
+    "use_fused_kernels": "its kernels write into a cache of fixed memory, and the reference cache has none",
+    "use_torch_compile": "the reference cache changes its shapes in Python",
+})
 RUN_KEYS = ("campaign", "run", "output_dir")
 """What a notebook is told beside its configuration."""
 
@@ -269,6 +274,7 @@ class ExperimentConfig:
         self.model_config()
         self._validate_sampling(at_least)
         self._validate_inputs()
+        self._validate_combinations()
         for key, least in (
             ("seed", 0),
             ("video_latent_frames", 1),
@@ -279,11 +285,12 @@ class ExperimentConfig:
             ("prompt_cache_mb", 0),
         ):
             at_least(key, least)
-        for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000)):
-            if getattr(self, key) > most:
+        for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000), ("min_ssim", 1)):
+            if getattr(self, key) is not None and getattr(self, key) > most:
                 raise UserError(f"{key}: {getattr(self, key)} is too large; it can be at most {most}.")
-        for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift"):
-            if getattr(self, key) <= 0:
+        for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift", "min_psnr_db",
+                    "min_ssim", "max_lpips"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
         frames, block = self.video_latent_frames, self.block_frames
         if frames % block:
@@ -338,6 +345,22 @@ class ExperimentConfig:
                 f"local_attn_size: {self.local_attn_size} is smaller than sink_size {self.sink_size} + "
                 f"block_frames {self.block_frames}; use at least {self.sink_size + self.block_frames}."
             )
+
+    def _validate_combinations(self) -> None:
+        """Refuse values that are right alone and cannot go together, on whatever machine."""
+        for key, reason in NEEDS_FIXED_CACHE.items():
+            if getattr(self, key) and not (self.use_static_kv or self.use_quantized_kv):
+                raise UserError(f"{key}: {reason}; switch on use_static_kv or use_quantized_kv as well.")
+        backend, on_cpu, half = self.attention_backend, self.device == "cpu", self.model_dtype != "float32"
+        if on_cpu and backend not in ("auto", "math"):
+            raise UserError(f"attention_backend: {backend!r} runs on CUDA only; use auto with device: cpu.")
+        if backend in ("cudnn", "flash") and not half:
+            raise UserError(
+                f"attention_backend: {backend!r} has no float32 kernel; use auto or model_dtype: bfloat16."
+            )
+        if self.use_quantized_kv and self.kv_read_path == "fused" and not (on_cpu or half):
+            raise UserError("kv_read_path: 'fused' attends in bfloat16 on CUDA, and model_dtype is float32; "
+                            "use model_dtype: bfloat16 or kv_read_path: dequantize.")
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:

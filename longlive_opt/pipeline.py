@@ -20,7 +20,7 @@ from .models.vae import StreamingDecoder, WanVAE
 from .models.weights import load_dit, load_vae, open_text_encoder
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
-from .weight_files import resolve_weights
+from .weight_files import check_weights
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,16 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
     """Load the three networks and put the reference parts together: the baseline of every comparison.
 
     Raises:
-        UserError: no such device, or weights that are missing or do not fit.
+        UserError: an invalid config, no such device, or weights that are missing or do not fit.
     """
     started = time.perf_counter()
+    config.validate()
+    files = check_weights(config)
     device = check_device(config.device)
     limit_memory(device, config.gpu_memory_limit_gb)
     model, dtype = config.model_config(), getattr(torch, config.model_dtype)
     backend = resolve_backend(config.attention_backend, device, dtype)
     attention = make_attention(backend)
-    files = resolve_weights(config.weights)
     digests = files.sha256()
     dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha)
     vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)

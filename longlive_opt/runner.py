@@ -34,16 +34,16 @@ from longlive_opt.batch import Job, export_report, finished_result, locked, run_
 from longlive_opt.config import RUN_KEYS, ExperimentConfig, load_yaml
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
-from longlive_opt.weight_files import resolve_weights
+from longlive_opt.weight_files import TINY_WEIGHTS, check_weights
 
 log = logging.getLogger(__name__)
 
 BASELINE = "baseline"
+REFERENCE_FILE = "reference.safetensors"
 SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
 TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
-TINY_WEIGHTS = "weights/tiny"
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
@@ -159,7 +159,7 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     """Check everything that is asked for and return the jobs in their order; touches no file.
 
     Repetitions of the baseline come last: with the first one they span the campaign, drift included. They
-    measure no more than REPEAT_AT_MOST.
+    measure no more than REPEAT_AT_MOST, and are left out where there is nothing that they repeat.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -169,7 +169,9 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     chosen = choose_presets(layout, presets, skipped)
     over = {**(load_yaml(profile) if profile else {}), **(settings or {})}
     jobs = [_plan_run(layout, campaign, preset, 1, chosen[preset], over) for preset in chosen]
-    if repeats:
+    if repeats and BASELINE not in chosen and not finished_result(layout.campaign(campaign) / BASELINE):
+        log.info("[%s] neither asked for nor finished, so it is not repeated", BASELINE)
+    elif repeats:
         notebook = choose_presets(layout, [BASELINE])[BASELINE]
         asked = {**load_yaml(layout.params / f"{BASELINE}.yaml"), **over}
         over = {**over, **{key: most for key, most in REPEAT_AT_MOST.items() if asked.get(key, 0) > most}}
@@ -183,7 +185,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         script_of(config)
-        resolve_weights(config.weights)
+        check_weights(config)
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
     if config.name != preset:
@@ -244,7 +246,7 @@ def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = 
     on_gpu = [job for job in jobs if str(job.parameters.get("device", "")).startswith("cuda")]
     if on_gpu and not cuda():
         raise UserError(f"device: {on_gpu[0].parameters['device']} is asked for, but no CUDA GPU can be used "
-                        "here; take --profile params/profiles/laptop.yaml or --set device=cpu")
+                        "here; take --profile params/profiles/laptop.yaml")
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,6 +279,20 @@ def is_finished(job: Job) -> bool:
     return True
 
 
+def require_reference(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse to measure `jobs` beside a baseline of which only the figures are left, as in a clone.
+
+    Raises:
+        UserError: naming the remedies.
+    """
+    labels, baseline = [job.label for job in jobs], folder / BASELINE
+    gone = finished_result(baseline) and not (baseline / REFERENCE_FILE).exists()
+    if gone and labels and BASELINE not in labels:
+        raise UserError(f"outputs/{folder.name}/{BASELINE} is finished, but {REFERENCE_FILE}, with which "
+                        f"{', '.join(labels)} would be compared, is not there (git leaves it out); take "
+                        f"another --campaign, or --overwrite with {BASELINE} among the presets")
+
+
 def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `run`: presets, then the summary."""
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
@@ -287,14 +303,16 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
     check_machine(campaign, jobs)
     with locked([*jobs, summary]):
         finished = [] if arguments.overwrite else [job for job in jobs if is_finished(job)]
+        todo = [job for job in jobs if job not in finished]
+        require_reference(campaign, todo)
         for job in finished:
             log.info("[%s] finished before, skipped (--overwrite runs it again)", job.label)
             if not (job.folder / "report.html").exists():
                 export_report(layout.root, job)
-        todo = [*(job for job in jobs if job not in finished), summary]
-        failed = run_jobs(layout.root, todo)
+        failed = run_jobs(layout.root, [*todo, summary])
     if failed:
-        log.error("%d of %d failed: %s", len(failed), len(todo), ", ".join(job.label for job in failed))
+        reasons = "; ".join(f"{label} ({reason})" for label, reason in failed.items())
+        log.error("%d of %d failed: %s", len(failed), len(todo) + 1, reasons)
     return 1 if failed else 0
 
 

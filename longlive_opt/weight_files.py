@@ -1,15 +1,21 @@
-"""Which files a weights folder holds. Needs no torch, so that a command line can refuse a folder at once."""
+"""Which files a weights folder holds, and what their first bytes tell. Needs no torch, so that a command line
+can refuse a folder at once.
+"""
 
 from __future__ import annotations
 
+import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
+from .config import ExperimentConfig
 from .errors import UserError
 from .fetch import FETCH_COMMAND, WAN_FOLDER, file_sha256
 from .inputs import project_path
 
+TINY_WEIGHTS = "weights/tiny"
 LAYOUT = {"dit": "longlive_base.pt", "lora": "lora.pt", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
           "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
           "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
@@ -46,20 +52,105 @@ def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -
     the same stem, it is the one taken.
 
     Raises:
-        UserError: no such folder, or a part is missing; names every missing file and the command to fetch it.
+        UserError: no such folder, or a part is missing; names every missing file and the command to get it.
     """
     if str(weights) == "random":
         return WeightFiles()
     root = project_path(Path(weights).expanduser())
     if not root.is_dir():
-        raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; get the files with "
-                        f"'{FETCH_COMMAND} DIR' and write weights: DIR.")
+        raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; name one, or "
+                        f"{remedy(root)} first.")
     found = {part: _find(root, LAYOUT[part]) for part in parts}
-    missing = [LAYOUT[part] for part, path in found.items() if path is None]
-    if missing:
-        raise UserError(f"weights: {root} lacks {', '.join(missing)}; get what is missing with "
-                        f"'{FETCH_COMMAND} {root}'.")
+    names = [Path(LAYOUT[part]) for part, path in found.items() if path is None]
+    if names:
+        if is_tiny(root):
+            names = [name.with_suffix(".safetensors") if name.suffix else name for name in names]
+        raise UserError(f"weights: {root} lacks {', '.join(map(str, names))}; {remedy(root, root)}.")
     return WeightFiles(root, **found)
+
+
+def check_weights(config: ExperimentConfig) -> WeightFiles:
+    """The files of `config.weights`: there, whole and of `config.model`, as far as their headers can tell.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    files = resolve_weights(config.weights)
+    if files.root is None:
+        return files
+    for path in (files.dit, files.lora, files.vae, files.text, files.tokenizer / "tokenizer.json"):
+        check_start(path)
+    expected = config.model_config().dit.dim
+    # Of a torch file only torch can tell the shapes.
+    header = safetensors_header(files.dit) if files.dit.suffix == ".safetensors" else {}
+    dims = [tensor["shape"][0] for name, tensor in header.items() if name.endswith("patch_embedding.weight")]
+    if dims and dims[0] != expected:
+        raise UserError(f"weights: {config.weights!r} holds a transformer of {dims[0]} channels, and model: "
+                        f"{config.model!r} has {expected}; use {TINY_WEIGHTS} with tiny, the official files "
+                        "with longlive-1.3b, or random with either.")
+    return files
+
+
+def check_start(path: Path) -> None:
+    """Refuse what a look at the size and the first bytes of a weights file can tell.
+
+    Raises:
+        UserError: naming the file, what is wrong with it and the remedy.
+    """
+    problem = _problem(path)
+    if problem:
+        raise UserError(f"weights: {path} {problem}; {remedy(path)}.")
+
+
+def _problem(path: Path) -> str | None:
+    if path.is_dir():
+        return "is a folder where a file is needed"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not start:
+        return "is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, no weights (see 'git lfs pull')"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, no weights"
+    if path.suffix == ".safetensors":
+        return None if safetensors_header(path) else "is damaged, cut short or no safetensors file"
+    if start.startswith(b"PK\x03\x04"):
+        return None if zipfile.is_zipfile(path) else "is cut short"
+    return None if start.startswith(b"\x80") or path.suffix == ".json" else "is not a torch file"
+
+
+def safetensors_header(path: Path) -> dict[str, Any] | None:
+    """`shape` and `data_offsets` of every tensor by name, or None where the file is not whole: 8 bytes tell
+    the length of this JSON, and the tensors fill the file to its end.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        rest = path.stat().st_size - 8 - length
+        try:
+            header = json.loads(file.read(length) if rest >= 0 else b"")
+            header.pop("__metadata__", None)
+            end = max(tensor["data_offsets"][1] for tensor in header.values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+    return header if end == rest else None
+
+
+def is_tiny(path: Path) -> bool:
+    """Whether `path` is, or lies in, the folder of weights that comes with the project."""
+    return project_path(TINY_WEIGHTS) in (path, *path.parents)
+
+
+def remedy(path: Path, folder: Path | str = "DIR") -> str:
+    """What to do where `path`, a weights folder (`folder`, if it is known) or a file in one, is missing or
+    damaged.
+    """
+    return f"run 'git checkout {TINY_WEIGHTS}'" if is_tiny(path) else f"run '{FETCH_COMMAND} {folder}'"
 
 
 def _find(root: Path, name: str) -> Path | None:

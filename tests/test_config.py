@@ -54,12 +54,18 @@ def write(path: Path, text: str) -> Path:
     ("switch_frame_indices", [-3, 3], "not be negative"),
     ("switch_frame_indices", [3, 18], "video_latent_frames"),
     ("video_latent_frames", 10, "use 9 or 12"),
+    ("min_psnr_db", -5, "greater than 0"), ("min_ssim", 0, "greater than 0"), ("min_ssim", 1.5, "at most 1"),
+    ("max_lpips", -0.1, "greater than 0"),
+    ("use_fused_kernels", True, "use_static_kv or use_quantized_kv"),
+    ("use_torch_compile", True, "use_static_kv or use_quantized_kv"),
+    ("attention_backend", "cudnn", "use auto"), ("attention_backend", "flash", "use auto"),
+    ("attention_backend", "efficient", "use auto"),
 ])
 def test_refused_value_names_key_value_and_remedy(key, value, says):
     """A value that fails minutes later, inside torch, or that is taken and means something else."""
     message = refusal({key: value})
     assert message.startswith(f"{key}:") and says in message
-    assert isinstance(value, list) or str(value) in message
+    assert isinstance(value, (list, bool)) or str(value) in message
 
 
 @pytest.mark.parametrize("key, value, says", [
@@ -141,6 +147,20 @@ def test_limits_that_depend_on_other_keys():
     assert ExperimentConfig.from_mapping({}).max_blocks == 341
     assert "341" in refusal({"video_latent_frames": 1026})
     assert ExperimentConfig.from_mapping({"video_latent_frames": 1023}).video_blocks == 341
+
+
+@pytest.mark.parametrize("key, keys", [
+    ("attention_backend", {"attention_backend": "flash"}),
+    ("attention_backend", {"attention_backend": "cudnn"}),
+    ("kv_read_path", {"use_quantized_kv": True}),
+])
+def test_half_precision_kernels_are_refused_in_float32(key, keys):
+    """PyTorch's own message says "No available kernel" and no more; Triton's is an assertion."""
+    float32 = {"device": "cuda", "model_dtype": "float32"}
+    assert refusal(keys | float32).startswith(f"{key}:")
+    ExperimentConfig.from_mapping(keys | float32 | {"model_dtype": "bfloat16"})
+    ExperimentConfig.from_mapping(float32 | {"attention_backend": "efficient", "use_quantized_kv": True,
+                                             "kv_read_path": "dequantize"})
 
 
 def test_model_sizes():

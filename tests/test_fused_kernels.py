@@ -161,8 +161,6 @@ def test_room_comes_before_what_wraps_passes():
     flags = {"use_cuda_graphs": True, "use_torch_compile": True, "use_fused_kernels": True}
     assert [room.name for room in rooms_of(micro_config(**flags, **INT8))] == [
         "quantized_kv", "fused_kernels", "torch_compile", "cuda_graphs"]
-    with pytest.raises(UserError, match="use_fused_kernels: .*use_static_kv or use_quantized_kv"):
-        micro_pipeline(use_fused_kernels=True)
     with pytest.raises(UserError, match="heads of 2\\^n channels, and this model has 24"):
         check_triton(24)
 

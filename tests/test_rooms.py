@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from longlive_opt import parity
-from longlive_opt.config import ExperimentConfig
+from longlive_opt.config import NEEDS_FIXED_CACHE, ExperimentConfig
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
@@ -123,36 +123,32 @@ def test_quantized_cache_together_with_others(reference, quantization):
     assert not same_video(alone[:1], reference[:1])
 
 
-@pytest.mark.parametrize("flag", ["use_torch_compile", "use_fused_kernels"])
+@pytest.mark.parametrize("flag", NEEDS_FIXED_CACHE)
 def test_rooms_that_need_fixed_memory_say_so(flag):
     """The reference cache rebuilds its window: compiled code would be made for every block, kernels would
-    miss it.
+    miss it. In Python, where no preset is read, too.
     """
     with pytest.raises(UserError, match=f"{flag}: .*use_static_kv or use_quantized_kv"):
-        micro_pipeline(**{flag: True})
+        build_pipeline(ExperimentConfig(**{flag: True}))
 
 
-@pytest.mark.parametrize("head_dim, read_path, dtype, capability, kind, says", [
-    (128, "fused", torch.bfloat16, (8, 9), NotAvailable, "compute capability 9.0.*8.9"),
-    (48, "fused", torch.bfloat16, (9, 0), UserError, "heads of 32, 64, 128, 256.*48"),
-    (128, "fused", torch.float32, (9, 0), UserError, "model_dtype is float32"),
-    (128, "fused", torch.bfloat16, (9, 0), None, ""), (64, "dequantize", torch.float32, (10, 0), None, ""),
+@pytest.mark.parametrize("head_dim, capability, kind, says", [
+    (128, (8, 9), NotAvailable, "compute capability 9.0.*8.9"),
+    (48, (9, 0), UserError, "heads of 32, 64, 128, 256.*48"),
 ])
-def test_quantized_cache_names_what_it_lacks(monkeypatch, head_dim, read_path, dtype, capability, kind, says):
+def test_quantized_cache_names_what_it_lacks(monkeypatch, head_dim, capability, kind, says):
     """An assertion of Triton's, or wrong numbers, on a GPU or model that the kernels do not take."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    if kind is None:
-        check_kernels(head_dim, read_path, dtype, capability)
-        return
     with pytest.raises(kind, match=says):
-        check_kernels(head_dim, read_path, dtype, capability)
+        check_kernels(head_dim, capability)
+    check_kernels(64, (10, 0))
 
 
 def test_kernels_without_triton_are_not_available(monkeypatch):
     """An ImportError in the first pass."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotAvailable, match="Triton"):
-        check_kernels(128, "fused", torch.bfloat16, (9, 0))
+        check_kernels(128, (9, 0))
     with pytest.raises(NotAvailable, match="Triton"):
         check_triton(128)
 
@@ -176,7 +172,7 @@ def test_rooms_apply_in_a_fixed_order_and_report():
     field.name for field in dataclasses.fields(ExperimentConfig) if field.name.startswith("use_")])
 def test_every_flag_has_its_room(flag):
     """A flag that is accepted and does nothing: the report would show an optimization that was not there."""
-    room, = rooms_of(micro_config(**{flag: True}))
+    room, = rooms_of(ExperimentConfig(**{flag: True}))
     assert flag == f"use_{room.name}" and room.level in ("exact", "rounding", "lossy")
 
 

@@ -6,6 +6,7 @@ several tests.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,8 @@ def pretend_finished(root: Path, seed: int = 3) -> Path:
     folder.mkdir(parents=True)
     result = {"status": "ok", "parameters": {"name": "baseline", "seed": seed}, "mark": "old"}
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "report.html").touch()
+    for name in ("report.html", runner.REFERENCE_FILE):
+        (folder / name).touch()
     return folder / "result.json"
 
 
@@ -222,6 +224,36 @@ def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(result.read_text())["mark"] == "old"
 
 
+def test_only_a_baseline_is_repeated(project: Path) -> None:
+    """Run 2 that counts as the baseline, without the video with which the others are compared."""
+    shutil.copy(project / "notebooks/01_baseline.ipynb", project / "notebooks/02_other.ipynb")
+    (project / "params/other.yaml").write_text("name: other\n")
+
+    def labels(*presets: str) -> list[str]:
+        return [job.label for job in runner.plan(runner.Layout(project), "c", presets, repeats=1)]
+
+    assert labels("other") == ["other"]
+    assert labels("other", "baseline") == ["other", "baseline", "baseline.repeat2"]
+    pretend_finished(project)
+    assert labels("other") == ["other", "baseline.repeat2"]
+
+
+def test_baseline_without_its_video_is_told(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture) -> None:
+    """In a clone a finished baseline is figures alone: hours of presets whose fidelity is n/a."""
+    from longlive_opt.workbook import REFERENCE_FILE
+
+    assert runner.REFERENCE_FILE == REFERENCE_FILE
+    (pretend_finished(project).parent / REFERENCE_FILE).unlink()
+    executed = stub_kernel(monkeypatch, write_new)
+    message = error_of(project, capsys, "--repeat-baseline", "1")
+    assert "baseline.repeat2 would be compared" in message and "another --campaign, or --overwrite" in message
+    assert executed == []
+    assert runner.main(["run", "--campaign", "c"], project) == 0 and executed == ["summary"]
+    assert runner.main(["run", "--campaign", "c", "--repeat-baseline", "1", "--overwrite"], project) == 0
+    assert executed == ["summary", "baseline", "baseline.repeat2", "summary"]
+
+
 def test_other_parameters_are_refused(project: Path, capsys: pytest.CaptureFixture) -> None:
     """Results of two configurations mixed in one campaign under one name."""
     pretend_finished(project, seed=4)
@@ -239,13 +271,15 @@ def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.Monkey
     assert sorted(p.name for p in (project / "outputs/c").iterdir()) == [".locks", "baseline", "summary"]
 
 
-def test_failed_overwrite_keeps_the_old_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_overwrite_keeps_the_old_result(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                               caplog: pytest.LogCaptureFixture) -> None:
     """A measured result lost to a run that failed, or a failure that is told after it was mended."""
     result = pretend_finished(project)
     stub_kernel(monkeypatch, lambda job, folder: 1 / 0)
     assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 1
     assert json.loads(result.read_text())["mark"] == "old"
     assert failure(project, "baseline.failed")["kind"] == "ZeroDivisionError"
+    assert caplog.messages[-1].startswith("2 of 2 failed: baseline (ZeroDivisionError: division by zero); su")
     stub_kernel(monkeypatch, write_new)
     assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 0
     assert not (project / "outputs/c/baseline.failed").exists()
@@ -336,6 +370,9 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--set", "seed"], "not key=value"),
     (["--set", "seed=[1"], "not a YAML value"),
     (["--set", "seed=1.5"], "expected int"),
+    (["--set", "attention_backend=cudnn"], "attention_backend: 'cudnn'"),
+    (["--set", "use_fused_kernels=true"], "use_fused_kernels: its"),
+    (["--set", "model=longlive-1.3b"], "model: 'longlive-1.3b'"),
     (["--campaign", "../escape"], "cannot name a folder"),
 ])
 def test_bad_arguments_are_refused(project: Path, capsys: pytest.CaptureFixture,

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from longlive_opt.config import DiTConfig, TextEncoderConfig, VAEConfig
+from longlive_opt import weight_files
+from longlive_opt.config import DiTConfig, ExperimentConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.errors import UserError
 from longlive_opt.models.checkpoint import Checkpoint, Header, open_checkpoint
 from longlive_opt.models.dit import CausalDiT
@@ -30,7 +32,13 @@ from longlive_opt.models.weights import (
     open_text_encoder,
     random_init_,
 )
-from longlive_opt.weight_files import WeightFiles, resolve_weights
+from longlive_opt.weight_files import (
+    TINY_WEIGHTS,
+    WeightFiles,
+    check_weights,
+    resolve_weights,
+    safetensors_header,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 DIT = DiTConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=40, freq_dim=16, text_dim=20, text_len=6)
@@ -345,7 +353,7 @@ def test_bad_safetensors(tmp_path, content, expected):
 
 def test_missing_file_and_folder(tmp_path):
     """A path that is a folder, or nothing, is the commonest mistake of all."""
-    with pytest.raises(UserError, match="does not exist; get it with"):
+    with pytest.raises(UserError, match="does not exist; run '.*fetch DIR"):
         open_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(UserError, match="is a folder"):
         open_checkpoint(tmp_path)
@@ -355,11 +363,54 @@ def test_resolve_names_everything_that_is_missing(folder):
     """Being told of one missing file per attempt costs an attempt per file."""
     (folder / "lora.pt").unlink()
     (folder / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth").unlink()
-    with pytest.raises(UserError, match="lacks lora.pt, Wan2.1-T2V-1.3B/Wan2.1_VAE.pth; get .*fetch"):
+    with pytest.raises(UserError, match="lacks lora.pt, Wan2.1-T2V-1.3B/Wan2.1_VAE.pth; run '.*fetch /"):
         resolve_weights(folder)
     with pytest.raises(UserError, match="neither 'random' nor a folder"):
         resolve_weights("randon")
     assert resolve_weights("random") == WeightFiles() and WeightFiles().kind == "random"
+
+
+def test_header_and_length_tell_a_whole_file(tmp_path):
+    """A download that was cut short, found after 13 s in a notebook of each preset."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(99), "b": torch.ones(2, 3)}, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    header = safetensors_header(path)
+    assert {name: tensor["shape"] for name, tensor in header.items()} == {"a": [99], "b": [2, 3]}
+    scrambled = content[:9] + b"!" + content[10:]
+    for damaged in (content[:-1], content + b"0", content[:20], content[:4], scrambled):
+        path.write_bytes(damaged)
+        assert safetensors_header(path) is None
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """A copy of the weights that come with the project, in their place."""
+    monkeypatch.setattr(weight_files, "project_path", lambda path: tmp_path / path)
+    return Path(shutil.copytree(Path(__file__).parents[1] / TINY_WEIGHTS, tmp_path / TINY_WEIGHTS))
+
+
+@pytest.mark.parametrize("name", ["longlive_base.safetensors", "Wan2.1-T2V-1.3B/Wan2.1_VAE.safetensors",
+                                  "Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json"])
+def test_tiny_weights_are_restored_by_git(tiny, name):
+    """20 GB of official files fetched on top of the tiny model, for a file that git has."""
+    check_weights(ExperimentConfig())
+    (tiny / name).write_bytes((tiny / name).read_bytes()[:-9] if name.endswith("s") else b"")
+    with pytest.raises(UserError, match=f"weights: .*{name} is .*; run 'git checkout weights/tiny'"):
+        check_weights(ExperimentConfig())
+    (tiny / name).unlink()
+    with pytest.raises(UserError, match=f"{name}.*; run 'git checkout weights/tiny'"):
+        check_weights(ExperimentConfig())
+    shutil.rmtree(tiny)
+    with pytest.raises(UserError, match="nor a folder.*git checkout weights/tiny"):
+        check_weights(ExperimentConfig())
+
+
+def test_weights_of_another_model_are_refused():
+    """A list of 825 shapes that do not fit, and neither `model` nor `weights` in it."""
+    with pytest.raises(UserError, match="weights: 'weights/tiny' .* model: 'longlive-1.3b' .*use"):
+        check_weights(ExperimentConfig(model="longlive-1.3b"))
+    check_weights(ExperimentConfig(model="longlive-1.3b", weights="random"))
 
 
 def test_random_weights_depend_on_seed_and_name_only():

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import UserError
-
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _BACKENDS = {
@@ -24,23 +22,13 @@ _BACKENDS = {
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Turn `auto` into the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32
     on CUDA, and PyTorch's only choice on the CPU (called `cpu`). The result goes into every run's provenance.
-
-    Raises:
-        UserError: a CUDA kernel is asked for on the CPU, or a half-precision kernel in float32.
+    `ExperimentConfig.validate` refuses what cannot run.
     """
+    if name != "auto":
+        return name
     if device.type != "cuda":
-        if name not in ("auto", "math"):
-            raise UserError(
-                f"attention_backend: {name!r} runs on CUDA only; use auto with device: {device.type}."
-            )
-        return "cpu" if name == "auto" else name
-    if name == "auto":
-        return "efficient" if dtype == torch.float32 else "cudnn"
-    if dtype == torch.float32 and name in ("cudnn", "flash"):
-        raise UserError(
-            f"attention_backend: {name!r} has no float32 kernel; use auto or model_dtype: bfloat16."
-        )
-    return name
+        return "cpu"
+    return "efficient" if dtype == torch.float32 else "cudnn"
 
 
 def make_attention(backend: str) -> Attention:

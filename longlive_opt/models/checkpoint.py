@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..fetch import FETCH_COMMAND
+from ..weight_files import check_start, remedy
 
 LISTED_NAMES = 20
 # The dtypes that can be weights, as safetensors and as torch call them.
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-AGAIN = f"download it again with '{FETCH_COMMAND} DIR'"
 # The errors that torch.load was seen to raise on damaged files.
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
            AttributeError, AssertionError)
@@ -61,7 +60,7 @@ def open_checkpoint(path: Path, containers: tuple[str | None, ...] = (None,)) ->
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    _check_start(path)
+    check_start(path)
     if path.suffix == ".safetensors":
         if None not in containers:
             raise UserError(f"{path}: a safetensors file has no key {containers[0]}; use the torch file.")
@@ -84,8 +83,8 @@ def raise_problems(path: Path, problems: Mapping[str, list[str]]) -> None:
     """Raise one UserError that lists the names under every kind of problem, if there are any."""
     found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
-        raise UserError(f"{path}: does not fit the model; {'; '.join(found)}. Use the file and the model "
-                        "size that belong together.")
+        raise UserError(f"{path}: does not fit the model; {'; '.join(found)}. Choose `model` and `weights` "
+                        "that belong together.")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -95,37 +94,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:LISTED_NAMES]) + more
 
 
-def _check_start(path: Path) -> None:
-    """Refuse what a look at the first bytes can tell."""
-    if path.is_dir():
-        raise UserError(f"{path}: this is a folder, a weights file is needed.")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the file does not exist; get it with '{FETCH_COMMAND} DIR'.") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    if not start:
-        raise UserError(f"{path}: the file is empty; {AGAIN}.")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: this is a git-lfs pointer, no weights; run 'git lfs pull' or {AGAIN}.")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: this is a web page, not weights; {AGAIN}.")
-    if path.suffix == ".safetensors":
-        return
-    if start.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: the file is cut short; {AGAIN}.")
-    elif not start.startswith(b"\x80"):
-        raise UserError(f"{path}: this is not a torch file; {AGAIN}.")
-
-
 def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[str], Tensor]]:
     try:
         file = safetensors.safe_open(path, framework="pt")
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged, cut short or no safetensors file ({error}); {AGAIN}.") from error
+        raise UserError(f"{path}: damaged, cut short or no safetensors file ({error}); "
+                        f"{remedy(path)}.") from error
     headers = {}
     for name in file.keys():
         tensor = file.get_slice(name)
@@ -144,7 +118,8 @@ def _load_pickle(path: Path) -> Any:
             raise UserError(f"{path}: it asks for {refused[1]}, which is no tensor and could run code; the "
                             "file was refused and nothing of it was run.") from error
         reason = re.split(r"\.\s|\n", str(error))[0]  # what follows is torch's advice to switch the check off
-        raise UserError(f"{path}: damaged, cut short or no torch file ({reason}); {AGAIN}.") from error
+        raise UserError(f"{path}: damaged, cut short or no torch file ({reason}); "
+                        f"{remedy(path)}.") from error
 
 
 def _select(content: Any, path: Path, containers: tuple[str | None, ...]) -> Mapping[str, Any]:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig, TextEncoderConfig, VAEConfig
 from ..errors import UserError
-from ..fetch import FETCH_COMMAND
-from ..weight_files import WeightFiles
+from ..weight_files import WeightFiles, remedy
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
 from .dit import CausalDiT
 from .text import TextEncoder, UMT5Encoder, load_tokenizer
@@ -123,8 +122,7 @@ def fill_(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str,
         sums.append(tensor.sum(dtype=torch.float32))  # not finite as soon as one value is not
     bad = [name for name, finite in zip(tensors, torch.stack(sums).isfinite().tolist()) if not finite]
     if bad:
-        raise UserError(f"{checkpoint.path}: NaN or infinity in {listed(bad)}; get the files again with "
-                        f"'{FETCH_COMMAND} DIR'.")
+        raise UserError(f"{checkpoint.path}: NaN or infinity in {listed(bad)}; {remedy(checkpoint.path)}.")
     _assign(module, tensors, device)
 
 

@@ -48,10 +48,7 @@ class FusedKernels(Room):
     level: ClassVar[Level] = "rounding"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
-        config, dit, cuda = pipeline.config, pipeline.dit, pipeline.device.type == "cuda"
-        if not (config.use_static_kv or config.use_quantized_kv):
-            raise UserError("use_fused_kernels: its kernels write into a cache of fixed memory, and the "
-                            "reference cache has none; switch on use_static_kv or use_quantized_kv as well.")
+        dit, cuda = pipeline.dit, pipeline.device.type == "cuda"
         if cuda:
             check_triton(dit.config.head_dim)
         forward = FusedForward(dit)

@@ -64,7 +64,7 @@ class QuantizedKV(Room):
         geometry = cache_geometry(config, pipeline.model)
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
-            check_kernels(geometry.head_dim, self.read_path, dtype, capability)
+            check_kernels(geometry.head_dim, capability)
         mode, rotation = MODES[self.quantization], rotation_for(config)
         tile = choose_tile(geometry, mode, device)
         read = (partial(attention8, tile=tile) if self.read_path == "fused"
@@ -84,12 +84,12 @@ class QuantizedKV(Room):
         return self.report(pipeline, done, formats=formats, kernel=kernel)
 
 
-def check_kernels(head_dim: int, read_path: str, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+def check_kernels(head_dim: int, capability: tuple[int, int]) -> None:
     """Check that the CUDA kernels take this model on a GPU of this compute capability.
 
     Raises:
         NotAvailable: the GPU is older than Hopper, or Triton is missing.
-        UserError: heads or dtype that the kernels do not take.
+        UserError: heads that the kernels do not take.
     """
     if capability < (9, 0):
         raise NotAvailable("use_quantized_kv: its kernels need compute capability 9.0 (H100) or newer, and "
@@ -100,10 +100,6 @@ def check_kernels(head_dim: int, read_path: str, dtype: torch.dtype, capability:
     if head_dim not in HEAD_DIMS:
         raise UserError(f"use_quantized_kv: the kernels take heads of {', '.join(map(str, HEAD_DIMS))} "
                         f"channels, and this model has {head_dim}; switch on use_static_kv instead.")
-    if read_path == "fused" and dtype != torch.bfloat16:
-        raise UserError(f"kv_read_path: 'fused' attends in bfloat16 on CUDA, and model_dtype is "
-                        f"{str(dtype).removeprefix('torch.')}; use model_dtype: bfloat16 or kv_read_path: "
-                        "dequantize.")
 
 
 def choose_tile(geometry: CacheGeometry, mode: str, device: torch.device) -> Tile:

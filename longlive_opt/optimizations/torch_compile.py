@@ -35,7 +35,7 @@ from typing import Any, ClassVar, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotAvailable, UserError
+from ..errors import NotAvailable
 from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
 from ..models.vae import History, StreamingDecoder
@@ -59,9 +59,6 @@ class TorchCompile(Room):
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         config = pipeline.config
-        if not (config.use_static_kv or config.use_quantized_kv):
-            raise UserError("use_torch_compile: the reference cache changes its shapes in Python; switch on "
-                            "use_static_kv or use_quantized_kv as well.")
         check_compiler(pipeline.device)
         options = AUTOTUNE if self.mode == "max-autotune" else {}
         stages = compiled_stages(pipeline)

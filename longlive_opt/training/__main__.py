@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, deadline: float | None) -> int:
-    from .check import Sizes, check_weights
+    from .check import VARIANTS, Sizes, check_weights
 
     settings = QUICK if args.quick else Settings()
     settings = settings.with_budget(
@@ -55,9 +55,10 @@ def _run(args: argparse.Namespace, deadline: float | None) -> int:
     settings = settings.adjusted(args.rate_scale, args.refresh_every)
     if args.stage == "check":
         sizes = Sizes(2, 1, 0, 1, 0) if args.quick else Sizes()
+        variants = VARIANTS if args.variants is None else args.variants
         keys = {"denoising_steps": _numbers("denoising-steps", args.denoising_steps, int)}
         check_weights(args.out, args.device, args.model, seed=args.seed, sizes=sizes,
-                      variants=("no_recache",) if args.quick else tuple(args.variants),
+                      variants=("no_recache",) if args.quick else tuple(variants),
                       processes=0 if args.quick else os.cpu_count() or 1,
                       **{key: value for key, value in keys.items() if value})
         return 0
@@ -136,8 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--export-from", choices=("student", "teacher"), default="student",
                         help="whose transformer (default: %(default)s)")
     parser.add_argument("--denoising-steps", help="for check, such as 1000,750,500,250")
-    parser.add_argument("--variants", nargs="*", default=("no_sink", "no_recache", "window_9", "window_6"),
-                        help="for check (default: all)")
+    parser.add_argument("--variants", nargs="*", help="for check (default: all)")
     return parser
 
 
