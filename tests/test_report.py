@@ -1,14 +1,18 @@
 """The report fills the log's template without changing its form, and draws whatever a result holds."""
 
 import copy
+import io
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from example_results import example_result
+from PIL import Image
 
 from longlive_opt import figures, report
 from longlive_opt.errors import UserError
@@ -291,8 +295,51 @@ def test_figures_take_any_number_of_presets(seven):
     strange = make("costs $5 and $")
     for results in ([], [*seven, strange, make("fp8"), make("low_memory")]):
         for name, chart in figures.campaign_figures(results).items():
-            assert chart._repr_png_()[0].startswith(b"\x89PNG"), name
+            picture, metadata = chart._repr_png_()
+            assert picture.startswith(b"\x89PNG"), name
+            assert metadata["alt"].endswith(".") and ". " in metadata["alt"].replace("? ", ". "), name
     assert len({figures.colour_of(preset) for preset in SCALES}) == len(SCALES)
+
+
+def test_every_preset_keeps_its_colour():
+    """Would catch a palette that gives a thin line the colour of another preset, presets without a colour of
+    their own, and colours of presets that are gone."""
+    presets = [path.stem for path in (ROOT / "params").glob("*.yaml") if path.stem != "smoke"]
+    assert set(figures.PRESET_COLOURS) == set(presets)
+    results = [make(preset, scale=1 - 0.08 * index) for index, preset in enumerate(presets)]
+    for draw in (figures.latency_ecdf, figures.pareto, figures.latency_by_block):
+        picture = Image.open(io.BytesIO(draw(results)._repr_png_()[0]))
+        found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+        assert {tuple(bytes.fromhex(colour[1:])) for colour in figures.PRESET_COLOURS.values()} <= found
+
+
+def test_stages_that_overlap_stay_within_the_interval():
+    """Would catch bars longer than the block they are part of."""
+    result = make("async_vae")
+    result["latency"]["ss_block_ms"] = [500.0] * 300
+    bars = figures.stage_bars([make("baseline"), result]).axes[0].patches
+    decode = [bar for bar in bars if bar.get_height() < 0.5]
+    assert len(decode) == 1 and decode[0].get_x() + decode[0].get_width() == pytest.approx(500)
+
+
+def test_names_of_points_keep_off_lines_and_one_another():
+    """Would catch a name under a line that joins the points."""
+    results = [make("baseline"), make("speed", scale=0.5), make("quality", scale=0.8)]
+    figure = figures.pareto(results)
+    ax = figure.axes[0]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts if "target" not in text.get_text()]
+    front = np.concatenate([figures._along(line) for line in ax.get_lines()])
+    assert len(boxes) == 3 and not any(box.contains(*point) for box in boxes for point in front)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_leaders_begin_beside_their_name():
+    """Would catch a leader that starts in the middle of its name and strikes the names above and below."""
+    results = [make("baseline"), make("speed", scale=0.99), make("quality", scale=0.98)]
+    chart = figures.latency_by_block(results)
+    named = [text for text in chart.axes[0].texts if text.arrow_patch]
+    assert len(named) >= 3 and all(text._arrow_relpos == (0, 0.5) for text in named)
 
 
 @pytest.mark.parametrize("path", [
