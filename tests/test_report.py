@@ -290,6 +290,26 @@ def test_tables(seven):
     assert report.noise_table(seven).empty and report.summary_table([]).empty
 
 
+def test_numbers_for_readers_say_what_is_no_number(seven):
+    """Would catch nan and None in the table, frames that look identical and are not, and a start-up buffer
+    that only tells how long the stream was."""
+    slow = make("static_kv", exact=True)
+    slow["playback"] |= {"sustained": False, "startup_buffer_ms": 13760.4}
+    slow["playback"]["switch_stream"] = dict(slow["playback"])
+    near = make("speed", scale=0.1)
+    near["quality"] |= {"identical": False, "ssim": {"mean": 0.99999}}
+    near["playback"] |= {"sustained": True, "startup_buffer_ms": 0.0,
+                         "switch_stream": {"sustained": True, "startup_buffer_ms": 271.0}}
+    table = report.numbers_table([seven[0], slow, near]).set_index("preset")
+    assert table.loc["static_kv", ["PSNR, dB", "SSIM", "start-up buffer"]].tolist() == \
+        ["identical", "identical", "too slow"]
+    assert table.loc["speed", "SSIM"] == "0.9999"
+    assert table.loc["speed", "start-up buffer"] == "0 s / 0.27 s"
+    assert table.loc["baseline", "PSNR, dB"] == "reference" and table.shape[1] <= 13
+    assert not table.map(str).isin(["nan", "None"]).any(axis=None)
+    assert report.numbers_table([]).set_index(["preset", "run"]).empty
+
+
 def test_figures_take_any_number_of_presets(seven):
     """Would catch a chart that needs the baseline, a second preset or a known name."""
     strange = make("costs $5 and $")
