@@ -12,8 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -25,27 +28,34 @@ Result = Mapping[str, Any]
 TARGET_MS = 40.0  # per video frame: 25 FPS
 STAGE_COLOURS = {"text_encode": "#9467bd", "recache": "#e0a100", "denoise": "#3b75af", "decode": "#5aa469",
                  "other": "#b8b8b8"}
-PRESET_COLOURS = {
+PRESET_COLOURS = {  # apart from one another also without red or green receptors
     "baseline": "#4d4d4d", "cuda_graphs": "#d98b00", "static_kv": "#3d9ad1", "async_vae": "#009e73",
-    "quality": "#0a5c9c", "balanced": "#b4508f", "speed": "#d1491b", "low_memory": "#7a5c1e",
-    "torch_compile": "#6a3d9a", "quantized_kv": "#5f7d1f", "fp8": "#8c2d3f", "prompt_cache": "#1f8a8a"}
+    "quality": "#0a5c9c", "balanced": "#b4508f", "speed": "#d1491b", "low_memory": "#662200",
+    "realtime": "#2318f0", "ablation": "#8866ff"}
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
 _DARK, _GREY, _RED = "#222222", "#8a8a8a", "#c21f1f"
 _HALO = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85}
 _DPI = 110
-PALETTE_COLOURS = 128
+_KEPT_COLOURS = 64
 _FONT = 9  # points
 _WIDTH = 9  # inches
 _STAGES = tuple(STAGE_COLOURS)
+_ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white figures
+_LEVELS = tuple(level / 20 for level in range(1, 20))  # where on its curve a name may stand
 
 
 class Chart(Figure):
-    """A Figure that a notebook shows by itself: no pyplot, hence no global state."""
+    """A Figure that a notebook shows by itself: no pyplot, hence no global state.
+
+    `alt` says in words what there is to see; without it the titles stand for it.
+    """
+
+    alt = ""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         buffer = io.BytesIO()
         self.save(buffer)
-        return buffer.getvalue(), {"alt": "; ".join(ax.get_title(loc="left") for ax in self.axes)}
+        return buffer.getvalue(), {"alt": self.alt or "; ".join(ax.get_title(loc="left") for ax in self.axes)}
 
     def save(self, target: Path | BinaryIO) -> None:
         """Write as PNG. Without pictures in it, a palette will do: a third of the size for lines and text."""
@@ -54,7 +64,23 @@ class Chart(Figure):
             return
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
-        Image.open(buffer).convert("RGB").quantize(PALETTE_COLOURS).save(target, "PNG", optimize=True)
+        _few_colours(Image.open(buffer).convert("RGB")).save(target, "PNG", optimize=True)
+
+
+def _few_colours(picture: Image.Image) -> Image.Image:
+    """The picture in 256 colours: the most frequent ones as they are, the others by greatest coverage. By
+    frequency alone a thin line would get the colour of a thicker one.
+    """
+    codes = np.asarray(picture, dtype=np.int64) @ (1 << 16, 1 << 8, 1)
+    found, places, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    colours = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
+    others = picture.quantize(256 - _KEPT_COLOURS, Image.Quantize.MAXCOVERAGE).getpalette()
+    frequent = colours[np.argsort(-counts, kind="stable")[:_KEPT_COLOURS]]
+    palette = np.concatenate([frequent, np.reshape(others, (-1, 3))])[:256]
+    nearest = ((colours[:, None] - palette) ** 2).sum(axis=2).argmin(axis=1).astype(np.uint8)
+    few = Image.fromarray(nearest[places].reshape(codes.shape), "P")
+    few.putpalette(palette.astype(np.uint8).tobytes())
+    return few
 
 
 def colour_of(preset: str) -> str:
@@ -101,18 +127,20 @@ def latency_ecdf(results: Sequence[Result]) -> Chart:
         return _empty(title, "no steady-state samples")
     series.sort(key=lambda item: item[1][len(item[1]) // 2], reverse=True)
     figure, ax = _axes(title, 1.8 + max(2.8, 0.34 * len(series)))
-    for index, (result, values) in enumerate(series):
+    names = []
+    for result, values in series:
         n = len(values)
         shares = [count / n for count in range(n + 1)]
         ax.step([values[0], *values], shares, where="post", lw=1.8, color=_colour(result))
-        level = (index + 0.5) / len(series)  # each name at a height of its own, so that none overlap
-        _note(ax, f"{_name(result)} (n={n})", (values[int(level * n)], level), (7, 0), va="center",
-              color=_colour(result), bbox=_HALO)
+        places = [(values[int(level * n)], level) for level in _LEVELS]
+        names.append((places, f"{_name(result)} (n={n})", _colour(result)))
     ax.set(xlim=_limits([value for _, values in series for value in values], 0.04, 0.24), ylim=(0, 1.02),
            xlabel="ms per video frame")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     _target(ax)
-    return figure
+    _name_points(ax, names)
+    return _told(figure, "One curve per preset; median in ms per video frame", (
+        f"{_name(result)} {percentile(values, 50):.1f}" for result, values in reversed(series)))
 
 
 def latency_boxes(results: Sequence[Result]) -> Chart:
@@ -139,7 +167,8 @@ def latency_boxes(results: Sequence[Result]) -> Chart:
     ax.set(xlim=_limits([value for _, values in series for value in values], 0.05, 0.05),
            xlabel="ms per video frame")
     _target(ax)
-    return figure
+    return _told(figure, "Every block is a point; mean and maximum in ms per video frame", (
+        f"{_name(result)} {_mean(values):.1f} and {max(values):.1f}" for result, values in series))
 
 
 def latency_by_block(results: Sequence[Result]) -> Chart:
@@ -156,18 +185,21 @@ def latency_by_block(results: Sequence[Result]) -> Chart:
         ax.axvline(block, color=_GREY, lw=0.7, ls=":", zorder=0)
     for result, blocks, values in series:
         ax.plot(blocks, values, lw=1.0, color=_colour(result), marker="." if len(values) < 40 else None)
-    names = [(_mean(values), f"{_name(result)} (n={len(values)})", _colour(result))
-             for result, _, values in series]
+    names = [(blocks[-1], _mean(values), f"{_name(result)} (n={len(values)})", _colour(result))
+             for result, blocks, values in series]
     high = _limits([value for _, _, values in series for value in values], 0, 0.05)[1]
     if high > TARGET_MS:
         ax.axhline(TARGET_MS, color=_RED, lw=1.0, ls="--", zorder=1)
-        names.append((TARGET_MS, f"{TARGET_MS:.0f} ms target", _RED))
+        names.append((math.inf, TARGET_MS, f"{TARGET_MS:.0f} ms target", _RED))
     far = "" if high > TARGET_MS else f"   ({TARGET_MS:.0f} ms target: far above)"
     ax.set(ylim=(0, high), ylabel=f"ms per video frame{far}",
            xlabel="block" + ("   (dotted: prompt switches, not part of SS)" if switches else ""))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _name_lines(ax, names)
-    return figure
+    halves = ((result, values[:len(values) // 2] or values, values[len(values) // 2:])
+              for result, _, values in series)
+    return _told(figure, "One line per preset; second half of the blocks minus first, in ms per video frame",
+                 (f"{_name(result)} {_mean(last) - _mean(first):+.2f}" for result, first, last in halves))
 
 
 def stage_bars(results: Sequence[Result]) -> Chart:
@@ -213,10 +245,13 @@ def playback_buffer(results: Sequence[Result]) -> Chart:
     ax.axhspan(low, 0, color=_RED, alpha=0.06, lw=0)
     dashed = any(result.get("switch_events") for result, _ in series)
     ax.set(ylim=(low, max(high, 0.05 * -low)), ylabel="s ahead (below 0: stall)",
-           xlabel="seconds of video" + ("   (dashed: the stream with prompt switches)" if dashed else ""))
-    _name_lines(ax, [(margin[1][-1], _name(result) + _buffer_words(result), _colour(result))
-                     for result, margin in series])
-    return figure
+           xlabel="seconds of video" + ("   (dashed: with prompt switches; buffer: without / with them)"
+                                        if dashed else ""))
+    names = [(margin[0][-1], margin[1][-1], f"{_name(result)}: {_buffer_label(result)}", _colour(result))
+             for result, margin in series]
+    _name_lines(ax, names)
+    return _told(figure, "Rising lines keep up; start-up buffer without / with prompt switches",
+                 (text for _, _, text, _ in names))
 
 
 def pareto(results: Sequence[Result]) -> Chart:
@@ -238,18 +273,22 @@ def pareto(results: Sequence[Result]) -> Chart:
     for x, y, _, _ in sorted(points, key=lambda point: (point[0], -point[1])):
         if y > max((height for _, height in front), default=bottom):
             front.append((x, y))
-    ax.plot([x for x, _ in front], [y for _, y in front], color=_GREY, lw=1.0, zorder=1)
+    if front:
+        ax.plot(*zip(*front, strict=True), color=_GREY, lw=1.0, zorder=1)
     for x, y, _, colour in points:
         ax.scatter([x], [y], s=46, color=colour, zorder=3)
     ax.set(xlim=_limits([x for x, _, _, _ in points], 0.15, 0.3),
            ylim=(bottom - 0.35 * span, top + 0.35 * span),
            xlabel="SS max, ms per video frame   (left is faster)", ylabel="mean PSNR to the baseline, dB")
     rows = {label: y for label, y in (("identical", top), ("n/a", bottom)) if y in [p[1] for p in points]}
-    scale = [tick for tick in ax.get_yticks() if bottom + 0.12 * span < tick < top - 0.12 * span]
+    scale = [tick for tick in ax.get_yticks() if bottom + 0.12 * span < tick < top - 0.12 * span
+             and any(psnr.values())]
     ax.set_yticks([*scale, *rows.values()], [*(f"{tick:g}" for tick in scale), *rows])
     _target(ax)
-    _name_points(ax, points)
-    return figure
+    _name_points(ax, [([(x, y)], name, colour) for x, y, name, colour in points])
+    words = {y: label for label, y in rows.items()}
+    return _told(figure, "SS max in ms per video frame, and PSNR to the baseline", (
+        f"{name} {x:.1f} ms, {words.get(y, f'{y:.1f} dB')}" for x, y, name, _ in points))
 
 
 def waterfall(results: Sequence[Result]) -> Chart:
@@ -282,7 +321,8 @@ def waterfall(results: Sequence[Result]) -> Chart:
     ax.set_xticks(range(len(bars)), [_name(base), *(name for name, _ in steps), _name(best)])
     ax.set(ylim=(0, 1.2 * max(start, end)), ylabel="ms per steady-state block (mean)")
     ax.grid(visible=False, axis="x")
-    return figure
+    return _told(figure, f"{_name(base)} {_ms(start)} ms a block, {_name(best)} {_ms(end)} ms; between them",
+                 (f"{name} {delta:+.0f} ms" for name, delta in steps))
 
 
 # ------------------------------------------------------------------------------- one result
@@ -309,11 +349,13 @@ def stage_blocks(result: Result) -> Chart:
     if edge > shown[0]:
         ax.axvspan(shown[0] - 0.5, edge - 0.5, color=_GREY, alpha=0.18, lw=0, label="warm-up")
     ax.set(xlim=(shown[0] - 0.5, shown[-1] + 0.5), ylim=(0, 1.05 * max(level.values())),
-           xlabel=f"block   (n={len(shown)})", ylabel="ms per block")
+           xlabel=f"block   (n={len(shown)})", ylabel="ms per block, spans added up")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=len(totals) + 1,
                   frameon=False, fontsize=_FONT)
-    return figure
+    means = {name: math.fsum(totals[name].values()) / len(shown) for name in _ordered(totals)}
+    return _told(figure, f"{len(shown)} stacked bars; mean over all blocks in ms",
+                 (f"{name} {_ms(mean)}" for name, mean in means.items()))
 
 
 def block_timeline(result: Result, blocks: Sequence[int] | None = None) -> Chart:
@@ -352,7 +394,8 @@ def quality_by_frame(result: Result) -> Chart:
           ha="right" if worst[0] > points[-1][0] / 2 else "left")
     ax.set(ylim=(low - margin, high + margin), ylabel="PSNR, dB",
            xlabel=f"compared frame   (n={len(points)})")
-    return figure
+    return _told(figure, f"PSNR of {len(points)} frames in dB", (
+        f"mean {_mean([value for _, value in points]):.1f}", f"worst {low:.1f} at frame {worst[0]}"))
 
 
 # ------------------------------------------------------------------------------- sets
@@ -467,13 +510,24 @@ def _margin(result: Result, stream: str) -> tuple[list[float], list[float]] | No
     return video, [due - (time - times[0]) / 1e3 for due, time in zip(video, times, strict=True)]
 
 
-def _buffer_words(result: Result) -> str:
-    buffer_ms = number(result, "playback.startup_buffer_ms")
-    if lookup(result, "playback.sustained") is False:
-        return ": too slow"
-    if buffer_ms is None:
-        return ""
-    return f": buffer {buffer_ms / 1e3:.2f} s" if buffer_ms >= 5 else ": no buffer"
+def buffer_words(result: Result) -> str:
+    """The start-up buffer that a viewer needs, and behind a slash that of the stream with prompt switches
+    where it is another. A stream that is too slow has none: it would grow with the stream.
+    """
+    steady, switched = (_buffer(result, path) for path in ("playback", "playback.switch_stream"))
+    return steady if switched in ("n/a", steady) else f"{steady} / {switched}"
+
+
+def _buffer(result: Result, path: str) -> str:
+    buffer_ms = number(result, f"{path}.startup_buffer_ms")
+    if lookup(result, f"{path}.sustained") is False:
+        return "too slow"
+    return "n/a" if buffer_ms is None else f"{buffer_ms / 1e3:.2f} s" if buffer_ms >= 5 else "0 s"
+
+
+def _buffer_label(result: Result) -> str:
+    words = buffer_words(result)
+    return words if words == "too slow" else f"buffer {words}"
 
 
 # ------------------------------------------------------------------------------- drawing
@@ -494,7 +548,16 @@ def _empty(title: str, reason: Any) -> Chart:
     figure, ax = _axes(title, 1.4)
     ax.set_axis_off()
     ax.text(0.0, 0.6, f"Not drawn: {_plain(reason)}.", transform=ax.transAxes, color=_GREY)
-    return figure
+    return _told(figure, f"Not drawn: {_plain(reason)}")
+
+
+def _told(chart: Chart, shown: str, readings: Iterable[str] = ()) -> Chart:
+    """The chart with its alternative text: the title, what is shown, and what can be read there."""
+    values = "; ".join(readings)
+    title = chart.axes[0].get_title(loc="left")
+    words = f"{title}{'' if title.endswith('?') else '.'} {shown}{': ' if values else ''}{values}."
+    chart.alt = words.replace(r"\$", "$")
+    return chart
 
 
 def _note(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
@@ -541,26 +604,38 @@ def _stacked(title: str, rows: Sequence[tuple[str, dict[str, float], float]], un
     if not rows:
         return _empty(title, "no stage times in these results")
     figure, ax = _axes(title, 1.8 + 0.46 * len(rows))
-    names = _ordered({name for _, parts, _ in rows for name in parts})
-    right = 1.16 * max(max(total, sum(parts.values())) for _, parts, total in rows)
-    ends = [0.0] * len(rows)
-    for name in names:
-        widths = [parts.get(name, 0.0) for _, parts, _ in rows]
-        ax.barh(range(len(rows)), widths, left=ends, height=0.62, label=name,
-                color=STAGE_COLOURS.get(name, _STAGE_GREY))
-        for row, width in enumerate(widths):
-            if width > 0.06 * right:
-                ax.text(ends[row] + width / 2, row, _ms(width), ha="center", va="center", color="white",
-                        fontsize=_FONT)
-        ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for row, (_, _, total) in enumerate(rows):
+    right = 1.16 * max(total for _, _, total in rows)
+    beside = [_hidden(parts, total) for _, parts, total in rows]
+    for row, ((_, parts, total), second) in enumerate(zip(rows, beside, strict=True)):
+        end, second_at = 0.0, total - parts.get(second, 0.0)
+        for name in _ordered(parts):
+            width, left = parts[name], second_at if name == second else end
+            ax.barh(row + 0.155 if name == second else row, width, left=left, lw=0.8 * (name == second),
+                    height=0.31 if name == second else 0.62, edgecolor="white",
+                    color=STAGE_COLOURS.get(name, _STAGE_GREY))
+            free = width if name == second else min(left + width, second_at) - left if second else width
+            if free > 0.06 * right:
+                ax.text(left + free / 2, row + 0.155 * (name == second), _ms(width), ha="center", va="center",
+                        color=_DARK if name in _ON_LIGHT else "white", fontsize=_FONT)
+            end = max(end, left + width)
         ax.plot([total, total], [row - 0.36, row + 0.36], color=_DARK, lw=1.8)
-        _note(ax, f"{_ms(total)} ms", (max(total, ends[row]), row), (6, 0), va="center")
+        _note(ax, f"{_ms(total)} ms", (total, row), (6, 0), va="center")
     _rows(ax, [name for name, _, _ in rows])
-    ax.set(xlim=(0, right), xlabel=f"{unit}   (black tick: {tick}, host clock)")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=len(names), frameon=False,
-                  fontsize=_FONT)
-    return figure
+    overlap = "; lower half: at the same time" if any(beside) else ""
+    ax.set(xlim=(0, right), xlabel=f"{unit}   (black tick: {tick}, host clock{overlap})")
+    names = _ordered({name for _, parts, _ in rows for name in parts})
+    figure.legend(handles=[Patch(color=STAGE_COLOURS.get(name, _STAGE_GREY), label=name) for name in names],
+                  loc="outside upper right", ncols=len(names), frameon=False, fontsize=_FONT)
+    stages = (", ".join(f"{key} {_ms(parts[key])}" for key in _ordered(parts) if parts[key])
+              for _, parts, _ in rows)
+    return _told(figure, f"One bar per preset in {unit}", (
+        f"{name} {_ms(total)}: {words}" for (name, _, total), words in zip(rows, stages, strict=True)))
+
+
+def _hidden(parts: Mapping[str, float], total: float) -> str:
+    """The last stage if the stages add up to clearly more than the total, so that it ran beside others."""
+    over = sum(parts.values()) > 1.01 * total
+    return [name for name in _ordered(parts) if parts[name] > 0][-1] if over else ""
 
 
 def _gantt(title: str, result: Result, stream: str, blocks: Sequence[int]) -> Chart:
@@ -569,17 +644,24 @@ def _gantt(title: str, result: Result, stream: str, blocks: Sequence[int]) -> Ch
         return _empty(title, "no stage events in these blocks")
     lanes = _ordered({event.name for event in spans})
     on_device = {event.name for event in spans if event.clock == "cuda"}
-    origin = min(event.start_ms for event in spans)
+    launches = [event for event in _events(result, stream) if event.block in blocks
+                and event.clock == "host" and event.name in on_device]
+    origin = min(event.start_ms for event in [*spans, *launches])
     width = max(event.start_ms + event.duration_ms for event in spans) - origin
     figure, ax = _axes(title, 1.7 + 0.55 * len(lanes))
     ax.set_title(title, loc="left", fontsize=_FONT + 2, pad=18)  # room for the names of the blocks
     for event in spans:
         lane, left = lanes.index(event.name), event.start_ms - origin
-        ax.barh(lane, event.duration_ms, left=left, height=0.5, edgecolor="white", lw=0.6,
-                color=STAGE_COLOURS.get(event.name, _STAGE_GREY))
+        colour = STAGE_COLOURS.get(event.name, _STAGE_GREY)
+        # A white edge would hide a stage of less than a millisecond.
+        ax.barh(lane, event.duration_ms, left=left, height=0.5, lw=0.6, color=colour,
+                edgecolor="white" if event.duration_ms > 0.01 * width else colour)
         if event.duration_ms > 0.055 * width:
             ax.text(left + event.duration_ms / 2, lane, _ms(event.duration_ms), ha="center", va="center",
-                    color="white", fontsize=_FONT - 1)
+                    color=_DARK if event.name in _ON_LIGHT else "white", fontsize=_FONT - 1)
+    for event in launches:
+        ax.barh(lanes.index(event.name) + 0.36, event.duration_ms, left=event.start_ms - origin, height=0.12,
+                color=_DARK, alpha=0.6)
     for event in _events(result, stream):
         if event.block not in blocks or event.clock != "host":
             continue
@@ -590,29 +672,37 @@ def _gantt(title: str, result: Result, stream: str, blocks: Sequence[int]) -> Ch
             _note(ax, "switch requested", (left, 1), (2, -2), xycoords=("data", "axes fraction"), va="top",
                   color=_RED, fontsize=_FONT - 1)
             ax.axvline(left, color=_RED, lw=0.9)
-        elif event.name in on_device:
-            ax.barh(lanes.index(event.name) + 0.36, event.duration_ms, left=left, height=0.12, color=_DARK,
-                    alpha=0.6)
     for block in blocks:
         begin = min((event.start_ms for event in spans if event.block == block), default=None)
         if begin is not None:
             _note(ax, f"block {block}", (begin - origin, 1), (2, 3), xycoords=("data", "axes fraction"),
                   color=_GREY, fontsize=_FONT - 1)
     _rows(ax, lanes)
-    launches = "; thin bars: launching on the host" if on_device else ""
-    ax.set(xlim=(-0.01 * width, 1.02 * width), xlabel=f"ms   (dashed: frames complete in pixels{launches})")
-    return figure
+    thin = "; thin bars: launching on the host" if launches else ""
+    ax.set(xlim=(-0.01 * width, 1.02 * width), xlabel=f"ms   (dashed: frames complete in pixels{thin})")
+    durations = {lane: ", ".join(_ms(span.duration_ms) for span in spans if span.name == lane)
+                 for lane in lanes}
+    return _told(figure, "One lane per stage; its spans in ms",
+                 (f"{lane} {words}" for lane, words in durations.items()))
 
 
-def _name_lines(ax: Axes, names: Sequence[tuple[float, str, str]]) -> None:
-    """Names of lines at the right edge from (value, text, colour), moved apart so that none overlap."""
-    low, high = ax.get_ylim()
+def _name_lines(ax: Axes, names: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names of lines at the right edge from (where it ends, value, text, colour), moved apart so that none
+    overlap; dots lead there from a line that ends before.
+    """
+    (low, high), right = ax.get_ylim(), ax.get_xlim()[1]
+    ax.set_xlim(right=right)
     gap = 1.45 * _FONT / 72 / (0.78 * ax.figure.get_figheight())  # a line of text, in heights of the axes
-    items = sorted(((value - low) / (high - low), text, colour) for value, text, colour in names)
-    for (height, text, colour), moved in zip(items, _spread([item[0] for item in items], gap), strict=True):
-        ax.annotate(text, (1.0, height), (1.035, moved), xycoords="axes fraction", textcoords="axes fraction",
+    items = sorted(((value - low) / (high - low), end, text, colour) for end, value, text, colour in names)
+    for (height, end, text, colour), moved in zip(items, _spread([item[0] for item in items], gap),
+                                                  strict=True):
+        if end < right:
+            ax.hlines(low + height * (high - low), end, right, color=colour, lw=0.8, ls=":", alpha=0.7)
+        # From the name's left side: from its centre, a steep leader would strike its neighbours.
+        ax.annotate(text, (1.0, height), (1.04, moved), xycoords="axes fraction", textcoords="axes fraction",
                     va="center", color=colour, fontsize=_FONT, annotation_clip=False,
-                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0})
+                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0,
+                                "relpos": (0, 0.5)})
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -629,24 +719,43 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return [bottom(group) + index * gap for group in groups for index in range(len(group))]
 
 
-def _name_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names of (x, y, text, colour), each at the first nearby place that covers no other name or point."""
+def _name_points(ax: Axes, names: Sequence[tuple[Sequence[tuple[float, float]], str, str]]) -> None:
+    """Names from (points, text, colour): each beside one of its points, where it covers least of other names,
+    points and lines.
+    """
     ax.figure.draw_without_rendering()  # the layout must be final before data coordinates become pixels
-    pixels_per_point = ax.figure.dpi / 72
-    anchors = [ax.transData.transform(point[:2]) / pixels_per_point for point in points]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in anchors]
+    scale = ax.figure.dpi / 72
+    lines = np.concatenate([np.zeros((0, 2)), *map(_along, ax.get_lines())]) / scale
+    (left, bottom), (right, top) = ax.get_window_extent().get_points() / scale
+    anchors = [[tuple(ax.transData.transform(point) / scale) for point in points] for points, _, _ in names]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for places in anchors if len(places) == 1 for x, y in places]
     offsets = [(dx, side * 14 * row) for row in range(8) for side in (1, -1) for dx in (8, -8)]
-    for (x, y), (*at, text, colour) in zip(anchors, points, strict=True):
+    beside = [(8, 0), (-8, 0), (8, -10), (-8, 10)]
+    for places, (points, text, colour) in zip(anchors, names, strict=True):
         width, height = 0.6 * _FONT * len(text), 1.3 * _FONT
-        boxes = {}
-        for dx, dy in offsets:
-            left = x + dx - (width if dx < 0 else 0)
-            boxes[dx, dy] = (left, y + dy - height / 2, left + width, y + dy + height / 2)
-        free = (offset for offset, box in boxes.items() if not any(_overlap(box, other) for other in taken))
-        dx, dy = next(free, offsets[0])
-        taken.append(boxes[dx, dy])
+        best = None
+        for (x, y), at in zip(places, points, strict=True):
+            for rank, (dx, dy) in enumerate(offsets if len(places) == 1 else beside):
+                begin = x + dx - (width if dx < 0 else 0)
+                box = (begin, y + dy - height / 2, begin + width, y + dy + height / 2)
+                outside = box[0] < left or box[1] < bottom or box[2] > right or box[3] > top
+                struck = np.all((lines > box[:2]) & (lines < box[2:]), axis=1).sum()
+                cost = 1000 * (outside + sum(_overlap(box, other) for other in taken)) + 10 * struck + rank
+                if best is None or cost < best[0]:
+                    best = cost, box, at, dx, dy
+        _, box, at, dx, dy = best
+        taken.append(box)
         _note(ax, text, at, (dx, dy), va="center", ha="left" if dx > 0 else "right", color=colour, bbox=_HALO,
-              arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6} if dy else None)
+              arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (dx < 0, 0.5)}
+              if len(places) == 1 and dy else None)
+
+
+def _along(line: Line2D) -> np.ndarray:
+    """Points every two pixels along a line as it is drawn."""
+    corners = line.get_transform().transform(line.get_xydata())
+    lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))])
+    at = np.arange(0.0, lengths[-1], 2.0)
+    return np.stack([np.interp(at, lengths, corners[:, axis]) for axis in (0, 1)], axis=1)
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

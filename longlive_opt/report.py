@@ -184,6 +184,44 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run", *paths])
 
 
+def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
+    """The main columns of `summary_table` for readers: a row per run, and words where there is no number."""
+    baseline, rows = _baseline(results), []
+    verdicts = {True: "keep", False: "drop"}
+    for result in results:
+        ours = result["preset"] == BASELINE
+        rows.append({
+            "preset": result["preset"], "run": result.get("run", 1),
+            "SS mean, ms": _rounded(result, _FIGURES["SS Mean"], 2),
+            "change": _percent(_change(result, baseline, "SS Mean")),
+            "SS max, ms": _rounded(result, _FIGURES["SS Max"], 2),
+            "PS mean, ms": _rounded(result, _FIGURES["PS Mean"], 0),
+            "FPS": _rounded(result, _FIGURES["FPS"], 1),
+            "start-up buffer": figures.buffer_words(result),
+            "memory, GB": _rounded(result, _FIGURES["Memory"], 2),
+            "KV cache, GB": _rounded(result, "memory_gb.kv_cache", 2),
+            "PSNR, dB": _fidelity_cell(result, baseline, "psnr_db", 1),
+            "SSIM": _fidelity_cell(result, baseline, "ssim", 4),
+            "verdict": "reference" if ours else verdicts.get(lookup(result, "decision.keep"), "undecided"),
+            "blocks": _rounded(result, "sizes.blocks_measured", 0)})
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run"])
+
+
+def _rounded(result: Result, path: str, digits: int) -> str:
+    value = number(result, path)
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _fidelity_cell(result: Result, baseline: Result | None, metric: str, digits: int) -> str:
+    """A figure of fidelity, or why there is no need of one; what is not identical must not look like it."""
+    if result is baseline:
+        return "reference"
+    if lookup(result, "quality.identical") is True:
+        return "identical"
+    text = _rounded(result, f"quality.{metric}.mean", digits)
+    return "0.9999" if metric == "ssim" and text == "1.0000" else text
+
+
 def to_csv(results: Sequence[Result], path: str | Path) -> Path:
     """Write `summary_table` as CSV, atomically; return the path."""
     with atomic_path(path) as temporary:
@@ -208,7 +246,7 @@ def noise_table(results: Sequence[Result]) -> pd.DataFrame:
     """A/A noise in percent of the preset that was run twice; no row if none was."""
     noise = _noise(results)
     shares = {name: number(noise or {}, key) for key, name in _NOISE.items()}
-    row = {name: None if share is None else 100 * share for name, share in shares.items()}
+    row = {name: None if share is None else round(100 * share, 2) for name, share in shares.items()}
     rows = [{"preset": noise["preset"]} | row] if noise else []
     return pd.DataFrame(rows, columns=["preset", *_NOISE.values()])
 

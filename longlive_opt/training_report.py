@@ -53,6 +53,7 @@ _ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.a
              "permanence": "switch.permanence",
              "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
              "lost over 60 s": DRIFT, "in place": "long.in_place"}
+_NEVER = "switch.delay_blocks_never"
 _BARS = {"switch.adherence": ("", "adherence"),  # what the title says after the column, and what is counted
          "switch.old_left": (" after a switch", "share of what changed"),
          "long.last": (" of 60 s", "adherence"),
@@ -119,6 +120,11 @@ class TrainingReport:
     def ablation_figure(self) -> Chart | HTML:
         """The same as bars."""
         return self._of_check(ablation_chart)
+
+    def conclusions(self) -> HTML:
+        """What the check says in the end."""
+        return self._of_check(lambda check: HTML("".join(
+            f"<p>{html.escape(line)}</p>" for line in conclusions(check))))
 
     def _of_check(self, show: Callable[[dict[str, Any]], Any]) -> Any:
         if (self.folder / CHECK).is_file():
@@ -231,22 +237,30 @@ def _sentence(text: str) -> HTML:
 
 
 def stage_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """One row per stage: steps, minutes of training, progress (1 is complete), and each curve's first value
-    and the mean of its last tenth. Steps after the last line of the log are missing.
+    """One row per stage: steps, minutes of training, progress (the share of the planned time that had passed
+    at the last line of the log, beyond which no step counts), and what became of each curve.
     """
     table = {}
     for stage in dict.fromkeys(row["stage"] for row in rows):
         own = [row for row in rows if row["stage"] == stage]
         steps, spent = own[-1]["step"], _minutes(own)
-        last = own[-math.ceil(len(own) / 10):]
-        curves = (f"{_SERIES.get(key, key)} {_digits(own[0].get(key))} to "
-                  f"{_digits(sum(row[key] for row in last) / len(last))}"
-                  for key in _series(own) if all(key in row for row in last))
         table[_TITLES.get(stage, stage)] = {
             "steps": int(steps), "minutes": round(spent, 2),
             "ms per step": round(6e4 * spent / steps, 1), "progress": own[-1]["progress"],
-            "from, to": "; ".join(curves)}
+            "from, to": "; ".join(_curves(own))}
     return pd.DataFrame.from_dict(table, orient="index")
+
+
+def _curves(rows: Sequence[Row]) -> list[str]:
+    """Of each curve of a stage that lasts to its end: the first value and the mean of the last tenth."""
+    last, curves = rows[-math.ceil(len(rows) / 10):], []
+    for key in _series(rows):
+        if all(key in row for row in last):
+            first = next(row for row in rows if key in row)
+            since = "" if first is rows[0] else f" (from step {first['step']:.0f})"
+            end = sum(row[key] for row in last) / len(last)
+            curves.append(f"{_SERIES.get(key, key)} {_digits(first[key])} to {_digits(end)}{since}")
+    return curves
 
 
 def _minutes(rows: Sequence[Row]) -> float:
@@ -264,30 +278,90 @@ def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for path, words in _FIGURES.items():
         kind, _, key = path.partition(".")
-        value = number(check, path)
-        if value is None and key == "delay_blocks_never" and lookup(check, f"{kind}.videos"):
-            value = 0.0  # named only where it happened
         sign, target = TARGETS.get(path, ("", None))
-        met = "" if target is None else "not measured" if value is None else \
-            "yes" if (value >= target if sign == ">=" else value <= target) else "no"
         none_came = key == "delay_blocks" and (number(check, f"{path}_never") or 0) > 0
-        absent = "none came" if none_came else "not measured"
-        rows.append({"figure": words, "value": absent if value is None else _digits(value),
-                     "target": "" if target is None else f"{sign} {target:.2f}", "met": met,
+        rows.append({"figure": words,
+                     "value": _cell(check, path) or ("none came" if none_came else "not measured"),
+                     "target": "" if target is None else f"{sign} {target:.2f}",
+                     "met": "" if target is None else _met(check, path),
                      "videos": lookup(check, f"{kind}.videos") or 0})
     return pd.DataFrame(rows)
 
 
+def _met(check: Mapping[str, Any], path: str) -> str:
+    value, (sign, target) = number(check, path), TARGETS[path]
+    if value is None:
+        return "not measured"
+    return "yes" if (value >= target if sign == ">=" else value <= target) else "no"
+
+
+def _cell(part: Mapping[str, Any], path: str) -> str:
+    """A figure with its error where it has one; empty if it was not measured."""
+    if path == _NEVER:
+        never = _share(part, path)
+        videos = int(number(part, "switch.videos") or 0)
+        return "" if never is None else f"{round(never * videos)} of {videos}"
+    value, error = number(part, path), _error(part, path)
+    if value is None or error is None:
+        return "" if value is None else _digits(value)
+    return f"{value:.3f} ± {error:.2f}"
+
+
+def _share(part: Mapping[str, Any], path: str) -> float | None:
+    """A figure that is a share of each video; None if it is none, or was not measured."""
+    videos = number(part, f"{path.partition('.')[0]}.videos")
+    if not videos or path.endswith((".videos", ".delay_blocks")):
+        return None
+    return (number(part, path) or 0.0) / videos if path == _NEVER else number(part, path)  # named if it was
+
+
+def _error(part: Mapping[str, Any], path: str) -> float | None:
+    """Standard error of a share, from above: the check keeps means only, and between 0 and 1 nothing spreads
+    more than videos that are wholly right or wholly wrong. One of each is added, since 12 of 12 prove little.
+    """
+    if path == DRIFT:
+        ends = [_error(part, f"long.{end}") for end in ("first", "last")]
+        return None if None in ends else math.hypot(*ends)
+    share, videos = _share(part, path), number(part, f"{path.partition('.')[0]}.videos")
+    if share is None:
+        return None
+    share = (videos * share + 1) / (videos + 2)
+    return math.sqrt(share * (1 - share) / (videos + 2))
+
+
 def ablation_table(check: Mapping[str, Any]) -> pd.DataFrame:
     """The full model and each variant, a row each; an empty cell was not measured."""
-    table = {}
-    for name, part in {_FULL: check, **_variants(check)}.items():
-        row = {column: number(part, path) for column, path in _ABLATION.items()}
-        if row["videos"] and row["never"] is None:
-            row["never"] = 0.0
-        table[_variant(name)] = {column: "" if value is None else _digits(value)
-                                 for column, value in row.items()}
+    table = {_variant(name): {column: _cell(part, path) for column, path in _ABLATION.items()}
+             for name, part in {_FULL: check, **_variants(check)}.items()}
     return pd.DataFrame.from_dict(table, orient="index", columns=list(_ABLATION))
+
+
+def conclusions(check: Mapping[str, Any]) -> list[str]:
+    """A sentence on each target, and one on each variant: where it differs from the full model by more than
+    twice the error of the difference.
+    """
+    lines = []
+    for path, (sign, target) in TARGETS.items():
+        value, error = number(check, path), _error(check, path)
+        state = {"yes": "is met", "no": "is missed"}.get(_met(check, path), "was not measured")
+        near = value is not None and error is not None and abs(value - target) < error
+        found = _cell(check, path) and f": {_cell(check, path)}"
+        lines.append(f"Target {sign} {target:.2f} for {_FIGURES[path]} {state}"
+                     f"{', by less than the error' if near else ''}{found}.")
+    for name, part in _variants(check).items():
+        if name != "full":
+            # Windows are judged on fewer videos, and so is what they are compared with.
+            full = _variants(check).get("full", check) if name.startswith("window_") else check
+            found = [f"{column} {_cell(part, path)} against {_cell(full, path)}"
+                     for column, path in _ABLATION.items() if _differ(part, full, path)]
+            lines.append(f"{_variant(name).capitalize()}, beyond twice the error of the difference: "
+                         f"{'; '.join(found) or 'nothing'}.")
+    return lines
+
+
+def _differ(part: Mapping[str, Any], full: Mapping[str, Any], path: str) -> bool:
+    values, errors = ([of(one, path) for one in (part, full)] for of in (_share, _error))
+    return None not in (*values, *errors) and abs(values[0] - values[1]) > 2 * math.hypot(*errors)
 
 
 def conditions(check: Mapping[str, Any]) -> str:
@@ -341,6 +415,7 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
         name = f"{title}: losses" if keys is panels[0] else _SERIES[keys[0]]
         _dress(ax, name, "step")
     axes[0].legend(frameon=False, fontsize=8)
+    chart.alt = f"{title}, curves over {rows[-1]['step']:.0f} steps: {'; '.join(_curves(rows))}."
     return chart
 
 
@@ -352,16 +427,23 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
     for ax, (column, path) in zip(chart.subplots(1, len(_BARS), sharey=True), columns):
         when, unit = _BARS[path]
         for height, (name, part) in enumerate(parts.items()):
-            value = number(part, path)
-            text = "not measured" if value is None else f"{value:.2f}"
+            value, error = number(part, path), _error(part, path)
             ax.barh(height, value or 0.0, height=0.62, color=_COLOURS[0] if name == _FULL else "#b8b8b8")
-            ax.text(max((value or 0.0) - 0.02, 0.02), height, text, va="center", fontsize=8,
-                    ha="right" if value and value > 0.2 else "left")
+            if value is None:
+                ax.text(0.02, height, "not measured", va="center", fontsize=8)
+                continue
+            ax.plot([max(value - error, 0.0), min(value + error, 1.0)], [height] * 2, color="#222222", lw=1.0)
+            ax.text(1.04, height, f"{value:.2f}", va="center", fontsize=8)
         ax.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6))
         ax.set_yticks(range(len(parts)), list(parts))
         _dress(ax, column + when, f"{unit}{_target(path)}")
         if path in TARGETS:
             ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
+    chart.supxlabel("black: ± one standard error", fontsize=8)
+    told = ("; ".join(f"{name} {_cell(part, path) or 'n/a'}" for name, part in parts.items())
+            for _, path in columns)
+    chart.alt = "Bars with one standard error. " + " ".join(
+        f"{column}{_BARS[path][0]}: {words}." for (column, path), words in zip(columns, told))
     return chart
 
 

@@ -1,14 +1,18 @@
 """The report fills the log's template without changing its form, and draws whatever a result holds."""
 
 import copy
+import io
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from example_results import example_result
+from PIL import Image
 
 from longlive_opt import figures, report
 from longlive_opt.errors import UserError
@@ -348,13 +352,76 @@ def test_tables(seven):
     assert report.noise_table(seven).empty and report.summary_table([]).empty
 
 
+def test_numbers_for_readers_say_what_is_no_number(seven):
+    """Would catch nan and None in the table, frames that look identical and are not, and a start-up buffer
+    that only tells how long the stream was."""
+    slow = make("static_kv", exact=True)
+    slow["playback"] |= {"sustained": False, "startup_buffer_ms": 13760.4}
+    slow["playback"]["switch_stream"] = dict(slow["playback"])
+    near = make("speed", scale=0.1)
+    near["quality"] |= {"identical": False, "ssim": {"mean": 0.99999}}
+    near["playback"] |= {"sustained": True, "startup_buffer_ms": 0.0,
+                         "switch_stream": {"sustained": True, "startup_buffer_ms": 271.0}}
+    table = report.numbers_table([seven[0], slow, near]).set_index("preset")
+    assert table.loc["static_kv", ["PSNR, dB", "SSIM", "start-up buffer"]].tolist() == \
+        ["identical", "identical", "too slow"]
+    assert table.loc["speed", "SSIM"] == "0.9999"
+    assert table.loc["speed", "start-up buffer"] == "0 s / 0.27 s"
+    assert table.loc["baseline", "PSNR, dB"] == "reference" and table.shape[1] <= 13
+    assert not table.map(str).isin(["nan", "None"]).any(axis=None)
+    assert report.numbers_table([]).set_index(["preset", "run"]).empty
+
+
 def test_figures_take_any_number_of_presets(seven):
     """Would catch a chart that needs the baseline, a second preset or a known name."""
     strange = make("costs $5 and $")
     for results in ([], [*seven, strange, make("fp8"), make("low_memory")]):
         for name, chart in figures.campaign_figures(results).items():
-            assert chart._repr_png_()[0].startswith(b"\x89PNG"), name
+            picture, metadata = chart._repr_png_()
+            assert picture.startswith(b"\x89PNG"), name
+            assert metadata["alt"].endswith(".") and ". " in metadata["alt"].replace("? ", ". "), name
     assert len({figures.colour_of(preset) for preset in SCALES}) == len(SCALES)
+
+
+def test_every_preset_keeps_its_colour():
+    """Would catch a palette that gives a thin line the colour of another preset, presets without a colour of
+    their own, and colours of presets that are gone."""
+    presets = [path.stem for path in (ROOT / "params").glob("*.yaml") if path.stem != "smoke"]
+    assert set(figures.PRESET_COLOURS) == set(presets)
+    results = [make(preset, scale=1 - 0.08 * index) for index, preset in enumerate(presets)]
+    for draw in (figures.latency_ecdf, figures.pareto, figures.latency_by_block):
+        picture = Image.open(io.BytesIO(draw(results)._repr_png_()[0]))
+        found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+        assert {tuple(bytes.fromhex(colour[1:])) for colour in figures.PRESET_COLOURS.values()} <= found
+
+
+def test_stages_that_overlap_stay_within_the_interval():
+    """Would catch bars longer than the block they are part of."""
+    result = make("async_vae")
+    result["latency"]["ss_block_ms"] = [500.0] * 300
+    bars = figures.stage_bars([make("baseline"), result]).axes[0].patches
+    decode = [bar for bar in bars if bar.get_height() < 0.5]
+    assert len(decode) == 1 and decode[0].get_x() + decode[0].get_width() == pytest.approx(500)
+
+
+def test_names_of_points_keep_off_lines_and_one_another():
+    """Would catch a name under a line that joins the points."""
+    results = [make("baseline"), make("speed", scale=0.5), make("quality", scale=0.8)]
+    figure = figures.pareto(results)
+    ax = figure.axes[0]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts if "target" not in text.get_text()]
+    front = np.concatenate([figures._along(line) for line in ax.get_lines()])
+    assert len(boxes) == 3 and not any(box.contains(*point) for box in boxes for point in front)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_leaders_begin_beside_their_name():
+    """Would catch a leader that starts in the middle of its name and strikes the names above and below."""
+    results = [make("baseline"), make("speed", scale=0.99), make("quality", scale=0.98)]
+    chart = figures.latency_by_block(results)
+    named = [text for text in chart.axes[0].texts if text.arrow_patch]
+    assert len(named) >= 3 and all(text._arrow_relpos == (0, 0.5) for text in named)
 
 
 @pytest.mark.parametrize("path", [

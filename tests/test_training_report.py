@@ -19,6 +19,7 @@ from longlive_opt.training_report import (
     ablation_chart,
     ablation_table,
     check_table,
+    conclusions,
     conditions,
     loss_chart,
     read_check,
@@ -102,8 +103,8 @@ def test_figures_against_targets(trained: Path) -> None:
     met = {name: value for name, value in table["met"].items() if value}
     assert list(met.values()) == ["yes", "no", "yes"]
     assert list(table["target"][:3]) == [">= 0.90", ">= 0.85", "<= 0.05"]
-    assert table.loc["adherence lost over 60 s (first 5 s minus last 5 s)", "value"] == "0.05"
-    assert table.loc["switches whose new scene never came", "value"] == "0"
+    assert table.loc["adherence lost over 60 s (first 5 s minus last 5 s)", "value"] == "0.050 ± 0.19"
+    assert table.loc["switches whose new scene never came", "value"] == "0 of 24"
     assert list(table["videos"][:3]) == [32, 24, 6]
 
 
@@ -122,9 +123,11 @@ def test_ablation_beside_the_full_model(trained: Path) -> None:
     table = ablation_table(check)
     assert list(table.index) == ["full model", "no sink", "no recache", "window of 6 latent frames"]
     assert list(table["videos"]) == ["24", "12", "12", "12"]
-    assert table.loc["no recache", "second block after a switch"] == "0.5"
-    assert table.loc["no sink", "lost over 60 s"] == "0.55" and table.loc["no sink", "in place"] == "0.4"
-    assert table.loc["no recache", "old prompt left"] == "0.5"
+    assert table.loc["no recache", "second block after a switch"] == "0.500 ± 0.13"
+    assert table.loc["no sink", "lost over 60 s"].startswith("0.550 ±")
+    assert table.loc["no sink", "in place"].startswith("0.400 ±")
+    assert table.loc["no recache", "old prompt left"].startswith("0.500 ±")
+    assert table.loc["no recache", "delay, blocks"] == "1.5" and table.loc["no recache", "never"] == "0 of 12"
     same = checked(variants={"full": part(0.9, 0.9), "window_6": part(0.85, 0.8)})
     assert list(ablation_table(same).index)[1:] == ["full model, on the videos of the windows",
                                                     "window of 6 latent frames"]
@@ -134,6 +137,33 @@ def test_ablation_beside_the_full_model(trained: Path) -> None:
     machine = {"gpu": "H100", "cpu": None, "git_commit": "a1b2", "packages": {"a": "1"}}
     measured = check | {"environment": machine}
     assert conditions(measured).endswith(" seed 0, gpu H100, git commit a1b2.")
+
+
+def test_conclusions_name_what_exceeds_its_error() -> None:
+    """A difference of few videos, or two switches against none, told as a finding; a target met by less
+    than the error told as reached."""
+    check = checked(variants={"no_recache": part(0.3, 0.9, 36), "window_6": part(0.8, 0.8, 12),
+                              "full": part(0.3, 0.9, 12)})
+    check["switch"] |= {"delay_blocks_never": 2}
+    for one in (check, *check["variants"].values()):
+        one["long"]["lost"] = round(one["long"]["first"] - one["long"]["last"], 4)
+    lines = conclusions(check)
+    assert len(lines) == 5
+    assert "is met, by less than the error: 0.930 ± 0.05." in lines[0]
+    assert "is missed, by less than the error" in lines[1]
+    assert "second block after a switch 0.300 ± 0.08 against 0.840" in lines[3] and "never" not in lines[3]
+    assert "against 0.300" in lines[4], "the windows were compared with other videos"
+    untold = conclusions(checked(long=None, variants={}))
+    assert untold[2].endswith("was not measured.")
+
+
+def test_a_curve_that_begins_later_names_its_step(trained: Path) -> None:
+    """A question mark where a first value was."""
+    rows = [one for one in read_log(trained) if one["stage"] == "teacher"]
+    for one in rows[:5]:
+        del one["switch_flow"]
+    assert "flow after a switch 1.53 to 0.2" in (words := stage_table(rows).loc["teacher", "from, to"])
+    assert "(from step 300)" in words and "?" not in words
 
 
 def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
@@ -146,7 +176,8 @@ def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
         ["text encoder alone: losses", "norm of the gradient", "share read rightly"]
     assert right.axes[2].get_yscale() == "linear"
     for chart in (vae, right, ablation_chart(read_check(trained)), loss_chart([row("vae", 50, 0.0)])):
-        assert chart._repr_png_()[0].startswith(b"\x89PNG")
+        picture, metadata = chart._repr_png_()
+        assert picture.startswith(b"\x89PNG") and metadata["alt"].endswith(".")
 
 
 @pytest.mark.parametrize("line", ['{"stage": "vae", "lo', "[]", '{"stage": "vae"}', "", "NaN",
@@ -178,7 +209,7 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
         read_log(tmp_path / "empty")
     report = TrainingReport.open(str(tmp_path / "absent"))
     shown = [report.losses("vae"), report.stages(), report.about(), report.check(), report.ablation(),
-             report.ablation_figure()]
+             report.ablation_figure(), report.conclusions()]
     assert all(isinstance(one, HTML) for one in shown)
     assert "python -m longlive_opt.training --out" in shown[0].data and "--stage check" in shown[3].data
 
@@ -191,10 +222,11 @@ def test_the_notebook_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names: dict[str, Any] = {"weights_dir": str(trained), "seed": 0}
     exec(next(source for source in cells if "import" in source), names)
     shown = {source: eval(source, names) for source in cells if source.startswith("training.")}
-    assert len(shown) == 9
+    assert len(shown) == 10
     kinds = {type(value) for value in shown.values()}
     assert kinds == {Chart, pd.DataFrame, HTML}
-    assert [source for source, value in shown.items() if isinstance(value, HTML)] == ["training.about()"]
+    assert [source for source, value in shown.items() if isinstance(value, HTML)] == \
+        ["training.about()", "training.conclusions()"]
     assert {f'training.losses("{stage}")' for stage in CURVES} < set(shown)
 
 
