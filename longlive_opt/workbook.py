@@ -115,11 +115,13 @@ class Experiment:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         clocks_before, built_before = provenance.clocks(device), self._built()
+        cpu_before = provenance.cpu_seconds()
         steady = self._record(config.warmup_blocks + config.measure_blocks, [])
         asked_before = len(self._prompt_outcomes())
         switched = self._record(
             config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
         )
+        self.company = provenance.company_of(device, cpu_before, provenance.cpu_seconds())
         self.measured = metrics.measurements(
             steady,
             first_measured_block=config.warmup_blocks,
@@ -144,7 +146,7 @@ class Experiment:
 
     def _rehearse(self) -> None:
         """One short stream through everything that the measured one will do, timed as set-up."""
-        started = time.perf_counter()
+        started, built_before = time.perf_counter(), self._building_seconds()
         self._start_over()
         blocks = self.config.warmup_blocks + 4
         warmup = self.config.warmup_blocks
@@ -155,8 +157,7 @@ class Experiment:
         for _ in chunks:
             pass
         setup["rehearsal"] = time.perf_counter() - started
-        setup["capture"] = sum(stats.get("capture_s", 0.0) for stats in self._stats())
-        setup["compile"] = compile_seconds()
+        setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
         print(
             f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
             f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
@@ -198,6 +199,11 @@ class Experiment:
         """How many CUDA graphs were captured and how many regions compiled so far."""
         return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
                 "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+    def _building_seconds(self) -> dict[str, float]:
+        """What compilation and capture have taken so far; other experiments of this process included."""
+        return {"compile": compile_seconds(),
+                "capture": sum(stats.get("capture_s", 0.0) for stats in self._stats())}
 
     def _prompt_outcomes(self) -> list[str]:
         """What the prompt cache made of every request so far; empty without one."""
@@ -364,7 +370,8 @@ class Experiment:
     def result(self) -> dict[str, Any]:
         """What `save` writes; everything before must have been called."""
         config, pipeline = self.config, self.pipeline
-        environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend)
+        environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend,
+                                             company=self.company)
         result = plain_json(
             {
                 "schema_version": results.SCHEMA_VERSION,
@@ -416,11 +423,17 @@ class Experiment:
         latency, memory = self.measured["latency"], self.measured["memory_gb"]
         steady, switch = latency["ss_ms_per_frame"], latency["ps_ms"]
         rows = {f"SS {key}, ms per frame": steady[key] for key in ("mean", "p50", "p95", "p99", "max")}
+        over = latency["ss_over_target"]
+        rows[f"SS blocks over {over['target_ms']:g} ms per frame, %"] = 100 * over["share"]
         rows |= {f"PS {key}, ms": switch[key] for key in ("mean", "max")}
         rows |= {"first frame, ms": latency["first_frame_ms"], "FPS": self.measured["fps"],
                  "peak memory, GB": memory["peak_allocated"], "KV cache, GB": memory["kv_cache"]}
         print(self.measured["sizes"]["note"])
         print(latency["clock_disagreement"]["sentence"])
+        if self.company["co_scheduled"]:
+            beside = ("another process holds the GPU" if self.pipeline.device.type == "cuda" else
+                      f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
+            print(f"Warning: {beside}; these latencies are not fit for comparison.")
         return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
 
 

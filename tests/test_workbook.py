@@ -282,6 +282,31 @@ def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
     assert run.measured["built_while_measured"] == {"captured": 0, "compiled": 0}
 
 
+def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):
+    """A rehearsal of 3.4 s, "of it compiling 7.7 s": those of the preset that was measured before."""
+    spent = iter([7.0, 7.5])
+    monkeypatch.setattr(workbook, "compile_seconds", lambda: next(spent))
+    run = open_run(tmp_path / "run")
+    run.build()
+    run.measure()
+    assert run.pipeline.setup_s["compile"] == 0.5 and run.pipeline.setup_s["capture"] == 0
+    assert "of it compiling 0.5 s" in capsys.readouterr().out
+
+
+def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
+    """Latencies of a machine that somebody else used as well, with nothing said."""
+    clocks = iter([(0.0, 0.0, 0.0), (10.0, 18.0, 9.0)])
+    monkeypatch.setattr(workbook.provenance, "cpu_seconds", lambda: next(clocks))
+    run = open_run(tmp_path / "run", target_ms_per_frame=0.001)
+    run.build()
+    headline = run.measure()
+    assert "Warning: other processes kept 0.9 CPU cores busy" in capsys.readouterr().out
+    assert headline.loc["SS blocks over 0.001 ms per frame, %", "value"] == 100
+    run.film()
+    run.compare()
+    assert run.result["environment"]["co_scheduled"] is True
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_last_block_of_an_asynchronous_stream_does_not_count(tmp_path, asynchronous):
     """Nothing competes with its decoding: 13 instead of 53 ms, which a mean of 100 blocks shows."""
