@@ -300,19 +300,24 @@ class Experiment:
                        for name, text in metrics.DEFINITIONS.items())
         return HTML(f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>")
 
-    def difference(self) -> figures.Chart | HTML:
-        """Heat map of the mean absolute difference between this video and the baseline's, beside a frame of
-        each; a sentence where the campaign has no baseline video.
+    def difference(self) -> HTML:
+        """Show the heat map of the mean absolute difference between this video and the baseline's, beside a
+        frame of each; returns a player of the two videos, or a sentence where the campaign has no baseline
+        video.
         """
         reference = self.reference
         if reference is None:
             return HTML(f"<p>n/a: the campaign {html.escape(self.campaign)} has no baseline video to compare "
                         "with; run the baseline first.</p>")
-        video.write_mp4(self.folder / "side_by_side.mp4",
-                        quality.side_by_side(video.shrink(reference.frames, self.config.video_width),
-                                             video.shrink(self.frames, self.config.video_width)),
+        display(difference_chart(reference.frames, self.frames))
+        # Together 1.5 times as wide as the video alone: reports stay small.
+        width = self.config.video_width and self.config.video_width * 3 // 4
+        path = self.folder / "side_by_side.mp4"
+        video.write_mp4(path, quality.side_by_side(video.shrink(reference.frames, width),
+                                                   video.shrink(self.frames, width)),
                         self.pipeline.model.fps, crf=self.config.video_crf)
-        return difference_chart(reference.frames, self.frames)
+        caption = f"left: baseline, right: {self.config.title}"
+        return HTML(video.video_html(path, caption, min_width=512))
 
     def charts(self) -> None:
         """Show every figure of this run, beside the campaign's baseline where there is one."""

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from micro import micro_config, micro_model
@@ -143,8 +144,10 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     table = run.compare()
     assert list(table.index) == ["one block", "free-running"]
     run.charts()
-    assert shown and run.difference() is not None
-    assert (run.folder / "side_by_side.mp4").stat().st_size > 0
+    assert shown and "left: baseline, right: Baseline" in (player := run.difference().data)
+    with av.open(str(run.folder / "side_by_side.mp4")) as container:
+        width = 2 * run.frames.shape[3] + 4
+        assert "data:video/mp4" in player and container.streams.video[0].width == width
     assert "ss_ms_per_frame" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"
 
