@@ -8,6 +8,7 @@
     run.compare()                      # quality against the campaign's baseline
     run.save()                         # result.json, the only sign of success
     run.vary({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
+    run.reading()                      # what was expected, what was measured, what follows
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import project_path, script_of
 from .optimizations import build_pipeline
 from .optimizations.prompt_cache import CachedPrompts
+from .reading import reading_html
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
 from .variations import variations_table
@@ -324,17 +326,19 @@ class Experiment:
         for chart in figures.run_figures(self.result, self.baseline()).values():
             display(chart)
 
-    def save(self) -> HTML:
-        """Write result.json, last of all and atomically; returns the decision."""
+    def save(self) -> None:
+        """Write result.json, last of all and atomically."""
         results.write_result(self.folder / RESULT_FILE, self.result)
-        decision = self.result["decision"]
-        keep = {True: "Keep", False: "Drop", None: "No decision"}[decision["keep"]]
-        return HTML(f"<p><b>{keep}.</b> {html.escape(decision['rationale'])}</p>"
-                    f"<p>Rule: {html.escape(decision['rule'])}.</p>")
+        print(f"{RESULT_FILE} is written")
+
+    def reading(self) -> HTML:
+        """The hypothesis, what was measured beside the baseline, and the decision as it stands."""
+        return HTML(reading_html(self.result, self.baseline(), noise_known=self._noise is not None))
 
     def vary(self, changes: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-        """Measure the preset again with one key changed at a time, and add the figures to result.json; call
-        it last, since it lets go of the pipeline. A variation that cannot run is n/a and says why.
+        """Measure the preset again with one key changed at a time, and add the figures to result.json; only
+        `reading` may follow, since it lets go of the pipeline. A variation that cannot run is n/a and says
+        why.
 
         Args:
             changes: the values to try instead of the preset's, by key.
@@ -409,18 +413,21 @@ class Experiment:
                 "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         )
-        campaign, _ = results.read_campaign(self.folder.parent)
         gate = gate_of(config, result["rooms"])
         # The gate stays with the result: once the noise is known, the report decides again.
-        result["decision"] = metrics.decide(
-            result, self.baseline(), metrics.campaign_noise(campaign), gate
-        ) | {"gate": gate}
+        result["decision"] = metrics.decide(result, self.baseline(), self._noise, gate) | {"gate": gate}
         return result
 
     def baseline(self) -> dict[str, Any] | None:
         """The finished baseline of this campaign, None if there is none."""
         path = self.folder.parent / "baseline" / RESULT_FILE
         return results.read_result(path) if path.is_file() else None
+
+    @functools.cached_property
+    def _noise(self) -> dict[str, Any] | None:
+        """What a repetition in this campaign said of the noise, before this run was saved; or None."""
+        campaign, _ = results.read_campaign(self.folder.parent)
+        return metrics.campaign_noise(campaign)
 
     def _room_reports(self) -> list[dict[str, Any]]:
         return [

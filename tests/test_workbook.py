@@ -148,6 +148,7 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     with av.open(str(run.folder / "side_by_side.mp4")) as container:
         width = 2 * run.frames.shape[3] + 4
         assert "data:video/mp4" in player and container.streams.video[0].width == width
+    assert "Hypothesis" in (text := run.reading().data) and "PSNR, one block" in text
     assert "ss_ms_per_frame" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"
 
