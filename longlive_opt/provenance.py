@@ -3,11 +3,14 @@
 Nothing here may fail a run: what cannot be found is null, and `reasons` says why. No host name, no paths.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +25,30 @@ _ENV_NAMES = ("NVIDIA_TF32_OVERRIDE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
 _THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
                   0x40: "hw_thermal", 0x80: "hw_power_brake"}
+_CROWDED_CORES = 0.5  # kept busy by others: above, a run on the CPU was not alone
+_SHORTEST_S = 0.5  # /proc counts hundredths of a second
 
 
 def environment(device: "torch.device | str", *, attention_backend: str | None = None,
-                co_scheduled: bool = False) -> dict[str, Any]:
+                company: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `environment` section of result.json, except clocks_before and clocks_after (see `clocks`).
 
-    `attention_backend`: what was pinned for this run. `co_scheduled`: something else ran beside it.
+    `attention_backend`: what was pinned for this run. `company`: what ran beside it, from
+    `company_of`.
     """
     import torch
 
     device = torch.device(device)
-    reasons: dict[str, str] = {}
+    company = company or company_of(device, None, None)
+    reasons: dict[str, str] = dict(company["reasons"])
     found: dict[str, Any] = {
         "gpu": None, "driver": None, "gpu_power_limit_w": None, "ecc": None, "mig": None,
         "cuda": torch.version.cuda, "torch": str(torch.__version__), "cudnn": None,
         "triton": _version("triton"), "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_model(),
         "cpu_threads": torch.get_num_threads(), "attention_backend": attention_backend,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(), "co_scheduled": co_scheduled,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "co_scheduled": company["co_scheduled"], "other_cpu_cores": company["other_cpu_cores"],
         "packages": packages(), "env_vars": numerics_env_vars(os.environ),
     }
     if device.type == "cuda":
@@ -78,6 +86,48 @@ def clocks(device: "torch.device | str") -> dict[str, Any]:
             break
     found["throttle_reasons"] = throttle_reasons(mask)
     return found | ({"reason": reason} if reason else {})
+
+
+def cpu_seconds(proc: Path = Path("/proc")) -> tuple[float, float, float] | None:
+    """Three times in seconds: by the clock, busy of the CPUs that this process may use, and what this process
+    and its descendants had of any CPU; None where the system does not tell.
+    """
+    try:
+        usable, ticks = os.sched_getaffinity(0), os.sysconf("SC_CLK_TCK")
+        lines = (proc / "stat").read_text(encoding="ascii").splitlines()
+    except (OSError, AttributeError):
+        return None
+    # All but idle and iowait; what guests had is in user already.
+    busy = [sum(int(row[i]) for i in (1, 2, 3, 6, 7, 8)) for row in map(str.split, lines)
+            if re.fullmatch(r"cpu\d+", row[0]) and int(row[0][3:]) in usable]
+    return time.perf_counter(), sum(busy) / ticks, _family_ticks(proc, os.getpid()) / ticks
+
+
+def company_of(device: "torch.device | str", before: tuple[float, float, float] | None,
+               after: tuple[float, float, float] | None) -> dict[str, Any]:
+    """What ran beside a measurement, from `cpu_seconds` before and after it: {other_cpu_cores, co_scheduled,
+    reasons of what is null}.
+
+    other_cpu_cores: how many cores other processes kept busy on average. co_scheduled: on the CPU, whether
+    that is more than half a core; on a GPU, whether another process holds it.
+    """
+    import torch
+
+    device = torch.device(device)
+    cores = unknown = None
+    if before is None or after is None:
+        unknown = "not measured: the system does not tell"
+    elif after[0] - before[0] < _SHORTEST_S:
+        unknown = f"measured for less than {_SHORTEST_S} s"
+    else:
+        clock, busy, own = (b - a for a, b in zip(before, after, strict=True))
+        cores = max(0.0, (busy - own) / clock)
+    shared, why = None if cores is None else cores > _CROWDED_CORES, unknown
+    if device.type == "cuda":
+        shared, why = _gpu_is_shared(device)
+    reasons = {"other_cpu_cores": unknown, "co_scheduled": why}
+    return {"other_cpu_cores": cores, "co_scheduled": shared,
+            "reasons": {key: reason for key, reason in reasons.items() if reason}}
 
 
 def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -> dict[str, Any]:
@@ -154,17 +204,47 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _nvidia_smi(device: "torch.device", fields: tuple[str, ...]) -> tuple[list[str | None], str | None]:
-    """(one value or None per field, reason if the query failed)."""
+def _family_ticks(proc: Path, pid: int) -> int:
+    """CPU time of process `pid` and its descendants, those included that have ended."""
+    parents, ticks = {}, {}
+    for path in proc.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            number = int(path.parent.name)
+            parents[number], ticks[number] = int(fields[1]), sum(map(int, fields[11:15]))
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks.get(member, 0) for member in family)
+
+
+def _gpu_is_shared(device: "torch.device") -> tuple[bool | None, str | None]:
+    """(whether another process holds the GPU, reason if unknown); this process must hold it already."""
+    uuid = _uuid(device)
+    listed = _run("nvidia-smi", f"--id={uuid}", "--query-compute-apps=pid", "--format=csv,noheader") or ""
+    holders = {int(word) for word in listed.split() if word.isdigit()} if uuid else set()
+    # In a container this process may be listed by another number, or nobody at all.
+    if len(holders) > 1 or os.getpid() in holders:
+        return len(holders) > 1, None
+    return None, "nvidia-smi does not name this process among those that hold the GPU"
+
+
+def _uuid(device: "torch.device") -> str | None:
+    """nvidia-smi does not follow CUDA_VISIBLE_DEVICES: its indices are others than torch's."""
     import torch
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    # By UUID: nvidia-smi does not follow CUDA_VISIBLE_DEVICES, its indices are others than torch's.
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return None if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"
+
+
+def _nvidia_smi(device: "torch.device", fields: tuple[str, ...]) -> tuple[list[str | None], str | None]:
+    """(one value or None per field, reason if the query failed)."""
+    uuid = _uuid(device)
     if uuid is None:
         return [None] * len(fields), "torch does not report the device's UUID"
-    output = _run("nvidia-smi", f"--id=GPU-{str(uuid).removeprefix('GPU-')}",
-                  f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    output = _run("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}",
+                  "--format=csv,noheader,nounits")
     values = [value.strip() for value in (output or "").split(",")]
     if len(values) != len(fields) or not output:
         return [None] * len(fields), "nvidia-smi is missing or refused the query"

@@ -8,9 +8,10 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     campaign, preset, title, hypothesis     strings     run         1; 2 for the A/A repeat of the preset
     parameters      {flat preset}           created_utc "2026-01-31T12:00:00Z"
     environment     see `provenance.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
-                    attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled (null where
-                    unknown: why is in `reasons` {field: reason}), packages {}, env_vars {}, clocks_before {},
-                    clocks_after {}
+                    attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
+                    other_cpu_cores (see `provenance.company_of`; not in old results, whose co_scheduled says
+                    nothing), packages {}, env_vars {}, clocks_before {}, clocks_after {}; null where unknown:
+                    why is in `reasons` {field: reason}
     model           {name, parameters: int, ...}
     weights         {kind: "random" | "official" | ..., seed?, files?, sha256?}
     tokenizer       string or null          seed        int
@@ -66,7 +67,8 @@ from longlive_opt.errors import UserError
 
 SCHEMA_VERSION = 1
 
-# Kind (see _KINDS) -> dotted paths of the fields that must be there; others are allowed.
+# Kind (see _KINDS) -> dotted paths of the fields that must be there, or may be missing (those with a question
+# mark); others are allowed.
 _SCHEMA = {
     "int": "seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
            "latency.ss_ms_per_frame.n latency.ps_ms.n",
@@ -74,7 +76,8 @@ _SCHEMA = {
            "decision.rationale latency.clock_disagreement.sentence",
     "str?": "tokenizer environment.gpu environment.torch environment.git_commit",
     "bool": "sizes.quick latency.clock_disagreement.available",
-    "bool?": "decision.keep environment.git_dirty quality.identical",
+    "bool?": "decision.keep environment.git_dirty quality.identical environment.co_scheduled?",
+    "number?": "environment.other_cpu_cores?",
     "number": "fps playback.fps latency.ss_ms_per_frame.mean latency.ss_ms_per_frame.p50 "
               "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max",
     "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
@@ -86,6 +89,8 @@ _SCHEMA = {
     "dict": "parameters environment.packages environment.env_vars latency.ps_breakdown_ms latency.stages_ms "
             "setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips quality.clip_delta",
 }
+
+_MISSING = object()
 
 
 def na(reason: str, how_to_fix: str) -> dict[str, Any]:
@@ -111,6 +116,7 @@ _KINDS = {
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "bool?": ("true, false or null", lambda v: v is None or isinstance(v, bool)),
     "number": ("a number", _is_number),
+    "number?": ("a number or null", lambda v: v is None or _is_number(v)),
     "metric": ("a number, or null with a reason", lambda v: _is_number(v) or is_na(v)),
     "numbers": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))),
     "list": ("a list", lambda v: isinstance(v, list)),
@@ -148,12 +154,13 @@ def validate(result: Any, source: str = "result") -> dict[str, Any]:
     for kind, paths in _SCHEMA.items():
         words, accepts = _KINDS[kind]
         for path in paths.split():
+            optional, path = path.endswith("?"), path.removesuffix("?")
             value: Any = result
             for key in path.split("."):
-                if not isinstance(value, dict) or key not in value:
-                    raise UserError(f"{source}: the field {path} is missing; run the preset again")
-                value = value[key]
-            if not accepts(value):
+                value = value.get(key, _MISSING) if isinstance(value, dict) else _MISSING
+            if value is _MISSING and not optional:
+                raise UserError(f"{source}: the field {path} is missing; run the preset again")
+            if value is not _MISSING and not accepts(value):
                 raise UserError(f"{source}: {path} is {_short(value)}, not {words}; run the preset again")
     _check_json(result, f"{source}: $")
     return result

@@ -126,16 +126,18 @@ def _fit(draw: Any, label: str, width: int) -> str:
     return text
 
 
-def video_html(path: str | Path, caption: str = "") -> str:
+def video_html(path: str | Path, caption: str = "", min_width: int = 256) -> str:
     """HTML that plays the mp4 inline, the file embedded, for `IPython.display.HTML` and for reports.
 
-    `src` sits on <video> itself: JupyterLab strips it from <source> in notebooks it does not trust, as those
-    that papermill ran. The caption is escaped. Raises UserError if the file cannot be read.
+    In a player narrower than `min_width` pixels the controls would hide the tiny model's pictures. `src` sits
+    on <video> itself: JupyterLab strips it from <source> in notebooks it does not trust, as those that
+    papermill ran. The caption is escaped. Raises UserError if the file cannot be read.
     """
     path = Path(path)
     try:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; write the video first.") from error
-    player = f'<video controls loop muted src="data:video/mp4;base64,{data}" style="max-width:100%"></video>'
+    style = f"min-width:min({min_width}px,100%);max-width:100%"
+    player = f'<video controls loop muted src="data:video/mp4;base64,{data}" style="{style}"></video>'
     return f"<figure>{player}<figcaption>{html.escape(caption)}</figcaption></figure>"

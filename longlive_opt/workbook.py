@@ -8,6 +8,7 @@
     run.compare()                      # quality against the campaign's baseline
     run.save()                         # result.json, the only sign of success
     run.vary({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
+    run.reading()                      # what was expected, what was measured, what follows
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import gc
 import html
 import itertools
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -33,12 +35,17 @@ from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import project_path, script_of
 from .optimizations import build_pipeline
 from .optimizations.prompt_cache import CachedPrompts
+from .reading import reading_html
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
 from .variations import variations_table
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# The function that this warning recommends instead is as private as the one that is called.
+warnings.filterwarnings("ignore", message="torch.cuda._set_allocator_settings is deprecated")
+# torch.compile on a machine with the CUDA toolkit but without a GPU.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
 PROGRESS_SECONDS = 10.0
 REFERENCE_FILE = "reference.safetensors"
@@ -115,11 +122,13 @@ class Experiment:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         clocks_before, built_before = provenance.clocks(device), self._built()
+        cpu_before = provenance.cpu_seconds()
         steady = self._record(config.warmup_blocks + config.measure_blocks, [])
         asked_before = len(self._prompt_outcomes())
         switched = self._record(
             config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
         )
+        self.company = provenance.company_of(device, cpu_before, provenance.cpu_seconds())
         self.measured = metrics.measurements(
             steady,
             first_measured_block=config.warmup_blocks,
@@ -144,7 +153,7 @@ class Experiment:
 
     def _rehearse(self) -> None:
         """One short stream through everything that the measured one will do, timed as set-up."""
-        started = time.perf_counter()
+        started, built_before = time.perf_counter(), self._building_seconds()
         self._start_over()
         blocks = self.config.warmup_blocks + 4
         warmup = self.config.warmup_blocks
@@ -155,8 +164,7 @@ class Experiment:
         for _ in chunks:
             pass
         setup["rehearsal"] = time.perf_counter() - started
-        setup["capture"] = sum(stats.get("capture_s", 0.0) for stats in self._stats())
-        setup["compile"] = compile_seconds()
+        setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
         print(
             f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
             f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
@@ -198,6 +206,11 @@ class Experiment:
         """How many CUDA graphs were captured and how many regions compiled so far."""
         return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
                 "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+    def _building_seconds(self) -> dict[str, float]:
+        """What compilation and capture have taken so far; other experiments of this process included."""
+        return {"compile": compile_seconds(),
+                "capture": sum(stats.get("capture_s", 0.0) for stats in self._stats())}
 
     def _prompt_outcomes(self) -> list[str]:
         """What the prompt cache made of every request so far; empty without one."""
@@ -289,36 +302,43 @@ class Experiment:
                        for name, text in metrics.DEFINITIONS.items())
         return HTML(f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>")
 
-    def difference(self) -> figures.Chart | HTML:
-        """Heat map of the mean absolute difference between this video and the baseline's, beside a frame of
-        each; a sentence where the campaign has no baseline video.
+    def difference(self) -> HTML:
+        """Show the heat map of the mean absolute difference between this video and the baseline's, beside a
+        frame of each; returns a player of the two videos, or a sentence where the campaign has no baseline
+        video.
         """
         reference = self.reference
         if reference is None:
             return HTML(f"<p>n/a: the campaign {html.escape(self.campaign)} has no baseline video to compare "
                         "with; run the baseline first.</p>")
-        video.write_mp4(self.folder / "side_by_side.mp4",
-                        quality.side_by_side(video.shrink(reference.frames, self.config.video_width),
-                                             video.shrink(self.frames, self.config.video_width)),
+        display(difference_chart(reference.frames, self.frames))
+        # Together 1.5 times as wide as the video alone: reports stay small.
+        width = self.config.video_width and self.config.video_width * 3 // 4
+        path = self.folder / "side_by_side.mp4"
+        video.write_mp4(path, quality.side_by_side(video.shrink(reference.frames, width),
+                                                   video.shrink(self.frames, width)),
                         self.pipeline.model.fps, crf=self.config.video_crf)
-        return difference_chart(reference.frames, self.frames)
+        caption = f"left: baseline, right: {self.config.title}"
+        return HTML(video.video_html(path, caption, min_width=512))
 
     def charts(self) -> None:
         """Show every figure of this run, beside the campaign's baseline where there is one."""
         for chart in figures.run_figures(self.result, self.baseline()).values():
             display(chart)
 
-    def save(self) -> HTML:
-        """Write result.json, last of all and atomically; returns the decision."""
+    def save(self) -> None:
+        """Write result.json, last of all and atomically."""
         results.write_result(self.folder / RESULT_FILE, self.result)
-        decision = self.result["decision"]
-        keep = {True: "Keep", False: "Drop", None: "No decision"}[decision["keep"]]
-        return HTML(f"<p><b>{keep}.</b> {html.escape(decision['rationale'])}</p>"
-                    f"<p>Rule: {html.escape(decision['rule'])}.</p>")
+        print(f"{RESULT_FILE} is written")
+
+    def reading(self) -> HTML:
+        """The hypothesis, what was measured beside the baseline, and the decision as it stands."""
+        return HTML(reading_html(self.result, self.baseline(), noise_known=self._noise is not None))
 
     def vary(self, changes: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-        """Measure the preset again with one key changed at a time, and add the figures to result.json; call
-        it last, since it lets go of the pipeline. A variation that cannot run is n/a and says why.
+        """Measure the preset again with one key changed at a time, and add the figures to result.json; only
+        `reading` may follow, since it lets go of the pipeline. A variation that cannot run is n/a and says
+        why.
 
         Args:
             changes: the values to try instead of the preset's, by key.
@@ -364,7 +384,8 @@ class Experiment:
     def result(self) -> dict[str, Any]:
         """What `save` writes; everything before must have been called."""
         config, pipeline = self.config, self.pipeline
-        environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend)
+        environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend,
+                                             company=self.company)
         result = plain_json(
             {
                 "schema_version": results.SCHEMA_VERSION,
@@ -392,18 +413,21 @@ class Experiment:
                 "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         )
-        campaign, _ = results.read_campaign(self.folder.parent)
         gate = gate_of(config, result["rooms"])
         # The gate stays with the result: once the noise is known, the report decides again.
-        result["decision"] = metrics.decide(
-            result, self.baseline(), metrics.campaign_noise(campaign), gate
-        ) | {"gate": gate}
+        result["decision"] = metrics.decide(result, self.baseline(), self._noise, gate) | {"gate": gate}
         return result
 
     def baseline(self) -> dict[str, Any] | None:
         """The finished baseline of this campaign, None if there is none."""
         path = self.folder.parent / "baseline" / RESULT_FILE
         return results.read_result(path) if path.is_file() else None
+
+    @functools.cached_property
+    def _noise(self) -> dict[str, Any] | None:
+        """What a repetition in this campaign said of the noise, before this run was saved; or None."""
+        campaign, _ = results.read_campaign(self.folder.parent)
+        return metrics.campaign_noise(campaign)
 
     def _room_reports(self) -> list[dict[str, Any]]:
         return [
@@ -416,11 +440,17 @@ class Experiment:
         latency, memory = self.measured["latency"], self.measured["memory_gb"]
         steady, switch = latency["ss_ms_per_frame"], latency["ps_ms"]
         rows = {f"SS {key}, ms per frame": steady[key] for key in ("mean", "p50", "p95", "p99", "max")}
+        over = latency["ss_over_target"]
+        rows[f"SS blocks over {over['target_ms']:g} ms per frame, %"] = 100 * over["share"]
         rows |= {f"PS {key}, ms": switch[key] for key in ("mean", "max")}
         rows |= {"first frame, ms": latency["first_frame_ms"], "FPS": self.measured["fps"],
                  "peak memory, GB": memory["peak_allocated"], "KV cache, GB": memory["kv_cache"]}
         print(self.measured["sizes"]["note"])
         print(latency["clock_disagreement"]["sentence"])
+        if self.company["co_scheduled"]:
+            beside = ("another process holds the GPU" if self.pipeline.device.type == "cuda" else
+                      f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
+            print(f"Warning: {beside}; these latencies are not fit for comparison.")
         return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
 
 

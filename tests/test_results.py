@@ -165,7 +165,71 @@ def test_environment_fits_the_schema_and_names_no_place(example, monkeypatch, tm
     private = (str(tmp_path), "sesame", "GPU-1234", os.uname().nodename, os.getcwd())
     assert not any(word in text for word in private)
     assert found["gpu"] is None and "cpu" in found["reasons"]["gpu"]
+    assert found["co_scheduled"] is None and found["reasons"]["co_scheduled"]
     results.validate(dict(example, environment=found))
+
+
+def write_proc(proc, cpus, processes):
+    """A /proc of CPUs [user, nice, system, idle, iowait, irq, softirq, steal, guest] and processes
+    {pid: (parent, user, system, children's user, children's system)}.
+    """
+    rows = [f"cpu{index} {' '.join(map(str, row))} 0" for index, row in enumerate(cpus)]
+    proc.mkdir(exist_ok=True)
+    (proc / "stat").write_text("\n".join(["cpu  9 9 9 9 9 9 9 9 9 9", *rows, "intr 1 2 3", ""]))
+    for pid, (parent, *ticks) in processes.items():
+        (proc / str(pid)).mkdir(exist_ok=True)
+        fields = ["S", parent, *[7] * 9, *ticks, 20, 0]
+        (proc / str(pid) / "stat").write_text(f"{pid} (a) b (c)) {' '.join(map(str, fields))}\n")
+
+
+def test_only_the_load_of_others_counts(monkeypatch, tmp_path):
+    """Would catch: own compile workers taken for company, idle time for load, or a CPU of another job."""
+    monkeypatch.setattr(provenance.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(provenance.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(provenance.os, "getpid", lambda: 50)
+    monkeypatch.setattr(provenance.time, "perf_counter", lambda: 5.0)
+    idle = [0, 0, 0, 100, 50, 0, 0, 0, 0]
+    tasks = {50: (1, 10, 0, 0, 0), 51: (50, 0, 0, 0, 0), 52: (51, 0, 0, 0, 0), 60: (1, 30, 0, 0, 0)}
+    write_proc(tmp_path / "proc", [idle, idle, idle], tasks)
+    assert provenance.cpu_seconds(tmp_path / "proc") == (5.0, 0.0, 0.1)
+    loaded, other_job = [600, 20, 30, 400, 90, 1, 2, 47, 600], [900, 0, 0, 100, 50, 0, 0, 0, 0]
+    tasks = {50: (1, 210, 20, 30, 40), 51: (50, 5, 5, 0, 0), 52: (51, 100, 0, 0, 0), 60: (1, 330, 0, 0, 0)}
+    write_proc(tmp_path / "proc", [loaded, idle, other_job], tasks)
+    assert provenance.cpu_seconds(tmp_path / "proc") == (5.0, 7.0, 4.1)
+    assert provenance.cpu_seconds(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(("after", "cores", "shared"), [
+    ((10.0, 17.0, 14.0), 0.3, False), ((10.0, 17.0, 11.0), 0.6, True), ((10.0, 12.0, 12.1), 0.0, False),
+    ((0.4, 0.4, 0.0), None, None), (None, None, None)])
+def test_company_is_told_or_unknown_with_a_reason(after, cores, shared):
+    """Would catch: `false` where nobody looked, or a verdict from a few ticks of the clock."""
+    company = provenance.company_of("cpu", (0.0, 0.0, 0.0), after)
+    assert company["other_cpu_cores"] == pytest.approx(cores) and company["co_scheduled"] is shared
+    assert set(company["reasons"]) == (set() if cores is not None else {"other_cpu_cores", "co_scheduled"})
+
+
+@pytest.mark.parametrize(("listed", "shared"), [
+    ("50\n", False), ("50\n77\n", True), ("71\n77\n", True), ("71\n", None), (None, None), ("", None)])
+def test_who_holds_the_gpu(monkeypatch, listed, shared):
+    """Would catch: 'alone' in a container, where nvidia-smi lists nobody or other numbers."""
+    monkeypatch.setattr(provenance.os, "getpid", lambda: 50)
+    monkeypatch.setattr(provenance, "_uuid", lambda device: "GPU-1")
+    monkeypatch.setattr(provenance, "_run", lambda *command: listed)
+    company = provenance.company_of("cuda", (0.0, 0.0, 0.0), (10.0, 90.0, 9.0))
+    assert company["co_scheduled"] is shared and company["other_cpu_cores"] == pytest.approx(8.1)
+    assert ("co_scheduled" in company["reasons"]) == (shared is None)
+
+
+def test_what_old_results_lack_is_checked_where_it_is_there(example):
+    """Would catch: the H100 campaign unreadable for a new field, or a new field that nothing checks."""
+    results.validate(changed(changed(example, "environment.other_cpu_cores", ...),
+                             "environment.co_scheduled", ...))
+    results.validate(changed(example, "environment.other_cpu_cores", None))
+    with pytest.raises(UserError, match="environment.other_cpu_cores is 'many', not a number or null"):
+        results.validate(changed(example, "environment.other_cpu_cores", "many"))
+    with pytest.raises(UserError, match="environment.co_scheduled is 0.6, not true, false or null"):
+        results.validate(changed(example, "environment.co_scheduled", 0.6))
 
 
 def test_commit_without_git_comes_from_the_variables(tmp_path):

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from micro import micro_config, micro_model
@@ -143,8 +144,11 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     table = run.compare()
     assert list(table.index) == ["one block", "free-running"]
     run.charts()
-    assert shown and run.difference() is not None
-    assert (run.folder / "side_by_side.mp4").stat().st_size > 0
+    assert shown and "left: baseline, right: Baseline" in (player := run.difference().data)
+    with av.open(str(run.folder / "side_by_side.mp4")) as container:
+        width = 2 * run.frames.shape[3] + 4
+        assert "data:video/mp4" in player and container.streams.video[0].width == width
+    assert "Hypothesis" in (text := run.reading().data) and "PSNR, one block" in text
     assert "ss_ms_per_frame" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"
 
@@ -280,6 +284,31 @@ def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
     by_prompt = run.measured["latency"]["ps_by_prompt"]
     assert {outcome: times["n"] for outcome, times in by_prompt.items()} == {"hit": 2, "miss": 2}
     assert run.measured["built_while_measured"] == {"captured": 0, "compiled": 0}
+
+
+def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):
+    """A rehearsal of 3.4 s, "of it compiling 7.7 s": those of the preset that was measured before."""
+    spent = iter([7.0, 7.5])
+    monkeypatch.setattr(workbook, "compile_seconds", lambda: next(spent))
+    run = open_run(tmp_path / "run")
+    run.build()
+    run.measure()
+    assert run.pipeline.setup_s["compile"] == 0.5 and run.pipeline.setup_s["capture"] == 0
+    assert "of it compiling 0.5 s" in capsys.readouterr().out
+
+
+def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
+    """Latencies of a machine that somebody else used as well, with nothing said."""
+    clocks = iter([(0.0, 0.0, 0.0), (10.0, 18.0, 9.0)])
+    monkeypatch.setattr(workbook.provenance, "cpu_seconds", lambda: next(clocks))
+    run = open_run(tmp_path / "run", target_ms_per_frame=0.001)
+    run.build()
+    headline = run.measure()
+    assert "Warning: other processes kept 0.9 CPU cores busy" in capsys.readouterr().out
+    assert headline.loc["SS blocks over 0.001 ms per frame, %", "value"] == 100
+    run.film()
+    run.compare()
+    assert run.result["environment"]["co_scheduled"] is True
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

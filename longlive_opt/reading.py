@@ -1,0 +1,117 @@
+"""Last words of an experiment's notebook: what was expected, what was measured, what follows. No torch."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from . import metrics
+from .figures import lookup, number
+from .variations import AS_IS, name_of
+
+Result = Mapping[str, Any]
+
+_BEFORE_STAGES = {"SS mean, ms per frame": "latency.ss_ms_per_frame.mean",
+                  "SS max, ms per frame": "latency.ss_ms_per_frame.max"}
+_AFTER_STAGES = {"PS mean, ms": "latency.ps_ms.mean", "PS max, ms": "latency.ps_ms.max",
+                 "text encoding at a switch, ms": "latency.ps_breakdown_ms.text_encode",
+                 "recache at a switch, ms": "latency.ps_breakdown_ms.recache", "FPS": "fps",
+                 "peak memory, GB": "memory_gb.peak_allocated", "KV cache, GB": "memory_gb.kv_cache"}
+_COLUMNS = ["this run", "baseline", "difference", "change"]
+_FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}
+
+
+def reading_html(result: Result, baseline: Result | None, *, noise_known: bool) -> str:
+    """HTML: the hypothesis, what was measured beside the campaign's `baseline`, the rule and its verdict.
+
+    `noise_known`: the campaign has a repetition, from which the rule takes the noise.
+    """
+    other = None if result["preset"] == "baseline" and result["run"] == 1 else baseline
+    parts = [_paragraph("", scope(result)),
+             _paragraph("Hypothesis", result["hypothesis"] or "none was written down."),
+             measured(result, other).to_html(border=0)]
+    if other is not None and other["sizes"] != result["sizes"] and not metrics.unfair(result, other):
+        parts.append(_paragraph("", "Compared over equally many blocks and switches, the first of each run."))
+    if result.get("variations"):
+        parts.append(varied(result).to_html(border=0))
+    parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
+    if result["preset"] != "baseline":
+        parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
+    return "".join([*parts, _paragraph("Verdict", verdict(result, baseline, noise_known))])
+
+
+def scope(result: Result) -> str:
+    """What the figures cannot say of the hypothesis; empty for a full run of what it speaks of."""
+    sizes, machine = result["sizes"], result["environment"]["gpu"] or result["environment"].get("cpu")
+    words = []
+    if result["model"]["name"] != "longlive-1.3b" or "H100" not in (machine or ""):
+        words.append(f"These are the {result['model']['name']} model's latencies on this machine "
+                     f"({machine or 'unknown'}); the presets' hypotheses speak of LongLive-1.3B on an H100.")
+    if sizes["quick"]:
+        words.append(f"{sizes['note'][:1].upper()}{sizes['note'][1:]}.")
+    if result["environment"].get("co_scheduled"):
+        words.append("Something else ran on the machine meanwhile: not fit for comparison.")
+    return " ".join(words)
+
+
+def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
+    """The figures of a run, and beside them the baseline's where the two may be compared: over equally many
+    blocks and switches, as in the log.
+    """
+    comparable = baseline is not None and not metrics.unfair(result, baseline)
+    result, baseline = metrics.matched(result, baseline) if comparable else (result, {})
+    stages = {f"{stage}, ms per block": f"latency.stages_ms.{stage}.mean"
+              for stage in result["latency"]["stages_ms"]}
+    rows = {"block interval, SS mean, ms": _beside(_block_ms(result), _block_ms(baseline))}
+    rows |= {name: _beside(number(result, path), number(baseline, path))
+             for name, path in (_BEFORE_STAGES | stages | _AFTER_STAGES).items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
+    table = table if comparable else table[_COLUMNS[:1]]
+    for name, path in _FIDELITY.items() if lookup(result, "quality.reference") else ():
+        value = "identical" if lookup(result, "quality.identical") else _text(number(result, path))
+        table.loc[name] = [value, *[""] * (table.shape[1] - 1)]
+    return table
+
+
+def varied(result: Result) -> pd.DataFrame:
+    """What each variation does to the block interval, in the hypotheses' unit."""
+    runs = {AS_IS: result} | {name_of(row): row for row in result["variations"]}
+    ours = _block_ms(result)
+    return pd.DataFrame.from_dict({name: _beside(_block_ms(run), ours)[::2] for name, run in runs.items()},
+                                  orient="index", columns=["block interval, SS mean, ms", "difference"])
+
+
+def verdict(result: Result, baseline: Result | None, noise_known: bool) -> str:
+    """The decision as it stands when the run ends."""
+    words, keep = result["decision"]["rationale"], result["decision"]["keep"]
+    if result["preset"] == "baseline":
+        return f"none; {words}."
+    if baseline is not None and not noise_known and not metrics.unfair(result, baseline):
+        words = "undecided until the baseline has been repeated (--repeat-baseline 1): the noise is not known"
+    elif keep is not None:
+        words = f"{'keep' if keep else 'drop'}; {words}"
+    return f"{words}. The campaign's summary decides again."
+
+
+def _block_ms(run: Result) -> float | None:
+    mean, frames = number(run, "latency.ss_ms_per_frame.mean"), number(run, "sizes.frames_per_block")
+    return None if mean is None or frames is None else mean * frames
+
+
+def _beside(ours: float | None, theirs: float | None) -> list[str]:
+    if ours is None or theirs is None:
+        return [_text(ours), _text(theirs), "", ""]
+    change = f"{100 * (ours - theirs) / theirs:+.1f} %" if theirs else ""
+    return [_text(ours), _text(theirs), _text(ours - theirs, "+"), change]
+
+
+def _text(value: float | None, sign: str = "") -> str:
+    return "n/a" if value is None else f"{value:{sign}{'.1f' if abs(value) >= 100 else '.4g'}}"
+
+
+def _paragraph(name: str, text: str) -> str:
+    head = f"<b>{name}:</b> " if name else ""
+    return f"<p>{head}{html.escape(text)}</p>" if text else ""
