@@ -196,7 +196,7 @@ def read_check(folder: str | Path, name: str = "") -> dict[str, Any]:
     for part in parts:
         first, last = number(part, "long.first"), number(part, "long.last")
         if first is not None and last is not None:
-            part["long"]["lost"] = round(first - last, 4)
+            part["long"].setdefault("lost", round(first - last, 4))
     return check
 
 
@@ -307,6 +307,11 @@ def _cell(part: Mapping[str, Any], path: str) -> str:
     return f"{value:.3f} ± {error:.2f}"
 
 
+def _figure(part: Mapping[str, Any], path: str) -> float | None:
+    """A figure as it is compared: of the switches whose scene never came their share."""
+    return _share(part, path) if path == _NEVER else number(part, path)
+
+
 def _share(part: Mapping[str, Any], path: str) -> float | None:
     """A figure that is a share of each video; None if it is none, or was not measured."""
     videos = number(part, f"{path.partition('.')[0]}.videos")
@@ -316,9 +321,12 @@ def _share(part: Mapping[str, Any], path: str) -> float | None:
 
 
 def _error(part: Mapping[str, Any], path: str) -> float | None:
-    """Standard error of a share, from above: the check keeps means only, and between 0 and 1 nothing spreads
-    more than videos that are wholly right or wholly wrong. One of each is added, since 12 of 12 prove little.
+    """Standard error of a figure. Where the check kept none, or all videos agree, that of a share from above:
+    between 0 and 1 nothing spreads more than videos that are wholly right or wholly wrong. One of each is
+    added, since 12 of 12 prove little.
     """
+    if recorded := number(part, f"{path}_se"):
+        return recorded
     if path == DRIFT:
         ends = [_error(part, f"long.{end}") for end in ("first", "last")]
         return None if None in ends else math.hypot(*ends)
@@ -360,7 +368,7 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
 
 
 def _differ(part: Mapping[str, Any], full: Mapping[str, Any], path: str) -> bool:
-    values, errors = ([of(one, path) for one in (part, full)] for of in (_share, _error))
+    values, errors = ([of(one, path) for one in (part, full)] for of in (_figure, _error))
     return None not in (*values, *errors) and abs(values[0] - values[1]) > 2 * math.hypot(*errors)
 
 

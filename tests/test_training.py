@@ -988,7 +988,7 @@ def test_a_check_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         check_weights(tmp_path, "cpu", variants=("window_6", "no_sink"))
     kept = json.loads((tmp_path / "check.json").read_text())
-    assert kept["switch"] == {"videos": 2, "old_left": 0.5}
+    assert kept["switch"] == {"videos": 2, "old_left": 0.5, "old_left_se": 0.5}
     assert kept["variants"] == {"window_6": {"switch": {"videos": 1, "old_left": 1.0}},
                                 "full": {"switch": {"videos": 1, "old_left": 0.0}}}
 

@@ -153,6 +153,10 @@ def test_conclusions_name_what_exceeds_its_error() -> None:
     assert "is missed, by less than the error" in lines[1]
     assert "second block after a switch 0.300 ± 0.08 against 0.840" in lines[3] and "never" not in lines[3]
     assert "against 0.300" in lines[4], "the windows were compared with other videos"
+    check["switch"] |= {"adherence_se": 0.3, "delay_blocks_se": 0.01}
+    check["variants"]["no_recache"]["switch"] |= {"delay_blocks": 2.5, "delay_blocks_se": 0.1}
+    line = conclusions(check)[3]
+    assert "second block" not in line and "delay, blocks 2.500 ± 0.10 against" in line
     untold = conclusions(checked(long=None, variants={}))
     assert untold[2].endswith("was not measured.")
 

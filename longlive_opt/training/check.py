@@ -1,13 +1,14 @@
 """How well an exported folder does what it was trained for: held-out prompts through the ordinary session,
 judged by `world.checker`.
 
-Each figure is a mean over videos. `plain`: adherence over five seconds. `switch`: adherence in the second
-block after a prompt switch, the delay in blocks (and how many videos never got there), permanence of the
-objects; `old_left`, how much of what changed is still as the old prompt had it in the 12 frames from the
-second latent frame on. `long`: adherence in the first and the last five seconds of a minute, and `in_place`,
-the share of the objects which are to keep their place that did. `variants` repeats it with what LongLive adds
-taken away: no sink, no recache, shorter windows. These are made on fewer videos; `full` is nothing taken away
-on the same ones. The first of the videos with a switch are shown in `switches.png`.
+Each figure is a mean over videos, `..._se` its standard error. `plain`: adherence over five seconds.
+`switch`: adherence in the second block after a prompt switch, the delay in blocks (and how many videos never
+got there), permanence of the objects; `old_left`, how much of what changed is still as the old prompt had it
+in the 12 frames from the second latent frame on. `long`: adherence in the first and the last five seconds of
+a minute, what was `lost` between, and `in_place`, the share of the objects which are to keep their place that
+did. `variants` repeats it with what LongLive adds taken away: no sink, no recache, shorter windows. These are
+made on fewer videos; `full` is nothing taken away on the same ones. The first of the videos with a switch are
+shown in `switches.png`.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ def judge_long(frames: Tensor, scene: SceneSpec) -> Row:
     """Figures of the first and the last five seconds of a long video of one scene."""
     first, last = ends(frames)
     away = wandered(first, last, scene)
-    return {"first": check(first, scene).adherence, "last": check(last, scene).adherence,
+    begin, end = check(first, scene).adherence, check(last, scene).adherence
+    return {"first": begin, "last": end, "lost": begin - end,
             "permanence": permanence(last, scene),
             "in_place": float(np.mean([distance < NEAR_PIXELS for distance in away])) if away else None}
 
@@ -257,6 +259,8 @@ def _means(rows: list[Row]) -> dict[str, Any]:
     for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
         means[key] = round(float(np.mean(values)), 4) if values else None
+        if len(values) > 1:
+            means[f"{key}_se"] = round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 4)
         if len(values) < len(rows) and key == "delay_blocks":
             means[f"{key}_never"] = len(rows) - len(values)
     return means
