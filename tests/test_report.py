@@ -14,12 +14,13 @@ import pytest
 from example_results import example_result
 from PIL import Image
 
-from longlive_opt import figures, report
+from longlive_opt import figures, metrics, report
 from longlive_opt.errors import UserError
+from longlive_opt.report.__main__ import main
 from longlive_opt.results import na, write_result
 
-ROOT = Path(report.__file__).resolve().parent.parent
-TEMPLATE = (ROOT / "longlive_opt" / "log_template.md").read_text(encoding="utf-8")
+ROOT = Path(report.__file__).resolve().parents[2]
+TEMPLATE = (ROOT / "longlive_opt" / "report" / "log_template.md").read_text(encoding="utf-8")
 SCALES = {"baseline": 1.0, "cuda_graphs": 0.97, "static_kv": 0.9, "async_vae": 1.02, "quality": 0.85,
           "balanced": 0.63, "speed": 0.45}
 EXACT = {"cuda_graphs", "static_kv", "async_vae", "quality"}
@@ -140,7 +141,7 @@ def test_undecided_ticks_neither_box_and_is_not_recommended(seven):
 def test_the_shorter_run_sets_what_is_compared(seven):
     """Would catch a table in which the two columns are of different parts of a stream that drifts."""
     part = section(report.render_log(seven), "### Experiment 2")
-    of_both, _ = report.metrics.matched(seven[0], seven[2])
+    of_both, _ = metrics.matched(seven[0], seven[2])
     mean, worst = (of_both["latency"]["ss_ms_per_frame"][key] for key in ("mean", "max"))
     assert f"| SS Mean | {mean:.1f} ms |" in part and f"| SS Max | {worst:.1f} ms |" in part
     assert "- Compared over the first 12 steady-state blocks and 2 prompt switches of both; all that was " \
@@ -331,14 +332,14 @@ def test_campaign_lists_failures_and_problems(tmp_path):
 def test_command_line_writes_log_table_and_figures(tmp_path, capsys):
     """Would catch a command that needs the notebook, and a log that differs from run to run."""
     folder = campaign_of(tmp_path / "c")
-    assert report.main([str(folder)]) == 0
+    assert main([str(folder)]) == 0
     first = (folder / report.LOG_NAME).read_bytes()
     again = report.write_campaign_log(report.load(folder), tmp_path / "x" / "LOG.md")
     assert again.read_bytes() == first.replace(b"report c`", b"report c --log LOG.md`") != first
     assert {path.stem for path in (folder / "summary").glob("*.png")} == set(figures.campaign_figures([]))
     header = (folder / "summary" / "summary.csv").read_text().splitlines()[0]
     assert header.startswith("preset,run,ss_mean_ms,")
-    assert report.main([str(tmp_path / "nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
     with pytest.raises(UserError):
         report.load(tmp_path / "nowhere")
 

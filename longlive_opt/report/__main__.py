@@ -1,0 +1,37 @@
+"""The command `python -m longlive_opt.report`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longlive_opt.errors import UserError
+
+from .campaign import load
+from .optimization_log import LOG_NAME, save_figures, write_campaign_log
+
+log = logging.getLogger("longlive_opt.report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a campaign's log, table and figures anew. Exit status 2 for wrong input."""
+    parser = argparse.ArgumentParser(prog="python -m longlive_opt.report", description=main.__doc__)
+    parser.add_argument("campaign", type=Path, metavar="CAMPAIGN_DIR", help="such as outputs/demo")
+    parser.add_argument("--log", type=Path, metavar="PATH", help=f"default: {LOG_NAME} in CAMPAIGN_DIR")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        campaign = load(arguments.campaign.resolve())
+        charts = save_figures(campaign)
+        path = write_campaign_log(campaign, arguments.log.resolve() if arguments.log else "")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    log.info("%s: %d results, %d failed, %d not usable, %d figures", path.name, len(campaign.results),
+             len(campaign.failures), len(campaign.problems), len(charts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

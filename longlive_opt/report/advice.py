@@ -1,0 +1,152 @@
+"""What the log says of all runs: the summary table, what to take and when, observations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longlive_opt import metrics
+from longlive_opt.figures import TARGET_MS, lookup, number
+
+from .campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
+from .notes import OTHERS, noise_sentence
+from .run import SUMMARY_NAMES, Run, fidelity_of, is_kept, is_large, model_name, objective_of, quality_short
+from .text import BLANK, bullets, escape, first_cell, percent, sentence, table_row
+
+
+def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
+    """The log's section with the table of all presets, what to take, and when to take another."""
+    presets, lines = {name: preset for preset, name in SUMMARY_NAMES.items()}, []
+    for line in section.split("\n"):
+        label = first_cell(line)
+        run = runs.get(presets.get(label, ""))
+        lines.append(_summary_row(line, run) if run else line)
+        if label == "Speed":
+            others = [run for preset, run in runs.items() if preset not in SUMMARY_NAMES]
+            lines += [_summary_row(line.replace(" Speed ", f" {run.name} "), run) for run in others]
+    text = "\n".join(lines)
+    if set(runs) <= {BASELINE}:
+        return text
+    best, rationale = _recommend(runs)
+    text = text.replace(f"**Preset**: {BLANK}", f"**Preset**: {best.name if best else 'none'}")
+    text = text.replace("**Rationale**:\n-\n-\n-", f"**Rationale**:\n{bullets(rationale)}")
+    for preset in ("quality", "speed"):
+        if preset in runs:
+            blank = f"- {SUMMARY_NAMES[preset]}: {BLANK}"
+            text = text.replace(blank, blank.replace(BLANK, _when(runs[preset], best or runs.get(BASELINE))))
+    others = [run for run in _worth_taking(runs) if run.preset not in ("quality", "speed") and run != best]
+    if best and others:
+        text = f"{text.rstrip()}\n{bullets(f'{run.name}: {_when(run, best)}' for run in others)}\n"
+    return text
+
+
+def _summary_row(line: str, run: Run) -> str:
+    if within_target(run.result):
+        line = line.replace("[ ]", "[x]")
+    return table_row(line, [*map(run.figure, ("SS Max", "FPS", "Memory")), quality_short(run)])
+
+
+def _recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
+    """The recommended run, or None, and why."""
+    measured = sorted((run for run in runs.values() if not run.failure),
+                      key=lambda run: number(run.result, FIGURES["SS Max"]))
+    best = next((run for run in measured if within_target(run.result) and is_kept(run)), None)
+    faster = measured[:measured.index(best)] if best else measured[:3]
+    small = sorted({model_name(run.result) for run in measured if not is_large(run.result)})
+    reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
+               "nothing for LongLive-1.3B."] if small else []
+    reasons.append(f"Rule: the lowest SS max among the presets that stay within {TARGET_MS:.0f} ms per video "
+                   "frame and whose decision is Keep (gain above the noise, quality gate passed); the "
+                   "baseline needs no decision.")
+    if best:
+        base = runs[BASELINE].result if BASELINE in runs else None
+        change = percent(change_of(best.result, base, "SS Mean"))
+        reasons += [f"{best.name}: SS max {best.figure('SS Max')} ms, FPS {best.figure('FPS')}, SS mean "
+                    f"{best.figure('SS Mean')} ms ({change} against the baseline).",
+                    f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
+    else:
+        reasons.append("No measured preset meets it.")
+    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: "
+                              f"{sentence(run.result['decision']['rationale'])}" for run in faster)]
+
+
+def _worth_taking(runs: Mapping[str, Run]) -> list[Run]:
+    """The kept presets that no other one beats: none is at least as fast and as faithful, and better in one.
+    One that is not meant to be fast is always worth it.
+    """
+    kept = [run for run in runs.values() if not run.failure and run.preset != BASELINE and is_kept(run)]
+    costs = {run.preset: (number(run.result, FIGURES["SS Max"]), -fidelity_of(run)) for run in kept}
+
+    def is_beaten(ours: tuple[float, float]) -> bool:
+        return any(cost != ours and cost[0] <= ours[0] and cost[1] <= ours[1] for cost in costs.values())
+
+    return [run for run in kept if objective_of(run) != "latency" or not is_beaten(costs[run.preset])]
+
+
+def _when(run: Run, other: Run | None) -> str:
+    """When to take `run` instead of `other`, the recommended one or the baseline."""
+    if run.failure:
+        return f"n/a ({run.outcome})"
+    if run is other:
+        return "it is the recommended one"
+    facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{'' if is_kept(run) else ', not kept'}"
+    if other is None or other.failure:
+        return f"nothing to compare it with ({facts})"
+    if objective_of(run) != "latency":
+        label = {"memory": "Memory", "switch": "PS Mean"}[objective_of(run)]
+        better = (number(run.result, FIGURES[label]) or 0) < (number(other.result, FIGURES[label]) or 0)
+        name, unit = OTHERS[label]
+        facts = f"{name} {run.figure(label)} {unit}, {facts}"
+        purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
+    elif run.preset == "speed":
+        better = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
+        purpose = "where latency counts more than fidelity"
+    else:
+        better = fidelity_of(run) > fidelity_of(other)
+        purpose = "where fidelity counts more than latency"
+    return f"{purpose if better else f'no reason in these figures to prefer it to {other.name}'} ({facts})"
+
+
+def observations(results: Sequence[Result], runs: Mapping[str, Run],
+                 noise: Mapping[str, Any] | None) -> list[str]:
+    """What the campaign as a whole shows: noise, clocks, quick runs, runs that differ."""
+    if not results:
+        return []
+    lines = [noise_sentence(noise) if noise else "Noise (A/A): unknown, no preset was run twice under equal "
+             "conditions; small changes mean nothing."]
+    for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
+                        ("sizes.quick", "Quick runs, too short for more than a first impression:")):
+        presets = [run.preset for run in runs.values() if lookup(run.result, path)]
+        if presets:
+            lines.append(f"{words} {escape(', '.join(presets))}.")
+    read = [run for run in runs.values() if lookup(run.result, "latency.clock_disagreement.available")]
+    if read and not any(lookup(run.result, "latency.clock_disagreement.flag") for run in read):
+        lines.append("Clocks: host and CUDA clock agree wherever both were read.")
+    held = [f"{run.preset} ({lookup(run.result, 'environment.clocks_after.sm_mhz'):.0f} MHz)"
+            for run in runs.values() if lookup(run.result, "environment.clocks_after.throttle_reasons")
+            and lookup(run.result, "environment.clocks_after.sm_mhz")]
+    if held:
+        lines.append(f"The GPU held its clock back at the end of {escape(', '.join(held))}.")
+    for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
+        found = sorted({str(lookup(result, path))[:24] for result in results})
+        if len(found) > 1:
+            lines.append(f"The runs differ in {path}: {escape(', '.join(found))}.")
+    return lines
+
+
+def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Which runs have no result, and why."""
+    return [
+        *(
+            f"{failure.outcome.capitalize()}: {escape(failure.label)}: {sentence(failure.reason)}"
+            for failure in failures
+        ),
+        *(f"Not usable: {escape(place)}: {sentence(reason)}" for place, reason in problems),
+    ]
+
+
+def closing(results: Sequence[Result], source: str) -> list[str]:
+    """What the figures mean, and how the log is made."""
+    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
+            "Clocks": "clocks", "Comparison": "comparison"}
+    lines = [f"{name}: {escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
+    command = f" by `python -m longlive_opt.report {source}`" if source else ""
+    return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]

@@ -1,0 +1,213 @@
+"""OPTIMIZATION_LOG.md: the blanks of `log_template.md`, filled."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longlive_opt import figures
+from longlive_opt.figures import lookup
+from longlive_opt.inputs import project_path
+from longlive_opt.results import atomic_path
+
+from .advice import closing, fill_summary, observations, troubles
+from .campaign import BASELINE, FIGURES, SUMMARY, Campaign, Failure, Result, change_of, decided, noise_of
+from .notes import missing_notes, run_notes
+from .run import Run, matched_runs, quality_sentence, quality_text
+from .tables import to_csv
+from .text import BLANK, bullets, escape, first_cell, percent, sentence, table_row
+
+EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
+LOG_NAME = "OPTIMIZATION_LOG.md"
+_TEMPLATE = Path(__file__).with_name("log_template.md")
+_SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quantized_kv", "use_async_vae",
+             "use_prompt_cache", "model_dtype")
+# What the block of a preset beyond the template shows as well.
+_MORE_SWITCHES = (*_SWITCHES, "compile_mode", "kv_quantization", "kv_read_path", "use_fused_kernels",
+                  "use_text_offload", "use_vae_offload")
+_WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
+
+
+def save_figures(campaign: Campaign) -> dict[str, figures.Chart]:
+    """Draw the campaign's figures, save each as summary/<name>.png in its folder, return them by name."""
+    charts = figures.campaign_figures(campaign.results)
+    for name, chart in charts.items():
+        with atomic_path(campaign.folder / SUMMARY / f"{name}.png") as temporary:
+            chart.save(temporary)
+    return charts
+
+
+def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
+    """Write summary/summary.csv and the log (default: into the campaign's folder); return the log's path."""
+    to_csv(campaign.results, campaign.folder / SUMMARY / "summary.csv")
+    path = project_path(log_path) if log_path else campaign.folder / LOG_NAME
+    source = _shown(campaign.folder)
+    if path != campaign.folder / LOG_NAME:
+        source += f" --log {_shown(path)}"
+    return write_log(campaign.results, path,
+                     failures=campaign.failures, problems=campaign.problems, source=source)
+
+
+def _shown(path: Path) -> str:
+    """As seen from the project's folder, where it lies there: a log that is published holds no other path."""
+    root = project_path("")
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def write_log(results: Sequence[Result], path: str | Path, *, failures: Sequence[Failure] = (),
+              problems: Sequence[tuple[str, str]] = (), source: str = "") -> Path:
+    """Write OPTIMIZATION_LOG.md atomically; return its path.
+
+    Args:
+        results: valid results; of a preset that was run twice, the first gives the figures.
+        failures: runs without a result.
+        problems: (place, reason) of what could not be read.
+        source: what the log shall name as the arguments of the command that made it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = render_log(results, failures=failures, problems=problems, source=source)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
+               problems: Sequence[tuple[str, str]] = (), source: str = "") -> str:
+    """The text of OPTIMIZATION_LOG.md; arguments as for `write_log`."""
+    results = decided(results)
+    found = {run.preset: run for run in map(Run, figures.first_runs(results))}
+    for failure in failures:
+        if failure.label == failure.preset and failure.preset not in found:  # a repeat has no section
+            words = {key: failure.parameters.get(key) for key in ("title", "hypothesis")}
+            known = {"preset": failure.preset, **words, "parameters": failure.parameters}
+            found[failure.preset] = Run(known, failure.reason, failure.outcome)
+    order = [preset for preset in (BASELINE, *EXPERIMENTS) if preset in found]
+    runs = {preset: found[preset] for preset in [*order, *(p for p in found if p not in order)]}
+    noise = noise_of(results)
+
+    # Ten parts: head, baseline, experiments 1 to 6, summary with recommendation, notes.
+    head, baseline, *sections, summary, notes = _TEMPLATE.read_text(encoding="utf-8").split("\n---\n")
+    blank = sections[EXPERIMENTS.index("balanced")]
+    base = runs.get(BASELINE)
+    if base:
+        baseline = _fill_baseline(baseline, base, noise)
+    for preset, run in runs.items():
+        if preset in EXPERIMENTS:
+            index = EXPERIMENTS.index(preset)
+            sections[index] = _fill_experiment(sections[index], run, base, noise)
+        elif preset != BASELINE:
+            section = _extra_section(blank, len(sections) + 1, run, base)
+            sections.append(_fill_experiment(section, run, base, noise))
+    observed = [*observations(results, runs, noise), *troubles(failures, problems),
+                *closing(results, source)]
+    notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
+    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
+
+
+def _fill_baseline(section: str, run: Run, noise: Mapping[str, Any] | None) -> str:
+    settings, lines = _settings(run), []
+    for line in section.rstrip("\n").split("\n"):
+        label = first_cell(line)
+        if label in settings:
+            line = f"| {label} | {settings[label]} |"
+        elif label in FIGURES:
+            text = run.figure(label)
+            if label in run.missing and label == "SS P99":
+                n = lookup(run.result, "latency.ss_ms_per_frame.n")
+                text = f"n/a: n too small (n={n}), max {run.figure('SS Max')} ms"
+            line = table_row(line, [text])
+        lines.append(line)
+        if label == "Dtype" and not run.failure:
+            lines += ["", bullets(_provenance(run))]
+    notes = [*run_notes(run, None, noise), *missing_notes(run)]
+    return "\n".join([*lines, "", "**Notes**:", bullets(notes)]) + "\n"
+
+
+def _settings(run: Run) -> dict[str, str]:
+    parameters = lookup(run.result, "parameters")
+    model = lookup(run.result, "model.name") or parameters.get("model")
+    steps = parameters.get("denoising_steps")
+    count = f"{len(steps)} ({', '.join(map(str, steps))})" if steps else "n/a"
+    gpu, cpu = lookup(run.result, "environment.gpu"), lookup(run.result, "environment.cpu")
+    device = f"n/a ({run.outcome})" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
+    return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else escape(model), "GPU": escape(device),
+            "Denoising Steps": escape(count),
+            "Local Attention": f"{escape(parameters.get('local_attn_size', 'n/a'))} frames",
+            "Frame Sink": f"{escape(parameters.get('sink_size', 'n/a'))} frames",
+            "Dtype": escape(parameters.get("model_dtype", "n/a"))}
+
+
+def _provenance(run: Run) -> list[str]:
+    """What the figures hang on, as lines below the table of settings."""
+    result, environment = run.result, run.result["environment"]
+    files = ", ".join(f"{part} sha256 {str(digest)[:12]}"
+                      for part, digest in (lookup(result, "weights.sha256") or {}).items())
+    weights = escape(result["weights"]["kind"] + (f" ({files})" if files else ""))
+    if weights == "random":
+        weights += f", seed {escape(lookup(result, 'weights.seed'))} (no official checkpoint was loaded)"
+    names = {"driver": "driver", "CUDA": "cuda", "torch": "torch", "cuDNN": "cudnn", "Triton": "triton",
+             "Python": "python", "attention": "attention_backend"}
+    versions = ", ".join(f"{name} {escape(environment.get(key) or 'n/a')}" for name, key in names.items())
+    commit = escape((environment.get("git_commit") or "unknown")[:12])
+    dirty = " with uncommitted changes" if environment.get("git_dirty") else ""
+    width, height = (lookup(result, f"parameters.{side}") or lookup(result, f"model.sizes.{side}") or "?"
+                     for side in ("width", "height"))
+    return [f"Weights: {weights}", f"Versions: {versions}",
+            f"Code: commit {commit}{dirty}, run of {escape(result['created_utc'])}",
+            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames a block"]
+
+
+def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
+    """The blank section of a preset that the template does not have, in the form of experiment 5.
+
+    Its block holds the template's switches and every parameter that is not the baseline's.
+    """
+    parameters = lookup(run.result, "parameters")
+    reference = lookup(base.result, "parameters") if base else parameters
+    keys = [key for key in parameters if key in _MORE_SWITCHES
+            or key not in _WORDS and parameters[key] != reference.get(key, parameters[key])]
+    lines = (yaml.safe_dump({key: parameters[key]}, default_flow_style=True, width=1000) for key in keys)
+    block = "\n".join(line.strip("{}\n") for line in lines)
+    column = run.name if len(run.name) <= 24 else escape(run.preset)
+    text = re.sub(r"### Experiment 5: .*", lambda _: f"### Experiment {index}: {run.name}", blank)
+    text = re.sub(r"(?s)```yaml\n.*?\n```", lambda _: f"```yaml\n{block}\n```", text)
+    return text.replace("| Balanced |", f"| {column} |")
+
+
+def _fill_experiment(section: str, run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> str:
+    lines = []
+    notes = [*run_notes(run, base, noise), *_configuration_notes(section, run)]
+    run, base = matched_runs(run, base)
+    for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
+        label, metric = first_cell(line), re.match(rf"- (.+): {BLANK}(.*)", line)
+        if label in FIGURES:
+            reference = base.figure(label) if base else "n/a (no baseline)"
+            change = percent(change_of(run.result, base.result if base else None, label))
+            line = table_row(line, [reference, run.figure(label), change.rstrip("%")])
+        elif metric:
+            line = f"- {metric[1]}: {quality_text(run, metric[1], metric[2])}"
+        elif line.startswith("**Quality**") and f"- PSNR: {BLANK}" not in section:
+            line += f"\n{quality_sentence(run)}"
+        elif line.startswith("**Decision**"):
+            decision = run.result.get("decision") or {"keep": None}
+            keep, drop = ("x" if decision["keep"] is wanted else " " for wanted in (True, False))
+            reason = f"No decision: {run.outcome}." if run.failure else \
+                f"{sentence(decision['rationale'])} Rule: {sentence(decision['rule'])}"
+            line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
+        lines.append(line)
+    notes += missing_notes(run)
+    return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
+
+
+def _configuration_notes(section: str, run: Run) -> list[str]:
+    """Where the run's parameters are not those of the configuration block of its section."""
+    block = yaml.safe_load(re.search(r"(?s)```yaml\n(.*?)\n```", section)[1]) or {}
+    there = lookup(run.result, "parameters")
+    return [f"Configuration: run with {key} {escape(json.dumps(there[key]))}, not "
+            f"{escape(json.dumps(value))} as above."
+            for key, value in block.items() if key in there and there[key] != value]

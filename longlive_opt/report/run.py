@@ -1,0 +1,120 @@
+"""One run as the log reads it: its figures as text, and how it stands beside another."""
+
+import re
+from dataclasses import dataclass, field, replace
+
+from longlive_opt import metrics
+from longlive_opt.figures import lookup, number
+from longlive_opt.results import is_na
+
+from .campaign import BASELINE, FIGURES, Result
+from .text import digits, escape, sentence
+
+SUMMARY_NAMES = {BASELINE: "Baseline", "quality": "Quality", "balanced": "Balanced", "speed": "Speed"}
+QUALITY = {"PSNR": "psnr_db", "SSIM": "ssim", "LPIPS": "lpips", "CLIP Delta": "clip_delta"}
+
+
+@dataclass
+class Run:
+    """A preset that was run, as the log reads it: its figures as text, and why some are missing."""
+
+    result: Result  # of a failed run: preset, title, hypothesis and parameters only
+    failure: str = ""
+    outcome: str = ""
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def preset(self) -> str:
+        return str(self.result["preset"])
+
+    @property
+    def name(self) -> str:
+        return SUMMARY_NAMES.get(self.preset) or escape(self.result.get("title") or self.preset)
+
+    def figure(self, label: str) -> str:
+        """One of `FIGURES` as text."""
+        return self.text(label, FIGURES[label])
+
+    def text(self, label: str, path: str) -> str:
+        """The number at `path` as text, or n/a with a short reason; the long one is kept for the notes."""
+        value = number(self.result, path)
+        if value is not None:
+            return digits(value)
+        if self.failure:
+            return f"n/a ({self.outcome})"
+        places = (lookup(self.result, at) for at in (path, path.rpartition(".")[0]))
+        absent = next(filter(is_na, places), {"reason": "not recorded", "how_to_fix": "run the preset again"})
+        self.missing[label] = f"{absent['reason']}; {absent.get('how_to_fix', '')}"
+        clause = re.split("[;:(]", absent["reason"])[0].strip()
+        return f"n/a ({escape(clause if len(clause) <= 60 else clause[:59] + '…')})"
+
+
+def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
+    """Both over the blocks and switches that are compared (`metrics.matched`)."""
+    if base is None or run.failure or base.failure or metrics.unfair(run.result, base.result):
+        return run, base
+    pair = metrics.matched(run.result, base.result)
+    return replace(run, result=pair[0]), replace(base, result=pair[1])
+
+
+def quality_text(run: Run, label: str, unit: str) -> str:
+    """What follows "PSNR: " and its siblings: the mean, and the worst frame where it is recorded."""
+    if label == "PSNR" and lookup(run.result, "quality.identical") is True:
+        return "infinite, all compared frames are identical"
+    name = QUALITY[label]
+    text = run.text(label, f"quality.{name}.mean")
+    worst = number(run.result, f"quality.{name}.{'max' if label == 'LPIPS' else 'min'}")
+    if text.startswith("n/a") or worst is None:
+        return text if text.startswith("n/a") else text + unit
+    return f"{text}{unit} (worst frame {digits(worst)}{unit})"
+
+
+def quality_sentence(run: Run) -> str:
+    """The free text of experiments 1 to 3."""
+    if run.failure:
+        return f"n/a ({run.outcome})"
+    quality = run.result["quality"]
+    if not quality.get("reference"):
+        return f"Not compared: {sentence(lookup(quality, 'psnr_db.reason') or 'no reference')}"
+    compared = f"{quality.get('frames_compared')} of {quality.get('frames_total')} frames compared"
+    if quality.get("identical") is True:
+        return f"Exact: bit-identical to the baseline ({compared}); {escape(quality.get('label'))}."
+    values = ", ".join(f"{name} {quality_text(run, name, ' dB' if name == 'PSNR' else '')}"
+                       for name in QUALITY)
+    return f"{values}, against the baseline ({compared}); {escape(quality.get('label'))}."
+
+
+def quality_short(run: Run) -> str:
+    """Fidelity in two words."""
+    if lookup(run.result, "quality.identical") is True:
+        return "exact"
+    text = run.text("PSNR", "quality.psnr_db.mean")
+    return text if text.startswith("n/a") else f"PSNR {text} dB"
+
+
+def fidelity_of(run: Run) -> float:
+    """PSNR to the baseline: infinite if identical, below all else if unknown."""
+    if run.preset == BASELINE or lookup(run.result, "quality.identical") is True:
+        return float("inf")
+    psnr = number(run.result, "quality.psnr_db.mean")
+    return float("-inf") if psnr is None else psnr
+
+
+def objective_of(run: Run) -> str:
+    """What its decision looks at: latency, switch or memory."""
+    return lookup(run.result, "decision.gate.objective") or "latency"
+
+
+def is_kept(run: Run) -> bool:
+    """Whether its decision is Keep; the baseline needs none."""
+    return run.preset == BASELINE or lookup(run.result, "decision.keep") is True
+
+
+def is_large(result: Result) -> bool:
+    """Whether it is the model that the hypotheses and the target speak of."""
+    return model_name(result) == "longlive-1.3b"
+
+
+def model_name(result: Result) -> str:
+    """Escaped; that of the parameters where the run failed."""
+    return escape(lookup(result, "model.name") or lookup(result, "parameters.model") or "unknown")

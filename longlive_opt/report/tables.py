@@ -1,0 +1,142 @@
+"""A campaign's results as tables, for readers and as CSV."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from longlive_opt import figures
+from longlive_opt.figures import lookup, number
+from longlive_opt.results import atomic_path, na
+
+from .campaign import (
+    BASELINE,
+    FIGURES,
+    NOISE,
+    Campaign,
+    Result,
+    baseline_of,
+    change_of,
+    is_judged,
+    noise_of,
+    within_target,
+)
+from .text import percent, share_text
+
+_WORLD = {"world_before": "world.adherence_before", "world_after": "world.adherence_after",
+          "world_delay_blocks": "world.delay_blocks", "world_never": "world.never",
+          "world_permanence": "world.permanence"}
+
+
+def summary_table(results: Sequence[Result]) -> pd.DataFrame:
+    """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline.
+
+    The columns `world_...` are there if a video of the small world was judged in some run.
+    """
+    paths = {"ss_mean_ms": FIGURES["SS Mean"], "ss_p50_ms": "latency.ss_ms_per_frame.p50",
+             "ss_p95_ms": "latency.ss_ms_per_frame.p95", "ss_p99_ms": FIGURES["SS P99"],
+             "ss_max_ms": FIGURES["SS Max"], "ps_mean_ms": FIGURES["PS Mean"],
+             "ps_max_ms": "latency.ps_ms.max", "fps": "fps", "peak_gb": FIGURES["Memory"],
+             "kv_cache_gb": "memory_gb.kv_cache", "startup_buffer_ms": "playback.startup_buffer_ms",
+             "psnr_db": "quality.psnr_db.mean", "ssim": "quality.ssim.mean", "lpips": "quality.lpips.mean",
+             "clip_delta": "quality.clip_delta.mean", "blocks": "sizes.blocks_measured",
+             "switches": "sizes.switches"} | (_WORLD if any(map(is_judged, results)) else {})
+    baseline, rows = baseline_of(results), []
+    for result in results:
+        row = {"preset": result["preset"], "run": result.get("run", 1)}
+        row |= {name: number(result, path) for name, path in paths.items()}
+        rows.append(row | {
+            "change_ss_mean_pct": change_of(result, baseline, "SS Mean"),
+            "within_40_ms": within_target(result), "identical": lookup(result, "quality.identical"),
+            "keep": lookup(result, "decision.keep"), "quick": lookup(result, "sizes.quick"),
+            "weights": lookup(result, "weights.kind"), "gpu": lookup(result, "environment.gpu"),
+            "created_utc": result.get("created_utc")})
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run", *paths])
+
+
+def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
+    """The main columns of `summary_table` for readers: a row per run, and words where there is no number."""
+    baseline, rows = baseline_of(results), []
+    verdicts = {True: "keep", False: "drop"}
+    for result in results:
+        ours = result["preset"] == BASELINE
+        rows.append({
+            "preset": result["preset"], "run": result.get("run", 1),
+            "SS mean, ms": _rounded(result, FIGURES["SS Mean"], 2),
+            "change": percent(change_of(result, baseline, "SS Mean")),
+            "SS max, ms": _rounded(result, FIGURES["SS Max"], 2),
+            "PS mean, ms": _rounded(result, FIGURES["PS Mean"], 0),
+            "FPS": _rounded(result, FIGURES["FPS"], 1),
+            "start-up buffer": figures.buffer_words(result),
+            "memory, GB": _rounded(result, FIGURES["Memory"], 2),
+            "KV cache, GB": _rounded(result, "memory_gb.kv_cache", 2),
+            "PSNR, dB": _fidelity_cell(result, baseline, "psnr_db", 1),
+            "SSIM": _fidelity_cell(result, baseline, "ssim", 4),
+            "verdict": "reference" if ours else verdicts.get(lookup(result, "decision.keep"), "undecided"),
+            "blocks": _rounded(result, "sizes.blocks_measured", 0)})
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run"])
+
+
+def _rounded(result: Result, path: str, digits: int) -> str:
+    value = number(result, path)
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _fidelity_cell(result: Result, baseline: Result | None, metric: str, digits: int) -> str:
+    """A figure of fidelity, or why there is no need of one; what is not identical must not look like it."""
+    if result is baseline:
+        return "reference"
+    if lookup(result, "quality.identical") is True:
+        return "identical"
+    text = _rounded(result, f"quality.{metric}.mean", digits)
+    return "0.9999" if metric == "ssim" and text == "1.0000" else text
+
+
+def to_csv(results: Sequence[Result], path: str | Path) -> Path:
+    """Write `summary_table` as CSV, atomically; return the path."""
+    with atomic_path(path) as temporary:
+        summary_table(results).to_csv(temporary, index=False)
+    return Path(path)
+
+
+def runs_table(campaign: Campaign) -> pd.DataFrame:
+    """Everything that lies in the campaign's folder, and what became of it."""
+    rows = []
+    for result in campaign.results:
+        repeat = "" if result.get("run", 1) == 1 else f", run {result['run']}"
+        rows.append({"run": f"{result['preset']}{repeat}", "status": "ok",
+                     "detail": lookup(result, "sizes.note"), "weights": lookup(result, "weights.kind"),
+                     "device": lookup(result, "environment.gpu") or "CPU"})
+    rows += [{"run": f.label, "status": f.outcome, "detail": f.reason} for f in campaign.failures]
+    rows += [{"run": place, "status": "not usable", "detail": reason} for place, reason in campaign.problems]
+    return pd.DataFrame(rows, columns=["run", "status", "detail", "weights", "device"]).fillna("")
+
+
+def noise_table(results: Sequence[Result]) -> pd.DataFrame:
+    """A/A noise in percent of the preset that was run twice; no row if none was."""
+    noise = noise_of(results)
+    shares = {name: number(noise or {}, key) for key, name in NOISE.items()}
+    row = {name: None if share is None else round(100 * share, 2) for name, share in shares.items()}
+    rows = [{"preset": noise["preset"]} | row] if noise else []
+    return pd.DataFrame(rows, columns=["preset", *NOISE.values()])
+
+
+def world_table(results: Sequence[Result]) -> pd.DataFrame | None:
+    """How well each run's video followed its prompts in the small world: shares, delays in blocks, what was
+    wrong. A run whose video was not judged says why; None if none was judged.
+    """
+    if not any(map(is_judged, results)):
+        return None
+    absent = na("not judged", "run the preset again")
+    rows = []
+    for result in results:
+        world = result.get("world") or absent
+        never = f", {world['never']} of {world['switches']} never" if world.get("never") else ""
+        cells = {"adherence before": share_text(world.get("adherence_before", world)),
+                 "adherence after": share_text(world.get("adherence_after", world)),
+                 "switch delay, blocks": share_text(world.get("delay_blocks", world), 1) + never,
+                 "permanence": share_text(world.get("permanence", world)),
+                 "wrong": ", ".join(world.get("wrong", ())),
+                 "not judged": ", ".join(world.get("not_judged", ()))}
+        rows.append({"preset": result["preset"], "run": result.get("run", 1)} | cells)
+    return pd.DataFrame(rows)
