@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from longlive_opt.metrics import percentile
+from longlive_opt.results import is_finite, lookup, number, numbers
 from longlive_opt.timeline import Event
 
 Result = Mapping[str, Any]
@@ -87,25 +88,6 @@ def colour_of(preset: str) -> str:
     """The preset's colour; a preset that the table does not name gets one that depends on its name only."""
     spare = _MORE_COLOURS[zlib.crc32(preset.encode()) % len(_MORE_COLOURS)]
     return PRESET_COLOURS.get(preset, spare)
-
-
-def lookup(result: Any, path: str) -> Any:
-    """The value at a dotted path, None where any part of the path is missing."""
-    for key in path.split("."):
-        result = result.get(key) if isinstance(result, Mapping) else None
-    return result
-
-
-def number(result: Result, path: str) -> float | None:
-    """The finite number at a dotted path; None where it is missing, n/a or something else."""
-    value = lookup(result, path)
-    return float(value) if _is_number(value) else None
-
-
-def numbers(result: Result, path: str) -> list[float]:
-    """The finite numbers of the list at a dotted path; empty where it is missing."""
-    values = lookup(result, path)
-    return [float(value) for value in values if _is_number(value)] if isinstance(values, list) else []
 
 
 def first_runs(results: Iterable[Result]) -> list[Result]:
@@ -382,7 +364,7 @@ def quality_by_frame(result: Result) -> Chart:
     if _identical(result):
         return _empty(title, f"all {lookup(result, 'quality.frames_compared')} compared frames are identical")
     values = lookup(result, "quality.psnr_db.per_frame")
-    points = [(i, v) for i, v in enumerate(values) if _is_number(v)] if isinstance(values, list) else []
+    points = [(i, v) for i, v in enumerate(values) if is_finite(v)] if isinstance(values, list) else []
     if not points:
         return _empty(title, lookup(result, "quality.psnr_db.reason") or "no PSNR in this result")
     figure, ax = _axes(title, 3.6)
@@ -424,10 +406,6 @@ def run_figures(result: Result, baseline: Result | None = None) -> dict[str, Cha
 # ------------------------------------------------------------------------------- reading results
 
 _STAGE_GREY = STAGE_COLOURS["other"]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _preset(result: Result) -> str:
@@ -488,7 +466,7 @@ def _identical(result: Result) -> bool:
 def _events(result: Result, stream: str) -> list[Event]:
     rows = result.get(stream)
     return [Event.from_row(list(row)) for row in (rows if isinstance(rows, list) else [])
-            if isinstance(row, (list, tuple)) and len(row) == 5 and _is_number(row[1]) and _is_number(row[2])]
+            if isinstance(row, (list, tuple)) and len(row) == 5 and is_finite(row[1]) and is_finite(row[2])]
 
 
 def _spans(result: Result, stream: str) -> list[Event]:

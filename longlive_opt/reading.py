@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from . import metrics
-from .figures import lookup, number
+from .results import lookup, number
 from .variations import AS_IS, name_of
 
 Result = Mapping[str, Any]

@@ -59,7 +59,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +252,27 @@ def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[
                                    "finish; read the end of the notebook and run the preset again"))
     results.sort(key=lambda result: (result["preset"] != "baseline", result.get("run", 1)))
     return results, problems
+
+
+def is_finite(value: Any) -> bool:
+    """True for a number that can be drawn or compared: no NaN, no infinity, no bool."""
+    return _is_number(value) and math.isfinite(value)
+
+
+def lookup(result: Any, path: str) -> Any:
+    """The value at a dotted path, None where any part of the path is missing."""
+    for key in path.split("."):
+        result = result.get(key) if isinstance(result, Mapping) else None
+    return result
+
+
+def number(result: Mapping[str, Any], path: str) -> float | None:
+    """The finite number at a dotted path; None where it is missing, n/a or something else."""
+    value = lookup(result, path)
+    return float(value) if is_finite(value) else None
+
+
+def numbers(result: Mapping[str, Any], path: str) -> list[float]:
+    """The finite numbers of the list at a dotted path; empty where it is missing."""
+    values = lookup(result, path)
+    return [float(value) for value in values if is_finite(value)] if isinstance(values, list) else []

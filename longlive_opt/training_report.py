@@ -22,8 +22,9 @@ import pandas as pd
 from IPython.display import HTML
 
 from .errors import UserError
-from .figures import Chart, lookup, number
+from .figures import Chart
 from .inputs import project_path
+from .results import lookup, number
 
 LOG = "training/log.jsonl"
 CHECK = "check.json"

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from .figures import lookup, number
-from .results import is_na
+from .results import is_na, lookup, number
 
 COLUMNS = {"SS mean, ms": "latency.ss_ms_per_frame.mean", "SS max, ms": "latency.ss_ms_per_frame.max",
            "PS mean, ms": "latency.ps_ms.mean", "FPS": "fps", "peak, GB": "memory_gb.peak_allocated",

@@ -8,8 +8,7 @@ from example_results import example_events, example_result
 
 from longlive_opt import metrics
 from longlive_opt.errors import UserError
-from longlive_opt.figures import lookup
-from longlive_opt.results import is_na
+from longlive_opt.results import is_na, lookup
 from longlive_opt.timeline import Event
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_opt import metrics
-from longlive_opt.figures import TARGET_MS, lookup, number
+from longlive_opt.figures import TARGET_MS
+from longlive_opt.results import lookup, number
 
 from .campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
 from .notes import OTHERS, noise_sentence

@@ -12,9 +12,9 @@ import pandas as pd
 
 from longlive_opt import metrics
 from longlive_opt.errors import UserError
-from longlive_opt.figures import TARGET_MS, lookup, number
+from longlive_opt.figures import TARGET_MS
 from longlive_opt.inputs import project_path
-from longlive_opt.results import is_na, read_campaign
+from longlive_opt.results import is_na, lookup, number, read_campaign
 
 log = logging.getLogger(__name__)
 

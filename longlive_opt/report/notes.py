@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from longlive_opt import metrics
-from longlive_opt.figures import TARGET_MS, lookup, number
-from longlive_opt.results import is_na
+from longlive_opt.figures import TARGET_MS
+from longlive_opt.results import is_na, lookup, number
 from longlive_opt.timeline import Event
 from longlive_opt.variations import variations_table
 

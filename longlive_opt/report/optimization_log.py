@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 from longlive_opt import figures
-from longlive_opt.figures import lookup
 from longlive_opt.inputs import project_path
-from longlive_opt.results import atomic_path
+from longlive_opt.results import atomic_path, lookup
 
 from .advice import closing, fill_summary, observations, troubles
 from .campaign import BASELINE, FIGURES, SUMMARY, Campaign, Failure, Result, change_of, decided, noise_of

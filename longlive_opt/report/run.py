@@ -4,8 +4,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from longlive_opt import metrics
-from longlive_opt.figures import lookup, number
-from longlive_opt.results import is_na
+from longlive_opt.results import is_na, lookup, number
 
 from .campaign import BASELINE, FIGURES, Result
 from .text import digits, escape, sentence

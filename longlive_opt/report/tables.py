@@ -6,8 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from longlive_opt import figures
-from longlive_opt.figures import lookup, number
-from longlive_opt.results import atomic_path, na
+from longlive_opt.results import atomic_path, lookup, na, number
 
 from .campaign import (
     BASELINE,
