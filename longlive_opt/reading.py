@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from . import metrics
+from . import decision
 from .results import lookup, number
 from .variations import AS_IS, name_of
 
@@ -33,7 +33,7 @@ def reading_html(result: Result, baseline: Result | None, *, noise_known: bool) 
     parts = [_paragraph("", scope(result)),
              _paragraph("Hypothesis", result["hypothesis"] or "none was written down."),
              measured(result, other).to_html(border=0)]
-    if other is not None and other["sizes"] != result["sizes"] and not metrics.unfair(result, other):
+    if other is not None and other["sizes"] != result["sizes"] and not decision.unfair(result, other):
         parts.append(_paragraph("", "Compared over equally many blocks and switches, the first of each run."))
     if result.get("variations"):
         parts.append(varied(result).to_html(border=0))
@@ -61,8 +61,8 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
     """The figures of a run, and beside them the baseline's where the two may be compared: over equally many
     blocks and switches, as in the log.
     """
-    comparable = baseline is not None and not metrics.unfair(result, baseline)
-    result, baseline = metrics.matched(result, baseline) if comparable else (result, {})
+    comparable = baseline is not None and not decision.unfair(result, baseline)
+    result, baseline = decision.matched(result, baseline) if comparable else (result, {})
     stages = {f"{stage}, ms per block": f"latency.stages_ms.{stage}.mean"
               for stage in result["latency"]["stages_ms"]}
     rows = {"block interval, SS mean, ms": _beside(_block_ms(result), _block_ms(baseline))}
@@ -89,7 +89,7 @@ def verdict(result: Result, baseline: Result | None, noise_known: bool) -> str:
     words, keep = result["decision"]["rationale"], result["decision"]["keep"]
     if result["preset"] == "baseline":
         return f"none; {words}."
-    if baseline is not None and not noise_known and not metrics.unfair(result, baseline):
+    if baseline is not None and not noise_known and not decision.unfair(result, baseline):
         words = "undecided until the baseline has been repeated (--repeat-baseline 1): the noise is not known"
     elif keep is not None:
         words = f"{'keep' if keep else 'drop'}; {words}"

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from . import figures, judgement, metrics, provenance, quality, results, video
+from . import decision, figures, judgement, metrics, provenance, quality, results, video
 from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
@@ -415,7 +415,7 @@ class Experiment:
         )
         gate = gate_of(config, result["rooms"])
         # The gate stays with the result: once the noise is known, the report decides again.
-        result["decision"] = metrics.decide(result, self.baseline(), self._noise, gate) | {"gate": gate}
+        result["decision"] = decision.decide(result, self.baseline(), self._noise, gate) | {"gate": gate}
         return result
 
     def baseline(self) -> dict[str, Any] | None:
@@ -427,7 +427,7 @@ class Experiment:
     def _noise(self) -> dict[str, Any] | None:
         """What a repetition in this campaign said of the noise, before this run was saved; or None."""
         campaign, _ = results.read_campaign(self.folder.parent)
-        return metrics.campaign_noise(campaign)
+        return decision.campaign_noise(campaign)
 
     def _room_reports(self) -> list[dict[str, Any]]:
         return [
@@ -471,7 +471,7 @@ def switch_blocks(config: ExperimentConfig) -> list[int]:
 
 
 def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `metrics.decide`: bit-identical frames if every optimization is exact, else the
+    """The quality gate of `decision.decide`: bit-identical frames if every optimization is exact, else the
     preset's limits.
     """
     limits = {"min_psnr_db": config.min_psnr_db, "min_ssim": config.min_ssim, "max_lpips": config.max_lpips}

@@ -5,7 +5,7 @@ import random
 from collections.abc import Collection
 from typing import Any
 
-from longlive_opt import metrics
+from longlive_opt import decision, metrics
 from longlive_opt.results import SCHEMA_VERSION, na
 from longlive_opt.timeline import Event
 
@@ -105,4 +105,4 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
     gate = {"level": "exact"} if exact else {"level": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9}
     baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
     noise = dict.fromkeys(("ss_mean", "ss_p50", "ss_max", "ps_mean", "fps", "peak_allocated"), 0.004)
-    return result | {"decision": metrics.decide(result, baseline, noise, gate)}
+    return result | {"decision": decision.decide(result, baseline, noise, gate)}

@@ -14,7 +14,7 @@ import pytest
 from example_results import example_result
 from PIL import Image
 
-from longlive_opt import figures, metrics, report
+from longlive_opt import decision, figures, report
 from longlive_opt.errors import UserError
 from longlive_opt.report.__main__ import main
 from longlive_opt.results import na, write_result
@@ -141,7 +141,7 @@ def test_undecided_ticks_neither_box_and_is_not_recommended(seven):
 def test_the_shorter_run_sets_what_is_compared(seven):
     """Would catch a table in which the two columns are of different parts of a stream that drifts."""
     part = section(report.render_log(seven), "### Experiment 2")
-    of_both, _ = metrics.matched(seven[0], seven[2])
+    of_both, _ = decision.matched(seven[0], seven[2])
     mean, worst = (of_both["latency"]["ss_ms_per_frame"][key] for key in ("mean", "max"))
     assert f"| SS Mean | {mean:.1f} ms |" in part and f"| SS Max | {worst:.1f} ms |" in part
     assert "- Compared over the first 12 steady-state blocks and 2 prompt switches of both; all that was " \

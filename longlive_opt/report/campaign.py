@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from longlive_opt import metrics
+from longlive_opt import decision
 from longlive_opt.errors import UserError
 from longlive_opt.figures import TARGET_MS
 from longlive_opt.inputs import project_path
@@ -92,7 +92,7 @@ def decided(results: Sequence[Result]) -> list[dict[str, Any]]:
     its `gate` is made anew with the baseline and the noise that are there now; others stay as they are.
     """
     baseline, noise = baseline_of(results), noise_of(results)
-    return [{**result, "decision": {**metrics.decide(result, baseline, noise, gate), "gate": gate}}
+    return [{**result, "decision": {**decision.decide(result, baseline, noise, gate), "gate": gate}}
             if (gate := lookup(result, "decision.gate")) else dict(result) for result in results]
 
 
@@ -104,7 +104,7 @@ def baseline_of(results: Iterable[Result]) -> Result | None:
 def noise_of(results: Sequence[Result]) -> dict[str, Any] | None:
     """A/A noise of the campaign; None if nothing was run twice, or not on one kind of machine."""
     try:
-        return metrics.campaign_noise(results)
+        return decision.campaign_noise(results)
     except UserError as error:
         log.warning("%s", error)
         return None
@@ -112,9 +112,9 @@ def noise_of(results: Sequence[Result]) -> dict[str, Any] | None:
 
 def change_of(result: Result, baseline: Result | None, label: str) -> float | None:
     """Percent against the baseline; None where either is n/a or the two may not be compared."""
-    if baseline is None or metrics.unfair(result, baseline):
+    if baseline is None or decision.unfair(result, baseline):
         return None
-    value, reference = (number(run, FIGURES[label]) for run in metrics.matched(result, baseline))
+    value, reference = (number(run, FIGURES[label]) for run in decision.matched(result, baseline))
     return None if value is None or not reference else 100 * (value / reference - 1)
 
 

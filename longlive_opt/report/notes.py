@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from longlive_opt import metrics
+from longlive_opt import decision, metrics
 from longlive_opt.figures import TARGET_MS
 from longlive_opt.results import is_na, lookup, number
 from longlive_opt.timeline import Event
@@ -124,7 +124,7 @@ def _outcome(run: Run, base: Run) -> str:
     """What the hypothesis is to be compared with."""
     run, base = matched_runs(run, base)
     text = f"Outcome: SS mean {run.figure('SS Mean')} ms per video frame against {base.figure('SS Mean')}"
-    if difference := metrics.unfair(run.result, base.result):
+    if difference := decision.unfair(run.result, base.result):
         return f"{text}, not comparable: {escape(difference)}."
     verb = "meets" if within_target(run.result) else "misses"
     target = f" {verb} the {TARGET_MS:.0f} ms target" if is_large(run.result) else ""

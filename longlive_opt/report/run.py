@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field, replace
 
-from longlive_opt import metrics
+from longlive_opt import decision
 from longlive_opt.results import is_na, lookup, number
 
 from .campaign import BASELINE, FIGURES, Result
@@ -49,10 +49,10 @@ class Run:
 
 
 def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
-    """Both over the blocks and switches that are compared (`metrics.matched`)."""
-    if base is None or run.failure or base.failure or metrics.unfair(run.result, base.result):
+    """Both over the blocks and switches that are compared (`decision.matched`)."""
+    if base is None or run.failure or base.failure or decision.unfair(run.result, base.result):
         return run, base
-    pair = metrics.matched(run.result, base.result)
+    pair = decision.matched(run.result, base.result)
     return replace(run, result=pair[0]), replace(base, result=pair[1])
 
 

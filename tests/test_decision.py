@@ -1,0 +1,148 @@
+"""Claims about comparisons, noise and verdicts, on made-up results."""
+
+import copy
+
+import pytest
+from example_results import example_result
+
+from longlive_opt import decision, metrics
+from longlive_opt.errors import UserError
+from longlive_opt.results import lookup
+from longlive_opt.timeline import Event
+
+NOISE = {"ss_mean": 0.004, "ps_mean": 0.03, "peak_allocated": 0.0}
+EXACT = {"level": "exact"}
+LOSSY = {"level": "lossy", "min_psnr_db": 30.0}
+
+
+def test_aa_noise_is_relative_and_needs_one_preset():
+    """Would catch: noise in ms compared with a gain in percent, or two presets taken for a pair."""
+    a, b = example_result(run=1), example_result(run=2)
+    noise = decision.aa_noise(a, b)
+    means = [r["latency"]["ss_ms_per_frame"]["mean"] for r in (a, b)]
+    assert noise["ss_mean"] == pytest.approx(abs(means[0] - means[1]) / means[0])
+    assert noise["peak_allocated"] == 0 and noise["preset"] == "baseline"
+    with pytest.raises(UserError, match="static_kv"):
+        decision.aa_noise(a, example_result("static_kv"))
+    with pytest.raises(UserError, match="environment.gpu"):
+        decision.aa_noise(a, example_result(gpu="another"))
+
+
+def test_runs_are_compared_over_equally_many_blocks():
+    """Would catch: a stream that drifts while the GPU gets warm making a short run look better or worse than
+    it is, and the maximum of 300 samples held against that of 30."""
+    long, short = example_result(steady=300), example_result("static_kv", 0.9, steady=30, switches=4)
+    for row in long["events"]:
+        if row[3] > 38:  # from here on, twice as slow
+            row[1], row[2] = 2 * row[1], 2 * row[2]
+    long |= metrics.measurements(list(map(Event.from_row, long["events"])), first_measured_block=8,
+                                 switch_events=list(map(Event.from_row, long["switch_events"])))
+    a, b = decision.matched(long, short)
+    assert b is short and decision.matched(short, long)[0] is short
+    assert a["sizes"]["blocks_measured"] == 30 and a["sizes"]["switches"] == 4
+    begin = example_result(steady=30, switches=4)
+    for path in ("latency.ss_ms_per_frame.max", "latency.stages_ms.denoise.mean", "fps"):
+        assert lookup(a, path) == pytest.approx(lookup(begin, path), rel=1e-5)
+    assert a["latency"]["ps_ms_all"] == pytest.approx(long["latency"]["ps_ms_all"][:4], abs=1e-2)
+    gain = decision.decide(short, long, NOISE, LOSSY)["rationale"]
+    assert "gain 9" in gain or "gain 10" in gain
+    noise = decision.aa_noise(example_result(), example_result(run=2, steady=30, switches=4))
+    assert (noise["blocks"], noise["switches"]) == (30, 4)
+
+
+def test_the_campaign_finds_its_pair():
+    """Would catch: noise taken from two different presets, or a campaign without a pair that invents some."""
+    small = {"steady": 30, "switches": 2}
+    baseline, other = example_result(**small), example_result("static_kv", 0.8, **small)
+    assert decision.campaign_noise([baseline, other]) is None
+    noise = decision.campaign_noise([baseline, other, example_result("static_kv", 0.8, run=2, **small)])
+    assert noise["preset"] == "static_kv" and 0 < noise["ss_mean"] < 0.02
+
+
+def decide(scale, gate, exact=False, noise=NOISE, change=None):
+    result = example_result("variant", scale, exact=exact, steady=30, switches=2)
+    for key, value in (change or {}).items():
+        result[key] = value
+    return decision.decide(result, example_result(steady=30, switches=2), noise, gate)
+
+
+def test_gain_above_noise_with_equal_frames_is_kept():
+    """Would catch: a rule that does not keep the obvious."""
+    verdict = decide(0.8, EXACT, exact=True)
+    assert verdict["keep"] is True and "gain 20" in verdict["rationale"]
+    assert "A/A noise" in verdict["rule"] and "bit-identical" in verdict["rule"]
+
+
+@pytest.mark.parametrize(("scale", "noise"), [(0.985, NOISE), (1.2, NOISE), (1.2, NOISE | {"ss_mean": 0.15})])
+def test_no_gain_above_the_floor_or_loss_is_dropped(scale, noise):
+    """Would catch: 1.5 % kept because the two baseline runs agreed by luck, or a slowdown kept."""
+    assert decide(scale, EXACT, exact=True, noise=noise)["keep"] is False
+
+
+@pytest.mark.parametrize("scale", [0.9, 1.1])
+def test_a_change_within_a_large_noise_is_undecided(scale):
+    """Would catch: a preset dropped, or said to lose, because the machine was busy with something else."""
+    verdict = decide(scale, EXACT, exact=True, noise=NOISE | {"ss_mean": 0.15})
+    assert verdict["keep"] is None and "within the noise" in verdict["rationale"]
+
+
+def test_an_exact_room_whose_frames_differ_is_dropped():
+    """Would catch: a replay that reuses a stale slot and is praised for its speed."""
+    verdict = decide(0.5, EXACT, exact=False)
+    assert verdict["keep"] is False and "frames differ" in verdict["rationale"]
+
+
+def test_lossy_rooms_pass_or_fail_their_gate():
+    """Would catch: a limit read the wrong way round (LPIPS falls, PSNR rises with fidelity)."""
+    assert decide(0.5, LOSSY)["keep"] is True
+    failed = decide(0.5, LOSSY | {"min_psnr_db": 50.0})
+    assert failed["keep"] is False and "psnr_db" in failed["rationale"]
+    quality = copy.deepcopy(example_result("variant", steady=30, switches=2)["quality"])
+    quality["lpips"] = {"mean": 0.2}
+    assert decide(0.5, {"level": "lossy", "max_lpips": 0.1}, change={"quality": quality})["keep"] is False
+    assert decide(0.5, {"level": "lossy", "max_lpips": 0.3}, change={"quality": quality})["keep"] is True
+
+
+def test_what_was_not_measured_is_undecided():
+    """Would catch: an unavailable LPIPS or a missing A/A pair counted as passed."""
+    lpips = decide(0.5, {"level": "lossy", "max_lpips": 0.1})
+    assert lpips["keep"] is None and "lpips is n/a" in lpips["rationale"]
+    assert decide(0.5, {"level": "lossy", "max_lpips": 0.1, "min_ssim": 0.999})["keep"] is False
+    assert decide(0.5, EXACT, exact=True, noise=None)["keep"] is None
+    result = example_result("variant", 0.5, steady=30, switches=2)
+    assert decision.decide(result, None, NOISE, EXACT)["keep"] is None
+    other = decision.decide(result, example_result(gpu="another", steady=30, switches=2), NOISE, EXACT)
+    assert other["keep"] is None and "environment.gpu" in other["rationale"]
+
+
+def test_black_frames_fail_whatever_they_score():
+    """Would catch: a broken decoder's black clip against a black reference, identical and fast."""
+    quality = example_result("variant", exact=True, steady=30, switches=2)["quality"]
+    quality["flags"] = ["24 of 24 variant frames are constant (black or empty output)"]
+    verdict = decide(0.5, EXACT, change={"quality": quality})
+    assert verdict["keep"] is False and "constant" in verdict["rationale"]
+
+
+def test_the_baseline_is_the_reference():
+    """Would catch: the baseline dropped for not beating itself."""
+    verdict = example_result(steady=30, switches=2)["decision"]
+    assert verdict["keep"] is None and verdict["rule"] == "reference"
+
+
+def test_other_objectives():
+    """Would catch: a memory preset judged by its latency."""
+    assert decide(0.5, EXACT | {"objective": "memory"}, exact=True)["keep"] is True
+    assert "peak allocated" in decide(0.5, EXACT | {"objective": "memory"}, exact=True)["rationale"]
+    assert decide(1.1, EXACT | {"objective": "switch"}, exact=True)["keep"] is False
+    on_cpu = {"gpu": None, "steady": 30, "switches": 2}
+    verdict = decision.decide(example_result("variant", 0.5, **on_cpu), example_result(**on_cpu), NOISE,
+                              EXACT | {"objective": "memory"})
+    assert verdict["keep"] is None and "no CUDA device" in verdict["rationale"]
+
+
+@pytest.mark.parametrize("gate", [{}, {"level": "lossy"}, EXACT | {"min_ssim": 0.9}, EXACT | {"min_snr": 3},
+                                  EXACT | {"objective": "beauty"}])
+def test_a_gate_that_gates_nothing_is_refused(gate):
+    """Would catch: a misspelt limit that lets everything pass."""
+    with pytest.raises(UserError, match="quality gate"):
+        decide(0.5, gate)
