@@ -16,6 +16,7 @@ from PIL import Image
 
 from longlive_opt import decision, figures, report
 from longlive_opt.errors import UserError
+from longlive_opt.figures.labels import along, spread
 from longlive_opt.report.__main__ import main
 from longlive_opt.results import na, write_result
 
@@ -412,7 +413,7 @@ def test_names_of_points_keep_off_lines_and_one_another():
     ax = figure.axes[0]
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in ax.texts if "target" not in text.get_text()]
-    front = np.concatenate([figures._along(line) for line in ax.get_lines()])
+    front = np.concatenate([along(line) for line in ax.get_lines()])
     assert len(boxes) == 3 and not any(box.contains(*point) for box in boxes for point in front)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
@@ -448,7 +449,7 @@ def test_figures_survive_missing_parts(seven, path):
 
 def test_names_of_lines_never_overlap():
     """Would catch names printed on top of each other where lines end close together."""
-    moved = figures._spread([0.1, 0.1, 0.11, 0.5, 0.98, 0.99], 0.05)
+    moved = spread([0.1, 0.1, 0.11, 0.5, 0.98, 0.99], 0.05)
     assert all(b - a >= 0.05 - 1e-9 for a, b in zip(moved, moved[1:], strict=False))
     assert moved[3] == 0.5
 

@@ -1,0 +1,124 @@
+"""Latency of several presets: how it is distributed, and whether it drifts."""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ..metrics import percentile
+from ..results import numbers
+from .chart import FONT, Chart, name_rows, new_axes, not_drawn, note, told
+from .facts import Result, mean_of, ms_per_frame, name_of, result_colour, steady_blocks
+from .labels import name_lines, name_points
+from .palette import DARK, GREY, RED
+
+TARGET_MS = 40.0  # per video frame: 25 FPS
+_LEVELS = tuple(level / 20 for level in range(1, 20))  # where on its curve a name may stand
+
+
+def latency_ecdf(results: Sequence[Result]) -> Chart:
+    """Share of steady-state blocks at or below a latency in ms per video frame, one curve per preset."""
+    series = [(result, sorted(ms_per_frame(result))) for result in results if ms_per_frame(result)]
+    title = "Steady-state latency: share of blocks at or below"
+    if not series:
+        return not_drawn(title, "no steady-state samples")
+    series.sort(key=lambda item: item[1][len(item[1]) // 2], reverse=True)
+    figure, ax = new_axes(title, 1.8 + max(2.8, 0.34 * len(series)))
+    names = []
+    for result, values in series:
+        n = len(values)
+        shares = [count / n for count in range(n + 1)]
+        ax.step([values[0], *values], shares, where="post", lw=1.8, color=result_colour(result))
+        places = [(values[int(level * n)], level) for level in _LEVELS]
+        names.append((places, f"{name_of(result)} (n={n})", result_colour(result)))
+    ax.set(xlim=latency_limits([value for _, values in series for value in values], 0.04, 0.24),
+           ylim=(0, 1.02), xlabel="ms per video frame")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    draw_target(ax)
+    name_points(ax, names)
+    return told(figure, "One curve per preset; median in ms per video frame", (
+        f"{name_of(result)} {percentile(values, 50):.1f}" for result, values in reversed(series)))
+
+
+def latency_boxes(results: Sequence[Result]) -> Chart:
+    """Every steady-state sample and its box (quartiles, whiskers at 1.5 IQR), one row per preset."""
+    series = [(result, ms_per_frame(result)) for result in results if ms_per_frame(result)]
+    title = "Steady-state latency by preset: every block"
+    if not series:
+        return not_drawn(title, "no steady-state samples")
+    figure, ax = new_axes(title, 1.5 + 0.52 * len(series))
+    for row, (result, values) in enumerate(series):
+        # A fixed spread instead of random jitter: the same result gives the same picture.
+        heights = [row + 0.3 * (i * 0.618034 % 1.0 - 0.5) for i in range(len(values))]
+        ax.scatter(values, heights, s=7, alpha=0.35, color=result_colour(result), linewidths=0)
+        first, median, third = (percentile(values, q) for q in (25, 50, 75))
+        reach = 1.5 * (third - first)
+        inside = [value for value in values if first - reach <= value <= third + reach]
+        ax.plot([min(inside), max(inside)], [row, row], color=result_colour(result), lw=1.2, marker="|", ms=9)
+        ax.barh(row, third - first, left=first, height=0.5, fill=False, lw=1.2,
+                edgecolor=result_colour(result))
+        ax.plot([median, median], [row - 0.25, row + 0.25], color=DARK, lw=1.6)
+        digits = 1 if max(values) >= 10 else 2
+        words = f"mean {mean_of(values):.{digits}f}, max {max(values):.{digits}f}"
+        note(ax, words, (1, row), (8, 0), va="center", xycoords=("axes fraction", "data"))
+    name_rows(ax, [f"{name_of(result)} (n={len(values)})" for result, values in series])
+    ax.set(xlim=latency_limits([value for _, values in series for value in values], 0.05, 0.05),
+           xlabel="ms per video frame")
+    draw_target(ax)
+    return told(figure, "Every block is a point; mean and maximum in ms per video frame", (
+        f"{name_of(result)} {mean_of(values):.1f} and {max(values):.1f}" for result, values in series))
+
+
+def latency_by_block(results: Sequence[Result]) -> Chart:
+    """Latency against block index: drift and outliers."""
+    series = [(result, steady_blocks(result), values) for result in results
+              if (values := ms_per_frame(result))]
+    title = "Latency over the stream: is there drift?"
+    if not series:
+        return not_drawn(title, "no steady-state samples")
+    figure, ax = new_axes(title, 1.8 + max(2.8, 0.26 * len(series)))
+    # Switches that had a stream of their own are not in this one.
+    switches = {block for result, _, _ in series if not result.get("switch_events")
+                for block in numbers(result, "latency.ps_blocks")}
+    for block in switches:
+        ax.axvline(block, color=GREY, lw=0.7, ls=":", zorder=0)
+    for result, blocks, values in series:
+        ax.plot(blocks, values, lw=1.0, color=result_colour(result), marker="." if len(values) < 40 else None)
+    names = [(blocks[-1], mean_of(values), f"{name_of(result)} (n={len(values)})", result_colour(result))
+             for result, blocks, values in series]
+    high = latency_limits([value for _, _, values in series for value in values], 0, 0.05)[1]
+    if high > TARGET_MS:
+        ax.axhline(TARGET_MS, color=RED, lw=1.0, ls="--", zorder=1)
+        names.append((math.inf, TARGET_MS, f"{TARGET_MS:.0f} ms target", RED))
+    far = "" if high > TARGET_MS else f"   ({TARGET_MS:.0f} ms target: far above)"
+    ax.set(ylim=(0, high), ylabel=f"ms per video frame{far}",
+           xlabel="block" + ("   (dotted: prompt switches, not part of SS)" if switches else ""))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name_lines(ax, names)
+    halves = ((result, values[:len(values) // 2] or values, values[len(values) // 2:])
+              for result, _, values in series)
+    return told(figure, "One line per preset; second half of the blocks minus first, in ms per video frame", (
+        f"{name_of(result)} {mean_of(last) - mean_of(first):+.2f}" for result, first, last in halves))
+
+
+def latency_limits(values: Sequence[float], left: float, right: float) -> tuple[float, float]:
+    """Limits around latencies with margins in shares of their span, and around the target unless it is so far
+    away that it would squeeze them into a corner."""
+    low, high = min(values), max(values)
+    if TARGET_MS < 4 * high and low < 4 * TARGET_MS:
+        low, high = min(low, TARGET_MS), max(high, TARGET_MS)
+    span = max(high - low, 0.1 * high)
+    return low - left * span, high + right * span
+
+
+def draw_target(ax: Axes) -> None:
+    """The target's line, or beside the axis' name on which side it lies outside."""
+    low, high = ax.get_xlim()
+    if low < TARGET_MS < high:
+        ax.axvline(TARGET_MS, color=RED, lw=1.0, ls="--", zorder=1)
+        note(ax, f"{TARGET_MS:.0f} ms target", (TARGET_MS, 1), (3, -2), xycoords=("data", "axes fraction"),
+             va="top", color=RED, fontsize=FONT - 1)
+    else:
+        side = "right" if high < TARGET_MS else "left"
+        ax.set_xlabel(f"{ax.get_xlabel()}   ({TARGET_MS:.0f} ms target: far to the {side})")
