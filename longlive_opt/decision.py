@@ -32,7 +32,9 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Two results over equally many steady-state blocks and prompt switches, the first of each: what the log
-    compares (see `metrics.DEFINITIONS["comparison"]`). One that is short enough is returned as it is.
+    compares (see `metrics.DEFINITIONS["comparison"]`). One that is short enough is returned as it is, and
+    where one has no switches the other keeps its own. Switches without a stream of their own end with the
+    blocks.
     """
     blocks, switches = (min(lookup(result, f"sizes.{key}") for result in (a, b))
                         for key in ("blocks_measured", "switches"))
@@ -41,6 +43,7 @@ def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, An
 
 def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping[str, Any]:
     sizes, latency = result["sizes"], result["latency"]
+    switches = switches or sizes["switches"]
     if (sizes["blocks_measured"], sizes["switches"]) == (blocks, switches):
         return result
     apart = switches and "switch_events" in result
@@ -99,8 +102,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
            gate: Mapping[str, Any]) -> dict[str, Any]:
     """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
 
-    Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a change
-    within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything.
+    Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a run beside
+    which something else ran, and a change within a noise of more than `NOISE_FLOOR`, for on such a machine it
+    may be anything.
 
     `noise`: from `aa_noise`, None if nothing was run twice (then undecided). `gate`: `{"level": "exact"}`, or
     `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim, min_ms_ssim, max_lpips,
@@ -124,6 +128,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return verdict(None, "undecided: the campaign has no baseline result")
     if difference := unfair(result, baseline):
         return verdict(None, f"undecided: not comparable with the baseline, {difference}")
+    if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
+        return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
+                             "repeat the campaign when nothing else runs on it")
     ours, reference = (lookup(run, _FIGURES[figure]) for run in matched(result, baseline))
     spread = noise[figure] if noise else na("no A/A noise", "run one preset twice in the campaign")
     for value in (ours, reference, spread):
@@ -136,7 +143,7 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return verdict(None, f"undecided: {compared}, within the noise of this machine; repeat the campaign "
                              "when nothing else runs on it")
     if gain <= threshold:
-        return verdict(False, f"{compared}: no gain above the noise")
+        return verdict(False, f"{compared}: no gain above the threshold")
     passed, why = _passes(result["quality"], level, limits)
     return verdict(passed, f"{compared}; {why}")
 

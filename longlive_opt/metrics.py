@@ -65,7 +65,7 @@ DEFINITIONS = {
     "comparison":
         "Changes, noise and decisions compare two runs over equally many steady-state blocks and prompt "
         "switches, the first of each: a stream drifts while the GPU gets warm, and the maximum of more "
-        "samples is larger.",
+        "samples is larger. Memory is that of the whole runs.",
     "memory_gb":
         "Peaks of the CUDA caching allocator in 1e9 bytes: allocated (tensors), reserved (held from the "
         "driver), over the two measured streams, without loading and compiling; in use: all of the GPU's "

@@ -26,6 +26,8 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
 _THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
                   0x40: "hw_thermal", 0x80: "hw_power_brake"}
 _CROWDED_CORES = 0.5  # kept busy by others: above, a run on the CPU was not alone
+_NOT_WATCHED = {"other_cpu_cores": None, "co_scheduled": None, "reasons": dict.fromkeys(
+    ("other_cpu_cores", "co_scheduled"), "not watched in this run")}
 _SHORTEST_S = 0.5  # /proc counts hundredths of a second
 
 
@@ -39,7 +41,7 @@ def environment(device: "torch.device | str", *, attention_backend: str | None =
     import torch
 
     device = torch.device(device)
-    company = company or company_of(device, None, None)
+    company = company or _NOT_WATCHED
     reasons: dict[str, str] = dict(company["reasons"])
     found: dict[str, Any] = {
         "gpu": None, "driver": None, "gpu_power_limit_w": None, "ecc": None, "mig": None,

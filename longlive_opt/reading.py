@@ -24,10 +24,8 @@ _COLUMNS = ["this run", "baseline", "difference", "change"]
 _FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}
 
 
-def reading_html(result: Result, baseline: Result | None, *, noise_known: bool) -> str:
+def reading_html(result: Result, baseline: Result | None) -> str:
     """HTML: the hypothesis, what was measured beside the campaign's `baseline`, the rule and its verdict.
-
-    `noise_known`: the campaign has a repetition, from which the rule takes the noise.
     """
     other = None if result["preset"] == "baseline" and result["run"] == 1 else baseline
     parts = [_paragraph("", scope(result)),
@@ -40,7 +38,7 @@ def reading_html(result: Result, baseline: Result | None, *, noise_known: bool) 
     parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
     if result["preset"] != "baseline":
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
-    return "".join([*parts, _paragraph("Verdict", verdict(result, baseline, noise_known))])
+    return "".join([*parts, _paragraph("Verdict", verdict(result))])
 
 
 def scope(result: Result) -> str:
@@ -84,12 +82,12 @@ def varied(result: Result) -> pd.DataFrame:
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])
 
 
-def verdict(result: Result, baseline: Result | None, noise_known: bool) -> str:
+def verdict(result: Result) -> str:
     """The decision as it stands when the run ends."""
     words, keep = result["decision"]["rationale"], result["decision"]["keep"]
     if result["preset"] == "baseline":
         return f"none; {words}."
-    if baseline is not None and not noise_known and not decision.unfair(result, baseline):
+    if words.startswith("undecided: no A/A noise"):
         words = "undecided until the baseline has been repeated (--repeat-baseline 1): the noise is not known"
     elif keep is not None:
         words = f"{'keep' if keep else 'drop'}; {words}"

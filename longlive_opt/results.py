@@ -79,12 +79,13 @@ _SCHEMA = {
     "bool?": "decision.keep environment.git_dirty quality.identical environment.co_scheduled?",
     "number?": "environment.other_cpu_cores?",
     "number": "fps playback.fps latency.ss_ms_per_frame.mean latency.ss_ms_per_frame.p50 "
-              "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max",
+              "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max "
+              "latency.ss_over_target.target_ms",
     "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
               "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
               "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
               "memory_gb.kv_cache",
-    "numbers": "latency.ss_block_ms latency.ps_ms_all",
+    "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks",
     "list": "rooms events quality.flags",
     "dict": "parameters environment.packages environment.env_vars latency.ps_breakdown_ms latency.stages_ms "
             "setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips quality.clip_delta",

@@ -285,7 +285,8 @@ def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
                      "value": _cell(check, path) or ("none came" if none_came else "not measured"),
                      "target": "" if target is None else f"{sign} {target:.2f}",
                      "met": "" if target is None else _met(check, path),
-                     "videos": lookup(check, f"{kind}.videos") or 0})
+                     "videos": (lookup(check, f"{kind}.videos") or 0)
+                     - int(number(check, _NEVER) or 0) * (key == "delay_blocks")})
     return pd.DataFrame(rows)
 
 

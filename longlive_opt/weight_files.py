@@ -83,7 +83,8 @@ def check_weights(config: ExperimentConfig) -> WeightFiles:
     expected = config.model_config().dit.dim
     # Of a torch file only torch can tell the shapes.
     header = safetensors_header(files.dit) if files.dit.suffix == ".safetensors" else {}
-    dims = [tensor["shape"][0] for name, tensor in header.items() if name.endswith("patch_embedding.weight")]
+    dims = [tensor["shape"][0] for name, tensor in header.items()
+            if name.endswith("patch_embedding.weight") and tensor.get("shape")]
     if dims and dims[0] != expected:
         raise UserError(f"weights: {config.weights!r} holds a transformer of {dims[0]} channels, and model: "
                         f"{config.model!r} has {expected}; use {TINY_WEIGHTS} with tiny, the official files "

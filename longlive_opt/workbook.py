@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -333,7 +334,7 @@ class Experiment:
 
     def reading(self) -> HTML:
         """The hypothesis, what was measured beside the baseline, and the decision as it stands."""
-        return HTML(reading_html(self.result, self.baseline(), noise_known=self._noise is not None))
+        return HTML(reading_html(self.result, self.baseline()))
 
     def vary(self, changes: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
         """Measure the preset again with one key changed at a time, and add the figures to result.json; only
@@ -425,9 +426,13 @@ class Experiment:
 
     @functools.cached_property
     def _noise(self) -> dict[str, Any] | None:
-        """What a repetition in this campaign said of the noise, before this run was saved; or None."""
+        """What a repetition in this campaign said of the noise, before this run was saved; None also where
+        it ran on another machine.
+        """
         campaign, _ = results.read_campaign(self.folder.parent)
-        return decision.campaign_noise(campaign)
+        with contextlib.suppress(UserError):
+            return decision.campaign_noise(campaign)
+        return None
 
     def _room_reports(self) -> list[dict[str, Any]]:
         return [

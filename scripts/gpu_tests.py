@@ -2,8 +2,8 @@
 
     python scripts/gpu_tests.py outputs/h100/gpu_tests.txt [more arguments for pytest]
 
-The record is written in any case; one that was cut off says so in its last line. Exit status: pytest's, 2
-without a GPU, 130 if interrupted.
+A run that is interrupted (Ctrl-C, SIGTERM) leaves a record as well, which says so in its last line. Exit
+status: pytest's, 2 without a GPU, 130 if interrupted.
 """
 
 from __future__ import annotations

@@ -169,6 +169,21 @@ def test_what_is_to_stay_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wandered(again, again, scene) == [0, 0]
 
 
+def test_a_course_is_remembered_for_one_shape_one_size_and_what_may_hide_it():
+    """What was followed for another object, or behind other things, taken for this one's way."""
+    blue = ObjectSpec("small", "blue", "circle", "orbits")
+    scene = SceneSpec((RED, blue), "grey", "dotted")
+    reading = read(to_uint8(render(simulate([[(0, scene)]], 24, seed=0), slice(None))[0]))
+    other = {name: replace(scene, objects=objects) for name, objects in {
+        "in front": (blue, RED), "shape": (RED, replace(blue, shape="star")),
+        "size": (RED, replace(blue, size="large"))}.items()}
+    behind = checker._course(reading, "blue", scene, 1)
+    assert checker._course(reading, "blue", scene, 1) is behind
+    assert checker._course(reading, "blue", other["in front"], 0) is not behind
+    assert checker._course(reading, "blue", other["shape"], 1) is not behind
+    assert checker._course(reading, "blue", other["size"], 1) is not behind
+
+
 @pytest.mark.parametrize("frames", [torch.zeros(11, 3, 128, 128, dtype=torch.uint8),
                                     torch.zeros(12, 3, 64, 64, dtype=torch.uint8),
                                     torch.zeros(12, 3, 128, 128)])

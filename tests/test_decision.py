@@ -73,10 +73,47 @@ def test_gain_above_noise_with_equal_frames_is_kept():
     assert "A/A noise" in verdict["rule"] and "bit-identical" in verdict["rule"]
 
 
-@pytest.mark.parametrize(("scale", "noise"), [(0.985, NOISE), (1.2, NOISE), (1.2, NOISE | {"ss_mean": 0.15})])
+@pytest.mark.parametrize(("scale", "noise"), [
+    (0.985, NOISE), (0.985, NOISE | {"ss_mean": 0.018}), (1.2, NOISE), (1.2, NOISE | {"ss_mean": 0.15})])
 def test_no_gain_above_the_floor_or_loss_is_dropped(scale, noise):
     """Would catch: 1.5 % kept because the two baseline runs agreed by luck, or a slowdown kept."""
     assert decide(scale, EXACT, exact=True, noise=noise)["keep"] is False
+
+
+def test_a_shortened_run_keeps_its_own_settings():
+    """Would catch: the warm-up, block size, viewer or target of the H100 presets taken for everybody's."""
+    def odd(last: int) -> dict:
+        run = example_result(steady=30, switches=4)
+        events, switches = (list(map(Event.from_row, run[key])) for key in ("events", "switch_events"))
+        return run | metrics.measurements([event for event in events if event.block <= last],
+                                          first_measured_block=6, frames_per_block=9, playback_fps=20.0,
+                                          switch_events=switches, target_ms=50.0)
+
+    long, short = odd(37), odd(15)
+    found, _ = decision.matched(long, short)
+    assert found["sizes"] == short["sizes"] and found["playback"] == short["playback"]
+    assert found["latency"]["ss_over_target"] == short["latency"]["ss_over_target"]
+    assert lookup(found, "latency.ss_ms_per_frame.max") == pytest.approx(
+        lookup(short, "latency.ss_ms_per_frame.max"))
+
+
+def test_a_run_that_was_not_alone_is_undecided():
+    """Would catch: a verdict on a run, or against a baseline, beside which something else ran."""
+    for crowded in (0, 1):
+        runs = [example_result("variant", 0.5, steady=30, switches=2), example_result(steady=30, switches=2)]
+        runs[crowded]["environment"] |= {"co_scheduled": True}
+        found = decision.decide(*runs, NOISE, LOSSY)
+        assert found["keep"] is None and f"beside {runs[crowded]['preset']};" in found["rationale"]
+
+
+def test_a_run_keeps_its_switches_where_the_other_has_none():
+    """Would catch: a measured prompt-switch latency that is called not measured."""
+    run, none = example_result("variant", steady=30, switches=4), example_result(steady=12, switches=4)
+    none |= metrics.measurements(list(map(Event.from_row, none["events"])), first_measured_block=8)
+    ours, reference = decision.matched(run, none)
+    assert ours["sizes"]["switches"] == 4 and ours["latency"]["ps_ms"]["mean"] == pytest.approx(
+        run["latency"]["ps_ms"]["mean"], rel=1e-5)
+    assert reference is none
 
 
 @pytest.mark.parametrize("scale", [0.9, 1.1])

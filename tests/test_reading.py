@@ -3,6 +3,7 @@
 import pytest
 from example_results import example_result
 
+from longlive_opt.decision import decide
 from longlive_opt.reading import measured, reading_html, scope, varied, verdict
 from longlive_opt.results import na
 
@@ -20,7 +21,7 @@ def test_hypothesis_stands_beside_what_was_measured(baseline):
     assert table.loc["denoise, ms per block", "change"].startswith("-50.")
     assert table.loc["KV cache, GB", "difference"] == "+0"
     assert table.loc["PSNR, one block, dB"].tolist() == ["37.5", "", "", ""]
-    text = reading_html(result, baseline, noise_known=True)
+    text = reading_html(result, baseline)
     assert "366 ms a block, &lt;40 ms a frame" in text
     assert result["latency"]["clock_disagreement"]["sentence"] in text
     assert f"{result['decision']['rule']}." in text
@@ -31,28 +32,30 @@ def test_runs_of_two_lengths_are_compared_over_the_shorter(baseline):
     short = example_result("speed", 0.5, steady=20, switches=2)
     theirs = max(baseline["latency"]["ss_block_ms"][:20]) / 12
     assert measured(short, baseline).loc["SS max, ms per frame", "baseline"] == f"{theirs:.4g}"
-    assert "the first of each run" in reading_html(short, baseline, noise_known=True)
+    assert "the first of each run" in reading_html(short, baseline)
 
 
 def test_baseline_is_compared_with_its_prediction_only(baseline):
     """Would catch: the baseline beside itself, 0 % everywhere; its repetition does stand beside it."""
     assert list(measured(baseline, None)) == ["this run"]
-    text = reading_html(baseline, baseline, noise_known=False)
+    text = reading_html(baseline, baseline)
     assert "none; the others are compared" in text and "Rule" not in text and "difference" not in text
-    repeated = reading_html(example_result(run=2), baseline, noise_known=False)
+    repeated = reading_html(example_result(run=2), baseline)
     assert "difference" in repeated and "identical" not in repeated
 
 
 def test_no_verdict_before_the_noise_is_known(baseline):
     """Would catch: 'drop' or 'keep' that the summary takes back."""
-    result = example_result("speed", 0.5)
-    assert verdict(result, baseline, False).startswith("undecided until the baseline has been repeated")
-    assert verdict(result, baseline, True).startswith("keep; SS mean")
-    slower = example_result("static_kv", 1.1)
-    assert verdict(slower, baseline, True).startswith("drop; SS mean")
+    result, gate = example_result("speed", 0.5), {"level": "lossy", "min_psnr_db": 30.0}
+    unknown = dict(result, decision=decide(result, baseline, None, gate))
+    assert verdict(unknown).startswith("undecided until the baseline has been repeated")
+    assert verdict(result).startswith("keep; SS mean")
+    assert verdict(example_result("static_kv", 1.1)).startswith("drop; SS mean")
+    on_cpu = result | {"memory_gb": {"peak_allocated": na("no CUDA device", "run on a GPU")}}
+    on_cpu |= {"decision": decide(on_cpu, baseline, None, gate | {"objective": "memory"})}
+    assert verdict(on_cpu).startswith("undecided: no CUDA device")
     alone = dict(result, decision={"keep": None, "rationale": "undecided: there is no baseline"})
-    assert verdict(alone, None, False) == ("undecided: there is no baseline. The campaign's summary decides "
-                                           "again.")
+    assert verdict(alone) == "undecided: there is no baseline. The campaign's summary decides again."
 
 
 def test_runs_of_two_machines_are_not_set_side_by_side(baseline):

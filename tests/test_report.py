@@ -130,6 +130,22 @@ def test_says_when_to_take_another_preset():
     assert "The GPU held its clock back at the end of baseline (1755 MHz), " in text
 
 
+def test_a_kept_preset_that_misses_the_target_is_better_than_the_baseline():
+    """Would catch 'no reason to prefer it to Baseline' of a preset that is kept for its gain, and a passed
+    gate told as the reason against it."""
+    quality = make("quality", 0.9, exact=False)
+    quality["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0}}
+    runs = [make("baseline"), make("baseline", run=2), quality]
+    text = report.render_log(runs)
+    assert re.search(r"Not Quality, SS max [\d.]+ ms: it misses the 40 ms", text)
+    assert "**Preset**: none" in text
+    assert "- Quality: where the mean counts, which is below the baseline's (SS max" in text
+    runs[0]["environment"] |= {"co_scheduled": True}
+    text = report.render_log(runs)
+    assert "dB, undecided)" in text and "Not fit for comparison, since something else ran on the machine " \
+        "meanwhile: baseline." in text
+
+
 def test_undecided_ticks_neither_box_and_is_not_recommended(seven):
     """Would catch a fast preset recommended although nobody could judge its quality."""
     speed = copy.deepcopy(seven[6])
@@ -148,6 +164,13 @@ def test_the_shorter_run_sets_what_is_compared(seven):
     assert "- Compared over the first 12 steady-state blocks and 2 prompt switches of both; all that was " \
         "measured of Baseline: 300 blocks" in part
     assert "Compared over" not in report.render_log([make("baseline"), seven[2]])
+    ours = seven[2]["latency"]["ss_ms_per_frame"]["mean"]
+    table = report.summary_table(seven).set_index("preset")
+    assert table.loc["static_kv", "change_ss_mean_pct"] == pytest.approx(100 * (ours / mean - 1))
+    slow = make("speed", 0.6, steady=30)
+    slow["latency"]["ss_ms_per_frame"]["max"] = 56.1  # in a block that is not compared
+    text = report.render_log([make("baseline"), slow])
+    assert "SS max 56.1 ms misses the 40 ms target" in text
 
 
 def test_outcome_tells_where_the_time_went():

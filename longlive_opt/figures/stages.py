@@ -116,7 +116,8 @@ def waterfall(results: Sequence[Result]) -> Chart:
         note(ax, text, (column, max(bottom, bottom + height)), (0, 3), ha="center")
         if column < len(bars) - 1:
             ax.plot([column - 0.31, column + 1.31], [bottom + height] * 2, color=GREY, lw=0.9)
-    ax.set_xticks(range(len(bars)), [name_of(base), *(name for name, _ in steps), name_of(best)])
+    first, last = (f"{name_of(r)} (n={len(numbers(r, 'latency.ss_block_ms'))})" for r in (base, best))
+    ax.set_xticks(range(len(bars)), [first, *(name for name, _ in steps), last])
     ax.set(ylim=(0, 1.2 * max(start, end)), ylabel="ms per steady-state block (mean)")
     ax.grid(visible=False, axis="x")
     ends = f"{name_of(base)} {in_ms(start)} ms a block, {name_of(best)} {in_ms(end)} ms"

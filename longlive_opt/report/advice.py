@@ -65,8 +65,14 @@ def _recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
     else:
         reasons.append("No measured preset meets it.")
-    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: "
-                              f"{sentence(run.result['decision']['rationale'])}" for run in faster)]
+    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: {_why_not(run)}"
+                              for run in faster)]
+
+
+def _why_not(run: Run) -> str:
+    if is_kept(run):
+        return f"it misses the {TARGET_MS:.0f} ms target."
+    return sentence(run.result["decision"]["rationale"])
 
 
 def _worth_taking(runs: Mapping[str, Run]) -> list[Run]:
@@ -88,7 +94,8 @@ def _when(run: Run, other: Run | None) -> str:
         return f"n/a ({run.outcome})"
     if run is other:
         return "it is the recommended one"
-    facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{'' if is_kept(run) else ', not kept'}"
+    state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
+    facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{state}"
     if other is None or other.failure:
         return f"nothing to compare it with ({facts})"
     if objective_of(run) != "latency":
@@ -97,6 +104,8 @@ def _when(run: Run, other: Run | None) -> str:
         name, unit = OTHERS[label]
         facts = f"{name} {run.figure(label)} {unit}, {facts}"
         purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
+    elif other.preset == BASELINE:
+        better, purpose = is_kept(run), "where the mean counts, which is below the baseline's"
     elif run.preset == "speed":
         better = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
         purpose = "where latency counts more than fidelity"
@@ -114,6 +123,8 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
     lines = [noise_sentence(noise) if noise else "Noise (A/A): unknown, no preset was run twice under equal "
              "conditions; small changes mean nothing."]
     for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
+                        ("environment.co_scheduled", "Not fit for comparison, since something else ran on "
+                                                     "the machine meanwhile:"),
                         ("sizes.quick", "Quick runs, too short for more than a first impression:")):
         presets = [run.preset for run in runs.values() if lookup(run.result, path)]
         if presets:

@@ -134,7 +134,8 @@ def _settings(run: Run) -> dict[str, str]:
     count = f"{len(steps)} ({', '.join(map(str, steps))})" if steps else "n/a"
     gpu, cpu = lookup(run.result, "environment.gpu"), lookup(run.result, "environment.cpu")
     device = f"n/a ({run.outcome})" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
-    return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else escape(model), "GPU": escape(device),
+    return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else escape(model or "n/a"),
+            "GPU": escape(device),
             "Denoising Steps": escape(count),
             "Local Attention": f"{escape(parameters.get('local_attn_size', 'n/a'))} frames",
             "Frame Sink": f"{escape(parameters.get('sink_size', 'n/a'))} frames",
