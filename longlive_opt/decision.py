@@ -2,6 +2,7 @@
 noise, is the preset kept? Pure functions of results; `metrics` says what the figures are.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,17 +49,19 @@ def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping
         return result
     apart = switches and "switch_events" in result
     return {**result, **measurements(
-        _until(result["events"], latency["ss_blocks"][blocks - 1]),
+        _first(result["events"], latency["ss_blocks"], blocks),
         first_measured_block=sizes["warmup_blocks"],
         frames_per_block=sizes["frames_per_block"],
-        switch_events=_until(result["switch_events"], latency["ps_blocks"][switches - 1]) if apart else None,
+        switch_events=_first(result["switch_events"], latency["ps_blocks"], switches) if apart else None,
         playback_fps=result["playback"]["fps"],
         target_ms=latency["ss_over_target"]["target_ms"])}
 
 
-def _until(rows: Iterable[list[Any]], last_block: int) -> list[Event]:
+def _first(rows: Iterable[list[Any]], counted: Sequence[int], count: int) -> list[Event]:
+    """A stream's events up to the block after the first `count` that counted."""
+    end = next(iter(counted[count:]), math.inf)
     events = map(Event.from_row, rows)
-    return [event for event in events if event.block is None or event.block <= last_block]
+    return [event for event in events if event.block is None or event.block < end]
 
 
 def aa_noise(result_a: Mapping[str, Any], result_b: Mapping[str, Any]) -> dict[str, Any]:
