@@ -58,7 +58,7 @@ def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping
 
 
 def _first(rows: Iterable[list[Any]], counted: Sequence[int], count: int) -> list[Event]:
-    """A stream's events up to the block after the first `count` that counted."""
+    """Events before the block that is counted after the first `count` ones."""
     end = next(iter(counted[count:]), math.inf)
     events = map(Event.from_row, rows)
     return [event for event in events if event.block is None or event.block < end]
