@@ -285,8 +285,10 @@ def test_world_is_told_per_run_and_tabled():
     not judge."""
     judged, other = make("quality") | {"world": WORLD}, make("speed")
     other["world"] = na("a prompt is none of the small world: 'a_fox'", "write another")
+    other["model"] = {"name": "tiny"}
+    large = make("static_kv") | {"world": other["world"]}
     never = make("balanced") | {"world": WORLD | {"delay_blocks": na("never came", "look"), "never": 3}}
-    runs = [make("baseline"), judged, never, other]
+    runs = [make("baseline"), judged, never, other, large]
     text = report.render_log(runs)
     part = section(text, "### Experiment 4")
     assert ("Small world: prompt adherence 0.975 before a prompt switch and 0.750 from the second block "
@@ -294,7 +296,9 @@ def test_world_is_told_per_run_and_tabled():
             ) in part
     assert "Wrong: red circle: motion. Not judged: blue star: letter." in part
     assert "switch delay in blocks n/a (never came) (3 of 3" in section(text, "### Experiment 5")
-    assert "- Small world: n/a, a prompt is none" in section(text, "### Experiment 6")
+    why = "- Small world: n/a, a prompt is none of .*; write another\\."
+    assert re.search(why, section(text, "### Experiment 6"))
+    assert "mall world" not in section(text, "### Experiment 2")
     assert "mall world" not in section(text, "## Baseline Measurement")
     assert headings(text) == headings(TEMPLATE)
     numbers = report.summary_table(runs).set_index("preset")

@@ -62,12 +62,14 @@ def missing_notes(run: Run) -> list[str]:
 
 
 def _world(result: Result) -> list[str]:
-    """Whether the video showed its prompts, where that was asked: a note, or why it cannot be told."""
+    """Whether the video showed its prompts, where that was asked: a note, or why it cannot be told. Of the
+    large model it never can.
+    """
     world = result.get("world")
-    if not world:
+    if not world or is_na(world) and is_large(result):
         return []
     if is_na(world):
-        return [f"Small world: n/a, {escape(world['reason'])}; {sentence(world['how_to_fix'])}"]
+        return [f"Small world: n/a, {escape(world['reason'])}; {escape(world['how_to_fix'].rstrip('.'))}."]
     never = f" ({world['never']} of {world['switches']} switches never came)" if world["never"] else ""
     text = (f"Small world: prompt adherence {share_text(world['adherence_before'])} before a prompt switch "
             f"and {share_text(world['adherence_after'])} from the second block after it on, switch delay in "
