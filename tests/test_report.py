@@ -233,6 +233,15 @@ def test_missing_values_say_why():
     assert "None" not in part and "___" not in part
 
 
+def test_what_a_room_did_is_told_in_words():
+    """Would catch Python's or JSON's notation in a log for readers, and the same fact told twice."""
+    run = make("static_kv")
+    run["rooms"][0]["report"] = {"done": "captured once", "kernel": "captured", "options": {}, "exact": True,
+                                 "stats": {"replayed": 12, "capture_s": 1.65653, "memory_bytes": 1965031424}}
+    assert "- Room static_kv: Captured once; exact on; stats: replayed 12, capture_s 1.66, memory_bytes " \
+        "1.97e9." in report.render_log([run])
+
+
 def test_incomparable_runs_have_no_change():
     """Would catch percentages between two machines."""
     text = report.render_log([make("baseline"), make("static_kv", gpu="NVIDIA H200")])

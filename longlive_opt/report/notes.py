@@ -1,6 +1,5 @@
 """What the log notes on one run: hypothesis and outcome, what the rooms did, what qualifies the figures."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -171,12 +170,23 @@ def _gpu_clocks(result: Result) -> list[str]:
 
 
 def _room(room: Mapping[str, Any]) -> str:
-    report = room.get("report") or {}
-    facts = [str(value) if key == "done" else f"{key} {json.dumps(value)}" for key, value in report.items()]
+    report = dict(room.get("report") or {})
+    done = report.pop("done", "nothing reported")
+    facts = [_fact(key, value) for key, value in report.items()
+             if value != {} and not (isinstance(value, str) and value in done)]
     state = "" if room.get("applied") else ", NOT applied"
     level = f" ({escape(room['level'])})" if room.get("level") else ""
-    done = sentence("; ".join(facts) or "nothing reported")
-    return f"Room {escape(room.get('name'))}{level}{state}: {done}"
+    return f"Room {escape(room.get('name'))}{level}{state}: {sentence('; '.join([done, *facts]))}"
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{key}: {', '.join(_fact(*item) for item in value.items())}"
+    if isinstance(value, bool):
+        return f"{key} {'on' if value else 'off'}"
+    if key.endswith("bytes"):
+        return f"{key} {digits(value / 1e9)}e9"
+    return f"{key} {digits(value) if isinstance(value, float) else value}"
 
 
 def noise_sentence(noise: Mapping[str, Any]) -> str:
