@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from . import decision
-from .results import lookup, number
+from .results import block_ms, lookup, number
 from .variations import AS_IS, name_of
 
 Result = Mapping[str, Any]
@@ -63,7 +63,7 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
     result, baseline = decision.matched(result, baseline) if comparable else (result, {})
     stages = {f"{stage}, ms per block": f"latency.stages_ms.{stage}.mean"
               for stage in result["latency"]["stages_ms"]}
-    rows = {"block interval, SS mean, ms": _beside(_block_ms(result), _block_ms(baseline))}
+    rows = {"block interval, SS mean, ms": _beside(block_ms(result), block_ms(baseline))}
     rows |= {name: _beside(number(result, path), number(baseline, path))
              for name, path in (_BEFORE_STAGES | stages | _AFTER_STAGES).items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
@@ -77,8 +77,8 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
 def varied(result: Result) -> pd.DataFrame:
     """What each variation does to the block interval, in the hypotheses' unit."""
     runs = {AS_IS: result} | {name_of(row): row for row in result["variations"]}
-    ours = _block_ms(result)
-    return pd.DataFrame.from_dict({name: _beside(_block_ms(run), ours)[::2] for name, run in runs.items()},
+    ours = block_ms(result)
+    return pd.DataFrame.from_dict({name: _beside(block_ms(run), ours)[::2] for name, run in runs.items()},
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])
 
 
@@ -92,11 +92,6 @@ def verdict(result: Result) -> str:
     elif keep is not None:
         words = f"{'keep' if keep else 'drop'}; {words}"
     return f"{words}. The campaign's summary decides again."
-
-
-def _block_ms(run: Result) -> float | None:
-    mean, frames = number(run, "latency.ss_ms_per_frame.mean"), number(run, "sizes.frames_per_block")
-    return None if mean is None or frames is None else mean * frames
 
 
 def _beside(ours: float | None, theirs: float | None) -> list[str]:

@@ -66,6 +66,7 @@ from typing import Any
 from longlive_opt.errors import UserError
 
 SCHEMA_VERSION = 1
+REFERENCE_FILE = "reference.safetensors"  # the baseline's video, beside its result.json
 
 # Kind (see _KINDS) -> dotted paths of the fields that must be there, or may be missing (those with a question
 # mark); others are allowed.
@@ -277,3 +278,9 @@ def numbers(result: Mapping[str, Any], path: str) -> list[float]:
     """The finite numbers of the list at a dotted path; empty where it is missing."""
     values = lookup(result, path)
     return [float(value) for value in values if is_finite(value)] if isinstance(values, list) else []
+
+
+def block_ms(result: Mapping[str, Any]) -> float | None:
+    """Mean steady-state block interval; None where it is missing."""
+    mean, frames = number(result, "latency.ss_ms_per_frame.mean"), number(result, "sizes.frames_per_block")
+    return None if mean is None or frames is None else mean * frames

@@ -34,12 +34,12 @@ from longlive_opt.batch import Job, export_report, finished_result, locked, run_
 from longlive_opt.config import RUN_KEYS, ExperimentConfig, load_yaml
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
+from longlive_opt.results import REFERENCE_FILE
 from longlive_opt.weight_files import TINY_WEIGHTS, check_weights
 
 log = logging.getLogger(__name__)
 
 BASELINE = "baseline"
-REFERENCE_FILE = "reference.safetensors"
 SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
 TRAINING = "training"

@@ -37,6 +37,7 @@ from .inputs import project_path, script_of
 from .optimizations import build_pipeline
 from .optimizations.prompt_cache import CachedPrompts
 from .reading import reading_html
+from .results import REFERENCE_FILE
 from .session import Chunk, StreamingSession
 from .timeline import Event, Timeline
 from .variations import variations_table
@@ -49,7 +50,6 @@ warnings.filterwarnings("ignore", message="torch.cuda._set_allocator_settings is
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
 PROGRESS_SECONDS = 10.0
-REFERENCE_FILE = "reference.safetensors"
 RESULT_FILE = "result.json"
 SWITCH_EVERY = 2
 

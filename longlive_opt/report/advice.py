@@ -132,9 +132,9 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
     read = [run for run in runs.values() if lookup(run.result, "latency.clock_disagreement.available")]
     if read and not any(lookup(run.result, "latency.clock_disagreement.flag") for run in read):
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
-    held = [f"{run.preset} ({lookup(run.result, 'environment.clocks_after.sm_mhz'):.0f} MHz)"
-            for run in runs.values() if lookup(run.result, "environment.clocks_after.throttle_reasons")
-            and lookup(run.result, "environment.clocks_after.sm_mhz")]
+    held = [f"{run.preset} ({clocks['sm_mhz']:.0f} MHz)" for run in runs.values()
+            if (clocks := lookup(run.result, "environment.clocks_after"))
+            and clocks.get("throttle_reasons") and clocks.get("sm_mhz")]
     if held:
         lines.append(f"The GPU held its clock back at the end of {escape(', '.join(held))}.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):

@@ -1,12 +1,11 @@
 """What the log notes on one run: hypothesis and outcome, what the rooms did, what qualifies the figures."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_opt import decision, metrics
 from longlive_opt.figures import TARGET_MS
-from longlive_opt.results import is_na, lookup, number
+from longlive_opt.results import block_ms, is_na, lookup, number
 from longlive_opt.timeline import Event
 from longlive_opt.variations import variations_table
 
@@ -26,7 +25,8 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> li
     if run.failure:
         return [*notes, f"Failed: {sentence(run.failure)}"]
     if base and not base.failure:
-        notes += [_outcome(run, base), *_lengths(run, base), *_apart(run.result, base.result)]
+        parts = matched_runs(run, base)
+        notes += [_outcome(run, *parts), *_lengths((run, base), parts), *_apart(run.result, base.result)]
     notes += [_room(room) for room in result["rooms"]]
     notes.append(f"Clocks: {sentence(lookup(result, 'latency.clock_disagreement.sentence'))}")
     if noise:
@@ -98,10 +98,10 @@ def _cell(value: Any, unit: str) -> str:
     return value if isinstance(value, str) else f"{digits(value)}{unit}"
 
 
-def _lengths(run: Run, base: Run) -> list[str]:
+def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
     """That the table shows a part of the longer run only, and what all of it gives."""
     lines = []
-    for whole, part in zip((run, base), matched_runs(run, base)):
+    for whole, part in zip(runs, parts):
         if part.result is not whole.result:
             sizes, all_sizes = part.result["sizes"], whole.result["sizes"]
             lines.append(f"Compared over the first {sizes['blocks_measured']} steady-state blocks and "
@@ -121,10 +121,11 @@ def _apart(result: Result, baseline: Result) -> list[str]:
             f"{codes[1]}, {days[1]}."]
 
 
-def _outcome(run: Run, base: Run) -> str:
-    """What the hypothesis is to be compared with. The target is for all blocks, not for those compared."""
-    verb, worst = "meets" if within_target(run.result) else "misses", run.figure("SS Max")
-    run, base = matched_runs(run, base)
+def _outcome(whole: Run, run: Run, base: Run) -> str:
+    """What the hypothesis is to be compared with: `run` and `base` over the blocks that are compared. The
+    target is for the `whole` run.
+    """
+    verb = "meets" if within_target(whole.result) else "misses"
     text = f"Outcome: SS mean {run.figure('SS Mean')} ms per video frame against {base.figure('SS Mean')}"
     if difference := decision.unfair(run.result, base.result):
         return f"{text}, not comparable: {escape(difference)}."
@@ -133,13 +134,13 @@ def _outcome(run: Run, base: Run) -> str:
                        for label, (name, unit) in OTHERS.items()
                        if (change := percent(change_of(run.result, base.result, label))) != "n/a")
     return (f"{text} ({percent(change_of(run.result, base.result, 'SS Mean'))}); SS max "
-            f"{worst} ms{target}; {others}{'; ' if others else ''}{_per_block(run, base)}.")
+            f"{whole.figure('SS Max')} ms{target}; {others}{'; ' if others else ''}{_per_block(run, base)}.")
 
 
 def _per_block(run: Run, base: Run) -> str:
     """How far the block interval moved, and through which stages."""
     runs = [base.result, run.result]
-    before, after = (math.fsum(r["latency"]["ss_block_ms"]) / r["sizes"]["blocks_measured"] for r in runs)
+    before, after = map(block_ms, runs)
     rest, moved = after - before, []
     for name in run.result["latency"]["stages_ms"]:
         was, now = (number(r, f"latency.stages_ms.{name}.mean") for r in runs)
