@@ -250,6 +250,21 @@ def test_gpu_replay_equals_eager_bit_for_bit(keys):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@torch.no_grad()
+def test_gpu_next_video_is_captured_while_a_flow_of_the_last_is_held(cache):
+    """The memory of graphs that are gone, captured into again: PyTorch's allocator refuses that."""
+    pipeline = gpu_pipeline(use_cuda_graphs=True, **cache)
+    text, sampler = pipeline.encode_prompt("a"), pipeline.sampler
+    latents = torch.randn(1, 3, *pipeline.latent_shape, device="cuda", dtype=torch.bfloat16)
+    videos = []
+    for _ in range(2):
+        ring = pipeline.make_cache()
+        videos.append([sampler.run_pass(ring, text, 0, latents, sampler.timesteps[0]) for _ in range(2)])
+    assert all(map(torch.equal, *videos)) and pipeline.sampler.forward.stats.replayed == 2
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("cache", CACHES, ids=str)
 def test_gpu_composes_with_compile(cache, graphs):

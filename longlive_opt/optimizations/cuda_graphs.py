@@ -77,7 +77,7 @@ class GraphedForward:
             raise NotAvailable(
                 f"use_cuda_graphs: CUDA graphs need device: cuda, and this run is on {self.device.type}."
             )
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._graphs: dict[Any, _Captured] = {}
         self._cache: weakref.ref[Any] = weakref.ref(self)
         self._text: TextContext | None = None
@@ -86,8 +86,10 @@ class GraphedForward:
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
         if self._cache() is not cache:
-            # Graphs point into the memory of one cache.
+            # Graphs point into the memory of one cache. Their pool cannot be captured into again while anyone
+            # still holds a flow of theirs, so the new ones get their own.
             self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()
             self._cache = weakref.ref(cache)
         text = self._at_fixed_addresses(text)
         key = (cache.signature, tuple(latents.shape), timestep, keys_only)
