@@ -177,6 +177,7 @@ class ExperimentConfig:
     use_fused_kernels: bool = False
     use_text_offload: bool = False
     use_vae_offload: bool = False
+    use_early_decode: bool = False
     vae_chunk_latents: int | None = None
     gpu_memory_limit_gb: float | None = None
     prompt_cache_mb: int = 1024

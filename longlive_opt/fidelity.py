@@ -89,7 +89,7 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
         latent_errors.append(_relative_error(made, clean))
         block_decoder.continue_from(history_decoder)
         frames += [frames_to_uint8(part[0]) for part in block_decoder.push(made)]
-        sampler.run_pass(cache, text, start, clean, plan.context_noise, keys_only=True)
+        sampler.clean_pass(cache, text, start, clean)
         history_decoder.push(clean)
     compared = quality.compare(
         reference.frames.to(pipeline.device),

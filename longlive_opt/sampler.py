@@ -4,7 +4,8 @@ arXiv:2509.22622).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, Sequence
 
 import torch
@@ -58,24 +59,30 @@ class EagerForward:
         return self.dit(latents.transpose(1, 2), timesteps, text, cache.layers).transpose(1, 2)
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """Denoises blocks and recaches. Latents are [B, F, C, H, W]."""
+    """Denoises blocks and recaches. Latents are [B, F, C, H, W].
 
-    def __init__(self, plan: SamplingPlan, forward: Forward, trim_recache: bool = False):
-        """Args: trim_recache: leave out of a recache the frames whose keys a protected sink would drop."""
-        self.plan = plan
-        self.forward = forward
-        self.trim_recache = trim_recache
-        self.schedule = FlowSchedule(plan.shift)
-        self.timesteps = self.schedule.warped_steps(plan.denoising_steps)
+    `trim_recache`: leave out of a recache the frames whose keys a protected sink would drop.
+    `defer_clean_pass`: a session hands a block on before its clean pass.
+    """
+
+    plan: SamplingPlan
+    forward: Forward
+    trim_recache: bool = False
+    defer_clean_pass: bool = False
+
+    @cached_property
+    def schedule(self) -> FlowSchedule:
+        return FlowSchedule(self.plan.shift)
+
+    @cached_property
+    def timesteps(self) -> list[float]:
+        return self.schedule.warped_steps(self.plan.denoising_steps)
 
     def with_forward(self, forward: Forward) -> Sampler:
         """The same sampler with another `forward`."""
-        return Sampler(self.plan, forward, self.trim_recache)
-
-    def trimming_recache(self) -> Sampler:
-        """The same sampler with `trim_recache`."""
-        return Sampler(self.plan, self.forward, trim_recache=True)
+        return replace(self, forward=forward)
 
     @torch.no_grad()
     def denoise_block(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
@@ -90,7 +97,7 @@ class Sampler:
             Clean latents [B, F, C, H, W].
         """
         latents = self.denoise(cache, text, start, noise, step_noise)[-1]
-        self.run_pass(cache, text, start, latents, self.plan.context_noise, keys_only=True)
+        self.clean_pass(cache, text, start, latents)
         return latents
 
     def denoise(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
@@ -103,6 +110,17 @@ class Sampler:
             if i + 1 < len(self.timesteps):
                 noisy = self.schedule.add_noise(estimates[-1], step_noise[i], self.timesteps[i + 1])
         return estimates
+
+    @torch.no_grad()
+    def clean_pass(self, cache: KVCache, text: TextContext, start: int, latents: Tensor) -> None:
+        """The clean pass: leave the keys and values of clean latents [B, F, C, H, W] in the cache."""
+        self.run_pass(cache, text, start, latents, self.plan.context_noise, keys_only=True)
+
+    def recache_replaces_block(self, start: int) -> bool:
+        """Whether a recache before `start` writes all keys and values of the block that ends there anew: all
+        but those of a protected sink.
+        """
+        return not self.plan.global_sink or start - self.plan.block_frames >= self.plan.sink
 
     @torch.no_grad()
     def recache(self, cache: KVCache, text: TextContext, start: int, latents: Tensor) -> None:

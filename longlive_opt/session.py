@@ -136,6 +136,7 @@ class StreamingSession:
         prompt = prompts.popleft()
         with timeline.span("text_encode", 0):
             text = self.pipeline.encode_prompt(prompt)
+        clean_pass: Callable[[], None] | None = None
         while blocks is None or self._block < blocks:
             block, start = self._block, self._block * self.plan.block_frames
             if switch_frames and start >= switch_frames[0]:
@@ -143,6 +144,10 @@ class StreamingSession:
                 self.switch_prompt(prompts.popleft())
             timeline.mark("block_start", block)
             switched = bool(self._requests)
+            if clean_pass and not (switched and sampler.recache_replaces_block(start)):
+                with timeline.span("denoise", block):
+                    clean_pass()
+            clean_pass = None
             if switched:
                 prompt = self._requests.popleft()
                 with timeline.span("text_encode", block):
@@ -153,7 +158,11 @@ class StreamingSession:
                         sampler.recache(self.cache, text, start, past)
             noise, step_noise = self._noise.next_block()
             with timeline.span("denoise", block):
-                latents = sampler.denoise_block(self.cache, text, start, noise, step_noise)
+                if sampler.defer_clean_pass:
+                    latents = sampler.denoise(self.cache, text, start, noise, step_noise)[-1]
+                    clean_pass = partial(sampler.clean_pass, self.cache, text, start, latents)
+                else:
+                    latents = sampler.denoise_block(self.cache, text, start, noise, step_noise)
             self._history.append(latents)
             self._block += 1
             self._undelivered.append(partial(Chunk, block, start, latents, prompt, switched))

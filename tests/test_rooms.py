@@ -84,7 +84,8 @@ def reference(micro) -> list[Chunk]:
     return chunks
 
 
-EXACT_FLAGS = ("use_vae_offload", "use_text_offload", "use_prompt_cache", "use_async_vae")
+EXACT_FLAGS = ("use_vae_offload", "use_text_offload", "use_prompt_cache", "use_early_decode",
+               "use_async_vae")
 FLAGS = ("use_static_kv", "use_fused_kernels", *EXACT_FLAGS)
 COMBINATIONS = [subset for size in (1, 2, 3, len(FLAGS)) for subset in combinations(FLAGS, size)
                 if "use_fused_kernels" not in subset or "use_static_kv" in subset]
@@ -333,7 +334,7 @@ def test_static_cache_reproduces_the_recorded_video(case, global_sink, infinity)
     session = recorded_session(micro_pipeline(**SMALL), global_sink, infinity)
     pipeline = session.pipeline
     static = dataclasses.replace(
-        pipeline, sampler=pipeline.sampler.trimming_recache(),
+        pipeline, sampler=dataclasses.replace(pipeline.sampler, trim_recache=True),
         make_cache=lambda: both_caches(session.cache.geometry)[1])
     session = StreamingSession(static, noise=session._noise)
     latents = torch.cat([chunk.latents for chunk in session.play(Script(("0", "1", "2"), (6, 15)), 6)], dim=1)
@@ -527,6 +528,42 @@ def test_async_reset_drops_blocks_in_flight(asynchronous):
     chunks = list(session.stream("b", 3))
     assert [int(chunk.frames.max()) for chunk in chunks] == [0, 1, 2]
     assert {chunk.prompt for chunk in chunks} == {"b"}
+
+
+# Early decode.
+
+
+@pytest.mark.parametrize("cache", [{}, {"use_static_kv": True}, {"use_quantized_kv": True}], ids=str)
+@pytest.mark.parametrize("size", [
+    {}, {"global_sink": False}, {"relative_rope": True}, {"sink_size": 0},
+    {"local_attn_size": 7, "block_frames": 2}, {"local_attn_size": 9, "sink_size": 6}], ids=str)
+def test_early_decode_leaves_out_only_what_a_recache_replaces(size, cache):
+    """A clean pass that is missed by the sink of a video that switches early, by the window, or by a switch
+    that comes one block later.
+    """
+    keys = {**SMALL, "denoising_steps": [1000, 500], **size, **cache}
+    plain, early = micro_pipeline(**keys), micro_pipeline(**keys, use_early_decode=True)
+    block = plain.config.block_frames
+    for switches in ((1, 2), (3, 5, 6, 9)):
+        script = Script(tuple("abcde"[:len(switches) + 1]), tuple(block * at for at in switches))
+        assert same_video(*(list(StreamingSession(p).play(script, 12)) for p in (plain, early)))
+
+
+def test_early_decode_comes_before_the_clean_pass():
+    """The room that is on and changes nothing: passes of a block, of one with a switch, of one before it."""
+    pipeline = micro_pipeline(**SMALL, use_early_decode=True, sink_size=0)
+    forward, order = pipeline.sampler.forward, []
+
+    def counted(latents, timestep, text, cache, **options):
+        order.append({0: "clean"}.get(timestep, "noisy") if latents.shape[1] == 3 else "recache")
+        return forward(latents, timestep, text, cache, **options)
+
+    session = StreamingSession(
+        dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(counted)))
+    for _ in session.play(Script(("a", "b"), (6,)), 3):
+        order.append("frames")
+    noisy = ["noisy"] * 4
+    assert order == [*noisy, "frames", "clean", *noisy, "frames", "recache", *noisy, "frames"]
 
 
 # Prompt cache.

@@ -124,9 +124,7 @@ def test_any_number_of_steps(steps):
 def test_recache_is_one_pass_at_the_context_timestep(trim, global_sink, start, expected):
     """SPEC 5: min(W, s) frames in one pass; trimming may leave out only what a protected sink drops."""
     cache, forward = FakeCache(), FakeForward()
-    sampler = Sampler(SamplingPlan(global_sink=global_sink), forward)
-    if trim:
-        sampler = sampler.trimming_recache()
+    sampler = Sampler(SamplingPlan(global_sink=global_sink), forward, trim_recache=trim)
     latents = draw(1, min(12, start), *SHAPE)
     assert sampler.recache(cache, "new", start, latents) is None
     assert cache.passes == [expected]
@@ -159,9 +157,9 @@ def test_trimmed_recache_leaves_the_same_cache(window, sink, start):
 def test_variants_of_a_sampler_keep_everything_else():
     """A room that replaces `forward` and switches the trimming of another room off."""
     first, second = FakeForward(), FakeForward()
-    sampler = Sampler(SamplingPlan(shift=3.0), first).trimming_recache().with_forward(second)
-    assert sampler.forward is second and sampler.trim_recache and sampler.plan.shift == 3.0
-    assert Sampler(SamplingPlan(), first).with_forward(second).trim_recache is False
+    sampler = Sampler(SamplingPlan(shift=3.0), first, True, True).with_forward(second)
+    assert sampler == Sampler(SamplingPlan(shift=3.0), second, trim_recache=True, defer_clean_pass=True)
+    assert Sampler(SamplingPlan(), first).with_forward(second) == Sampler(SamplingPlan(), second)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from ..config import ExperimentConfig
 from ..pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .cuda_graphs import CudaGraphs
+from .early_decode import EarlyDecode
 from .fused_kernels import FusedKernels
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
@@ -31,6 +32,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_vae_offload, VAEOffload()),
         (config.use_text_offload, TextOffload()),
         (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),
+        (config.use_early_decode, EarlyDecode()),
         (config.use_async_vae, AsyncVAE()),
     ]
     return [room for wanted, room in table if wanted]

@@ -74,7 +74,7 @@ class QuantizedKV(Room):
             return QuantizedKVCache(geometry, mode, read, 1, device, dtype, rotation)
 
         pipeline = dataclasses.replace(pipeline, make_cache=make_cache,
-                                       sampler=pipeline.sampler.trimming_recache())
+                                       sampler=dataclasses.replace(pipeline.sampler, trim_recache=True))
         formats = FORMATS[self.quantization]
         kernel = (kernel_name(tile, device) if self.read_path == "fused"
                   else f"{pipeline.attention_backend}, after a cast to {config.model_dtype}")

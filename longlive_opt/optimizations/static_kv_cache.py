@@ -43,7 +43,7 @@ class StaticKV(Room):
             return StaticKVCache(geometry, attention, 1, pipeline.device, pipeline.dtype, rotation)
 
         pipeline = dataclasses.replace(pipeline, make_cache=make_cache,
-                                       sampler=pipeline.sampler.trimming_recache())
+                                       sampler=dataclasses.replace(pipeline.sampler, trim_recache=True))
         ring = geometry.window - geometry.sink
         return self.report(pipeline, f"ring of {ring} latent frames behind a sink of {geometry.sink}")
 
