@@ -116,12 +116,6 @@ class Sampler:
         """The clean pass: leave the keys and values of clean latents [B, F, C, H, W] in the cache."""
         self.run_pass(cache, text, start, latents, self.plan.context_noise, keys_only=True)
 
-    def recache_replaces_block(self, start: int) -> bool:
-        """Whether a recache before `start` writes all keys and values of the block that ends there anew: all
-        but those of a protected sink.
-        """
-        return not self.plan.global_sink or start - self.plan.block_frames >= self.plan.sink
-
     @torch.no_grad()
     def recache(self, cache: KVCache, text: TextContext, start: int, latents: Tensor) -> None:
         """Recompute the cached keys and values of the frames before `start` under a new prompt.

@@ -144,7 +144,7 @@ class StreamingSession:
                 self.switch_prompt(prompts.popleft())
             timeline.mark("block_start", block)
             switched = bool(self._requests)
-            if clean_pass and not (switched and sampler.recache_replaces_block(start)):
+            if clean_pass and not switched:
                 with timeline.span("denoise", block):
                     clean_pass()
             clean_pass = None

@@ -536,10 +536,11 @@ def test_async_reset_drops_blocks_in_flight(asynchronous):
 @pytest.mark.parametrize("cache", [{}, {"use_static_kv": True}, {"use_quantized_kv": True}], ids=str)
 @pytest.mark.parametrize("size", [
     {}, {"global_sink": False}, {"relative_rope": True}, {"sink_size": 0},
-    {"local_attn_size": 7, "block_frames": 2}, {"local_attn_size": 9, "sink_size": 6}], ids=str)
+    {"local_attn_size": 7, "block_frames": 2}, {"local_attn_size": 9, "sink_size": 6},
+    {"local_attn_size": 10, "sink_size": 4, "block_frames": 6}], ids=str)
 def test_early_decode_leaves_out_only_what_a_recache_replaces(size, cache):
-    """A clean pass that is missed by the sink of a video that switches early, by the window, or by a switch
-    that comes one block later.
+    """A clean pass that is missed: by the sink of a video that switches early, by the window, by a recache
+    that is shorter than the block, by a switch one block later.
     """
     keys = {**SMALL, "denoising_steps": [1000, 500], **size, **cache}
     plain, early = micro_pipeline(**keys), micro_pipeline(**keys, use_early_decode=True)

@@ -3,7 +3,8 @@
 Idea: the clean pass leaves a block's clean keys and values in the cache for the blocks to come; its own
 frames do not need it. So they are decoded first, and the pass comes at the beginning of the next block. If
 that block begins with a prompt switch, the recache writes those keys and values anew under the new prompt,
-and the pass is left out (unless the block holds a protected sink, which a recache does not touch).
+and the pass is left out: a window holds its sink and a block, so a recache reaches all of the last block, and
+what it leaves alone, a protected sink past the window, is older.
 
 Seam: `sampler`. Costs: nothing. It does not change the steady state, since the passes are the same, one block
 interval apart; the first frames and those after a prompt switch come one pass earlier. Bit-exact: what is
