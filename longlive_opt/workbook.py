@@ -18,28 +18,25 @@ import dataclasses
 import functools
 import gc
 import html
-import itertools
 import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import pandas as pd
 import torch
 from IPython.display import HTML, display
 
 from . import decision, figures, judgement, metrics, provenance, quality, results, video
-from .config import RUN_KEYS, VAE_TEMPORAL_STRIDE, ExperimentConfig
+from .config import RUN_KEYS, ExperimentConfig
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import project_path, script_of
+from .measurement import Measurement
 from .optimizations import build_pipeline
-from .optimizations.prompt_cache import CachedPrompts
 from .reading import reading_html
 from .results import REFERENCE_FILE
-from .session import Chunk, StreamingSession
-from .timeline import Event, Timeline
 from .variations import variations_table
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
@@ -49,9 +46,7 @@ warnings.filterwarnings("ignore", message="torch.cuda._set_allocator_settings is
 # torch.compile on a machine with the CUDA toolkit but without a GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
-PROGRESS_SECONDS = 10.0
 RESULT_FILE = "result.json"
-SWITCH_EVERY = 2
 
 
 class Experiment:
@@ -64,7 +59,6 @@ class Experiment:
         self.folder = folder
         self.script = script_of(config)
         self.world: dict[str, Any] | None = None
-        self._variations = itertools.count(1)
 
     @classmethod
     def open(cls, namespace: Mapping[str, Any]) -> Experiment:
@@ -99,8 +93,8 @@ class Experiment:
     def build(self) -> pd.DataFrame:
         """Load the model and apply the optimizations; returns what each did."""
         self.pipeline = build_pipeline(self.config)
-        self.timeline = Timeline(self.pipeline.device)
-        self.session = StreamingSession(self.pipeline, timeline=self.timeline)
+        self.measurement = Measurement(self.pipeline, self.script)
+        self.session = self.measurement.session
         print(f"ready after {self.pipeline.setup_s['load']:.1f} s: {self.pipeline.model.name}, weights: "
               f"{self.pipeline.weights['kind']}, attention: {self.pipeline.attention_backend}")
         return pd.DataFrame(
@@ -112,115 +106,17 @@ class Experiment:
         )
 
     def measure(self) -> pd.DataFrame:
-        """Rehearse (compilation and capture happen here), then measure; returns the headline figures.
-
-        Two streams, each filling the window first: one of `measure_blocks` blocks without a switch, for the
-        steady state, and one with a prompt switch at every second block. Every second switch asks for a
-        prompt that was never seen before.
+        """Rehearse, so that compilation and capture stay out of every latency, then measure a stream without
+        and one with prompt switches (see `measurement`); returns the headline figures.
         """
-        self._rehearse()
-        device, config = self.pipeline.device, self.config
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        clocks_before, built_before = provenance.clocks(device), self._built()
-        cpu_before = provenance.cpu_seconds()
-        steady = self._record(config.warmup_blocks + config.measure_blocks, [])
-        asked_before = len(self._prompt_outcomes())
-        switched = self._record(
-            config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
-        )
-        self.company = provenance.company_of(device, cpu_before, provenance.cpu_seconds())
-        self.measured = metrics.measurements(
-            steady,
-            first_measured_block=config.warmup_blocks,
-            frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
-            switch_events=switched if config.num_switches else None,
-            playback_fps=config.playback_fps,
-            target_ms=config.target_ms_per_frame,
-        )
-        self.measured["events"] = [event.to_row() for event in steady]
-        self.measured["switch_events"] = [event.to_row() for event in switched]
-        self.measured["built_while_measured"] = {
-            kind: count - built_before[kind] for kind, count in self._built().items()
-        }
-        # The first request of the stream is no switch.
-        outcomes = self._prompt_outcomes()[asked_before + 1:]
-        self.measured["latency"]["ps_by_prompt"] = metrics.grouped(
-            self.measured["latency"]["ps_ms_all"], outcomes
-        )
-        self.measured["memory_gb"] = provenance.memory_gb(device, self.session.cache.nbytes)
-        self.clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
+        self.measurement.rehearse()
+        self.measured = self.measurement.run()
+        self.company, self.clocks = self.measured.pop("company"), self.measured.pop("clocks")
         return self._headline()
-
-    def _rehearse(self) -> None:
-        """One short stream through everything that the measured one will do, timed as set-up."""
-        started, built_before = time.perf_counter(), self._building_seconds()
-        self._start_over()
-        blocks = self.config.warmup_blocks + 4
-        warmup = self.config.warmup_blocks
-        chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
-        next(chunks)
-        setup = self.pipeline.setup_s
-        setup["first_block"] = time.perf_counter() - started
-        for _ in chunks:
-            pass
-        setup["rehearsal"] = time.perf_counter() - started
-        setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
-        print(
-            f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
-            f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
-        )
-
-    def _record(self, blocks: int, switches: list[int]) -> list[Event]:
-        """The events of a stream's first `blocks` blocks. Where decoding overlaps the next block, a stream
-        has one more: nothing competes with the decoding of its last, which is no steady state.
-        """
-        self._start_over()
-        for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
-            pass
-        return [event for event in self.timeline.resolve() if event.block is None or event.block < blocks]
-
-    def _start_over(self) -> None:
-        self.session.reset()
-        self.timeline.clear()
-
-    def _stream_with_switches(self, blocks: int, switches: list[int]) -> Iterator[Chunk]:
-        prompts, pending, last_shown = self.script.prompts, list(switches), time.perf_counter()
-        for chunk in self.session.stream(prompts[0], blocks):
-            yield chunk
-            if pending and self.session.next_block >= pending[0]:
-                number = len(switches) - len(pending) + 1
-                pending.pop(0)
-                prompt = prompts[number % len(prompts)]
-                if number % 2 == 0:
-                    prompt = f"{prompt} (variation {next(self._variations)})"
-                self.session.switch_prompt(prompt)
-            if time.perf_counter() - last_shown > PROGRESS_SECONDS:
-                last_shown = time.perf_counter()
-                print(f"block {chunk.block + 1} of {blocks}", flush=True)
-
-    def _stats(self) -> list[dict[str, Any]]:
-        reports = [room["report"] for room in self.pipeline.rooms]
-        return [report["stats"].summary() for report in reports if "stats" in report]
-
-    def _built(self) -> dict[str, int]:
-        """How many CUDA graphs were captured and how many regions compiled so far."""
-        return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
-                "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
-
-    def _building_seconds(self) -> dict[str, float]:
-        """What compilation and capture have taken so far; other experiments of this process included."""
-        return {"compile": compile_seconds(),
-                "capture": sum(stats.get("capture_s", 0.0) for stats in self._stats())}
-
-    def _prompt_outcomes(self) -> list[str]:
-        """What the prompt cache made of every request so far; empty without one."""
-        encode = self.pipeline.encode_prompt
-        return list(encode.stats.outcomes) if isinstance(encode, CachedPrompts) else []
 
     def film(self) -> HTML:
         """Generate the script's video with its prompt switches; returns a player. Not measured."""
-        self._start_over()
+        self.session.reset()
         self.world = None  # of the video before
         self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
                        for chunk in self.session.play(self.script, self.config.video_blocks)]
@@ -345,7 +241,7 @@ class Experiment:
             changes: the values to try instead of the preset's, by key.
         """
         rows = self.result["variations"] = []
-        del self.pipeline, self.session, self.timeline
+        del self.pipeline, self.session, self.measurement
         for key, value in ((key, value) for key, values in changes.items() for value in values):
             gc.collect()
             if torch.cuda.is_available():
@@ -470,11 +366,6 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
             and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
 
 
-def switch_blocks(config: ExperimentConfig) -> list[int]:
-    """Blocks of the switch stream at which the prompt switches: every second one after warm-up."""
-    return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]
-
-
 def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, Any]:
     """The quality gate of `decision.decide`: bit-identical frames if every optimization is exact, else the
     preset's limits.
@@ -484,12 +375,6 @@ def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, 
     if all(room["level"] == "exact" for room in rooms):
         return {"level": "exact", "objective": config.objective}
     return {"level": "lossy", "objective": config.objective, **(limits or {"min_psnr_db": 45.0})}
-
-
-def compile_seconds() -> float:
-    """Seconds that torch.compile has spent in this process."""
-    times = torch._dynamo.utils.compilation_time_metrics
-    return sum(times.get("_compile.compile_inner", []))
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -12,16 +13,16 @@ import pytest
 import torch
 from micro import micro_config, micro_model
 
-from longlive_opt import results, video, workbook
+from longlive_opt import measurement, provenance, results, video, workbook
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script
+from longlive_opt.measurement import SWITCH_EVERY, switch_blocks
 from longlive_opt.workbook import (
     RESULT_FILE,
     Experiment,
     gate_of,
     notebook_parameters,
     script_of,
-    switch_blocks,
 )
 
 SMALLEST = {"model": "micro", "weights": "random", "model_dtype": "float32",
@@ -31,7 +32,8 @@ SMALLEST = {"model": "micro", "weights": "random", "model_dtype": "float32",
 
 @pytest.fixture(autouse=True, scope="module")
 def micro():
-    with micro_model():
+    with micro_model(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "cpu_seconds", lambda: None)  # other tests may run beside these
         yield
 
 
@@ -244,7 +246,7 @@ def test_switches_come_after_warm_up_with_blocks_between_them():
     blocks = switch_blocks(micro_config(warmup_blocks=5, num_switches=4))
     assert blocks[0] == 5 and len(blocks) == 4
     gaps = {b - a for a, b in zip(blocks, blocks[1:])}
-    assert gaps == {workbook.SWITCH_EVERY} and workbook.SWITCH_EVERY >= 2
+    assert gaps == {SWITCH_EVERY} and SWITCH_EVERY >= 2
     assert switch_blocks(micro_config(num_switches=0)) == []
 
 
@@ -269,8 +271,9 @@ def test_everything_that_is_measured_was_rehearsed(tmp_path, keys):
     run = open_run(tmp_path / "run", **{**SMALLEST, "height": 16, "width": 16, "num_switches": 3, **keys})
     run.build()
     kinds = Kinds(run.pipeline.sampler.forward)
-    run.pipeline.sampler.forward = kinds
-    run._rehearse()
+    run.session.pipeline = dataclasses.replace(
+        run.pipeline, sampler=run.pipeline.sampler.with_forward(kinds))
+    run.measurement.rehearse()
     rehearsed = set(kinds.seen)
     run.measure()
     assert kinds.seen == rehearsed
@@ -289,7 +292,7 @@ def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
 def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):
     """A rehearsal of 3.4 s, "of it compiling 7.7 s": those of the preset that was measured before."""
     spent = iter([7.0, 7.5])
-    monkeypatch.setattr(workbook, "compile_seconds", lambda: next(spent))
+    monkeypatch.setattr(measurement, "compile_seconds", lambda: next(spent))
     run = open_run(tmp_path / "run")
     run.build()
     run.measure()
@@ -300,7 +303,7 @@ def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypat
 def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
     """Latencies of a machine that somebody else used as well, with nothing said."""
     clocks = iter([(0.0, 0.0, 0.0), (10.0, 18.0, 9.0)])
-    monkeypatch.setattr(workbook.provenance, "cpu_seconds", lambda: next(clocks))
+    monkeypatch.setattr(provenance, "cpu_seconds", lambda: next(clocks))
     run = open_run(tmp_path / "run", target_ms_per_frame=0.001)
     run.build()
     headline = run.measure()
@@ -318,7 +321,7 @@ def test_last_block_of_an_asynchronous_stream_does_not_count(tmp_path, asynchron
     run.build()
     run.measure()
     counted = {"steady": run.config.warmup_blocks + run.config.measure_blocks,
-               "switched": run.config.warmup_blocks + workbook.SWITCH_EVERY * run.config.num_switches}
+               "switched": run.config.warmup_blocks + SWITCH_EVERY * run.config.num_switches}
     events = {"steady": run.measured["events"], "switched": run.measured["switch_events"]}
     for stream, rows in events.items():
         ready = [block for name, _, _, block, _ in rows if name == "chunk_ready"]

@@ -1,0 +1,158 @@
+"""Measuring a pipeline: a rehearsal, then two streams whose events every latency is derived from.
+
+Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
+switch at every second block. Every second switch asks for a prompt that was never seen before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any, Iterator
+
+import torch
+
+from . import metrics, provenance
+from .config import VAE_TEMPORAL_STRIDE, ExperimentConfig
+from .inputs import Script
+from .optimizations.prompt_cache import CachedPrompts
+from .pipeline import Pipeline
+from .session import Chunk, StreamingSession
+from .timeline import Event, Timeline
+
+PROGRESS_SECONDS = 10.0
+SWITCH_EVERY = 2
+
+
+class Measurement:
+    """Measures one pipeline with a session of its own, which may be used afterwards. Shows what it does by
+    `print`.
+    """
+
+    def __init__(self, pipeline: Pipeline, script: Script):
+        """Args: script: its prompts, in turn, are what the streams ask for."""
+        self.pipeline = pipeline
+        self.config = pipeline.config
+        self.timeline = Timeline(pipeline.device)
+        self.session = StreamingSession(pipeline, timeline=self.timeline)
+        self._prompts = script.prompts
+        self._variations = itertools.count(1)
+
+    def rehearse(self) -> None:
+        """One short stream through everything that the measured ones will do, timed as set-up: compilation
+        and capture happen here.
+        """
+        started, built_before = time.perf_counter(), self._building_seconds()
+        self._start_over()
+        blocks = self.config.warmup_blocks + 4
+        warmup = self.config.warmup_blocks
+        chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
+        next(chunks)
+        setup = self.pipeline.setup_s
+        setup["first_block"] = time.perf_counter() - started
+        for _ in chunks:
+            pass
+        setup["rehearsal"] = time.perf_counter() - started
+        setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
+        print(
+            f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
+            f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Measure, after `rehearse`.
+
+        Returns:
+            The sections of result.json that come from the streams; beside them `company` and `clocks`, parts
+            of its environment.
+        """
+        device, config = self.pipeline.device, self.config
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        clocks_before, built_before = provenance.clocks(device), self._built()
+        cpu_before = provenance.cpu_seconds()
+        steady = self._record(config.warmup_blocks + config.measure_blocks, [])
+        asked_before = len(self._prompt_outcomes())
+        switched = self._record(
+            config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
+        )
+        company = provenance.company_of(device, cpu_before, provenance.cpu_seconds())
+        measured = metrics.measurements(
+            steady,
+            first_measured_block=config.warmup_blocks,
+            frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
+            switch_events=switched if config.num_switches else None,
+            playback_fps=config.playback_fps,
+            target_ms=config.target_ms_per_frame,
+        )
+        # The first request of the stream is no switch.
+        outcomes = self._prompt_outcomes()[asked_before + 1:]
+        measured["latency"]["ps_by_prompt"] = metrics.grouped(measured["latency"]["ps_ms_all"], outcomes)
+        return measured | {
+            "events": [event.to_row() for event in steady],
+            "switch_events": [event.to_row() for event in switched],
+            "built_while_measured": {
+                kind: count - built_before[kind] for kind, count in self._built().items()
+            },
+            "memory_gb": provenance.memory_gb(device, self.session.cache.nbytes),
+            "company": company,
+            "clocks": {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)},
+        }
+
+    def _record(self, blocks: int, switches: list[int]) -> list[Event]:
+        """The events of a stream's first `blocks` blocks. Where decoding overlaps the next block, a stream
+        has one more: nothing competes with the decoding of its last, which is no steady state.
+        """
+        self._start_over()
+        for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
+            pass
+        return [event for event in self.timeline.resolve() if event.block is None or event.block < blocks]
+
+    def _start_over(self) -> None:
+        self.session.reset()
+        self.timeline.clear()
+
+    def _stream_with_switches(self, blocks: int, switches: list[int]) -> Iterator[Chunk]:
+        prompts, pending, last_shown = self._prompts, list(switches), time.perf_counter()
+        for chunk in self.session.stream(prompts[0], blocks):
+            yield chunk
+            if pending and self.session.next_block >= pending[0]:
+                number = len(switches) - len(pending) + 1
+                pending.pop(0)
+                prompt = prompts[number % len(prompts)]
+                if number % 2 == 0:
+                    prompt = f"{prompt} (variation {next(self._variations)})"
+                self.session.switch_prompt(prompt)
+            if time.perf_counter() - last_shown > PROGRESS_SECONDS:
+                last_shown = time.perf_counter()
+                print(f"block {chunk.block + 1} of {blocks}", flush=True)
+
+    def _stats(self) -> list[dict[str, Any]]:
+        reports = [room["report"] for room in self.pipeline.rooms]
+        return [report["stats"].summary() for report in reports if "stats" in report]
+
+    def _built(self) -> dict[str, int]:
+        """How many CUDA graphs were captured and how many regions compiled so far."""
+        return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
+                "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+    def _building_seconds(self) -> dict[str, float]:
+        """What compilation and capture have taken so far; other experiments of this process included."""
+        return {"compile": compile_seconds(),
+                "capture": sum(stats.get("capture_s", 0.0) for stats in self._stats())}
+
+    def _prompt_outcomes(self) -> list[str]:
+        """What the prompt cache made of every request so far; empty without one."""
+        encode = self.pipeline.encode_prompt
+        return list(encode.stats.outcomes) if isinstance(encode, CachedPrompts) else []
+
+
+def switch_blocks(config: ExperimentConfig) -> list[int]:
+    """Blocks of the switch stream at which the prompt switches: every second one after warm-up."""
+    return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has spent in this process."""
+    times = torch._dynamo.utils.compilation_time_metrics
+    return sum(times.get("_compile.compile_inner", []))
