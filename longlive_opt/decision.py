@@ -11,6 +11,7 @@ from longlive_opt.metrics import measurements
 from longlive_opt.results import is_na, lookup, na
 from longlive_opt.timeline import Event
 
+CROWDED = "Something else ran on the machine meanwhile: not fit for comparison."
 NOISE_FLOOR = 0.02  # one A/A pair can agree by luck: no gain below this counts
 _FIGURES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_p50": "latency.ss_ms_per_frame.p50",
             "ss_max": "latency.ss_ms_per_frame.max", "ps_mean": "latency.ps_ms.mean", "fps": "fps",
@@ -40,6 +41,12 @@ def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, An
     blocks, switches = (min(lookup(result, f"sizes.{key}") for result in (a, b))
                         for key in ("blocks_measured", "switches"))
     return _shortened(a, blocks, switches), _shortened(b, blocks, switches)
+
+
+def compared(result: Mapping[str, Any], other: Mapping[str, Any] | None
+             ) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The two, `matched`; None if there is no other, or the two may not be compared."""
+    return None if other is None or unfair(result, other) else matched(result, other)
 
 
 def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping[str, Any]:

@@ -51,7 +51,7 @@ def scope(result: Result) -> str:
     if sizes["quick"]:
         words.append(f"{sizes['note'][:1].upper()}{sizes['note'][1:]}.")
     if result["environment"].get("co_scheduled"):
-        words.append("Something else ran on the machine meanwhile: not fit for comparison.")
+        words.append(decision.CROWDED)
     return " ".join(words)
 
 
@@ -59,15 +59,15 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
     """The figures of a run, and beside them the baseline's where the two may be compared: over equally many
     blocks and switches, as in the log.
     """
-    comparable = baseline is not None and not decision.unfair(result, baseline)
-    result, baseline = decision.matched(result, baseline) if comparable else (result, {})
+    pair = decision.compared(result, baseline)
+    result, baseline = pair or (result, {})
     stages = {f"{stage}, ms per block": f"latency.stages_ms.{stage}.mean"
               for stage in result["latency"]["stages_ms"]}
     rows = {"block interval, SS mean, ms": _beside(block_ms(result), block_ms(baseline))}
     rows |= {name: _beside(number(result, path), number(baseline, path))
              for name, path in (_BEFORE_STAGES | stages | _AFTER_STAGES).items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
-    table = table if comparable else table[_COLUMNS[:1]]
+    table = table if pair else table[_COLUMNS[:1]]
     for name, path in _FIDELITY.items() if lookup(result, "quality.reference") else ():
         value = "identical" if lookup(result, "quality.identical") else _text(number(result, path))
         table.loc[name] = [value, *[""] * (table.shape[1] - 1)]

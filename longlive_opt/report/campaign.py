@@ -112,9 +112,9 @@ def noise_of(results: Sequence[Result]) -> dict[str, Any] | None:
 
 def change_of(result: Result, baseline: Result | None, label: str) -> float | None:
     """Percent against the baseline; None where either is n/a or the two may not be compared."""
-    if baseline is None or decision.unfair(result, baseline):
+    if (pair := decision.compared(result, baseline)) is None:
         return None
-    value, reference = (number(run, FIGURES[label]) for run in decision.matched(result, baseline))
+    value, reference = (number(run, FIGURES[label]) for run in pair)
     return None if value is None or not reference else 100 * (value / reference - 1)
 
 

@@ -38,7 +38,7 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> li
     notes.append(_playback(result))
     notes += [*_memory(result), *_gpu_clocks(result)]
     if lookup(result, "environment.co_scheduled"):
-        notes.append("Something else ran on the machine meanwhile: not fit for comparison.")
+        notes.append(decision.CROWDED)
     notes += [f"Quality check: {sentence(flag)}" for flag in lookup(result, "quality.flags") or []]
     if lookup(result, "quality.free_running"):
         free = {name: number(result, f"quality.free_running.{key}.mean") for name, key in QUALITY.items()}

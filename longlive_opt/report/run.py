@@ -49,10 +49,10 @@ class Run:
 
 
 def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
-    """Both over the blocks and switches that are compared (`decision.matched`)."""
-    if base is None or run.failure or base.failure or decision.unfair(run.result, base.result):
+    """Both over the blocks and switches that are compared; as they are if nothing is."""
+    if base is None or run.failure or base.failure or (
+            pair := decision.compared(run.result, base.result)) is None:
         return run, base
-    pair = decision.matched(run.result, base.result)
     return replace(run, result=pair[0]), replace(base, result=pair[1])
 
 
