@@ -973,9 +973,10 @@ def test_true_videos_pass_the_check():
     tracks = simulate([[(0, scene), (start, other)]], start + 48, 0)
     found = judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
     assert found["delay_blocks"] == 1 and found["adherence"] > 0.9 and found["permanence"] == 1.0
-    assert found["old_left"] == 0
+    assert found["old_left"] == 0 and found["new_shown"] == 1
     tracks = simulate([[(0, scene)]], start + 48, 0)
-    assert judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)["old_left"] == 1
+    found = judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
+    assert found["old_left"] == 1 and found["new_shown"] == 0
 
 
 def test_a_check_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
@@ -989,8 +990,19 @@ def test_a_check_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
         check_weights(tmp_path, "cpu", variants=("window_6", "no_sink"))
     kept = json.loads((tmp_path / "check.json").read_text())
     assert kept["switch"] == {"videos": 2, "old_left": 0.5, "old_left_se": 0.5}
-    assert kept["variants"] == {"window_6": {"switch": {"videos": 1, "old_left": 1.0}},
+    assert kept["variants"] == {"window_6": {"switch": {"videos": 1, "old_left": 1.0,
+                                                        "old_left_change": 1.0}},
                                 "full": {"switch": {"videos": 1, "old_left": 0.0}}}
+
+
+def test_changes_are_those_of_the_same_video():
+    """An error that the spread of the scenes makes, where each video loses the same; a delay of a video that
+    never came.
+    """
+    full = [{"adherence": 1.0, "delay": 1}, {"adherence": 0.5, "delay": 1}, {"adherence": 0.2, "delay": 3}]
+    less = [{"adherence": 0.9, "delay": 2}, {"adherence": 0.4, "delay": None}, {"adherence": 0.1, "delay": 5}]
+    assert check_module._changes(less, full) == {"adherence_change": -0.1, "adherence_change_se": 0.0,
+                                                 "delay_change": 1.5, "delay_change_se": 0.5}
 
 
 def test_each_variant_has_its_videos():

@@ -2,13 +2,16 @@
 judged by `world.checker`.
 
 Each figure is a mean over videos, `..._se` its standard error. `plain`: adherence over five seconds.
-`switch`: adherence in the second block after a prompt switch, the delay in blocks (and how many videos never
-got there), permanence of the objects; `old_left`, how much of what changed is still as the old prompt had it
-in the 12 frames from the second latent frame on. `long`: adherence in the first and the last five seconds of
-a minute, what was `lost` between, and `in_place`, the share of the objects which are to keep their place that
-did. `variants` repeats it with what LongLive adds taken away: no sink, no recache, shorter windows. These are
-made on fewer videos; `full` is nothing taken away on the same ones. The first of the videos with a switch are
-shown in `switches.png`.
+`switch`: adherence in the second block after a prompt switch, and there, of what changed alone, how much is
+as the new prompt has it (`new_shown`); the delay in blocks (and how many videos never got there), permanence
+of the objects; `old_left`, how much of what changed is still as the old prompt had it in the 12 frames from
+the second latent frame on. `long`: adherence in the first and the last five seconds of a minute, what was
+`lost` between, and `in_place`, the share of the objects which are to keep their place that did.
+
+`variants` repeats it with what LongLive adds taken away: no sink, no recache, shorter windows. `..._change`
+is the mean difference to the full model on the same scenes and noise, with a standard error of its own, which
+is the smaller for that. Windows are judged on fewer videos; `full` is nothing taken away on the same ones.
+The first of the videos with a switch are shown in `switches.png`.
 """
 
 from __future__ import annotations
@@ -153,9 +156,10 @@ def check_weights(
         for name in variants:
             variant = VARIANTS[name]
             made, _ = _judge(_videos(_pipeline(base, variant), seed, 0, *variant.videos(sizes)), pool)
-            result["variants"][name] = _summary(made)
+            same = {kind: rows[kind][:len(some)] for kind, some in made.items()}
+            result["variants"][name] = {kind: _means(some) | _changes(some, same[kind])
+                                        for kind, some in made.items()}
             if variant.few:
-                same = {kind: rows[kind][:len(some)] for kind, some in made.items()}
                 result["variants"]["full"] = _summary(same)
             _write(result, folder)
     return result
@@ -190,7 +194,8 @@ def judge_plain(frames: Tensor, scene: SceneSpec) -> Row:
 def judge_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
     """Figures of a video that turns to `other` at SWITCH_BLOCK."""
     after = read(frames[SWITCH_FRAME:])
-    return {"adherence": check(after[12:24], other).adherence,
+    second = after[BLOCK_FRAMES:2 * BLOCK_FRAMES]
+    return {"adherence": check(second, other).adherence, "new_shown": changed_share(second, other, scene),
             "later_adherence": check(after[24:], other).adherence,
             "delay_blocks": switch_delay(after, other, scene), "permanence": permanence(after[24:], other),
             "old_left": changed_share(after[FROM_FRAME:FROM_FRAME + BLOCK_FRAMES], scene, other)}
@@ -258,9 +263,25 @@ def _means(rows: list[Row]) -> dict[str, Any]:
     means: dict[str, Any] = {"videos": len(rows)}
     for key in rows[0]:
         values = [row[key] for row in rows if row[key] is not None]
-        means[key] = round(float(np.mean(values)), 4) if values else None
-        if len(values) > 1:
-            means[f"{key}_se"] = round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 4)
+        means |= _mean(key, values)
         if len(values) < len(rows) and key == "delay_blocks":
             means[f"{key}_never"] = len(rows) - len(values)
     return means
+
+
+def _changes(rows: list[Row], full: list[Row]) -> dict[str, Any]:
+    """Mean difference of each figure to that of the full model on the same videos."""
+    changes: dict[str, Any] = {}
+    for key in rows[0]:
+        pairs = [(row[key], other[key]) for row, other in zip(rows, full, strict=True)]
+        changes |= _mean(f"{key}_change", [ours - theirs for ours, theirs in pairs
+                                           if None not in (ours, theirs)])
+    return changes
+
+
+def _mean(key: str, values: list[float]) -> dict[str, float | None]:
+    """The mean under its key and, of two values and more, its standard error."""
+    mean = {key: round(float(np.mean(values)), 4) if values else None}
+    if len(values) > 1:
+        mean[f"{key}_se"] = round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 4)
+    return mean
