@@ -126,10 +126,13 @@ DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
 ROPE_POSITIONS = 1024
-# What cannot do without `use_static_kv` or `use_quantized_kv`, and why.
-NEEDS_FIXED_CACHE: Mapping[str, str] = MappingProxyType({
-    "use_fused_kernels": "its kernels write into a cache of fixed memory, and the reference cache has none",
-    "use_torch_compile": "the reference cache changes its shapes in Python",
+_FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
+# What cannot do without one of other flags: which they are, and why.
+NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
+    "use_fused_kernels": (_FIXED_CACHES, "its kernels write into a cache of fixed memory, and the reference "
+                                         "cache has none"),
+    "use_fp8_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit on the way"),
+    "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
 RUN_KEYS = ("campaign", "run", "output_dir")
 """What a notebook is told beside its configuration."""
@@ -175,6 +178,7 @@ class ExperimentConfig:
     use_async_vae: bool = False
     use_prompt_cache: bool = False
     use_fused_kernels: bool = False
+    use_fp8_linears: bool = False
     use_text_offload: bool = False
     use_vae_offload: bool = False
     use_early_decode: bool = False
@@ -349,9 +353,9 @@ class ExperimentConfig:
 
     def _validate_combinations(self) -> None:
         """Refuse values that are right alone and cannot go together, on whatever machine."""
-        for key, reason in NEEDS_FIXED_CACHE.items():
-            if getattr(self, key) and not (self.use_static_kv or self.use_quantized_kv):
-                raise UserError(f"{key}: {reason}; switch on use_static_kv or use_quantized_kv as well.")
+        for key, (others, reason) in NEEDS.items():
+            if getattr(self, key) and not any(getattr(self, other) for other in others):
+                raise UserError(f"{key}: {reason}; switch on {' or '.join(others)} as well.")
         backend, on_cpu, half = self.attention_backend, self.device == "cpu", self.model_dtype != "float32"
         if on_cpu and backend not in ("auto", "math"):
             raise UserError(f"attention_backend: {backend!r} runs on CUDA only; use auto with device: cpu.")
@@ -362,6 +366,9 @@ class ExperimentConfig:
         if self.use_quantized_kv and self.kv_read_path == "fused" and not (on_cpu or half):
             raise UserError("kv_read_path: 'fused' attends in bfloat16 on CUDA, and model_dtype is float32; "
                             "use model_dtype: bfloat16 or kv_read_path: dequantize.")
+        if self.use_fp8_linears and not (on_cpu or half):
+            raise UserError("use_fp8_linears: its products give bfloat16 on CUDA, and model_dtype is "
+                            "float32; use model_dtype: bfloat16.")
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:

@@ -58,6 +58,7 @@ def write(path: Path, text: str) -> Path:
     ("max_lpips", -0.1, "greater than 0"),
     ("use_fused_kernels", True, "use_static_kv or use_quantized_kv"),
     ("use_torch_compile", True, "use_static_kv or use_quantized_kv"),
+    ("use_fp8_linears", True, "switch on use_fused_kernels"),
     ("attention_backend", "cudnn", "use auto"), ("attention_backend", "flash", "use auto"),
     ("attention_backend", "efficient", "use auto"),
 ])
@@ -153,6 +154,7 @@ def test_limits_that_depend_on_other_keys():
     ("attention_backend", {"attention_backend": "flash"}),
     ("attention_backend", {"attention_backend": "cudnn"}),
     ("kv_read_path", {"use_quantized_kv": True}),
+    ("use_fp8_linears", {"use_static_kv": True, "use_fused_kernels": True, "use_fp8_linears": True}),
 ])
 def test_half_precision_kernels_are_refused_in_float32(key, keys):
     """PyTorch's own message says "No available kernel" and no more; Triton's is an assertion."""

@@ -35,6 +35,8 @@ from longlive_opt.session import StreamingSession
 STATIC, INT8, FP8 = ({"use_static_kv": True}, {"use_quantized_kv": True},
                      {"use_quantized_kv": True, "kv_quantization": "fp8"})
 CACHES = [STATIC, INT8, FP8]
+LINEARS = {"use_fp8_linears": True}
+PASSES = [*CACHES, {**STATIC, **LINEARS}, {**INT8, **LINEARS}]
 SIZES = [{}, {"global_sink": False}, {"relative_rope": True}, {"relative_rope": True, "global_sink": False},
          {"local_attn_size": 7, "sink_size": 2, "block_frames": 3, "relative_rope": True},
          {"local_attn_size": 10, "sink_size": 1, "block_frames": 6},
@@ -118,7 +120,7 @@ def one_block(pipeline: Pipeline) -> Tensor:
 
 
 @pytest.mark.parametrize("relative_rope", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("cache", PASSES, ids=str)
 @torch.no_grad()
 def test_keys_only_leaves_the_same_cache(cache, relative_rope):
     """A clean pass that stops a block too early, or before the sink is turned."""
@@ -150,7 +152,7 @@ def test_weights_are_joined_and_not_copied():
 
     assert held(fused) == held(plain)
     attention = fused.dit.blocks[1].self_attn
-    joined = fused.sampler.forward._blocks[1].weight
+    joined = fused.sampler.forward._blocks[1].products.weight
     assert {p.untyped_storage().data_ptr() for p in (attention.q.weight, attention.v.weight, joined)} == {
         joined.untyped_storage().data_ptr()}
     assert fused.rooms[-1]["report"]["joined_weight_bytes"] == 2 * (3 * 48 * 48 + 3 * 48) * 4
@@ -198,7 +200,8 @@ class Replayed:
 
 
 @pytest.mark.parametrize("keys", [STATIC, {**STATIC, "relative_rope": True}, {**INT8, "relative_rope": True},
-                                  {**FP8, "local_attn_size": 7, "sink_size": 2}], ids=str)
+                                  {**FP8, "local_attn_size": 7, "sink_size": 2},
+                                  {**STATIC, "relative_rope": True, **LINEARS}, {**FP8, **LINEARS}], ids=str)
 def test_a_pass_can_be_captured_and_replayed(keys):
     """A slot, a rotation or a vector of the timestep that lies elsewhere in the next pass."""
     pipeline = without_pixels(micro_pipeline(use_fused_kernels=True, denoising_steps=[1000], **keys, **SMALL))
@@ -225,7 +228,8 @@ def gpu_pipeline(**keys: Any) -> Pipeline:
 
 
 GPU_CASES = [STATIC, INT8, FP8, {**STATIC, "relative_rope": True}, {**INT8, "relative_rope": True},
-             {**FP8, "global_sink": False}, {**INT8, "kv_read_path": "dequantize"}]
+             {**FP8, "global_sink": False}, {**INT8, "kv_read_path": "dequantize"},
+             {**STATIC, **LINEARS}, {**FP8, "relative_rope": True, **LINEARS}]
 
 
 @pytest.mark.gpu
@@ -250,7 +254,7 @@ def test_gpu_replay_equals_eager_bit_for_bit(keys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("cache", PASSES, ids=str)
 @torch.no_grad()
 def test_gpu_next_video_is_captured_while_a_flow_of_the_last_is_held(cache):
     """The memory of graphs that are gone, captured into again: PyTorch's allocator refuses that."""
@@ -266,7 +270,7 @@ def test_gpu_next_video_is_captured_while_a_flow_of_the_last_is_held(cache):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("cache", PASSES, ids=str)
 def test_gpu_composes_with_compile(cache, graphs):
     """Two rooms that both capture, a compiled block under the fused one, a fused forward that is lost."""
     torch._dynamo.reset()
@@ -281,7 +285,7 @@ def test_gpu_composes_with_compile(cache, graphs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("cache", PASSES, ids=str)
 @torch.no_grad()
 def test_gpu_steady_state_neither_waits_nor_allocates_nor_captures(cache):
     """A pass that asks the device for a number, a graph for each block, memory that grows."""

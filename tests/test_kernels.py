@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels import emulation, fused, quantize
+from longlive_opt.kernels import emulation, fp8, fused, quantize
 from longlive_opt.kernels.attention8 import Tile, attention8, default_tile
 from longlive_opt.kernels.quantize import FP8, MODES, QuantizedKV, allocate_kv
 
@@ -210,6 +210,12 @@ def test_operators_are_registered_consistently():
     torch.library.opcheck(ops.qk_norm_rope_write, arguments)
     k, v = torch.randn(2, 2, 15, 3, 32)
     torch.library.opcheck(ops.store_kv, (k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, 5))
+    arguments = (i["x"], i["shift"], i["scale"], 5, 1e-6)
+    torch.library.opcheck(ops.layernorm_modulate_fp8, arguments)
+    torch.library.opcheck(ops.gelu_fp8, (i["x"],))
+    for op, first, second in ((ops.gate_residual_layernorm_modulate_fp8, "shift", "scale"),
+                              (ops.gate_residual_layernorm_affine_fp8, "weight", "bias")):
+        torch.library.opcheck(op, (i["x"], i["y"], i["gate"], i[first], i[second], 5, 1e-6))
     q = torch.randn(2, 8, 3, 32)
     torch.library.opcheck(ops.attention8, (q, cache.k, cache.v, cache.k_scale, cache.v_scale, 64, *Tile()))
 
@@ -374,6 +380,69 @@ def test_triton_norms_equal_eager_pytorch(gated, exact_interpreter):
     assert_agrees(h, torch.nn.functional.layer_norm(residual, (96,), i["weight"], i["bias"], 1e-6))
     assert_agrees(fused_triton.rms_norm(i["x"], i["weight"], 1e-6),
                   fused.rms_norm_reference(i["x"], i["weight"]))
+
+
+def assert_rows_agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """e4m3 rows and their scales: bit for bit under the interpreter, else but for values that lie where
+    rounding turns, which may be one step of e4m3 away.
+    """
+    (values, scale), (wanted, wanted_scale) = ((v.cpu(), s.cpu()) for v, s in (found, expected))
+    assert values.dtype == FP8 and values.shape == wanted.shape and scale.shape == (*values.shape[:-1], 1)
+    torch.testing.assert_close(scale, wanted_scale, rtol=0 if INTERPRETED else 0.01, atol=0)
+    codes, wanted_codes = (t.view(torch.uint8).int() for t in (values, wanted))
+    codes, wanted_codes = (torch.where(t > 127, 128 - t, t) for t in (codes, wanted_codes))
+    assert (codes - wanted_codes).abs().max() <= 1
+    assert (codes != wanted_codes).float().mean() <= (0 if INTERPRETED else 0.005)
+
+
+def fp8_inputs(channels: int) -> dict[str, Tensor]:
+    """The inputs of norms and GELU, 2 x (3 frames of 5 tokens): rows of every size, one of zeros."""
+    generator = torch.Generator().manual_seed(5)
+    size = torch.logspace(-4, 4, 30).view(2, 15, 1)
+    inputs = {name: torch.randn(2, 15, channels, generator=generator) * size for name in ("x", "y")}
+    inputs |= {name: torch.randn(channels, generator=generator) for name in ("weight", "bias")}
+    table = torch.randn(2, 3, 3, channels, generator=generator)
+    inputs |= {name: table[:, :, i] for i, name in enumerate(("shift", "scale", "gate"))}
+    inputs["x"][1, 3] = inputs["y"][1, 3] = 0
+    return {name: tensor.to(DEVICE, torch.bfloat16) for name, tensor in inputs.items()}
+
+
+@runs_kernels
+@pytest.mark.parametrize("channels", [96, 1536] if ON_CUDA else [64, 88])
+@pytest.mark.parametrize("gated", [False, True])
+def test_triton_fp8_norms_equal_their_emulation(gated, channels, exact_interpreter):
+    """The largest of the padding or of the unrounded row, a scale in another row's place, a cast that keeps
+    the bfloat16 rounding out.
+    """
+    from longlive_opt.kernels import fp8_triton
+
+    i = fp8_inputs(channels)
+    c = {name: tensor.cpu() for name, tensor in i.items()}
+    gate, gate_cpu = (inputs["gate"] if gated else None for inputs in (i, c))
+    _, *rows = fp8_triton.norm(i["x"], None, None, i["scale"], i["shift"], 5, True, 1e-6)
+    assert_rows_agree(rows, fp8.layernorm_modulate(c["x"], c["shift"], c["scale"], 5))
+    x, *rows = fp8_triton.norm(i["x"], i["y"], gate, i["scale"], i["shift"], 5, True, 1e-6)
+    residual, expected = fp8.gate_residual_layernorm_modulate(c["x"], c["y"], gate_cpu, c["shift"],
+                                                              c["scale"], 5)
+    assert_agrees(x, residual, 1e-6)
+    assert_rows_agree(rows, expected)
+    x, *rows = fp8_triton.norm(i["x"], i["y"], gate, i["weight"], i["bias"], 5, False, 1e-6)
+    residual, expected = fp8.gate_residual_layernorm_affine(c["x"], c["y"], gate_cpu, c["weight"], c["bias"],
+                                                            5)
+    assert_agrees(x, residual, 1e-6)
+    assert_rows_agree(rows, expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize("channels", [64, 88, 8960] if ON_CUDA else [64, 88])
+def test_triton_gelu_equals_its_emulation(channels, exact_interpreter):
+    """The rest of the row left out of its largest, or stored in its first part; a constant of GELU's."""
+    from longlive_opt.kernels import fp8_triton
+
+    x = fp8_inputs(channels)["x"]
+    x[0, 7, -1] = x[0, 8, 0] = 1000  # the row's largest at either end
+    x[0, 9, 5] = -1e38  # squared and cubed, it overflows
+    assert_rows_agree(fp8_triton.gelu(x), fp8.gelu(x.cpu()))
 
 
 @runs_kernels

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from longlive_opt import parity
-from longlive_opt.config import NEEDS_FIXED_CACHE, ExperimentConfig
+from longlive_opt.config import NEEDS, ExperimentConfig
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
@@ -124,12 +124,12 @@ def test_quantized_cache_together_with_others(reference, quantization):
     assert not same_video(alone[:1], reference[:1])
 
 
-@pytest.mark.parametrize("flag", NEEDS_FIXED_CACHE)
-def test_rooms_that_need_fixed_memory_say_so(flag):
+@pytest.mark.parametrize("flag", NEEDS)
+def test_rooms_that_need_others_say_so(flag):
     """The reference cache rebuilds its window: compiled code would be made for every block, kernels would
     miss it. In Python, where no preset is read, too.
     """
-    with pytest.raises(UserError, match=f"{flag}: .*use_static_kv or use_quantized_kv"):
+    with pytest.raises(UserError, match=f"{flag}: .*; switch on {' or '.join(NEEDS[flag][0])} as well"):
         build_pipeline(ExperimentConfig(**{flag: True}))
 
 
@@ -156,7 +156,8 @@ def test_kernels_without_triton_are_not_available(monkeypatch):
 
 def test_rooms_apply_in_a_fixed_order_and_report():
     """Captured code cannot be compiled: the order is the table's, not that of the flags in a file."""
-    flags = ["use_static_kv", "use_fused_kernels", "use_torch_compile", "use_cuda_graphs", *EXACT_FLAGS]
+    flags = ["use_static_kv", "use_fused_kernels", "use_fp8_linears", "use_torch_compile", "use_cuda_graphs",
+             *EXACT_FLAGS]
     names = [room.name for room in rooms_of(micro_config(**dict.fromkeys(reversed(flags), True)))]
     assert [f"use_{name}" for name in names] == flags
     both = micro_config(use_static_kv=True, use_quantized_kv=True)
@@ -806,6 +807,7 @@ def test_compiled_with_exact_rooms_keeps_every_bit(cheap_compile, others):
 
 
 @pytest.mark.parametrize("keys", [{"use_static_kv": True, "use_fused_kernels": True},
+                                  {"use_static_kv": True, "use_fused_kernels": True, "use_fp8_linears": True},
                                   {"use_quantized_kv": True},
                                   {"use_quantized_kv": True, "kv_read_path": "dequantize"},
                                   {"use_quantized_kv": True, "use_fused_kernels": True}], ids=str)

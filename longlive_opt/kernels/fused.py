@@ -27,7 +27,7 @@ def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: in
                        eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift for x [B,L,C], shift and scale [B,F,C] -> [B,L,C]. Not affine."""
     for vector in (shift, scale):
-        _check_frames(x, vector, frame_tokens)
+        check_frames(x, vector, frame_tokens)
     if x.is_cuda:
         from longlive_opt.kernels import fused_triton
 
@@ -40,7 +40,7 @@ def gate_residual_layernorm_modulate(x: Tensor, y: Tensor, gate: Tensor | None, 
                                      frame_tokens: int, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """r = x + gate * y (gate None: x + y) and LayerNorm(r) * (1 + scale) + shift -> (r, modulated)."""
     for vector in (gate, shift, scale):
-        _check_frames(x, vector, frame_tokens)
+        check_frames(x, vector, frame_tokens)
     if x.is_cuda:
         from longlive_opt.kernels import fused_triton
 
@@ -53,7 +53,7 @@ def gate_residual_layernorm_modulate(x: Tensor, y: Tensor, gate: Tensor | None, 
 def gate_residual_layernorm_affine(x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor,
                                    frame_tokens: int, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """r = x + gate * y (gate None: x + y) and LayerNorm(r) * weight + bias, both [C] -> (r, normed)."""
-    _check_frames(x, gate, frame_tokens)
+    check_frames(x, gate, frame_tokens)
     if x.is_cuda:
         from longlive_opt.kernels import fused_triton
 
@@ -169,7 +169,8 @@ def _spread(per_frame: Tensor, frame_tokens: int) -> Tensor:
     return per_frame.repeat_interleave(frame_tokens, 1)
 
 
-def _check_frames(x: Tensor, per_frame: Tensor | None, frame_tokens: int) -> None:
+def check_frames(x: Tensor, per_frame: Tensor | None, frame_tokens: int) -> None:
+    """Refuse an x or a per-frame vector that the kernels would misread."""
     batch, tokens, channels = x.shape
     if not x.is_contiguous() or tokens % frame_tokens:
         raise ValueError(f"x {tuple(x.shape)} must be contiguous, a whole number of frames of {frame_tokens}")

@@ -27,16 +27,19 @@ def _vector(pointer, batch, frame, batch_stride, frame_stride, cols, mask):
 
 
 @triton.jit
-def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr, tokens, channels,
-                frame_tokens, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame, eps,
-                RESIDUAL: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr, BLOCK: tl.constexpr):
-    """x + gate * y, LayerNorm, then modulation per frame or, weight and bias in their places, affine."""
+def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr, row_scale_ptr, tokens,
+                channels, frame_tokens, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch,
+                shift_frame, eps, RESIDUAL: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr,
+                QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """x + gate * y, LayerNorm, then modulation per frame or, weight and bias in their places, affine. What
+    comes out is rounded to x's dtype and, if QUANTIZE, then to e4m3 by the row's own scale, which is stored.
+    """
     row = tl.program_id(0)
     batch = row // tokens
     frame = row % tokens // frame_tokens
     cols = tl.arange(0, BLOCK)
     mask = cols < channels
-    dtype = out_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * channels + cols, mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL:
         y = tl.load(y_ptr + row * channels + cols, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +58,13 @@ def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr
         h = (h.to(dtype).to(tl.float32) * (1.0 + scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     else:
         h = h * scale
-    tl.store(out_ptr + row * channels + cols, (h + shift).to(dtype), mask=mask)
+    out = (h + shift).to(dtype)
+    if QUANTIZE:
+        wide = out.to(tl.float32)
+        absmax = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12)
+        tl.store(row_scale_ptr + row, absmax * (1.0 / 448.0))
+        out = (wide * (tl.div_rn(1.0, absmax) * 448.0)).to(tl.float8e4nv)
+    tl.store(out_ptr + row * channels + cols, out, mask=mask)
 
 
 @triton.jit
@@ -182,17 +191,26 @@ def norm(x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift:
 
     scale and shift are [B,F,C] if `modulate`, else weight and bias [C].
     """
-    batch, tokens, channels = x.shape
     out = torch.empty_like(x)
+    return norm_into(out, None, x, y, gate, scale, shift, frame_tokens, modulate, eps), out
+
+
+def norm_into(out: Tensor, row_scale: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None,
+              scale: Tensor, shift: Tensor, frame_tokens: int, modulate: bool, eps: float) -> Tensor | None:
+    """Launch `norm_kernel` with the normed rows going into `out`, which is e4m3 where there are scales of
+    rows [B,L,1] to write; returns the new residual stream, None without y.
+    """
+    batch, tokens, channels = x.shape
     x_out = None if y is None else torch.empty_like(x)
     strides = []
     for t in (gate, scale, shift):
         strides += t.stride()[:2] if t is not None and t.dim() == 3 else (0, 0)
     norm_kernel[(batch * tokens,)](
         x, x if y is None else y, x if gate is None else gate, scale, shift, out if x_out is None else x_out,
-        out, tokens, channels, frame_tokens, *strides, eps, RESIDUAL=y is not None, GATE=gate is not None,
-        MODULATE=modulate, BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
-    return x_out, out
+        out, out if row_scale is None else row_scale, tokens, channels, frame_tokens, *strides, eps,
+        RESIDUAL=y is not None, GATE=gate is not None, MODULATE=modulate, QUANTIZE=row_scale is not None,
+        BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
+    return x_out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Sequence
+from typing import Callable, ClassVar, NamedTuple, Protocol, Sequence, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ from ..sampler import uniform_timesteps
 from .room import Level, Room
 from .static_kv_cache import RingKVCache, RingLayer
 
+Operand = TypeVar("Operand")
+"""What a product takes: activations [B, L, dim] in the model's dtype, or something made of them."""
+
 
 @dataclass(frozen=True)
 class FusedKernels(Room):
@@ -51,12 +54,14 @@ class FusedKernels(Room):
         dit, cuda = pipeline.dit, pipeline.device.type == "cuda"
         if cuda:
             check_triton(dit.config.head_dim)
-        forward = FusedForward(dit)
+        products = [PlainProducts(block) for block in dit.blocks]
+        forward = FusedForward(dit, products)
         pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
         kernels = "Triton kernels" if cuda else "plain PyTorch, one operator a kernel (CPU)"
         return self.report(
             pipeline, f"{len(dit.blocks)} transformer blocks on {kernels}; q, k and v are one product, whose "
-                      "weights the separate ones share", joined_weight_bytes=forward.joined_weight_bytes)
+                      "weights the separate ones share",
+            joined_weight_bytes=sum(own.weight.nbytes + own.bias.nbytes for own in products))
 
 
 def check_triton(head_dim: int) -> None:
@@ -94,17 +99,58 @@ class TimeTable(NamedTuple):
     following: list[tuple[Tensor, Tensor]]
 
 
+class Products(Protocol[Operand]):
+    """The products of a block that have a norm before them, and the norms that make what they take: a room
+    may round both to fewer bits. `modulate`, `add_modulate` and `add_affine` are `fused.layernorm_modulate`
+    and the two of `fused` that add to the residual stream, in the products' own kind of operand.
+    """
+
+    modulate: Callable[..., Operand]
+    add_modulate: Callable[..., tuple[Tensor, Operand]]
+    add_affine: Callable[..., tuple[Tensor, Operand]]
+
+    def qkv(self, h: Operand) -> Tensor:
+        """Self-attention's q, k and v side by side, [B, L, 3 dim]."""
+
+    def query(self, h: Operand) -> Tensor:
+        """Cross-attention's q, [B, L, dim]."""
+
+    def feed_forward(self, h: Operand) -> Tensor:
+        """[B, L, dim]"""
+
+
+class PlainProducts:
+    """`Products` in the model's dtype. It joins weights of `block`, which goes on working as before."""
+
+    modulate = staticmethod(fused.layernorm_modulate)
+    add_modulate = staticmethod(fused.gate_residual_layernorm_modulate)
+    add_affine = staticmethod(fused.gate_residual_layernorm_affine)
+
+    def __init__(self, block: DiTBlock):
+        attention = block.self_attn
+        self.weight, self.bias = join_linears((attention.q, attention.k, attention.v))
+        self.query = block.cross_attn.q
+        self._first, self._second = block.ffn[0], block.ffn[2]
+        self._gelu_linear = gelu_linear_cuda if self.weight.is_cuda else gelu_linear
+
+    def qkv(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight, self.bias)
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        return self._second(self._gelu_linear(h, self._first))
+
+
 class FusedForward:
-    """A `Forward` over fused blocks. It joins weights of `dit`, which goes on working as before."""
+    """A `Forward` over fused blocks."""
 
-    def __init__(self, dit: CausalDiT):
+    def __init__(self, dit: CausalDiT, products: Sequence[Products]):
+        """Args: products: of each block."""
         self.dit = dit
-        self._blocks = [FusedBlock(block) for block in dit.blocks]
+        # A block ends with the norm of the next one's first product, the last block with that of the head.
+        ends = [*(own.add_modulate for own in products[1:]), PlainProducts.add_modulate]
+        self._enter = products[0].modulate
+        self._blocks = [FusedBlock(*parts) for parts in zip(dit.blocks, products, ends, strict=True)]
         self._times: dict[tuple[float, torch.Size], TimeTable] = {}
-
-    @property
-    def joined_weight_bytes(self) -> int:
-        return sum(block.weight.nbytes + block.bias.nbytes for block in self._blocks)
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
@@ -113,7 +159,7 @@ class FusedForward:
         time = self._time_table(timestep, latents)
         x = dit.patchify(latents.transpose(1, 2))
         first = time.blocks[0]
-        h = fused.layernorm_modulate(x, first.shift_a, first.scale_a, frame_tokens, dit.config.eps)
+        h = self._enter(x, first.shift_a, first.scale_a, frame_tokens, dit.config.eps)
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             q = block.write(h, layer)
             if keys_only and layer is cache.layers[-1]:
@@ -138,18 +184,18 @@ class FusedForward:
 class FusedBlock:
     """The operations of one `DiTBlock`."""
 
-    def __init__(self, block: DiTBlock):
-        attention = block.self_attn
+    def __init__(self, block: DiTBlock, products: Products, end: Callable[..., tuple[Tensor, Operand]]):
+        """Args: end: `add_modulate` in the kind of operand that what follows the block takes."""
         self.block = block
-        self.weight, self.bias = join_linears((attention.q, attention.k, attention.v))
-        self._gelu_linear = gelu_linear_cuda if self.weight.is_cuda else gelu_linear
+        self.products = products
+        self._end = end
 
-    def write(self, h: Tensor, layer: RingLayer) -> Tensor:
-        """Put the keys and values of h [B, L, dim], normed and modulated, into `layer`; returns rotated
-        queries [B, L, N, D].
+    def write(self, h: Operand, layer: RingLayer) -> Tensor:
+        """Put the keys and values of h, normed and modulated, into `layer`; returns rotated queries [B, L,
+        N, D].
         """
         attention, cache = self.block.self_attn, layer.cache
-        qkv = F.linear(h, self.weight, self.bias)
+        qkv = self.products.qkv(h)
         q = fused.qk_norm_rope_write(
             qkv, attention.norm_q.weight, attention.norm_k.weight, cache.cosine, cache.sine,
             cache.token_slots, *layer.memory, cache.geometry.tokens_per_frame, attention.norm_q.eps)
@@ -164,7 +210,7 @@ class FusedBlock:
             -1, (-1, attention.head_dim))
 
     def finish(self, x: Tensor, attended: Tensor, vectors: Modulation, following: tuple[Tensor, Tensor],
-               text_key: Tensor, text_value: Tensor, frame_tokens: int) -> tuple[Tensor, Tensor]:
+               text_key: Tensor, text_value: Tensor, frame_tokens: int) -> tuple[Tensor, Operand]:
         """What comes after self-attention.
 
         Args:
@@ -173,19 +219,18 @@ class FusedBlock:
             following: shift and scale [B, F, dim] of the norm after this block.
 
         Returns:
-            The new residual stream, and that normed and modulated by `following`: both [B, L, dim].
+            The new residual stream [B, L, dim], and that normed and modulated by `following`.
         """
-        block, cross, eps = self.block, self.block.cross_attn, self.block.norm1.eps
+        block, products, cross, eps = self.block, self.products, self.block.cross_attn, self.block.norm1.eps
         y = block.self_attn.output(attended)
-        x, h = fused.gate_residual_layernorm_affine(x, y, vectors.gate_a, block.norm3.weight,
-                                                    block.norm3.bias, frame_tokens, eps)
-        q = fused.rms_norm(cross.q(h), cross.norm_q.weight, cross.norm_q.eps)
+        x, h = products.add_affine(x, y, vectors.gate_a, block.norm3.weight, block.norm3.bias, frame_tokens,
+                                   eps)
+        q = fused.rms_norm(products.query(h), cross.norm_q.weight, cross.norm_q.eps)
         q = q.unflatten(-1, (-1, cross.head_dim))
         y = cross.output(block.attention(q, text_key, text_value))
-        x, h = fused.gate_residual_layernorm_modulate(x, y, None, vectors.shift_f, vectors.scale_f,
-                                                      frame_tokens, eps)
-        y = block.ffn[2](self._gelu_linear(h, block.ffn[0]))
-        return fused.gate_residual_layernorm_modulate(x, y, vectors.gate_f, *following, frame_tokens, eps)
+        x, h = products.add_modulate(x, y, None, vectors.shift_f, vectors.scale_f, frame_tokens, eps)
+        y = products.feed_forward(h)
+        return self._end(x, y, vectors.gate_f, *following, frame_tokens, eps)
 
 
 @torch.no_grad()
