@@ -18,6 +18,8 @@ from longlive_opt.training_report import (
     TrainingReport,
     ablation_chart,
     ablation_table,
+    beside_conclusions,
+    beside_table,
     check_table,
     conclusions,
     conditions,
@@ -27,7 +29,7 @@ from longlive_opt.training_report import (
     stage_table,
 )
 
-ROOT = Path(training_report.__file__).resolve().parents[1]
+ROOT = Path(training_report.__file__).resolve().parents[2]
 CURVES = {"vae": {"loss": 1.0, "l1": 0.6, "kl": 2.0}, "text": {"reading": 1.5, "read_right": 0.3},
           "teacher": {"flow": 2.0, "switch_flow": 2.1, "read_right": 0.5},
           "student": {"true": 0.05, "stream": 0.09}}
@@ -202,6 +204,35 @@ def test_damaged_check_names_its_command(tmp_path: Path, text: str) -> None:
         read_check(tmp_path, "w")
 
 
+def test_changes_of_the_same_videos_decide() -> None:
+    """A difference that every video shows, lost in the spread of the scenes; one that is none, told."""
+    check = checked(variants={"no_recache": part(0.83, 0.9, 24)})
+    less = check["variants"]["no_recache"]["switch"]
+    assert not any("second block" in line for line in conclusions(check)[3:])
+    less |= {"adherence_change": -0.01, "adherence_change_se": 0.002, "old_left_change": 0.1,
+             "old_left_change_se": 0.1}
+    line = conclusions(check)[-1]
+    assert "second block after a switch 0.830 ± 0.08 against 0.840 ± 0.08 (video by video -0.010 ± 0.002)" \
+        in line
+    assert "old prompt left" not in line
+
+
+def test_two_trainings_beside_each_other(trained: Path) -> None:
+    """Figures of the one under the other's name, a difference that is noise told as one, or the reverse."""
+    other = checked(plain={"videos": 32, "adherence": 0.5, "adherence_se": 0.05, "permanence": 1.0},
+                    variants={"no_sink": part(0.88, 0.4, 24), "window_6": part(0.1, 0.1)})
+    check = checked(variants={"no_sink": part(0.88, 0.4, 24), "window_6": part(0.9, 0.9)})
+    table = beside_table(check, other)
+    row = table.loc["prompt adherence, 5 s of one held-out prompt"]
+    assert list(row[:2]) == ["0.930 ± 0.05", "0.500 ± 0.05"] and float(row.iloc[2]) < -5
+    assert table.loc["no sink: in place", "difference in errors"] == "+0.0"
+    assert not any("window" in name for name in table.index)
+    first, *alone = beside_conclusions(check, other)
+    assert "1 differ by more than twice" in first and "0.500 ± 0.05 against 0.930 ± 0.05" in first
+    assert alone[0].startswith("The other training alone: target >= 0.90") and "is missed" in alone[0]
+    assert "w was not checked" in TrainingReport.open(str(trained)).same("w").data
+
+
 def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
     """A FileNotFoundError where a command would help; a notebook that stops there."""
     with pytest.raises(UserError, match=r"longlive_opt.training --out w --device cuda$"):
@@ -223,14 +254,14 @@ def test_the_notebook_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> No
     scenes apart."""
     notebook = nbformat.read(ROOT / "notebooks" / "98_training.ipynb", as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    names: dict[str, Any] = {"weights_dir": str(trained), "seed": 0}
+    names: dict[str, Any] = {"weights_dir": str(trained), "other_dir": str(trained), "seed": 0}
     exec(next(source for source in cells if "import" in source), names)
     shown = {source: eval(source, names) for source in cells if source.startswith("training.")}
-    assert len(shown) == 10
+    assert len(shown) == 12
     kinds = {type(value) for value in shown.values()}
     assert kinds == {Chart, pd.DataFrame, HTML}
     assert [source for source, value in shown.items() if isinstance(value, HTML)] == \
-        ["training.about()", "training.conclusions()"]
+        ["training.about()", "training.conclusions()", "training.same(other_dir)"]
     assert {f'training.losses("{stage}")' for stage in CURVES} < set(shown)
 
 
