@@ -13,8 +13,9 @@ from typing import Any, Iterator
 import torch
 
 from . import metrics, provenance
-from .config import VAE_TEMPORAL_STRIDE, ExperimentConfig
+from .config import ExperimentConfig
 from .inputs import Script
+from .model_config import VAE_TEMPORAL_STRIDE
 from .optimizations.prompt_cache import CachedPrompts
 from .pipeline import Pipeline
 from .session import Chunk, StreamingSession

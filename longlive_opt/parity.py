@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import DiTConfig, TextEncoderConfig, VAEConfig
 from .errors import UserError
 from .kv_cache import CacheGeometry, RollingKVCache
+from .model_config import DiTConfig, TextEncoderConfig, VAEConfig
 from .models.attention import make_attention
 from .models.dit import CausalDiT, TextContext
 from .models.text import UMT5Encoder, distance_bucket

@@ -9,10 +9,11 @@ from typing import Any, Callable
 
 import torch
 
-from .config import ExperimentConfig, ModelConfig
+from .config import ExperimentConfig
 from .decoder import Decoder, InlineDecoder
 from .errors import NotAvailable, UserError
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
+from .model_config import ModelConfig
 from .models.attention import make_attention, resolve_backend
 from .models.dit import CausalDiT, TextContext
 from .models.text import TextEncoder

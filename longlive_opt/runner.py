@@ -31,11 +31,12 @@ from typing import Any
 import yaml
 
 from longlive_opt.batch import Job, export_report, finished_result, locked, run_jobs
-from longlive_opt.config import RUN_KEYS, ExperimentConfig, load_yaml
+from longlive_opt.config import RUN_KEYS, ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
 from longlive_opt.results import REFERENCE_FILE
 from longlive_opt.weight_files import TINY_WEIGHTS, check_weights
+from longlive_opt.yaml_file import load_yaml
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from longlive_opt import config
-from longlive_opt.config import DiTConfig, ExperimentConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.config import ExperimentConfig
+from longlive_opt.model_config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.optimizations import build_pipeline
 from longlive_opt.pipeline import Pipeline
 

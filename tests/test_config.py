@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longlive_opt.config import MODELS, ExperimentConfig, ModelConfig, load_yaml
+from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
+from longlive_opt.model_config import MODELS, ModelConfig
+from longlive_opt.yaml_file import load_yaml
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_opt.config import DiTConfig
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
+from longlive_opt.model_config import DiTConfig
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import CausalDiT, TextContext
 from longlive_opt.noise import StreamNoise

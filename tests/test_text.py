@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longlive_opt.config import MODELS, TextEncoderConfig
 from longlive_opt.errors import UserError
+from longlive_opt.model_config import MODELS, TextEncoderConfig
 from longlive_opt.models.text import (
     TextEncoder,
     Tokenizer,

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longlive_opt.config import MODELS, DiTConfig, ExperimentConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
+from longlive_opt.model_config import MODELS, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import CausalDiT, TextContext
 from longlive_opt.models.text import TextEncoder, UMT5Encoder, load_tokenizer

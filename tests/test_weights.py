@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longlive_opt import weight_files
-from longlive_opt.config import DiTConfig, ExperimentConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
+from longlive_opt.model_config import DiTConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.models.checkpoint import Checkpoint, Header, open_checkpoint
 from longlive_opt.models.dit import CausalDiT
 from longlive_opt.models.text import UMT5Encoder

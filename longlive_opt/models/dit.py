@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import DiTConfig
+from ..model_config import DiTConfig
 from .attention import Attention, make_attention
 
 

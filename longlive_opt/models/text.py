@@ -23,9 +23,9 @@ import ftfy
 import torch
 from torch import Tensor, nn
 
-from ..config import TextEncoderConfig
 from ..errors import UserError
 from ..fetch import FETCH_COMMAND
+from ..model_config import TextEncoderConfig
 from .dit import RMSNorm
 
 logger = logging.getLogger(__name__)

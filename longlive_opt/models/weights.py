@@ -18,8 +18,8 @@ from typing import Any, Mapping, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..config import DiTConfig, TextEncoderConfig, VAEConfig
 from ..errors import UserError
+from ..model_config import DiTConfig, TextEncoderConfig, VAEConfig
 from ..weight_files import WeightFiles, remedy
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
 from .dit import CausalDiT

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Sequence
 
-from ..config import MODELS
 from ..errors import UserError
+from ..model_config import MODELS
 from .bench import BENCH_NAME, BUDGET_COLUMNS, CASES, budget, table, times_of, times_of_bench
 from .run import QUICK, Settings, Training
 

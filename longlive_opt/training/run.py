@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import ModelConfig
 from ..errors import UserError
+from ..model_config import ModelConfig
 from ..models.dit import CausalDiT
 from ..models.text import UMT5Encoder
 from ..models.vae import WanVAE

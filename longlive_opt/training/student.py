@@ -25,7 +25,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..model_config import ModelConfig
 from ..models.dit import CausalDiT, TextContext
 from ..models.text import UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan

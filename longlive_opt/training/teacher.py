@@ -26,7 +26,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..model_config import ModelConfig
 from ..models.dit import CausalDiT, TextContext
 from ..models.text import END_ID, UMT5Encoder, load_tokenizer
 from ..sampler import SamplingPlan

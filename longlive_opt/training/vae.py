@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import VAEConfig
+from ..model_config import VAEConfig
 from ..models.vae import AttentionBlock, Downsample, ResidualBlock, Upsample, WanVAE, latent_statistics
 from ..world.render import simulate
 from ..world.scene import change_scene
