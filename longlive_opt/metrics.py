@@ -43,7 +43,8 @@ DEFINITIONS = {
         "From the first event of the stream to its first frames in pixels. Contains compilation if nothing "
         "was warmed up before.",
     "stages_ms":
-        "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU).",
+        "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU). With early "
+        "decode denoising contains the clean pass of the block before, not the block's own.",
     "fps":
         "Video frames of the stream that gives the steady state / its wall-clock time. Prompt switches have "
         "a stream of their own and are not in it.",
