@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,6 +387,8 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        # A cell that was about to start leaves one behind.
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
 
