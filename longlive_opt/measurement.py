@@ -60,12 +60,12 @@ class Measurement:
             f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
         )
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Measure, after `rehearse`.
 
         Returns:
-            The sections of result.json that come from the streams; beside them `company` and `clocks`, parts
-            of its environment.
+            The sections of result.json that come from the streams; and of its environment, what ran beside
+            them (`provenance.company_of`) and the clocks before and after them.
         """
         device, config = self.pipeline.device, self.config
         if device.type == "cuda":
@@ -89,16 +89,16 @@ class Measurement:
         # The first request of the stream is no switch.
         outcomes = self._prompt_outcomes()[asked_before + 1:]
         measured["latency"]["ps_by_prompt"] = metrics.grouped(measured["latency"]["ps_ms_all"], outcomes)
-        return measured | {
+        measured |= {
             "events": [event.to_row() for event in steady],
             "switch_events": [event.to_row() for event in switched],
             "built_while_measured": {
                 kind: count - built_before[kind] for kind, count in self._built().items()
             },
             "memory_gb": provenance.memory_gb(device, self.session.cache.nbytes),
-            "company": company,
-            "clocks": {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)},
         }
+        clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
+        return measured, company, clocks
 
     def _record(self, blocks: int, switches: list[int]) -> list[Event]:
         """The events of a stream's first `blocks` blocks. Where decoding overlaps the next block, a stream

@@ -110,8 +110,7 @@ class Experiment:
         and one with prompt switches (see `measurement`); returns the headline figures.
         """
         self.measurement.rehearse()
-        self.measured = self.measurement.run()
-        self.company, self.clocks = self.measured.pop("company"), self.measured.pop("clocks")
+        self.measured, self.company, self.clocks = self.measurement.run()
         return self._headline()
 
     def film(self) -> HTML:

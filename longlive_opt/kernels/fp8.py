@@ -138,22 +138,23 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale[..., None]
 
 
-def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
+def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for what `quantize_rows` makes of x."""
     return torch.empty_like(x, dtype=FP8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 @_gelu.register_fake
 def _gelu_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows_like(x)
+    return empty_rows(x)
 
 
 @_layernorm_modulate.register_fake
 def _layernorm_fake(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return _rows_like(x)
+    return empty_rows(x)
 
 
 def _gate_residual_fake(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *_rows_like(x)
+    return torch.empty_like(x), *empty_rows(x)
 
 
 _gate_residual_layernorm_modulate.register_fake(_gate_residual_fake)

@@ -6,13 +6,12 @@ A row of the feed-forward's width would waste half of its lanes if it were padde
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longlive_opt.kernels.fp8 import empty_rows
 from longlive_opt.kernels.fused_triton import norm_into
-from longlive_opt.kernels.quantize import FP8
 
 # -2 sqrt(2 / pi) log2(e), and that times GELU's 0.044715.
 GELU_LINEAR = tl.constexpr(-2.302208198144325)
@@ -51,21 +50,17 @@ def gelu_kernel(x_ptr, out_ptr, row_scale_ptr, channels, BLOCK: tl.constexpr, RE
 def norm(x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, frame_tokens: int,
          modulate: bool, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """`fused_triton.norm` -> (new residual stream or None without y, normed in e4m3, scales of rows)."""
-    values, row_scale = _empty_rows(x)
+    values, row_scale = empty_rows(x)
     x_out = norm_into(values, row_scale, x, y, gate, scale, shift, frame_tokens, modulate, eps)
     return x_out, values, row_scale
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Launch `gelu_kernel` over the last dimension of a contiguous x -> (e4m3, scales of rows)."""
-    values, row_scale = _empty_rows(x)
+    values, row_scale = empty_rows(x)
     channels = x.shape[-1]
     block = 1 << channels.bit_length() - 1
     rest = triton.next_power_of_2(channels - block) if channels > block else 0
     gelu_kernel[(row_scale.numel(),)](x, values, row_scale, channels, BLOCK=block, REST=rest, num_warps=8,
                                       enable_fp_fusion=True)
     return values, row_scale
-
-
-def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=FP8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)

@@ -148,14 +148,22 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
 
 
 def _differ(part: Mapping[str, Any], full: Mapping[str, Any], path: str) -> bool:
-    change, error = (number(part, f"{path}_{key}") for key in ("change", "change_se"))
-    distance = change / error if change is not None and error else _distance(full, part, path)
+    paired = _paired(part, path)
+    distance = paired[0] / paired[1] if paired else _distance(full, part, path)
     return distance is not None and abs(distance) > 2
 
 
 def _change(part: Mapping[str, Any], path: str) -> str:
+    paired = _paired(part, path)
+    return f" (video by video {paired[0]:+.3f} ± {paired[1]:.3f})" if paired else ""
+
+
+def _paired(part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
+    """A variant's change against the full model on the same videos, and its error; None if the check kept
+    none, or all videos agree.
+    """
     change, error = (number(part, f"{path}_{key}") for key in ("change", "change_se"))
-    return "" if change is None or not error else f" (video by video {change:+.3f} ± {error:.3f})"
+    return None if change is None or not error else (change, error)
 
 
 def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
