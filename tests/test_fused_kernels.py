@@ -237,7 +237,8 @@ GPU_CASES = [STATIC, INT8, FP8, {**STATIC, "relative_rope": True}, {**INT8, "rel
 @pytest.mark.parametrize("keys", GPU_CASES, ids=str)
 def test_gpu_kernels_equal_the_plain_forward(model, keys):
     """A kernel at a size that its own tests do not have; GELU in the wrong form."""
-    fused, plain = (gpu_pipeline(model=model, **{**keys, **flag}) for flag in ({}, {"use_fp8_linears": False}))
+    fused, plain = (gpu_pipeline(model=model, **{**keys, **flags})
+                    for flags in ({}, {"use_fp8_linears": False}))
     found, expected = latents_of(fused), latents_of(unfused(plain))
     assert relative_error(found[0], expected[0]) < 0.05
     assert all(latents.isfinite().all() for latents in found)
