@@ -374,6 +374,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def keep_interrupts() -> None:
+    """Raise an interrupt again that Python only prints, since it came within a destructor or the callback of
+    a weak reference: the notebook would run on as if nobody had asked.
+    """
+    def again(swallowed: Any) -> None:
+        if issubclass(swallowed.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            sys.__unraisablehook__(swallowed)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = again
+
+
 def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
     """Entry point; `root` is the project's folder (default: the one that holds this package)."""
     arguments = _parser().parse_args(argv)
@@ -396,4 +410,5 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
 if __name__ == "__main__":
     # A batch system ends a job with SIGTERM: then, too, the kernel has to go and failed.json has to stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_interrupts()
     sys.exit(main())

@@ -135,7 +135,7 @@ def test_missing_result_is_a_failure(finished: tuple[Path, int]) -> None:
 def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
     """After Ctrl-C: an orphaned kernel that holds the GPU, or a traceback instead of one line."""
     make_project(tmp_path, {"baseline": [TELL_PID, "import time; time.sleep(60)"]})
-    code = "import sys, pathlib; from longlive_opt import runner; " \
+    code = "import sys, pathlib; from longlive_opt import runner; runner.keep_interrupts(); " \
            "sys.exit(runner.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "run", "--campaign", "c"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -148,6 +148,18 @@ def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
     assert stderr.splitlines() == ["interrupted; run the same command again to go on"]
     assert failure(tmp_path, "baseline")["kind"] == "KeyboardInterrupt"
     wait_until(lambda: not alive(kernel))
+
+
+def test_swallowed_interrupt_comes_again() -> None:
+    """Ctrl-C while a weak reference is cleaned up: Python prints it, and the campaign runs on."""
+    code = "import signal, time, weakref; from longlive_opt import runner\n" \
+           "class Gone: pass\n" \
+           "runner.keep_interrupts(); gone = Gone()\n" \
+           "reference = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))\n" \
+           "try:\n del gone; time.sleep(20)\n" \
+           "except KeyboardInterrupt: print('interrupted')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
 
 
 def wait_until(condition: object, seconds: float = 60) -> None:
