@@ -30,6 +30,7 @@ NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "use_fused_kernels": (_FIXED_CACHES, "its kernels write into a cache of fixed memory, and the reference "
                                          "cache has none"),
     "use_fp8_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit on the way"),
+    "vae_offload_ahead": (("use_vae_offload",), "it is a way to move what lies in host memory"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
 RUN_KEYS = ("campaign", "run", "output_dir")
@@ -79,6 +80,7 @@ class ExperimentConfig:
     use_fp8_linears: bool = False
     use_text_offload: bool = False
     use_vae_offload: bool = False
+    vae_offload_ahead: bool = False
     use_early_decode: bool = False
     vae_chunk_latents: int | None = None
     gpu_memory_limit_gb: float | None = None

@@ -739,24 +739,6 @@ def test_memory_limit_needs_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_vae_offload_gives_the_same_bits(compiled):
-    """A part that is overwritten on the host before the GPU has read it, or two streams that share one."""
-    keys = {"device": "cuda", "model": "tiny", "weights": "random", "model_dtype": "bfloat16",
-            "use_static_kv": True, "use_torch_compile": compiled}
-    plain, offloaded = (build_pipeline(ExperimentConfig(**keys, use_vae_offload=offload))
-                        for offload in (False, True))
-    latents = torch.randn(4, 1, 3, 16, 16, 16, device="cuda", dtype=torch.bfloat16)
-    expected, found, fork = (p.make_vae_decoder() for p in (plain, offloaded, offloaded))
-    assert all(h.is_pinned() for h in found.history)
-    for part in latents:
-        fork.continue_from(found)
-        frames = expected.push(part)[0]
-        assert torch.equal(fork.push(part)[0], frames)
-        assert torch.equal(found.push(part)[0], frames)
-
-
-@pytest.mark.gpu
 def test_memory_limit_is_kept():
     """A limit that is not enforced."""
     pipeline = build_pipeline(ExperimentConfig(device="cuda", gpu_memory_limit_gb=1.0))

@@ -21,7 +21,7 @@ State lives in `StreamingDecoder` alone:
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,40 @@ class Head(nn.Sequential):
         return conv(silu(norm(x)), history)
 
 
+class StageHistory(Protocol):
+    """The history on its way through one call: each stage in turn takes its part and gives a new one."""
+
+    def take(self, count: int) -> History:
+        """The next `count` tensors, where the stage runs."""
+
+    def put(self, updated: History) -> None:
+        """What the stage that took last made of them."""
+
+    def whole(self) -> History:
+        """The new history, after all stages."""
+
+
+class HeldHistory:
+    """A `StageHistory` that lies where the stages run. What is taken is let go, so that the old history and
+    the new one need not lie in memory both.
+    """
+
+    def __init__(self, parts: list[Tensor]):
+        """Args: parts: the history; the list is emptied."""
+        self._old = parts
+        self._new: History = ()
+
+    def take(self, count: int) -> History:
+        taken, self._old[:count] = tuple(self._old[:count]), []
+        return taken
+
+    def put(self, updated: History) -> None:
+        self._new += updated
+
+    def whole(self) -> History:
+        return self._new
+
+
 class _Stages(nn.Module):
     """What encoder and decoder share: run the stages in order, each with its part of the flat history."""
 
@@ -194,26 +228,15 @@ class _Stages(nn.Module):
                 height, width = height * 2, width * 2
         return tuple(history)
 
-    def forward(self, x: Tensor, history: History | list[Tensor], first: bool,
+    def forward(self, x: Tensor, history: History | list[Tensor] | StageHistory, first: bool,
                 stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
-        """Run all stages, or what stands in for them in `stages`.
-
-        A history given as a list is emptied on the way, so that the old one and the new one need not lie in
-        memory both. One on another device than x stays there and is overwritten: each stage's part comes over
-        for that stage alone.
-        """
-        rest = history if isinstance(history, list) else list(history)
-        new_history: History = ()
+        """Run all stages, or what stands in for them in `stages`. A history given as a list is emptied."""
+        if isinstance(history, (list, tuple)):
+            history = HeldHistory(history if isinstance(history, list) else list(history))
         for stage in stages or self.stages():
-            count = len(stage.history_channels)
-            kept, rest[:count] = tuple(rest[:count]), []
-            visiting = any(h.device != x.device for h in kept)
-            used = tuple(h.to(x.device, non_blocking=True) for h in kept) if visiting else kept
-            x, updated = stage(x, used, first)
-            if visiting:
-                updated = tuple(old.copy_(new, non_blocking=True) for old, new in zip(kept, updated))
-            new_history += updated
-        return x, new_history
+            x, updated = stage(x, history.take(len(stage.history_channels)), first)
+            history.put(updated)
+        return x, history.whole()
 
 
 class Encoder(_Stages):
@@ -300,7 +323,7 @@ class WanVAE(nn.Module):
         return self.decoder.init_history(batch, latent_height, latent_width, device, dtype,
                                          self.memory_format)
 
-    def decode(self, z: Tensor, history: History | list[Tensor], first: bool,
+    def decode(self, z: Tensor, history: History | list[Tensor] | StageHistory, first: bool,
                stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
         """Decode one step of a stream. No hidden state, no host reads: fit for compiling and graph capture.
 
@@ -358,6 +381,7 @@ class StreamingDecoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.chunk_latents = chunk_latents
         self.mean, self.inverse_std = latent_statistics(self.device, self.dtype)
+        self._pass: Callable[[list[Tensor]], StageHistory] = HeldHistory
         self.history_on_host = False
         self.reset()
 
@@ -372,19 +396,28 @@ class StreamingDecoder:
         if self._history is None:
             batch, _, height, width = self.shape
             device = torch.device("cpu") if self.history_on_host else self.device
-            self._history = self.vae.init_history(batch, height, width, device, self.dtype)
-            if device != self.device:
-                self._history = tuple(h.pin_memory() for h in self._history)
+            self._keep(self.vae.init_history(batch, height, width, device, self.dtype))
         return self._history
 
-    def keep_history_on_host(self) -> None:
-        """Keep the history in page-locked host memory from now on, and forget the video."""
-        self.history_on_host = True
+    def keep_history_on_host(self, passing: Callable[[list[Tensor]], StageHistory]) -> None:
+        """Keep the history in host memory from now on, page-locked beside a GPU, and forget the video.
+
+        Args:
+            passing: takes it through the stages of one call.
+        """
+        self._pass, self.history_on_host = passing, True
         self.reset()
 
     def continue_from(self, other: StreamingDecoder) -> None:
         """Take over where `other` stands; it stays as it is."""
-        self._history, self.first = tuple(h.clone() for h in other.history), other.first
+        if other.history_on_host and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its history may still be on the way to the host
+        self._keep(tuple(h.clone() for h in other.history))
+        self.first = other.first
+
+    def _keep(self, history: History) -> None:
+        pinned = self.history_on_host and self.device.type == "cuda"
+        self._history = tuple(h.pin_memory() for h in history) if pinned else history
 
     @torch.no_grad()
     def push(self, latents: Tensor) -> list[Tensor]:
@@ -407,13 +440,13 @@ class StreamingDecoder:
         frames, start = [], 0
         while start < count:
             stop = start + (1 if self.first else self.chunk_latents)
-            history, self._history = list(self.history), ()
+            history, self._history = self._pass(list(self.history)), ()
             pixels, self._history = self.decode(z[:, :, start:stop], history, self.first)
             frames.append(pixels_to_frames(pixels))
             self.first, start = False, stop
         return [torch.cat(frames, dim=1)]
 
-    def decode(self, z: Tensor, history: list[Tensor], first: bool) -> tuple[Tensor, History]:
+    def decode(self, z: Tensor, history: StageHistory, first: bool) -> tuple[Tensor, History]:
         """`WanVAE.decode`, the seam of what makes it faster."""
         return self.vae.decode(z, history, first)
 

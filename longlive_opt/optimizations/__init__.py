@@ -31,7 +31,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_fp8_linears, Fp8Linears()),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         (config.use_cuda_graphs, CudaGraphs()),
-        (config.use_vae_offload, VAEOffload()),
+        (config.use_vae_offload, VAEOffload(config.vae_offload_ahead)),
         (config.use_text_offload, TextOffload()),
         (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),
         (config.use_early_decode, EarlyDecode()),

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ..errors import NotAvailable
 from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
-from ..models.vae import History, StreamingDecoder
+from ..models.vae import History, StageHistory, StreamingDecoder
 from ..pipeline import Pipeline
 from ..sampler import uniform_timesteps
 from .cuda_graphs import GraphedForward
@@ -115,7 +115,7 @@ class CompiledDecoder(StreamingDecoder):
         super().__init__(*arguments)
         self._stages = stages
 
-    def decode(self, z: Tensor, history: list[Tensor], first: bool) -> tuple[Tensor, History]:
+    def decode(self, z: Tensor, history: StageHistory, first: bool) -> tuple[Tensor, History]:
         if first or z.shape[2] != self.chunk_latents:
             return super().decode(z, history, first)
         with many_recompiles():

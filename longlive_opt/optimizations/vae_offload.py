@@ -2,20 +2,25 @@
 
 Idea: every causal convolution of the decoder remembers two frames, 1.9 GB at 480x832, and needs them once a
 call. Here they lie in page-locked host memory; a stage's part comes over when that stage runs and goes back
-behind it, on the stream that decodes.
+behind it. With `ahead`, the next stage's part comes over and the last one's goes back while a stage runs,
+each on a stream of its own: the bus works in both directions at a time.
 
-Seam: `make_vae_decoder`. Costs: 3.8 GB over the bus for each VAE call, some 80 ms at 50 GB/s, in which the
-stream waits; so decode a whole block in one call if memory allows. Bit-exact: the same kernels on the same
-numbers.
+Seam: `make_vae_decoder`. Costs: 3.8 GB over the bus for each VAE call, some 75 ms at 50 GB/s, in which the
+stream waits; so decode a whole block in one call if memory allows. `ahead` can hide most of that behind a
+call of one latent (38 ms compiled, on an H100), and needs room for what is under way: up to twice the history
+of the largest stage, 0.3 GB each. Bit-exact: the same kernels on the same numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Sequence
 
-from ..models.vae import StreamingDecoder
+import torch
+from torch import Tensor
+
+from ..models.vae import History, StreamingDecoder
 from ..pipeline import Pipeline
 from .room import Level, Room
 
@@ -25,14 +30,142 @@ class VAEOffload(Room):
     name: ClassVar[str] = "vae_offload"
     level: ClassVar[Level] = "exact"
 
+    ahead: bool = False
+
     def apply(self, pipeline: Pipeline) -> Pipeline:
-        make_inner = pipeline.make_vae_decoder
+        make_inner, device = pipeline.make_vae_decoder, pipeline.device
+        counts = [len(stage.history_channels) for stage in pipeline.vae.decoder.stages()]
 
         def make_decoder() -> StreamingDecoder:
             decoder = make_inner()
-            decoder.keep_history_on_host()
+            if device.type == "cuda" and self.ahead:
+                traffic = Traffic(device)
+                decoder.keep_history_on_host(lambda parts: VisitingHistory(parts, counts, traffic))
+            elif device.type == "cuda":
+                decoder.keep_history_on_host(lambda parts: HostedHistory(parts, device))
             return decoder
 
         pipeline = dataclasses.replace(pipeline, make_vae_decoder=make_decoder)
-        anyway = "" if pipeline.device.type == "cuda" else ", where it is on this device anyway"
-        return self.report(pipeline, f"the history of the VAE's convolutions waits in host memory{anyway}")
+        done = "the history of the VAE's convolutions waits in host memory"
+        if device.type != "cuda":
+            done += ", where it is on this device anyway"
+        elif self.ahead:
+            done += " and comes and goes while the VAE works"
+        return self.report(pipeline, done)
+
+
+class HostedHistory:
+    """A `StageHistory` in host memory whose parts are copied on the stream that decodes."""
+
+    def __init__(self, parts: list[Tensor], device: torch.device):
+        self._hosted = parts
+        self._device = device
+        self._taken = self._returned = 0
+
+    def take(self, count: int) -> History:
+        self._taken += count
+        return tuple(h.to(self._device, non_blocking=True)
+                     for h in self._hosted[self._taken - count:self._taken])
+
+    def put(self, updated: History) -> None:
+        for h, new in zip(self._places(updated), updated, strict=True):
+            h.copy_(new, non_blocking=True)
+
+    def whole(self) -> History:
+        return tuple(self._hosted)
+
+    def _places(self, updated: History) -> list[Tensor]:
+        """Where `updated`, which comes back next, belongs."""
+        self._returned += len(updated)
+        return self._hosted[self._returned - len(updated):self._returned]
+
+
+class Traffic:
+    """The way of parts of a history between host and GPU, one stream a direction; outlives a call.
+
+    Memory is allocated on the stream that decodes, which uses it last; so that stream waits for what is under
+    way before its memory is freed.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._coming, self._going = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._arrival: Passage | None = None
+        self._departure: Passage | None = None
+
+    def begin(self) -> None:
+        """A call begins: what it fetches has to be back from the last one."""
+        self._coming.wait_stream(self._going)
+        self._arrival = _ended(self._arrival)  # of a call that failed
+
+    def fetch(self, hosted: list[Tensor]) -> None:
+        """Send for copies of `hosted`, to be received before the next ones are sent for."""
+        running = torch.cuda.current_stream(self.device)
+        parts = tuple(torch.empty_like(h, device=self.device) for h in hosted)
+        self._coming.wait_stream(running)
+        self._arrival = Passage(hosted, parts, self._coming, running)
+
+    def receive(self) -> History:
+        """What was sent for; the stream that decodes waits for it."""
+        parts, self._arrival = self._arrival.parts, _ended(self._arrival)
+        return parts
+
+    def send(self, parts: History, hosted: list[Tensor]) -> None:
+        """Send `parts` back to `hosted`; the stream that decodes waits for those that were sent before."""
+        running = torch.cuda.current_stream(self.device)
+        self._departure = _ended(self._departure)
+        self._going.wait_stream(running)
+        self._departure = Passage(parts, hosted, self._going, running)
+
+
+class Passage:
+    """Tensors that are copied on `stream`. It holds on to both sides until `decoding`, the stream that uses
+    the GPU's side, was told to wait.
+    """
+
+    def __init__(self, sources: Sequence[Tensor], parts: Sequence[Tensor], stream: torch.cuda.Stream,
+                 decoding: torch.cuda.Stream):
+        self.parts = parts
+        self._sources, self._decoding = sources, decoding
+        with torch.cuda.stream(stream):
+            for source, part in zip(sources, parts, strict=True):
+                part.copy_(source, non_blocking=True)
+            self._done = stream.record_event()
+
+    def end(self) -> None:
+        """Let the decoding stream wait until the copies are there."""
+        self._decoding.wait_event(self._done)
+
+
+def _ended(passage: Passage | None) -> None:
+    if passage is not None:
+        passage.end()
+
+
+class VisitingHistory(HostedHistory):
+    """A `StageHistory` in host memory: the next stage's part is sent for before a stage runs."""
+
+    def __init__(self, parts: list[Tensor], counts: Sequence[int], traffic: Traffic):
+        """Args: counts: how many tensors of the history each stage has, in their order."""
+        super().__init__(parts, traffic.device)
+        self._traffic = traffic
+        self._due = [count for count in counts if count]
+        traffic.begin()
+        self._fetch()
+
+    def take(self, count: int) -> History:
+        if not count:
+            return ()
+        parts = self._traffic.receive()
+        self._fetch()
+        return parts
+
+    def put(self, updated: History) -> None:
+        if updated:
+            self._traffic.send(updated, self._places(updated))
+
+    def _fetch(self) -> None:
+        if self._due:
+            count = self._due.pop(0)
+            self._traffic.fetch(self._hosted[self._taken:self._taken + count])
+            self._taken += count
