@@ -152,7 +152,7 @@ def test_gitignore() -> None:
         "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,
         "outputs/h100/baseline/result.json": False, "outputs/h100/baseline/video.mp4": True,
         "outputs/h100/baseline/report.html": False, "outputs/h100/summary/waterfall.png": False,
-        "outputs/h100_ablation/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
+        "outputs/h100_extras/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
         "notebooks/01_baseline.ipynb": False, "params/profiles/h100.yaml": False,
     }
     command = ["git", "check-ignore", "--no-index", *candidates]
