@@ -132,10 +132,15 @@ def test_missing_result_is_a_failure(finished: tuple[Path, int]) -> None:
     assert failure(finished[0], "silent")["kind"] == "NoResult"
 
 
+# A shell's job in the background is started with SIGINT ignored, and so are its children.
+HEED_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " \
+                  "runner.keep_interrupts()"
+
+
 def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
     """After Ctrl-C: an orphaned kernel that holds the GPU, or a traceback instead of one line."""
     make_project(tmp_path, {"baseline": [TELL_PID, "import time; time.sleep(60)"]})
-    code = "import sys, pathlib; from longlive_opt import runner; runner.keep_interrupts(); " \
+    code = "import sys, pathlib; from longlive_opt import runner; " + HEED_INTERRUPTS + "; " \
            "sys.exit(runner.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "run", "--campaign", "c"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -154,7 +159,7 @@ def test_swallowed_interrupt_comes_again() -> None:
     """Ctrl-C while a weak reference is cleaned up: Python prints it, and the campaign runs on."""
     code = "import signal, time, weakref; from longlive_opt import runner\n" \
            "class Gone: pass\n" \
-           "runner.keep_interrupts(); gone = Gone()\n" \
+           f"{HEED_INTERRUPTS}; gone = Gone()\n" \
            "reference = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))\n" \
            "try:\n del gone; time.sleep(20)\n" \
            "except KeyboardInterrupt: print('interrupted')"
