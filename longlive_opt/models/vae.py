@@ -236,6 +236,7 @@ class _Stages(nn.Module):
         for stage in stages or self.stages():
             x, updated = stage(x, history.take(len(stage.history_channels)), first)
             history.put(updated)
+            del updated  # whether it stays in memory is for the history to say
         return x, history.whole()
 
 

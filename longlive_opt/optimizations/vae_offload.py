@@ -117,6 +117,10 @@ class Traffic:
         self._going.wait_stream(running)
         self._departure = Passage(parts, hosted, self._going, running)
 
+    def finish(self) -> None:
+        """A call ends: the stream that decodes waits for what is still on its way back."""
+        self._departure = _ended(self._departure)
+
 
 class Passage:
     """Tensors that are copied on `stream`. It holds on to both sides until `decoding`, the stream that uses
@@ -163,6 +167,10 @@ class VisitingHistory(HostedHistory):
     def put(self, updated: History) -> None:
         if updated:
             self._traffic.send(updated, self._places(updated))
+
+    def whole(self) -> History:
+        self._traffic.finish()
+        return super().whole()
 
     def _fetch(self) -> None:
         if self._due:
