@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+from torch import Tensor
 
 from .config import ExperimentConfig
 from .decoder import Decoder, InlineDecoder
@@ -28,10 +29,10 @@ from .weight_files import check_weights
 class Pipeline:
     """Everything a session needs.
 
-    The seams are `encode_prompt`, `sampler` (with its `forward`), `make_cache`, `make_vae_decoder` (which
-    network calls make frames) and `make_decoder` (when they run); the session cannot tell which of them were
-    replaced. `weights` and `setup_s` (seconds) go into the result, and so does `rooms`: what each
-    optimization did.
+    The seams are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
+    `make_vae_decoder` (which network calls make frames) and `make_decoder` (when they run); the session
+    cannot tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does
+    `rooms`: what each optimization did.
     """
 
     config: ExperimentConfig
@@ -42,6 +43,7 @@ class Pipeline:
     dit: CausalDiT
     vae: WanVAE
     text_encoder: TextEncoder
+    embed_text: Callable[[Tensor], TextContext]
     encode_prompt: Callable[[str], TextContext]
     sampler: Sampler
     make_cache: Callable[[], KVCache]
@@ -118,9 +120,10 @@ def limit_memory(device: torch.device, limit_gb: float | None) -> None:
                                               device.index or 0)
 
 
-def prompt_encoder(encoder: TextEncoder, dit: CausalDiT) -> Callable[[str], TextContext]:
+def prompt_encoder(encoder: TextEncoder,
+                   embed_text: Callable[[Tensor], TextContext]) -> Callable[[str], TextContext]:
     """Prompt -> what the transformer attends to, nothing remembered."""
-    return lambda prompt: dit.embed_text(encoder.encode([prompt]))
+    return lambda prompt: embed_text(encoder.encode([prompt]))
 
 
 def build_reference(config: ExperimentConfig) -> Pipeline:
@@ -156,7 +159,8 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         dit=dit,
         vae=vae,
         text_encoder=text_encoder,
-        encode_prompt=prompt_encoder(text_encoder, dit),
+        embed_text=dit.embed_text,
+        encode_prompt=prompt_encoder(text_encoder, dit.embed_text),
         sampler=Sampler(sampling_plan(config), EagerForward(dit)),
         make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
         make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width, config.vae_chunk_latents or 1),

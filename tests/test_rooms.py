@@ -707,6 +707,10 @@ def test_text_offload_gives_the_same_bits(micro):
         expected, found = plain.encode_prompt(prompt), offloaded.encode_prompt(prompt)
         assert all(map(torch.equal, (*found.keys, *found.values), (*expected.keys, *expected.values)))
     assert offloaded.text_encoder.report["loaded"] and offloaded.weights["text_encoder"]["loaded"]
+    own = [part for block in plain.dit.blocks for part in (block.cross_attn.k, block.cross_attn.v,
+                                                           block.cross_attn.norm_k)]
+    assert offloaded.rooms[0]["report"]["hosted_projection_bytes"] == sum(
+        p.nbytes for module in own for p in module.parameters())
 
 
 def test_text_offload_goes_with_the_prompt_store(tmp_path, micro):
@@ -722,14 +726,18 @@ def test_text_offload_goes_with_the_prompt_store(tmp_path, micro):
 
 @pytest.mark.gpu
 def test_text_offload_on_the_gpu_gives_the_same_bits_in_less_memory():
-    """A copy that overtakes the block that still reads the buffer gives other bits."""
+    """A copy that overtakes the block that still reads the buffer gives other bits; and a weight that stays
+    on the GPU as well saves nothing.
+    """
     keys = {"device": "cuda", "model": "tiny", "weights": "random", "model_dtype": "bfloat16"}
     plain, offloaded = build_pipeline(ExperimentConfig(**keys)), build_pipeline(
         ExperimentConfig(use_text_offload=True, **keys))
     for prompt in ("a fox", "a fox that runs", "snow"):
         expected, found = plain.encode_prompt(prompt), offloaded.encode_prompt(prompt)
         assert all(map(torch.equal, (*found.keys, *found.values), (*expected.keys, *expected.values)))
-    assert all(p.device.type == "cpu" for p in offloaded.text_encoder.load().encoder.parameters())
+    hosted = [offloaded.text_encoder.load().encoder]
+    hosted += [part for block in offloaded.dit.blocks for part in (block.cross_attn.k, block.cross_attn.v)]
+    assert all(p.device.type == "cpu" for module in hosted for p in module.parameters())
 
 
 def test_memory_limit_needs_a_gpu():

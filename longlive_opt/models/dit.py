@@ -8,7 +8,7 @@ which rotates, stores and attends. Parameter names are those of the official che
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Sequence
+from typing import Callable, Iterable, NamedTuple, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from ..model_config import DiTConfig
 from .attention import Attention, make_attention
+
+Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""An embedded prompt [B, L, dim] -> a cross-attention's keys and values, [B, L, N, D] each."""
 
 
 class LayerCache(Protocol):
@@ -218,9 +221,12 @@ class CausalDiT(nn.Module):
         embedded = self.time_embedding(sinusoid)
         return TimeContext(embedded[:, :, None], self.time_projection(embedded).unflatten(-1, (6, -1)))
 
-    def embed_text(self, prompt: Tensor) -> TextContext:
+    def embed_text(self, prompt: Tensor, projections: Iterable[Projection] | None = None) -> TextContext:
         """Keys and values of every cross-attention for a prompt [B, L <= text_len, text_dim]. Missing rows
         are zero-padded and attended like the others, as LongLive does.
+
+        Args:
+            projections: one for each block, called instead of its `cross_attn.key_value`.
 
         Raises:
             ValueError: more rows than text_len or another width than text_dim.
@@ -231,7 +237,9 @@ class CausalDiT(nn.Module):
                              f"{self.config.text_len}, {self.config.text_dim}]")
         padded = F.pad(prompt.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - length))
         embedded = self.text_embedding(padded)
-        keys, values = zip(*(block.cross_attn.key_value(embedded) for block in self.blocks))
+        if projections is None:
+            projections = (block.cross_attn.key_value for block in self.blocks)
+        keys, values = zip(*(project(embedded) for project in projections))
         return TextContext(keys, values)
 
     def patchify(self, x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class PromptCache(Room):
         encoder = pipeline.text_encoder
         shape = (1, encoder.config.text_len, encoder.config.dim)
         store = EmbeddingStore(Path(self.folder), encoder.fingerprint, shape) if self.folder else None
-        cached = CachedPrompts(lambda prompt: encoder.encode([prompt]), pipeline.dit.embed_text,
+        cached = CachedPrompts(lambda prompt: encoder.encode([prompt]), pipeline.embed_text,
                                self.limit_mb * 2**20, store)
         pipeline = dataclasses.replace(pipeline, encode_prompt=cached)
         return self.report(pipeline, f"prompts are kept up to {self.limit_mb} MiB", stats=cached.stats)

@@ -1,12 +1,13 @@
-"""Text offload: the text encoder's weights stay in host memory and visit the GPU one block at a time.
+"""Text offload: weights that only read the prompt stay in host memory and visit the GPU one block at a time.
 
-Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes. Its weights
-lie in page-locked host memory; while one block runs, the next is copied on a stream of its own, into two
-buffers that take turns and are freed afterwards. The embedding table is looked up on the host.
+Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes; so do the
+transformer's projections of the prompt to keys and values, 0.3 GB. Their weights lie in page-locked host
+memory; while one block runs, the next is copied on a stream of its own, into two buffers that take turns and
+are freed afterwards. The embedding table is looked up on the host.
 
-Seam: `encode_prompt`. Costs: a prompt takes as long as all weights need over the bus (0.4 s at 25 GB/s),
-unless a prompt cache knows it, and the host needs the memory that the GPU saves. Bit-exact: the same kernels
-on the same numbers.
+Seams: `encode_prompt`, `embed_text`. Costs: a prompt takes as long as all weights need over the bus (0.4 s at
+25 GB/s), unless a prompt cache knows it, and the host needs the memory that the GPU saves. Bit-exact: the
+same kernels on the same numbers.
 
 Source: layer by layer offloading of weights as in FlexGen (arXiv:2303.06865).
 """
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Iterator
+from functools import partial
+from typing import ClassVar, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..models.dit import AttentionProjections, CausalDiT, TextContext
 from ..models.text import UMT5Encoder
 from ..pipeline import Pipeline, prompt_encoder
 from .room import Level, Room
@@ -34,11 +37,15 @@ class TextOffload(Room):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         device = pipeline.device
         encoder = pipeline.text_encoder.hosted(lambda module: VisitingEncoder(module, device))
+        projections = VisitingProjections(pipeline.dit)
+        embed_text = projections.embed_text
         pipeline = dataclasses.replace(
-            pipeline, text_encoder=encoder, encode_prompt=prompt_encoder(encoder, pipeline.dit),
+            pipeline, text_encoder=encoder, embed_text=embed_text,
+            encode_prompt=prompt_encoder(encoder, embed_text),
             weights=pipeline.weights | {"text_encoder": encoder.report})
-        return self.report(pipeline, f"the text encoder's weights stay on the host, {BUFFERS} of its "
-                                     f"{encoder.config.num_layers} blocks at a time on {device.type}")
+        done = (f"the weights of the text encoder and of the transformer's {len(projections.weights)} "
+                f"projections of the prompt stay on the host, {BUFFERS} blocks at a time on {device.type}")
+        return self.report(pipeline, done, hosted_projection_bytes=projections.nbytes)
 
 
 BUFFERS = 2
@@ -57,32 +64,64 @@ class VisitingEncoder(nn.Module):
         """ids and mask [B, L] -> [B, L, dim] on the device."""
         buckets, padding = self.encoder.positions(mask.to(self.device))
         x = self.encoder.token_embedding(ids.cpu()).to(self.device)
-        for block, weights in zip(self.encoder.blocks, self._visits()):
+        for block, weights in zip(self.encoder.blocks, visits(self.weights, self.device)):
             x = functional_call(block, unpack(weights, block), (x, buckets, padding))
         return functional_call(self.encoder.norm, {"weight": self.encoder.norm.weight.to(self.device)}, (x,))
 
-    def _visits(self) -> Iterator[Tensor]:
-        """The weights of one block after the other on the device, each valid until the next but one is asked
-        for.
-        """
-        if self.device.type != "cuda":
-            yield from self.weights
-            return
-        running, copying = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        # Made on the stream that runs: it is the last to use them, so they may be freed at the end.
-        buffers = [torch.empty_like(self.weights[0], device=self.device) for _ in range(BUFFERS)]
-        copying.wait_stream(running)
-        arrived = []
-        for index in range(len(self.weights) + 1):
-            if index < len(self.weights):
-                with torch.cuda.stream(copying):
-                    # Whoever used this buffer was launched before the last `wait_stream`.
-                    buffers[index % BUFFERS].copy_(self.weights[index], non_blocking=True)
-                    arrived.append(copying.record_event())
-            if index:
-                running.wait_event(arrived[index - 1])
-                yield buffers[(index - 1) % BUFFERS]
-                copying.wait_stream(running)
+
+class VisitingProjections:
+    """`CausalDiT.embed_text` with the weights of the projections to keys and values in host memory."""
+
+    def __init__(self, dit: CausalDiT):
+        self.dit = dit
+        self.projections = [KeyValue(block.cross_attn) for block in dit.blocks]
+        self.weights = [pack(module, pinned=dit.device.type == "cuda") for module in self.projections]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weights.nbytes for weights in self.weights)
+
+    @torch.no_grad()
+    def embed_text(self, prompt: Tensor) -> TextContext:
+        """A prompt [B, L, text_dim] -> what the transformer attends to."""
+        visiting = zip(self.projections, visits(self.weights, self.dit.device))
+        return self.dit.embed_text(prompt, (partial(functional_call, module, unpack(weights, module))
+                                            for module, weights in visiting))
+
+
+class KeyValue(nn.Module):
+    """`AttentionProjections.key_value` as a module of just the parts that it uses."""
+
+    def __init__(self, attention: AttentionProjections):
+        super().__init__()
+        self.k, self.v, self.norm_k, self.head_dim = (attention.k, attention.v, attention.norm_k,
+                                                      attention.head_dim)
+
+    forward = AttentionProjections.key_value
+
+
+def visits(weights: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Tensors of one size, in host memory, one after the other on `device`; each is valid until the next but
+    one is asked for.
+    """
+    if device.type != "cuda":
+        yield from weights
+        return
+    running, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    # Made on the stream that runs: it is the last to use them, so they may be freed at the end.
+    buffers = [torch.empty_like(weights[0], device=device) for _ in range(BUFFERS)]
+    copying.wait_stream(running)
+    arrived = []
+    for index in range(len(weights) + 1):
+        if index < len(weights):
+            with torch.cuda.stream(copying):
+                # Whoever used this buffer was launched before the last `wait_stream`.
+                buffers[index % BUFFERS].copy_(weights[index], non_blocking=True)
+                arrived.append(copying.record_event())
+        if index:
+            running.wait_event(arrived[index - 1])
+            yield buffers[(index - 1) % BUFFERS]
+            copying.wait_stream(running)
 
 
 def pack(block: nn.Module, pinned: bool) -> Tensor:
