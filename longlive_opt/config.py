@@ -68,6 +68,7 @@ class ExperimentConfig:
     attention_backend: str = "auto"
 
     use_cuda_graphs: bool = False
+    capture_recache: bool = True
     use_torch_compile: bool = False
     compile_mode: str = "default"
     use_static_kv: bool = False

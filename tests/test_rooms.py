@@ -9,6 +9,7 @@ import threading
 import time
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -28,6 +29,7 @@ from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import TextContext
 from longlive_opt.optimizations import build_pipeline, rooms_of
 from longlive_opt.optimizations.async_vae import AsyncVAE
+from longlive_opt.optimizations.cuda_graphs import graphed
 from longlive_opt.optimizations.fused_kernels import check_triton
 from longlive_opt.optimizations.prompt_cache import CachedPrompts, EmbeddingStore
 from longlive_opt.optimizations.quantized_kv_cache import check_kernels
@@ -182,6 +184,17 @@ def test_cuda_graphs_on_the_cpu_are_not_available():
     """A run without graphs that is reported as one with them."""
     with pytest.raises(NotAvailable, match="use_cuda_graphs: .*device: cuda.*cpu"):
         micro_pipeline(use_cuda_graphs=True)
+
+
+def test_without_capture_recache_only_a_recache_is_called_as_it_is(micro):
+    """Graphs that leave out the passes of a block as well, or that take a recache in after all."""
+    config = micro_config(capture_recache=False)
+    pipeline = SimpleNamespace(config=config, device=torch.device("cuda"))
+    forward, latents = graphed(pipeline, lambda *_, **__: "called"), torch.zeros(1, 4, 16, 2, 4)
+    assert forward(latents, 0.0, None, None, keys_only=True) == "called"
+    assert (forward.stats.eager, forward.stats.captured) == (1, 0)
+    assert forward.max_frames == config.block_frames
+    assert graphed(SimpleNamespace(config=micro_config(), device=pipeline.device), None).max_frames is None
 
 
 # The static cache.
@@ -836,6 +849,17 @@ def test_gpu_replay_equals_eager_bit_for_bit(keys):
     assert same_video(video(eager), video(graphed))
     stats = graphed.rooms[-1]["report"]["stats"]
     assert stats.replayed > stats.captured == stats.eager
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+def test_gpu_replay_after_a_recache_without_graph_equals_eager_bit_for_bit(static):
+    """A block that is replayed with the prompt before the recache; `video` has four of more than a block."""
+    eager = gpu_pipeline(use_static_kv=static)
+    pipeline = gpu_pipeline(use_static_kv=static, use_cuda_graphs=True, capture_recache=False)
+    assert same_video(video(eager), video(pipeline))
+    stats = pipeline.rooms[-1]["report"]["stats"]
+    assert stats.eager == stats.captured + 4 and stats.replayed > stats.captured
 
 
 @pytest.mark.gpu

@@ -6,9 +6,11 @@ and the cache keeps its slots and rotation tables where they are (`KVCache.signa
 alike). Positions, ring and roll therefore need no recapture; a new kind of pass (another fill of the window,
 a recache, another timestep) runs eagerly once and is captured for the next time.
 
-Seam: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Does not help
-where the GPU is busy anyway: launches of large kernels already overlap with the kernels before them.
-Bit-exact: the same kernels on the same numbers.
+Seam: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Most of that
+memory is a recache's, whose activations are three to four times a block's; `capture_recache: false` leaves
+recaches as they are, which launches of such large kernels hardly make slower. Does not help where the GPU is
+busy anyway: launches of large kernels already overlap with the kernels before them. Bit-exact: the same
+kernels on the same numbers.
 """
 
 from __future__ import annotations
@@ -36,11 +38,17 @@ class CudaGraphs(Room):
     level: ClassVar[Level] = "exact"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
-        forward = GraphedForward(pipeline.sampler.forward, pipeline.device)
+        forward = graphed(pipeline, pipeline.sampler.forward)
         pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
-        return self.report(
-            pipeline, "each kind of transformer pass is captured once and replayed", stats=forward.stats
-        )
+        kinds = "" if forward.max_frames is None else " but recaches"
+        return self.report(pipeline, f"each kind of transformer pass{kinds} is captured once and replayed",
+                           stats=forward.stats)
+
+
+def graphed(pipeline: Pipeline, inner: Forward) -> GraphedForward:
+    """`inner` as the graphs that the pipeline's preset asks for."""
+    config = pipeline.config
+    return GraphedForward(inner, pipeline.device, None if config.capture_recache else config.block_frames)
 
 
 @dataclass
@@ -66,10 +74,13 @@ class _Captured:
 
 @dataclass
 class GraphedForward:
-    """Replays captured passes of `inner`. The flow it returns is overwritten by the next call."""
+    """Replays captured passes of `inner`. The flow it returns is overwritten by the next call. Passes of more
+    than `max_frames` latent frames, if that is given, run as they are.
+    """
 
     inner: Forward
     device: torch.device
+    max_frames: int | None = None
     stats: GraphStats = field(default_factory=GraphStats)
 
     def __post_init__(self) -> None:
@@ -85,6 +96,9 @@ class GraphedForward:
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
+        if self.max_frames is not None and latents.shape[1] > self.max_frames:
+            self.stats.eager += 1
+            return self.inner(latents, timestep, text, cache, keys_only=keys_only)
         if self._cache() is not cache:
             # Graphs point into the memory of one cache. Their pool cannot be captured into again while anyone
             # still holds a flow of theirs, so the new ones get their own.

@@ -41,7 +41,7 @@ from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
 from ..models.vae import History, StageHistory, StreamingDecoder
 from ..pipeline import Pipeline
 from ..sampler import uniform_timesteps
-from .cuda_graphs import GraphedForward
+from .cuda_graphs import graphed
 from .room import Level, Room
 from .static_kv_cache import RingKVCache, RingLayer
 
@@ -69,7 +69,7 @@ class TorchCompile(Room):
         facts = {"inductor_options": options, "cudnn_benchmark": True}
         # A captured pass cannot be captured again: with use_cuda_graphs that room captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
-            forward = GraphedForward(forward, pipeline.device)
+            forward = graphed(pipeline, forward)
             facts["stats"] = forward.stats
         latents = config.vae_chunk_latents or config.block_frames
         vae, model = pipeline.vae, pipeline.model
