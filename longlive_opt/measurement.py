@@ -2,10 +2,16 @@
 
 Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
 switch at every second block. Every second switch asks for a prompt that was never seen before.
+
+Python's garbage is collected before each of the two: loading and compiling leave half a million objects, and
+looking through them once takes 0.3 s, which would else fall into a block somewhere. What a stream itself
+makes necessary is measured with it and recorded: garbage collections, and how often the GPU's allocator had
+to ask the driver.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from typing import Any, Iterator
@@ -19,7 +25,7 @@ from .model_config import VAE_TEMPORAL_STRIDE
 from .optimizations.prompt_cache import CachedPrompts
 from .pipeline import Pipeline
 from .session import Chunk, StreamingSession
-from .timeline import Event, Timeline
+from .timeline import GARBAGE, Event, Timeline
 
 PROGRESS_SECONDS = 10.0
 SWITCH_EVERY = 2
@@ -71,13 +77,17 @@ class Measurement:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         clocks_before, built_before = provenance.clocks(device), self._built()
-        cpu_before = provenance.cpu_seconds()
+        cpu_before, asked_driver = provenance.cpu_seconds(), provenance.allocator_counts(device)
         steady = self._record(config.warmup_blocks + config.measure_blocks, [])
         asked_before = len(self._prompt_outcomes())
         switched = self._record(
             config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
         )
         company = provenance.company_of(device, cpu_before, provenance.cpu_seconds())
+        pauses = [event.duration_ms for event in (*steady, *switched) if event.name == GARBAGE]
+        interruptions = {"garbage_collections": len(pauses), "garbage_ms_max": max(pauses, default=0.0)}
+        interruptions |= {kind: count - asked_driver[kind]
+                          for kind, count in provenance.allocator_counts(device).items()}
         measured = metrics.measurements(
             steady,
             first_measured_block=config.warmup_blocks,
@@ -95,6 +105,7 @@ class Measurement:
             "built_while_measured": {
                 kind: count - built_before[kind] for kind, count in self._built().items()
             },
+            "interruptions": interruptions,
             "memory_gb": provenance.memory_gb(device, self.session.cache.nbytes),
         }
         clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
@@ -104,9 +115,11 @@ class Measurement:
         """The events of a stream's first `blocks` blocks. Where decoding overlaps the next block, a stream
         has one more: nothing competes with the decoding of its last, which is no steady state.
         """
+        gc.collect()
         self._start_over()
-        for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
-            pass
+        with self.timeline.garbage():
+            for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
+                pass
         return [event for event in self.timeline.resolve() if event.block is None or event.block < blocks]
 
     def _start_over(self) -> None:

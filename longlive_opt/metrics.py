@@ -2,7 +2,7 @@
 it.
 
 The session records, on the host clock, the marks "block_start", "switch_request" and, after a synchronise at
-the block edge, "chunk_ready" (the block's frames are complete in pixels); and spans for the stages.
+the block edge, CHUNK_READY (the block's frames are complete in pixels); and spans for the stages.
 """
 
 import math
@@ -20,6 +20,7 @@ FULL_SWITCHES = 20
 P99_SAMPLES = 299  # 0.99^299 < 5 %: with fewer, even the largest sample is no 95 % upper bound of the p99
 CLOCK_THRESHOLD = 0.05
 STAGES = ("text_encode", "recache", "denoise", "decode")
+CHUNK_READY = "chunk_ready"
 
 DEFINITIONS = {
     "ss_ms_per_frame":
@@ -129,7 +130,7 @@ def _stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]],
 
 def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
     """block -> chunk_ready[block] - chunk_ready[block - 1], ms, of the measured blocks."""
-    ready = _marks(events, "chunk_ready")
+    ready = _marks(events, CHUNK_READY)
     intervals = {block: time - ready[block - 1] for block, time in ready.items()
                  if block >= first_measured_block and block - 1 in ready}
     if not intervals:
@@ -138,7 +139,7 @@ def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, 
     return intervals
 
 
-def _steady(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
+def steady_intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
     """block -> interval of the steady-state blocks: measured, and no switch took effect at them."""
     switched = _marks(events, "switch_request")
     intervals = _intervals(events, first_measured_block)
@@ -163,11 +164,11 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
     Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
     """
     section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
-    steady = _steady(events, first_measured_block)
+    steady = steady_intervals(events, first_measured_block)
     per_frame = [interval / frames_per_block for interval in steady.values()]
-    ready = _marks(events, "chunk_ready")
+    ready = _marks(events, CHUNK_READY)
     first = min(ready)
-    begin = min(event.start_ms for event in events if event.block in (None, first))
+    begin = min(event.start_ms for event in events if event.block == first)
     stages, clocks = _stage_totals(events)
     last = events if switch_events is None else switch_events
     over_target = sum(ms > target_ms for ms in per_frame)
@@ -194,7 +195,7 @@ def with_switches(events: Iterable[Event], *, first_measured_block: int,
 
 
 def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[str, Any]:
-    ready = _marks(events, "chunk_ready")
+    ready = _marks(events, CHUNK_READY)
     latencies = {block: ready[block] - request for block, request in _marks(events, "switch_request").items()
                  if block >= first_measured_block and block in ready}
     if not latencies:
@@ -219,7 +220,7 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
     negative for stages that overlap on several streams. `flag` when |share| exceeds `threshold`; `sentence`
     is for the report.
     """
-    steady = _steady(events, first_measured_block)
+    steady = steady_intervals(events, first_measured_block)
     stages, clocks = _stage_totals(events)
     on_cuda = [stages[name] for name in STAGES if clocks.get(name) == "cuda"]
     if not on_cuda:
@@ -260,7 +261,7 @@ def measurements(events: Sequence[Event], *, first_measured_block: int, frames_p
     latency = latency_metrics(events, **section, switch_events=switch_events, target_ms=target_ms)
 
     def shown(stream: Sequence[Event]) -> dict[str, Any]:
-        ready = [time for block, time in _marks(stream, "chunk_ready").items()
+        ready = [time for block, time in _marks(stream, CHUNK_READY).items()
                  if block >= first_measured_block - 1]
         return playback(ready, [frames_per_block] * len(ready), playback_fps)
 

@@ -152,6 +152,21 @@ def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -
             "device_used": (total - free) / 1e9, "kv_cache": cache}
 
 
+def allocator_counts(device: "torch.device | str") -> dict[str, int]:
+    """How often the allocator of a GPU has asked the driver so far: {driver_allocations, driver_frees} and
+    {allocator_retries}, when memory ran out, all that was cached was given back, and it asked again. Empty
+    elsewhere.
+    """
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return {}
+    counts = torch.cuda.memory_stats(device)
+    names = {"driver_allocations": "num_device_alloc", "driver_frees": "num_device_free",
+             "allocator_retries": "num_alloc_retries"}
+    return {name: counts.get(key, 0) for name, key in names.items()}
+
+
 def throttle_reasons(mask: str | None) -> list[str] | None:
     """Names of the bits of nvidia-smi's hexadecimal mask; idle and application clocks are no throttling."""
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from . import decision
+from . import decision, slowest
 from .results import block_ms, lookup, number
 from .variations import AS_IS, name_of
 
@@ -36,6 +36,7 @@ def reading_html(result: Result, baseline: Result | None) -> str:
     if result.get("variations"):
         parts.append(varied(result).to_html(border=0))
     parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
+    parts.append(_paragraph("", slowest.sentence(result)))
     if result["preset"] != "baseline":
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
     return "".join([*parts, _paragraph("Verdict", verdict(result))])

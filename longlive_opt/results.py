@@ -35,6 +35,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC}
     built_while_measured {captured, compiled}, optional: CUDA graphs and regions built inside the measured
                     streams; 0 if all was rehearsed
+    interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of
+                    1 ms and more; on a GPU driver_allocations, driver_frees, allocator_retries}
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
     quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
                     frames_total, psnr_db, ssim, ms_ssim, lpips, clip_delta, ...}; psnr_db to lpips are n/a or

@@ -7,6 +7,7 @@ the end.
 """
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+GARBAGE = "garbage_collection"
+GARBAGE_MS = 1.0  # shorter ones, of young objects, come by the thousand and hold nothing up
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,26 @@ class Timeline:
         if start is not None:
             self._pending.append((name, block, start, self._record()))
         self._events.append(Event(name, start_ms, self._now() - start_ms, block, "host"))
+
+    @contextlib.contextmanager
+    def garbage(self) -> Iterator[None]:
+        """Record each of Python's garbage collections of `GARBAGE_MS` and more while the body runs, on the
+        host clock and for no block: what stands still then is the host.
+        """
+        begun = 0.0
+
+        def note(phase: str, _: dict[str, int]) -> None:
+            nonlocal begun
+            if phase == "start":
+                begun = self._now()
+            elif self._now() - begun >= GARBAGE_MS:
+                self._events.append(Event(GARBAGE, begun, self._now() - begun, None, "host"))
+
+        gc.callbacks.append(note)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(note)
 
     def resolve(self) -> list[Event]:
         """Synchronise once, turn CUDA events into times, return all events sorted by start. Idempotent."""

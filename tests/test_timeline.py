@@ -1,12 +1,13 @@
 """Claims about the timeline. On the CPU the CUDA path is exercised through a stand-in for torch.cuda."""
 
+import gc
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from longlive_opt.timeline import Event, NullTimeline, Timeline
+from longlive_opt.timeline import GARBAGE, GARBAGE_MS, Event, NullTimeline, Timeline
 
 
 def test_spans_and_marks_come_out_sorted_with_their_blocks():
@@ -46,6 +47,22 @@ def test_rows_survive_json():
     event = Event("decode", 1.25, 0.5, None, "cuda")
     assert Event.from_row(event.to_row()) == event
     assert Event("x", 1.23456789, 0.0, 2, "host").to_row() == ["x", 1.235, 0.0, 2, "host"]
+
+
+def test_garbage_collections_are_recorded_while_asked_for():
+    """Would catch: a pause of the host that no event explains; a callback that outlives the stream."""
+    timeline, callbacks = Timeline("cpu"), list(gc.callbacks)
+    kept = [[] for _ in range(300_000)]
+    with timeline.garbage():
+        gc.collect()
+        gc.collect(0)  # nothing young is left: too short to be a pause
+    gc.collect()
+    pause, = timeline.resolve()
+    assert (pause.name, pause.block, pause.clock) == (GARBAGE, None, "host")
+    assert pause.duration_ms >= GARBAGE_MS and len(kept) == 300_000
+    with pytest.raises(KeyError), timeline.garbage():
+        raise KeyError
+    assert gc.callbacks == callbacks
 
 
 def test_null_timeline_takes_the_same_calls():

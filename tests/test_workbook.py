@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import types
 from pathlib import Path
@@ -17,6 +18,7 @@ from longlive_opt import measurement, provenance, results, video, workbook
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script
 from longlive_opt.measurement import SWITCH_EVERY, switch_blocks
+from longlive_opt.timeline import GARBAGE, GARBAGE_MS
 from longlive_opt.workbook import (
     RESULT_FILE,
     Experiment,
@@ -287,6 +289,32 @@ def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
     by_prompt = run.measured["latency"]["ps_by_prompt"]
     assert {outcome: times["n"] for outcome, times in by_prompt.items()} == {"hit": 2, "miss": 2}
     assert run.measured["built_while_measured"] == {"captured": 0, "compiled": 0}
+
+
+def test_what_interrupts_a_stream_is_recorded_and_what_came_before_is_not(tmp_path, monkeypatch):
+    """A pause of the host in a slow block; garbage of loading and compiling that one of the streams pays for.
+    """
+    run = open_run(tmp_path / "run", **SMALLEST)
+    run.build()
+    collect, order, stream = gc.collect, [], run.session.stream
+    monkeypatch.setattr(gc, "collect", lambda: order.append("collect") or collect())
+
+    def streamed(*arguments):
+        order.append("stream")
+        for chunk in stream(*arguments):
+            if chunk.block == 4:
+                kept = [[] for _ in range(300_000)]
+                collect()
+                del kept
+            yield chunk
+
+    run.measurement.rehearse()
+    monkeypatch.setattr(run.session, "stream", streamed)
+    measured, *_ = run.measurement.run()
+    assert order == ["collect", "stream"] * 2
+    assert measured["interruptions"]["garbage_collections"] >= 2
+    assert measured["interruptions"]["garbage_ms_max"] >= GARBAGE_MS
+    assert any(row[0] == GARBAGE for row in measured["events"])
 
 
 def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longlive_opt import decision, metrics
+from longlive_opt import decision, metrics, slowest
 from longlive_opt.figures import TARGET_MS
 from longlive_opt.results import block_ms, is_na, lookup, number
 from longlive_opt.timeline import Event
@@ -31,7 +31,7 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> li
     notes.append(f"Clocks: {sentence(lookup(result, 'latency.clock_disagreement.sentence'))}")
     if noise:
         notes.append(noise_sentence(noise))
-    notes.append(_sample(result))
+    notes += filter(None, [_sample(result), slowest.sentence(result), interruptions(result)])
     setup = {name: number(result, f"setup_s.{name}") for name in result["setup_s"]}
     seconds = ", ".join(f"{escape(name)} {digits(value)} s" for name, value in setup.items() if value)
     notes.append(f"Set-up, not part of any latency: {seconds or 'nothing recorded'}.")
@@ -219,6 +219,17 @@ def _sample(result: Result) -> str:
                                        frames_per_block=sizes["frames_per_block"])
     return (f"{text} In the stream in which every second block is a switch: mean "
             f"{digits(all_blocks['mean'])} ms, max {digits(all_blocks['max'])} ms per video frame.")
+
+
+def interruptions(result: Result) -> str:
+    """What held the streams up from outside of them; empty for results that do not tell."""
+    found = result.get("interruptions")
+    if found is None:
+        return ""
+    counts = {name.replace("_", " "): str(count) for name, count in found.items() if name != "garbage_ms_max"}
+    if found["garbage_collections"]:
+        counts["garbage collections"] += f" (the longest {found['garbage_ms_max']:.1f} ms)"
+    return f"Interruptions of both streams: {', '.join(f'{name} {count}' for name, count in counts.items())}."
 
 
 def _playback(result: Result) -> str:
