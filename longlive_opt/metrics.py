@@ -72,6 +72,11 @@ DEFINITIONS = {
         "Peaks of the CUDA caching allocator in 1e9 bytes: allocated (tensors), reserved (held from the "
         "driver), over the two measured streams, without loading and compiling; in use: all of the GPU's "
         "memory that is taken at the end, other processes' too.",
+    "quality":
+        "Fidelity to the baseline's frames at the same noise and prompts, mean over the frames. The headline "
+        "is the one-block protocol: every block is denoised and decoded from the baseline's own past, so "
+        "that errors of one block cannot add up, and within a block a frame is the further off the further "
+        "it is from that past. Free-running: the preset's own past, where they do add up.",
     "setup_s":
         "Load, compile and capture seconds, each apart, never part of a latency.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from .results import block_ms, lookup, number
 from .variations import AS_IS, name_of
 
 Result = Mapping[str, Any]
+
+VERDICT = re.compile(r"(<p><b>Verdict:</b> )(.*?)(</p>)")
+"""The paragraph of `reading_html` that the campaign may change, in three groups: the words are the second."""
 
 _BEFORE_STAGES = {"SS mean, ms per frame": "latency.ss_ms_per_frame.mean",
                   "SS max, ms per frame": "latency.ss_ms_per_frame.max"}
@@ -83,8 +87,8 @@ def varied(result: Result) -> pd.DataFrame:
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])
 
 
-def verdict(result: Result) -> str:
-    """The decision as it stands when the run ends."""
+def verdict(result: Result, final: bool = False) -> str:
+    """The decision as it stands when the run ends, or, `final`, when the campaign has ended."""
     words, keep = result["decision"]["rationale"], result["decision"]["keep"]
     if result["preset"] == "baseline":
         return f"none; {words}."
@@ -92,7 +96,7 @@ def verdict(result: Result) -> str:
         words = "undecided until the baseline has been repeated (--repeat-baseline 1): the noise is not known"
     elif keep is not None:
         words = f"{'keep' if keep else 'drop'}; {words}"
-    return f"{words}. The campaign's summary decides again."
+    return f"{words}. {'Decided over the whole campaign' if final else 'The summary decides again'}."
 
 
 def _beside(ours: float | None, theirs: float | None) -> list[str]:

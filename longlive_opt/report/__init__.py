@@ -11,7 +11,8 @@ The same results give the same bytes.
 from .campaign import Campaign, Failure, decided, load
 from .optimization_log import LOG_NAME, render_log, save_figures, write_campaign_log, write_log
 from .tables import noise_table, numbers_table, runs_table, summary_table, to_csv, world_table
+from .verdicts import settle_reports
 
 __all__ = ["LOG_NAME", "Campaign", "Failure", "decided", "load", "noise_table", "numbers_table", "render_log",
-           "runs_table", "save_figures", "summary_table", "to_csv", "world_table", "write_campaign_log",
-           "write_log"]
+           "runs_table", "save_figures", "settle_reports", "summary_table", "to_csv", "world_table",
+           "write_campaign_log", "write_log"]

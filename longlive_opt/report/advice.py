@@ -9,7 +9,17 @@ from longlive_opt.results import lookup, number
 
 from .campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
 from .notes import OTHERS, noise_sentence
-from .run import SUMMARY_NAMES, Run, fidelity_of, is_kept, is_large, model_name, objective_of, quality_short
+from .run import (
+    SUMMARY_NAMES,
+    Run,
+    fidelity_of,
+    is_kept,
+    is_large,
+    model_name,
+    objective_of,
+    quality_short,
+    worst_ms,
+)
 from .text import BLANK, bullets, escape, first_cell, percent, sentence, table_row
 
 
@@ -32,8 +42,10 @@ def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
     for preset in ("quality", "speed"):
         if preset in runs:
             blank = f"- {SUMMARY_NAMES[preset]}: {BLANK}"
-            text = text.replace(blank, blank.replace(BLANK, _when(runs[preset], best or runs.get(BASELINE))))
-    others = [run for run in _worth_taking(runs) if run.preset not in ("quality", "speed") and run != best]
+            instead = _beaten_by(runs[preset], runs) or best or runs.get(BASELINE)
+            text = text.replace(blank, blank.replace(BLANK, _when(runs[preset], instead)))
+    others = [run for run in _kept(runs) if run.preset not in ("quality", "speed") and run != best
+              and not _beaten_by(run, runs)]
     if best and others:
         text = f"{text.rstrip()}\n{bullets(f'{run.name}: {_when(run, best)}' for run in others)}\n"
     return text
@@ -47,22 +59,27 @@ def _summary_row(line: str, run: Run) -> str:
 
 def _recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     """The recommended run, or None, and why."""
-    measured = sorted((run for run in runs.values() if not run.failure),
-                      key=lambda run: number(run.result, FIGURES["SS Max"]))
+    measured = [run for run in runs.values() if not run.failure]
+    blocks = min((run.result["sizes"]["blocks_measured"] for run in measured), default=0)
+    measured.sort(key=lambda run: worst_ms(run, blocks))
     best = next((run for run in measured if within_target(run.result) and is_kept(run)), None)
     faster = measured[:measured.index(best)] if best else measured[:3]
     small = sorted({model_name(run.result) for run in measured if not is_large(run.result)})
     reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
                "nothing for LongLive-1.3B."] if small else []
-    reasons.append(f"Rule: the lowest SS max among the presets that stay within {TARGET_MS:.0f} ms per video "
-                   "frame and whose decision is Keep (gain above the noise, quality gate passed); the "
-                   "baseline needs no decision.")
+    reasons.append(f"Rule: the lowest SS max, over the first {blocks} blocks of each, among the presets "
+                   f"that stay within {TARGET_MS:.0f} ms per video frame in all their blocks and whose "
+                   "decision is Keep (gain above the noise, quality gate passed); the baseline needs no "
+                   "decision.")
     if best:
         base = runs[BASELINE].result if BASELINE in runs else None
         change = percent(change_of(best.result, base, "SS Mean"))
         reasons += [f"{best.name}: SS max {best.figure('SS Max')} ms, FPS {best.figure('FPS')}, SS mean "
                     f"{best.figure('SS Mean')} ms ({change} against the baseline).",
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
+        if lookup(best.result, "weights.kind") == "random" and fidelity_of(best) < float("inf"):
+            reasons.append("The gates were passed with random weights. Fidelity depends on the weights: run "
+                           "the preset with the official ones before relying on it.")
     else:
         reasons.append("No measured preset meets it.")
     return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: {_why_not(run)}"
@@ -75,17 +92,24 @@ def _why_not(run: Run) -> str:
     return sentence(run.result["decision"]["rationale"])
 
 
-def _worth_taking(runs: Mapping[str, Run]) -> list[Run]:
-    """The kept presets that no other one beats: none is at least as fast and as faithful, and better in one.
-    One that is not meant to be fast is always worth it.
+def _kept(runs: Mapping[str, Run]) -> list[Run]:
+    return [run for run in runs.values() if not run.failure and run.preset != BASELINE and is_kept(run)]
+
+
+def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
+    """The fastest kept preset that is at least as fast and as faithful as `run` and better in one; None for
+    one that is not meant to be fast.
     """
-    kept = [run for run in runs.values() if not run.failure and run.preset != BASELINE and is_kept(run)]
-    costs = {run.preset: (number(run.result, FIGURES["SS Max"]), -fidelity_of(run)) for run in kept}
+    if run.failure or objective_of(run) != "latency":
+        return None
 
-    def is_beaten(ours: tuple[float, float]) -> bool:
-        return any(cost != ours and cost[0] <= ours[0] and cost[1] <= ours[1] for cost in costs.values())
+    def costs(of: Run) -> tuple[float, float]:
+        return number(of.result, FIGURES["SS Max"]), -fidelity_of(of)
 
-    return [run for run in kept if objective_of(run) != "latency" or not is_beaten(costs[run.preset])]
+    ours = costs(run)
+    better = [other for other in _kept(runs) if costs(other) != ours
+              and all(theirs <= own for theirs, own in zip(costs(other), ours))]
+    return min(better, key=costs, default=None)
 
 
 def _when(run: Run, other: Run | None) -> str:
@@ -106,13 +130,13 @@ def _when(run: Run, other: Run | None) -> str:
         purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
     elif other.preset == BASELINE:
         better, purpose = is_kept(run), "where the mean counts, which is below the baseline's"
-    elif run.preset == "speed":
-        better = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
-        purpose = "where latency counts more than fidelity"
     else:
-        better = fidelity_of(run) > fidelity_of(other)
-        purpose = "where fidelity counts more than latency"
-    return f"{purpose if better else f'no reason in these figures to prefer it to {other.name}'} ({facts})"
+        is_faster = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
+        better = is_faster or fidelity_of(run) > fidelity_of(other)
+        purpose = ("where latency counts more than fidelity" if is_faster
+                   else "where fidelity counts more than latency")
+    none = f"by SS max and fidelity no reason to prefer it to {other.name}"
+    return f"{purpose if better else none} ({facts})"
 
 
 def observations(results: Sequence[Result], runs: Mapping[str, Run],
@@ -132,16 +156,22 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
     read = [run for run in runs.values() if lookup(run.result, "latency.clock_disagreement.available")]
     if read and not any(lookup(run.result, "latency.clock_disagreement.flag") for run in read):
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
-    held = [f"{run.preset} ({clocks['sm_mhz']:.0f} MHz)" for run in runs.values()
-            if (clocks := lookup(run.result, "environment.clocks_after"))
-            and clocks.get("throttle_reasons") and clocks.get("sm_mhz")]
+    held = [f"{run.preset} ({mhz:.0f} MHz)" for run in runs.values() if (mhz := _held_clock(run.result))]
     if held:
-        lines.append(f"The GPU held its clock back at the end of {escape(', '.join(held))}.")
+        lines.append("The GPU held its clock back in these runs (the lower of two readings, before and after "
+                     f"the streams): {escape(', '.join(held))}.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
         found = sorted({str(lookup(result, path))[:24] for result in results})
         if len(found) > 1:
             lines.append(f"The runs differ in {path}: {escape(', '.join(found))}.")
     return lines
+
+
+def _held_clock(result: Result) -> float | None:
+    """The lower reading of the GPU's clock in MHz, None where none says that it was held back."""
+    read = [lookup(result, f"environment.clocks_{when}") or {} for when in ("before", "after")]
+    held = any(clocks.get("throttle_reasons") for clocks in read)
+    return min((clocks["sm_mhz"] for clocks in read if clocks.get("sm_mhz")), default=None) if held else None
 
 
 def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
@@ -158,7 +188,7 @@ def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -
 def closing(results: Sequence[Result], source: str) -> list[str]:
     """What the figures mean, and how the log is made."""
     keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
-            "Clocks": "clocks", "Comparison": "comparison"}
+            "Clocks": "clocks", "Comparison": "comparison", "Quality": "quality"}
     lines = [f"{name}: {escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
     return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]

@@ -9,8 +9,8 @@ from longlive_opt.results import block_ms, is_na, lookup, number
 from longlive_opt.timeline import Event
 from longlive_opt.variations import variations_table
 
-from .campaign import NOISE, Result, change_of, within_target
-from .run import QUALITY, Run, is_large, matched_runs, model_name
+from .campaign import BASELINE, NOISE, Result, change_of, within_target
+from .run import QUALITY, Run, is_large, matched_runs, model_name, psnr_within_blocks
 from .text import digits, escape, percent, sentence, share_text
 
 OTHERS = {"PS Mean": ("PS mean", "ms"), "Memory": ("memory", "GB")}
@@ -29,7 +29,7 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> li
         notes += [_outcome(run, *parts), *_lengths((run, base), parts), *_apart(run.result, base.result)]
     notes += [_room(room) for room in result["rooms"]]
     notes.append(f"Clocks: {sentence(lookup(result, 'latency.clock_disagreement.sentence'))}")
-    if noise:
+    if noise and result["preset"] == BASELINE:
         notes.append(noise_sentence(noise))
     notes += filter(None, [_sample(result), slowest.sentence(result), interruptions(result)])
     setup = {name: number(result, f"setup_s.{name}") for name in result["setup_s"]}
@@ -47,12 +47,22 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> li
         notes.append("Free-running, where differences add up from block to block: "
                      f"{'identical frames' if same else words or 'n/a'}.")
     if lookup(result, "quality.reference"):
-        notes.append(f"Quality is {escape(lookup(result, 'quality.label'))}: how far the frames are from "
-                     f"those of {escape(lookup(result, 'quality.reference'))}, not how good they look.")
+        notes.append(_quality(result))
     notes += _world(result)
     notes += _variations(result)
     notes += [sentence(note) for note in result.get("notes") or []]
     return notes
+
+
+def _quality(result: Result) -> str:
+    """What the quality figures are, and over how many frames."""
+    quality, within = result["quality"], psnr_within_blocks(result)
+    text = (f"Quality is {escape(quality.get('label'))}: how far the frames are from those of "
+            f"{escape(quality['reference'])}, not how good they look; one-block protocol, "
+            f"{quality.get('frames_compared')} of {quality.get('frames_total')} frames.")
+    if within is not None:
+        text += f" PSNR goes from {within[0]:.1f} dB in a block's first frame to {within[1]:.1f} in its last."
+    return text
 
 
 def missing_notes(run: Run) -> list[str]:
@@ -177,7 +187,7 @@ def _room(room: Mapping[str, Any]) -> str:
              if value != {} and not (isinstance(value, str) and value in done)]
     state = "" if room.get("applied") else ", NOT applied"
     level = f" ({escape(room['level'])})" if room.get("level") else ""
-    return f"Room {escape(room.get('name'))}{level}{state}: {sentence('; '.join([done, *facts]))}"
+    return f"Optimization {escape(room.get('name'))}{level}{state}: {sentence('; '.join([done, *facts]))}"
 
 
 def _fact(key: str, value: Any) -> str:
@@ -240,4 +250,6 @@ def _playback(result: Result) -> str:
         if buffer_ms is not None:
             slow = lookup(result, f"{path}.sustained") is False
             words.append(f"{name}, " + ("too slow" if slow else f"start-up buffer {buffer_ms:.0f} ms"))
-    return f"Playback at {number(result, 'playback.fps') or 0:g} FPS: {'; '.join(words) or 'n/a'}."
+    own = number(result, "model.sizes.fps")
+    made_for = f" (the model's videos are made for {own:g})" if own else ""
+    return f"Playback at {number(result, 'playback.fps') or 0:g} FPS{made_for}: {'; '.join(words) or 'n/a'}."

@@ -2,22 +2,35 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from longlive_opt import figures
+from longlive_opt import decision, figures
 from longlive_opt.inputs import project_path
-from longlive_opt.results import atomic_path, lookup
+from longlive_opt.results import atomic_path, lookup, number
 
 from .advice import closing, fill_summary, observations, troubles
-from .campaign import BASELINE, FIGURES, SUMMARY, Campaign, Failure, Result, change_of, decided, noise_of
+from .campaign import (
+    BASELINE,
+    FIGURES,
+    NOISE,
+    SUMMARY,
+    Campaign,
+    Failure,
+    Result,
+    change_of,
+    decided,
+    noise_of,
+)
 from .notes import missing_notes, run_notes
-from .run import Run, matched_runs, quality_sentence, quality_text
+from .run import Run, is_kept, matched_runs, quality_sentence, quality_text
 from .tables import to_csv
 from .text import BLANK, bullets, escape, first_cell, percent, sentence, table_row
+from .verdicts import settle_reports
 
 EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
@@ -41,8 +54,11 @@ def save_figures(campaign: Campaign) -> dict[str, figures.Chart]:
 
 
 def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
-    """Write summary/summary.csv and the log (default: into the campaign's folder); return the log's path."""
+    """Write summary/summary.csv, the log (default: into the campaign's folder) and the final verdicts of the
+    runs' reports; return the log's path.
+    """
     to_csv(campaign.results, campaign.folder / SUMMARY / "summary.csv")
+    settle_reports(campaign)
     path = project_path(log_path) if log_path else campaign.folder / LOG_NAME
     source = _shown(campaign.folder)
     if path != campaign.folder / LOG_NAME:
@@ -103,10 +119,20 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
         elif preset != BASELINE:
             section = _extra_section(blank, len(sections) + 1, run, base)
             sections.append(_fill_experiment(section, run, base, noise))
-    observed = [*observations(results, runs, noise), *troubles(failures, problems),
+    sections, everywhere = _said_once(sections)
+    observed = [*observations(results, runs, noise), *everywhere, *troubles(failures, problems),
                 *closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
+
+
+def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the sections without notes on missing figures that stand in several of them, those notes)."""
+    found = Counter(line for section in sections for line in section.split("\n") if " is n/a: " in line)
+    repeated = [line for line, count in found.items() if count > 1 and line.startswith("- ")]
+    shortened = ["\n".join(line for line in section.split("\n") if line not in repeated)
+                 for section in sections]
+    return shortened, [line.removeprefix("- ") for line in repeated]
 
 
 def _fill_baseline(section: str, run: Run, noise: Mapping[str, Any] | None) -> str:
@@ -182,7 +208,8 @@ def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
 
 def _fill_experiment(section: str, run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> str:
     lines = []
-    notes = [*run_notes(run, base, noise), *_configuration_notes(section, run)]
+    notes = [*run_notes(run, base, noise), *_configuration_notes(section, run),
+             *_template_notes(section, run)]
     run, base = matched_runs(run, base)
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
         label, metric = first_cell(line), re.match(rf"- (.+): {BLANK}(.*)", line)
@@ -198,11 +225,40 @@ def _fill_experiment(section: str, run: Run, base: Run | None, noise: Mapping[st
             decision = run.result.get("decision") or {"keep": None}
             keep, drop = ("x" if decision["keep"] is wanted else " " for wanted in (True, False))
             reason = f"No decision: {run.outcome}." if run.failure else \
-                f"{sentence(decision['rationale'])} Rule: {sentence(decision['rule'])}"
+                f"{sentence(decision['rationale'])}{_regressions(run, base, noise)} Rule: " \
+                f"{sentence(decision['rule'])}"
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
     notes += missing_notes(run)
     return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
+
+
+def _regressions(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> str:
+    """What a preset that is kept makes worse by more than the noise."""
+    if base is None or not is_kept(run):
+        return ""
+    worse, keys = [], {name.lower(): key for key, name in NOISE.items()}
+    for label in (label for label in FIGURES if label.lower() in keys):
+        change = change_of(run.result, base.result, label) or 0.0
+        spread = number(noise or {}, keys[label.lower()]) or 0.0
+        if (-change if label == "FPS" else change) > 100 * max(decision.NOISE_FLOOR, spread):
+            worse.append(f"{label} {percent(change)}")
+    return f" Against it: {', '.join(worse)}." if worse else ""
+
+
+def _template_notes(section: str, run: Run) -> list[str]:
+    """Where the words of the template do not fit what was run."""
+    notes = []
+    captured = any(number(room, "report.stats.captured") for room in run.result.get("rooms") or [])
+    if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
+        notes.append("use_cuda_graphs is false since the compile_mode captures graphs itself; they were "
+                     "replayed, and no shape is dynamic.")
+    if "(Recommended)" in section:
+        notes.append("The heading is the template's; what the rule recommends stands below the summary "
+                     "table.")
+    if "quality_eval.py" in section:
+        notes.append("There is no quality_eval.py: the preset's notebook evaluates quality.")
+    return notes
 
 
 def _configuration_notes(section: str, run: Run) -> list[str]:

@@ -1,10 +1,11 @@
 """One run as the log reads it: its figures as text, and how it stands beside another."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 
 from longlive_opt import decision
-from longlive_opt.results import is_na, lookup, number
+from longlive_opt.results import is_finite, is_na, lookup, number, numbers
 
 from .campaign import BASELINE, FIGURES, Result
 from .text import digits, escape, sentence
@@ -45,7 +46,7 @@ class Run:
         absent = next(filter(is_na, places), {"reason": "not recorded", "how_to_fix": "run the preset again"})
         self.missing[label] = f"{absent['reason']}; {absent.get('how_to_fix', '')}"
         clause = re.split("[;:(]", absent["reason"])[0].strip()
-        return f"n/a ({escape(clause if len(clause) <= 60 else clause[:59] + '…')})"
+        return f"n/a ({escape(clause if len(clause) <= 80 else clause[:79] + '…')})"
 
 
 def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
@@ -81,6 +82,24 @@ def quality_sentence(run: Run) -> str:
     values = ", ".join(f"{name} {quality_text(run, name, ' dB' if name == 'PSNR' else '')}"
                        for name in QUALITY)
     return f"{values}, against the baseline ({compared}); {escape(quality.get('label'))}."
+
+
+def psnr_within_blocks(result: Result) -> tuple[float, float] | None:
+    """Mean PSNR of the first and of the last frame of the blocks after the first; None where not every frame
+    of a whole number of blocks was compared, or some are identical.
+    """
+    values, size = lookup(result, "quality.psnr_db.per_frame") or [], result["sizes"]["frames_per_block"]
+    later = values[len(values) % size:]
+    whole = lookup(result, "quality.frames_compared") == lookup(result, "quality.frames_total")
+    if not whole or not later or not all(map(is_finite, values)):
+        return None
+    firsts, lasts = later[::size], later[size - 1::size]
+    return math.fsum(firsts) / len(firsts), math.fsum(lasts) / len(lasts)
+
+
+def worst_ms(run: Run, blocks: int) -> float:
+    """SS max, in ms per video frame, over the first `blocks` steady-state blocks."""
+    return max(numbers(run.result, "latency.ss_block_ms")[:blocks]) / run.result["sizes"]["frames_per_block"]
 
 
 def quality_short(run: Run) -> str:
