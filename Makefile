@@ -52,9 +52,9 @@ campaign-h100: ## measure what is not yet in outputs/h100 (or CAMPAIGN) on an H1
 		--skip $(EXTRAS) $(LOG) $(ARGS)
 
 extras-h100: CAMPAIGN ?= h100_extras
-extras-h100: ## measure a baseline, realtime in 8 GB, and realtime with one thing changed at a time: outputs/h100_extras
+extras-h100: ## measure realtime in 8 GB, realtime with one thing changed at a time, and low memory: outputs/h100_extras
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
-		--presets baseline $(EXTRAS) $(ARGS)
+		--presets baseline $(EXTRAS) low_memory $(ARGS)
 
 wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
 	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse
