@@ -530,6 +530,23 @@ def test_stages_that_overlap_stay_within_the_interval():
     assert len(decode) == 1 and decode[0].get_x() + decode[0].get_width() == pytest.approx(500)
 
 
+@pytest.mark.parametrize(("preset", "stages"), [("speed", {"denoise": 450.0, "decode": 550.0}),
+                                                ("baseline", {"denoise": 900.0, "decode": 900.0})])
+def test_waterfall_shows_every_level(preset, stages):
+    """Would catch bars cut off where stages that overlap lead above both ends or below 0."""
+    results = [make("baseline"), make("speed")]
+    for name, mean in stages.items():
+        results[preset == "speed"]["latency"]["stages_ms"][name]["mean"] = mean
+    figure = figures.waterfall(results)
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    (low, high), inside = ax.get_ylim(), ax.get_window_extent()
+    reached = [edge for bar in ax.patches for edge in (bar.get_y(), bar.get_y() + bar.get_height())]
+    assert min(reached) < 0 or max(reached) > 1.2 * ax.patches[0].get_height()  # the case is there
+    assert low <= min(reached) and max(reached) < high
+    assert all(text.get_window_extent().y1 < inside.y1 for text in ax.texts)
+
+
 def test_names_of_points_keep_off_lines_and_one_another():
     """Would catch a name under a line that joins the points."""
     results = [make("baseline"), make("speed", scale=0.5), make("quality", scale=0.8)]

@@ -105,11 +105,11 @@ def waterfall(results: Sequence[Result]) -> Chart:
     steps.append(("gaps, overlap", end - start - sum(delta for _, delta in steps)))
     figure, ax = new_axes(f"{title}: {name_of(best)}", 4.6)
     bars = [(0.0, start, result_colour(base), _block_and_frame(start, base))]
-    level = start
+    levels = [start]  # above both ends or below 0 where stages of either preset overlap
     for name, delta in steps:
         sign = "+" if delta >= 0 else ""
-        bars.append((level, delta, stage_colour(name), sign + in_ms(delta)))
-        level += delta
+        bars.append((levels[-1], delta, stage_colour(name), sign + in_ms(delta)))
+        levels.append(levels[-1] + delta)
     bars.append((0.0, end, result_colour(best), _block_and_frame(end, best)))
     for column, (bottom, height, colour, text) in enumerate(bars):
         ax.bar(column, height, bottom=bottom, width=0.62, color=colour)
@@ -118,7 +118,8 @@ def waterfall(results: Sequence[Result]) -> Chart:
             ax.plot([column - 0.31, column + 1.31], [bottom + height] * 2, color=GREY, lw=0.9)
     first, last = (f"{name_of(r)} (n={len(numbers(r, 'latency.ss_block_ms'))})" for r in (base, best))
     ax.set_xticks(range(len(bars)), [first, *(name for name, _ in steps), last])
-    ax.set(ylim=(0, 1.2 * max(start, end)), ylabel="ms per steady-state block (mean)")
+    ax.axhline(0, color=DARK, lw=0.8)
+    ax.set(ylim=(1.05 * min(0.0, *levels), 1.2 * max(levels)), ylabel="ms per steady-state block (mean)")
     ax.grid(visible=False, axis="x")
     ends = f"{name_of(base)} {in_ms(start)} ms a block, {name_of(best)} {in_ms(end)} ms"
     return told(figure, f"{ends}; between them", (f"{name} {delta:+.0f} ms" for name, delta in steps))
