@@ -559,6 +559,22 @@ def test_names_of_points_keep_off_lines_and_one_another():
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+def test_names_of_curves_keep_off_them():
+    """Would catch a name across another preset's curve or the target, names in no order, and a name that a
+    legend leaves out for its underscore."""
+    results = [make("speed", scale=0.51), make("baseline"), make("realtime", scale=0.41, steady=300),
+               make("_balanced", scale=0.54), make("quality", scale=0.68), make("low_memory", scale=0.8)]
+    figure = figures.latency_ecdf(results)
+    figure.draw_without_rendering()
+    ax, names = figure.axes[0], [text for legend in figure.legends for text in legend.get_texts()]
+    boxes = [text.get_window_extent() for text in (*ax.texts, *names)]
+    lines = np.concatenate([along(line) for line in ax.get_lines()])
+    assert len(boxes) == len(ax.get_lines()) == len(results) + 1  # the target as well
+    assert not any(box.contains(*point) for box in boxes for point in lines)
+    assert [text.get_text().split()[1] for text in names] == \
+        ["realtime", "speed", "_balanced", "quality", "low_memory", "baseline"]
+
+
 def test_leaders_begin_beside_their_name():
     """Would catch a leader that starts in the middle of its name and strikes the names above and below."""
     results = [make("baseline"), make("speed", scale=0.99), make("quality", scale=0.98)]

@@ -1,8 +1,8 @@
 """Figures: pure functions from result.json dictionaries to matplotlib figures, redrawable without a GPU.
 
 Every function takes one result or several and draws what is there; a missing or n/a part becomes a sentence
-in the figure, never an exception. A preset has the same colour in every chart, lines carry their names, n is
-printed. Nothing touches pyplot, so neither a backend nor a display is needed.
+in the figure, never an exception. A preset has the same colour in every chart, names have the colour of
+their lines, n is printed. Nothing touches pyplot, so neither a backend nor a display is needed.
 """
 
 from .chart import Chart

@@ -41,7 +41,7 @@ def pareto(results: Sequence[Result]) -> Chart:
              and any(psnr.values())]
     ax.set_yticks([*scale, *rows.values()], [*(f"{tick:g}" for tick in scale), *rows])
     draw_target(ax)
-    name_points(ax, [([(x, y)], name, colour) for x, y, name, colour in points])
+    name_points(ax, [((x, y), name, colour) for x, y, name, colour in points])
     words = {y: label for label, y in rows.items()}
     return told(figure, "SS max in ms per video frame, and PSNR to the baseline", (
         f"{name} {x:.1f} ms, {words.get(y, f'{y:.1f} dB')}" for x, y, name, _ in points))

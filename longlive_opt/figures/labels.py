@@ -44,35 +44,33 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return [bottom(group) + index * gap for group in groups for index in range(len(group))]
 
 
-def name_points(ax: Axes, names: Sequence[tuple[Sequence[tuple[float, float]], str, str]]) -> None:
-    """Names from (points, text, colour): each beside one of its points, where it covers least of other names,
-    points and lines.
+def name_points(ax: Axes, names: Sequence[tuple[tuple[float, float], str, str]]) -> None:
+    """Names from (point, text, colour) beside their points, where they cover least of other names, points and
+    lines.
     """
     ax.figure.draw_without_rendering()  # the layout must be final before data coordinates become pixels
     scale = ax.figure.dpi / 72
     lines = np.concatenate([np.zeros((0, 2)), *map(along, ax.get_lines())]) / scale
     (left, bottom), (right, top) = ax.get_window_extent().get_points() / scale
-    anchors = [[tuple(ax.transData.transform(point) / scale) for point in points] for points, _, _ in names]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for places in anchors if len(places) == 1 for x, y in places]
+    anchors = [tuple(ax.transData.transform(point) / scale) for point, _, _ in names]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in anchors]
     offsets = [(dx, side * 14 * row) for row in range(8) for side in (1, -1) for dx in (8, -8)]
-    beside = [(8, 0), (-8, 0), (8, -10), (-8, 10)]
-    for places, (points, text, colour) in zip(anchors, names, strict=True):
+    for (x, y), (at, text, colour) in zip(anchors, names, strict=True):
         width, height = 0.6 * FONT * len(text), 1.3 * FONT
         best = None
-        for (x, y), at in zip(places, points, strict=True):
-            for rank, (dx, dy) in enumerate(offsets if len(places) == 1 else beside):
-                begin = x + dx - (width if dx < 0 else 0)
-                box = (begin, y + dy - height / 2, begin + width, y + dy + height / 2)
-                outside = box[0] < left or box[1] < bottom or box[2] > right or box[3] > top
-                struck = np.all((lines > box[:2]) & (lines < box[2:]), axis=1).sum()
-                cost = 1000 * (outside + sum(_overlap(box, other) for other in taken)) + 10 * struck + rank
-                if best is None or cost < best[0]:
-                    best = cost, box, at, dx, dy
-        _, box, at, dx, dy = best
+        for rank, (dx, dy) in enumerate(offsets):
+            begin = x + dx - (width if dx < 0 else 0)
+            box = (begin, y + dy - height / 2, begin + width, y + dy + height / 2)
+            outside = box[0] < left or box[1] < bottom or box[2] > right or box[3] > top
+            struck = np.all((lines > box[:2]) & (lines < box[2:]), axis=1).sum()
+            cost = 1000 * (outside + sum(_overlap(box, other) for other in taken)) + 10 * struck + rank
+            if best is None or cost < best[0]:
+                best = cost, box, dx, dy
+        _, box, dx, dy = best
         taken.append(box)
         note(ax, text, at, (dx, dy), va="center", ha="left" if dx > 0 else "right", color=colour, bbox=_HALO,
              arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (dx < 0, 0.5)}
-             if len(places) == 1 and dy else None)
+             if dy else None)
 
 
 def along(line: Line2D) -> np.ndarray:

@@ -10,11 +10,10 @@ from ..metrics import percentile
 from ..results import numbers
 from .chart import FONT, Chart, name_rows, new_axes, not_drawn, note, told
 from .facts import Result, mean_of, ms_per_frame, name_of, result_colour, steady_blocks
-from .labels import name_lines, name_points
+from .labels import name_lines
 from .palette import DARK, GREY, RED
 
 TARGET_MS = 40.0  # per video frame: 25 FPS
-_LEVELS = tuple(level / 20 for level in range(1, 20))  # where on its curve a name may stand
 
 
 def latency_ecdf(results: Sequence[Result]) -> Chart:
@@ -23,20 +22,21 @@ def latency_ecdf(results: Sequence[Result]) -> Chart:
     title = "Steady-state latency: share of blocks at or below"
     if not series:
         return not_drawn(title, "no steady-state samples")
-    series.sort(key=lambda item: item[1][len(item[1]) // 2], reverse=True)
+    series.sort(key=lambda item: percentile(item[1], 50), reverse=True)
     figure, ax = new_axes(title, 1.8 + max(2.8, 0.34 * len(series)))
-    names = []
     for result, values in series:
         n = len(values)
         shares = [count / n for count in range(n + 1)]
-        ax.step([values[0], *values], shares, where="post", lw=1.8, color=result_colour(result))
-        places = [(values[int(level * n)], level) for level in _LEVELS]
-        names.append((places, f"{name_of(result)} (n={n})", result_colour(result)))
-    ax.set(xlim=latency_limits([value for _, values in series for value in values], 0.04, 0.24),
-           ylim=(0, 1.02), xlabel="ms per video frame")
+        ax.step([values[0], *values], shares, where="post", lw=1.8, color=result_colour(result),
+                label=f"{percentile(values, 50):.1f}  {name_of(result)} (n={n})")
+    # Steep curves stand closer together than their names are wide: beside them, names would cross others.
+    lines, names = ax.get_legend_handles_labels()
+    figure.legend(lines[::-1], names[::-1], loc="outside right upper", title="median, preset", frameon=False,
+                  fontsize=FONT, title_fontsize=FONT, labelcolor="linecolor", alignment="left")
+    ax.set(xlim=latency_limits([value for _, values in series for value in values], 0.04, 0.04),
+           ylim=(0, 1.07), xlabel="ms per video frame")  # the target's name fits above the curves
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     draw_target(ax)
-    name_points(ax, names)
     return told(figure, "One curve per preset; median in ms per video frame", (
         f"{name_of(result)} {percentile(values, 50):.1f}" for result, values in reversed(series)))
 
