@@ -575,6 +575,20 @@ def test_names_of_curves_keep_off_them():
         ["realtime", "speed", "_balanced", "quality", "low_memory", "baseline"]
 
 
+def test_playback_compares_streams_of_unequal_length():
+    """Would catch the fastest preset named below a slower one whose stream was longer."""
+    slower, fastest = make("speed", scale=0.5, steady=60), make("realtime", scale=0.4, steady=20, switches=1)
+    chart = figures.campaign_figures([slower, fastest])["playback_buffer"]
+    ax = chart.axes[0]
+    chunks = [(line.get_linestyle(), len(line.get_xdata())) for line in ax.get_lines()[:4]]
+    assert chunks == [("-", 21)] * 2 + [("--", 3)] * 2
+    above, below = sorted((text for text in ax.texts if "buffer" in text.get_text()),
+                          key=lambda text: -text.get_position()[1])
+    assert above.get_text().startswith("realtime") and below.get_text().startswith("speed")
+    assert "first 20 blocks of each stream" in ax.get_xlabel() and "first 2 blocks" in ax.get_xlabel()
+    assert "first 20 blocks of each stream" in chart.alt
+
+
 def test_leaders_begin_beside_their_name():
     """Would catch a leader that starts in the middle of its name and strikes the names above and below."""
     results = [make("baseline"), make("speed", scale=0.99), make("quality", scale=0.98)]

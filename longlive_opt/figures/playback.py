@@ -10,29 +10,40 @@ from .palette import RED
 
 
 def playback_buffer(results: Sequence[Result]) -> Chart:
-    """How far delivery is ahead of a viewer who starts at the first measured chunk; a stall below 0."""
-    series = [(result, margin) for result in results if (margin := _margin(result, "events"))]
+    """How far delivery is ahead of a viewer who starts at the first measured chunk; a stall below 0.
+
+    Lines end with the shortest stream, so that their ends compare; the buffers are those of whole streams.
+    """
+    series = _margins(results, "events")
     title = "Playback: seconds of video ahead of the viewer"
     if not series:
         return not_drawn(title, "no chunk times in the events")
     figure, ax = new_axes(f"{title}, {number(series[0][0], 'playback.fps'):g} FPS",
                           1.8 + max(2.8, 0.26 * len(series)))
-    for result, margin in series:
-        ax.plot(*margin, lw=1.6, color=result_colour(result))
-        if switched := _margin(result, "switch_events"):
-            ax.plot(*switched, lw=1.2, ls="--", color=result_colour(result))
+    switched = _margins([result for result, _, _ in series], "switch_events")
+    for streams, style in ((series, {"lw": 1.6}), (switched, {"lw": 1.2, "ls": "--"})):
+        for result, video, ahead in streams:
+            ax.plot(video, ahead, color=result_colour(result), **style)
     ax.axhline(0, color=RED, lw=1.2)
     low, high = ax.get_ylim()
     ax.axhspan(low, 0, color=RED, alpha=0.06, lw=0)
-    dashed = any(result.get("switch_events") for result, _ in series)
+    first = f"first {len(series[0][1]) - 1} blocks of each stream"
+    dashed = (f"\n(dashed: first {len(switched[0][1]) - 1} blocks with prompt switches; "
+              "buffer: without / with them)" if switched else "")
     ax.set(ylim=(low, max(high, 0.05 * -low)), ylabel="s ahead (below 0: stall)",
-           xlabel="seconds of video" + ("   (dashed: with prompt switches; buffer: without / with them)"
-                                        if dashed else ""))
-    names = [(margin[0][-1], margin[1][-1], f"{name_of(result)}: {_buffer_label(result)}",
-              result_colour(result)) for result, margin in series]
+           xlabel=f"seconds of video, {first}{dashed}")
+    names = [(video[-1], ahead[-1], f"{name_of(result)}: {_buffer_label(result)}", result_colour(result))
+             for result, video, ahead in series]
     name_lines(ax, names)
-    return told(figure, "Rising lines keep up; start-up buffer without / with prompt switches",
+    return told(figure, f"Rising lines keep up; {first}; start-up buffer without / with prompt switches",
                 (text for _, _, text, _ in names))
+
+
+def _margins(results: Sequence[Result], stream: str) -> list[tuple[Result, list[float], list[float]]]:
+    """(result, its `_margin`) of those that have one, all cut to the length of the shortest."""
+    found = [(result, margin) for result in results if (margin := _margin(result, stream))]
+    shortest = min((len(video) for _, (video, _) in found), default=0)
+    return [(result, video[:shortest], ahead[:shortest]) for result, (video, ahead) in found]
 
 
 def _margin(result: Result, stream: str) -> tuple[list[float], list[float]] | None:
