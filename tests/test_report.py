@@ -1,6 +1,7 @@
 """The report fills the log's template without changing its form, and draws whatever a result holds."""
 
 import copy
+import csv
 import io
 import itertools
 import json
@@ -476,6 +477,18 @@ def test_tables(seven):
     assert table["ss_p99_ms"].notna().sum() == 1 and table["lpips"].isna().all()
     assert list(report.noise_table([*seven, make("baseline", run=2)])["preset"]) == ["baseline"]
     assert report.noise_table(seven).empty and report.summary_table([]).empty
+
+
+def test_csv_has_no_buffer_where_playback_is_not_sustained(tmp_path):
+    """Would catch the length of a stream that is too slow sold as a start-up buffer."""
+    results = [make("baseline"), make("speed"), make("quality")]
+    results[2]["playback"] = na("no chunk times", "run it again")
+    assert results[0]["playback"]["startup_buffer_ms"] > 1000
+    with report.to_csv(results, tmp_path / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sustained"] for row in rows] == ["False", "True", ""]
+    assert rows[0]["startup_buffer_ms"] == rows[2]["startup_buffer_ms"] == ""
+    assert float(rows[1]["startup_buffer_ms"]) == results[1]["playback"]["startup_buffer_ms"]
 
 
 def test_numbers_for_readers_say_what_is_no_number(seven):

@@ -28,7 +28,8 @@ _WORLD = {"world_before": "world.adherence_before", "world_after": "world.adhere
 
 
 def summary_table(results: Sequence[Result]) -> pd.DataFrame:
-    """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline.
+    """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline. A
+    stream that is not `sustained` has no start-up buffer: it would only tell how long the stream was.
 
     The columns `world_...` are there if a video of the small world was judged in some run.
     """
@@ -44,9 +45,13 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
     for result in results:
         row = {"preset": result["preset"], "run": result.get("run", 1)}
         row |= {name: number(result, path) for name, path in paths.items()}
+        sustained = lookup(result, "playback.sustained")
+        if sustained is False:
+            row["startup_buffer_ms"] = None
         rows.append(row | {
             "change_ss_mean_pct": change_of(result, baseline, "SS Mean"),
-            "within_40_ms": within_target(result), "identical": lookup(result, "quality.identical"),
+            "within_40_ms": within_target(result), "sustained": sustained,
+            "identical": lookup(result, "quality.identical"),
             "keep": lookup(result, "decision.keep"), "quick": lookup(result, "sizes.quick"),
             "weights": lookup(result, "weights.kind"), "gpu": lookup(result, "environment.gpu"),
             "created_utc": result.get("created_utc")})
