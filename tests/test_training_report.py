@@ -163,6 +163,29 @@ def test_conclusions_name_what_exceeds_its_error() -> None:
     assert untold[2].endswith("was not measured.")
 
 
+def test_few_videos_conclude_nothing() -> None:
+    """Three videos that happen to agree, told as what a window of 6 does, as a target reached, or as what
+    another training does differently.
+    """
+    few = part(0.8, 0.8)
+    few["switch"] |= {"delay_blocks_never": 3}
+    few["long"] |= {"lost": -0.083, "lost_change": -0.083, "lost_change_se": 0.0096}
+    full = part(0.8, 0.8)
+    full["long"]["lost"] = 0.0
+    check = checked(variants={"window_6": few, "full": full}, plain={"videos": 9, "adherence": 0.93})
+    line = conclusions(check)[-1]
+    found, left = line.split(" Fewer than 10 videos, too few to say: ")
+    assert found.endswith(": nothing.")
+    assert left == "delay, blocks; first 5 s; last 5 s; lost over 60 s; in place."
+    assert conclusions(check)[0].endswith(", on 9 videos, too few to say: 0.930 ± 0.11.")
+    few["long"]["videos"] = full["long"]["videos"] = 10
+    assert "lost over 60 s -0.083" in conclusions(check)[-1]
+    other = checked(plain={"videos": 32, "adherence": 0.2, "adherence_se": 0.01})
+    assert "0.200 ± 0.01" not in beside_conclusions(check, other)[0]
+    other["plain"]["videos"] = check["plain"]["videos"] = 10
+    assert "0.200 ± 0.01" in beside_conclusions(check, other)[0]
+
+
 def test_a_curve_that_begins_later_names_its_step(trained: Path) -> None:
     """A question mark where a first value was."""
     rows = [one for one in read_log(trained) if one["stage"] == "teacher"]

@@ -18,6 +18,8 @@ DRIFT = "long.lost"
 TARGETS = {"plain.adherence": (">=", 0.90), "switch.adherence": (">=", 0.85), DRIFT: ("<=", 0.05)}
 """What the tiny model is to reach: adherence to held-out prompts, in the second block after a switch, and
 what of it a minute may cost."""
+MIN_VIDEOS = 10
+"""Of fewer nothing is concluded: three that happen to agree have next to no error."""
 
 _FIGURES = {
     "plain.adherence": "prompt adherence, 5 s of one held-out prompt",
@@ -56,16 +58,25 @@ def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
     """Every figure of a check, those with a target first, with the number of videos that it is a mean of."""
     rows = []
     for path, words in _FIGURES.items():
-        kind, _, key = path.partition(".")
+        key = path.partition(".")[2]
         sign, target = TARGETS.get(path, ("", None))
         none_came = key == "delay_blocks" and (number(check, f"{path}_never") or 0) > 0
         rows.append({"figure": words,
                      "value": _cell(check, path) or ("none came" if none_came else "not measured"),
                      "target": "" if target is None else f"{sign} {target:.2f}",
                      "met": "" if target is None else _met(check, path),
-                     "videos": (lookup(check, f"{kind}.videos") or 0)
-                     - int(number(check, _NEVER) or 0) * (key == "delay_blocks")})
+                     "videos": _videos(check, path)})
     return pd.DataFrame(rows)
+
+
+def _videos(part: Mapping[str, Any], path: str) -> int:
+    """How many videos a figure is a mean of."""
+    videos = number(part, f"{path.partition('.')[0]}.videos") or 0
+    return int(videos - (number(part, _NEVER) or 0) * path.endswith(".delay_blocks"))
+
+
+def _few(path: str, *parts: Mapping[str, Any]) -> bool:
+    return min(_videos(part, path) for part in parts) < MIN_VIDEOS
 
 
 def _met(check: Mapping[str, Any], path: str) -> str:
@@ -126,24 +137,32 @@ def ablation_table(check: Mapping[str, Any]) -> pd.DataFrame:
 
 def conclusions(check: Mapping[str, Any]) -> list[str]:
     """A sentence on each target, and one on each variant: where it differs from the full model by more than
-    twice the error of the difference; where the check kept it, that of the same videos.
+    twice the error of the difference; where the check kept it, that of the same videos. What fewer than
+    MIN_VIDEOS showed is named as such.
     """
     lines = []
     for path, (sign, target) in TARGETS.items():
         value, error = number(check, path), _error(check, path)
         state = {"yes": "is met", "no": "is missed"}.get(_met(check, path), "was not measured")
         near = value is not None and error is not None and abs(value - target) < error
+        few = value is not None and _few(path, check)
         found = _cell(check, path) and f": {_cell(check, path)}"
         lines.append(f"Target {sign} {target:.2f} for {_FIGURES[path]} {state}"
-                     f"{', by less than the error' if near else ''}{found}.")
+                     f"{', by less than the error' if near else ''}"
+                     f"{f', on {_videos(check, path)} videos, too few to say' if few else ''}{found}.")
     for name, part in variants_of(check).items():
         if name != "full":
             # Windows are judged on fewer videos, and so is what they are compared with.
             full = variants_of(check).get("full", check) if name.startswith("window_") else check
             found = [f"{column} {_cell(part, path)} against {_cell(full, path)}{_change(part, path)}"
-                     for column, path in _ABLATION.items() if _differ(part, full, path)]
+                     for column, path in _ABLATION.items()
+                     if not _few(path, part, full) and _differ(part, full, path)]
+            unsaid = [column for column, path in _ABLATION.items() if not path.endswith(".videos")
+                      and _cell(part, path) and _cell(full, path) and _few(path, part, full)]
             lines.append(f"{_variant(name).capitalize()}, beyond twice the error of the difference: "
-                         f"{'; '.join(found) or 'nothing'}.")
+                         f"{'; '.join(found) or 'nothing'}."
+                         + (f" Fewer than {MIN_VIDEOS} videos, too few to say: {'; '.join(unsaid)}."
+                            if unsaid else ""))
     return lines
 
 
@@ -177,10 +196,10 @@ def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataF
 
 
 def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """How many of the figures differ by more than twice the error of the difference, and which; then what the
-    other check says by itself.
+    """How many of the figures of MIN_VIDEOS and more differ by more than twice the error of the difference,
+    and which; then what the other check says by itself.
     """
-    pairs = [pair for pair in _pairs(check, other) if pair[-1] is not None]
+    pairs = [pair for pair in _pairs(check, other) if pair[-1] is not None and not _few(pair[3], *pair[1:3])]
     found = [f"{words} {_cell(theirs, path)} against {_cell(ours, path)}"
              for words, ours, theirs, path, distance in pairs if abs(distance) > 2]
     return [f"Of {len(pairs)} figures {len(found)} differ by more than twice the error of the difference, "
