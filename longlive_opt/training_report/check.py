@@ -200,10 +200,11 @@ def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> li
     and which; then what the other check says by itself.
     """
     pairs = [pair for pair in _pairs(check, other) if pair[-1] is not None and not _few(pair[3], *pair[1:3])]
-    found = [f"{words} {_cell(theirs, path)} against {_cell(ours, path)}"
+    found = [f"{words} {_cell(ours, path)} here, {_cell(theirs, path)} there"
              for words, ours, theirs, path, distance in pairs if abs(distance) > 2]
-    return [f"Of {len(pairs)} figures {len(found)} differ by more than twice the error of the difference, "
-            f"which one in twenty does by chance: {'; '.join(found) or 'none'}.",
+    return [f"Of {len(pairs)} figures {len(found)} differ from the other training's by more than twice the "
+            f"error of the difference; by chance alone, one in twenty, {len(pairs) / 20:.1f} would: "
+            f"{'; '.join(found) or 'none'}.",
             *(f"The other training alone: {line[0].lower()}{line[1:]}" for line in conclusions(other))]
 
 
