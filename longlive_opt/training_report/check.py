@@ -152,8 +152,7 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
                      f"{f', on {_videos(check, path)} videos, too few to say' if few else ''}{found}.")
     for name, part in variants_of(check).items():
         if name != "full":
-            # Windows are judged on fewer videos, and so is what they are compared with.
-            full = variants_of(check).get("full", check) if name.startswith("window_") else check
+            full = _full(check, name)
             found = [f"{column} {_cell(part, path)} against {_cell(full, path)}{_change(part, path)}"
                      for column, path in _ABLATION.items()
                      if not _few(path, part, full) and _differ(part, full, path)]
@@ -166,10 +165,22 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _full(check: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What a variant is compared with: windows are judged on fewer videos, and so is that."""
+    return variants_of(check).get("full", check) if name.startswith("window_") else check
+
+
 def _differ(part: Mapping[str, Any], full: Mapping[str, Any], path: str) -> bool:
-    paired = _paired(part, path)
-    distance = paired[0] / paired[1] if paired else _distance(full, part, path)
-    return distance is not None and abs(distance) > 2
+    return _beyond(_effect(full, part, path))
+
+
+def _beyond(effect: tuple[float, float] | None) -> bool:
+    return effect is not None and abs(effect[0]) > 2 * effect[1]
+
+
+def _effect(full: Mapping[str, Any], part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
+    """A variant's change against the full model and its error, of the same videos where the check kept it."""
+    return _paired(part, path) or _difference(full, part, path)
 
 
 def _change(part: Mapping[str, Any], path: str) -> str:
@@ -197,7 +208,7 @@ def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataF
 
 def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """How many of the figures of MIN_VIDEOS and more differ by more than twice the error of the difference,
-    and which; then what the other check says by itself.
+    and which; whether what the variants changed is found in both; what the other check says by itself.
     """
     pairs = [pair for pair in _pairs(check, other) if pair[-1] is not None and not _few(pair[3], *pair[1:3])]
     found = [f"{words} {_cell(ours, path)} here, {_cell(theirs, path)} there"
@@ -205,7 +216,43 @@ def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> li
     return [f"Of {len(pairs)} figures {len(found)} differ from the other training's by more than twice the "
             f"error of the difference; by chance alone, one in twenty, {len(pairs) / 20:.1f} would: "
             f"{'; '.join(found) or 'none'}.",
+            *_effects(check, other),
             *(f"The other training alone: {line[0].lower()}{line[1:]}" for line in conclusions(other))]
+
+
+def _effects(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """A sentence on each variant that either check found to differ from its full model, by what the two say
+    of it together.
+    """
+    lines = []
+    for name in [name for name in variants_of(check) if name != "full" and name in variants_of(other)]:
+        sides = [(_full(one, name), variants_of(one)[name]) for one in (check, other)]
+        found: dict[str, list[str]] = {}
+        for column, path in _ABLATION.items():
+            here, there = (None if _few(path, *side) else _effect(*side, path) for side in sides)
+            if here and there and (_beyond(here) or _beyond(there)):
+                words = (f"{' to '.join(digits(_figure(part, path)) for part in side)} {where} "
+                         f"({change:+.3f} ± {error:.3f})" for side, where, (change, error)
+                         in zip(sides, ("here", "there"), (here, there)))
+                found.setdefault(_verdict(here, there), []).append(f"{column} {', '.join(words)}")
+        if found:
+            told = (f"{verdict}: {'; '.join(changes)}." for verdict, changes in found.items())
+            lines.append(f"{_variant(name).capitalize()}, here and in the other training. {' '.join(told)}")
+    return lines
+
+
+def _verdict(here: tuple[float, float], there: tuple[float, float]) -> str:
+    """What two trainings say of an effect. It is confirmed if beyond twice its error in both, its size only
+    within one error of the difference: agreement is to be shown, not the lack of a contradiction.
+    """
+    if here[0] * there[0] <= 0:
+        return "Direction not confirmed"
+    if not (_beyond(here) and _beyond(there)):
+        return f"Same direction, beyond twice the error only {'here' if _beyond(here) else 'there'}"
+    apart = abs(there[0] - here[0]) / math.hypot(here[1], there[1])
+    return "Confirmed" if apart <= 1 else (
+        f"Direction confirmed, size not ({there[0] / here[0]:.1f} times as large there, {apart:.1f} errors "
+        f"of the difference apart)")
 
 
 def _pairs(check: Mapping[str, Any], other: Mapping[str, Any]
@@ -222,10 +269,16 @@ def _pairs(check: Mapping[str, Any], other: Mapping[str, Any]
 
 
 def _distance(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> float | None:
+    difference = _difference(ours, theirs, path)
+    return None if difference is None else difference[0] / difference[1]
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> tuple[float, float] | None:
+    """How much more the second has, and the error of that."""
     values, errors = ([of(one, path) for one in (ours, theirs)] for of in (_figure, _error))
     if None in (*values, *errors):
         return None
-    return (values[1] - values[0]) / math.hypot(*errors)
+    return values[1] - values[0], math.hypot(*errors)
 
 
 def conditions(check: Mapping[str, Any]) -> str:
