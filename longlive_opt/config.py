@@ -17,6 +17,7 @@ from typing import Any, Mapping, Sequence
 from .errors import UserError
 from .model_config import MODELS, ModelConfig
 
+BASELINE = "baseline"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 KV_QUANTIZATIONS = ("int8", "fp8")
 KV_READ_PATHS = ("fused", "dequantize")
@@ -44,7 +45,7 @@ class ExperimentConfig:
     Frames in `local_attn_size`, `sink_size`, `block_frames` and `switch_frame_indices` are latent frames.
     """
 
-    name: str = "baseline"
+    name: str = BASELINE
     title: str = "Baseline"
     hypothesis: str = ""
 
@@ -280,6 +281,20 @@ class ExperimentConfig:
         if self.switch_frame_indices is not None and self.prompts_file is None:
             check_switches(self.switch_frame_indices, len(self.prompts), "switch_frame_indices")
             check_switches_fit(self.switch_frame_indices, self.video_blocks, self.block_frames)
+
+
+def check_baseline(config: ExperimentConfig) -> None:
+    """Refuse what would be run under the baseline's name with optimizations: every other run of its campaign
+    would be compared with it. A config in Python, of which nothing is stored, may have this name.
+
+    Raises:
+        UserError: naming the flags and the remedy.
+    """
+    switched_on = [key for key, value in config.to_dict().items() if key.startswith("use_") and value]
+    if config.name == BASELINE and switched_on:
+        raise UserError(f"{', '.join(switched_on)}: true under the name {BASELINE!r}, with which all other "
+                        "runs are compared; leave it out, run presets without the baseline and its "
+                        "repetitions, or choose another name (papermill: -p name mine).")
 
 
 def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from longlive_opt.batch import Job, export_report, finished_result, locked, run_jobs
-from longlive_opt.config import RUN_KEYS, ExperimentConfig
+from longlive_opt.config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
 from longlive_opt.results import REFERENCE_FILE
@@ -41,7 +41,6 @@ from longlive_opt.yaml_file import load_yaml
 
 log = logging.getLogger(__name__)
 
-BASELINE = "baseline"
 SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
 TRAINING = "training"
@@ -186,6 +185,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
     try:
         config = ExperimentConfig.from_mapping(asked)
+        check_baseline(config)
         script_of(config)
         check_weights(config)
     except UserError as error:

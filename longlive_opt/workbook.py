@@ -29,7 +29,7 @@ import torch
 from IPython.display import HTML, display
 
 from . import decision, figures, judgement, metrics, provenance, quality, results, video
-from .config import RUN_KEYS, ExperimentConfig
+from .config import RUN_KEYS, ExperimentConfig, check_baseline
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart
 from .inputs import project_path, script_of
@@ -65,12 +65,14 @@ class Experiment:
         """Check the notebook's parameters, `globals()` of its first cells, before anything is built.
 
         Raises:
-            UserError: an unknown parameter, a wrong type or value, or a folder that cannot be written.
+            UserError: an unknown parameter, a wrong type or value, a baseline with optimizations, or a folder
+                that cannot be written.
         """
         given = notebook_parameters(namespace)
         campaign, run, output_dir = (given.pop(key, default) for key, default in
                                      zip(RUN_KEYS, ("manual", 1, "")))
         config = ExperimentConfig.from_mapping(given)
+        check_baseline(config)
         if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is no run number; write 1, or 2 for a repetition.")
         folder = project_path(output_dir or f"outputs/{campaign}/{config.name}")

@@ -327,6 +327,21 @@ def test_second_runner_is_refused(project: Path, capsys: pytest.CaptureFixture) 
         assert f"process {os.getpid()} is running it" in error_of(project, capsys)
 
 
+# ---- the baseline
+
+
+def test_optimizations_make_no_baseline(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """`--set use_static_kv=true` meant for one preset: the others are compared with an optimized baseline."""
+    assert "preset baseline: use_static_kv: true" in error_of(project, capsys, "--set", "use_static_kv=true")
+    assert not (project / "outputs").exists()
+    layout, settings = runner.Layout(Path(__file__).parents[1]), {"use_prompt_cache": True}
+    for presets in (["baseline"], ["static_kv", "baseline", "speed"], ["all"]):
+        with pytest.raises(UserError, match="^preset baseline: use_prompt_cache: .* without the baseline"):
+            runner.plan(layout, "c", presets, settings=settings)
+    job, = runner.plan(layout, "c", ["static_kv"], settings=settings)
+    assert job.parameters["use_prompt_cache"] is True
+
+
 # ---- the training's report
 
 

@@ -189,6 +189,14 @@ def test_wrong_notebook_parameter_is_refused_before_anything_is_built(tmp_path, 
     assert says in str(error.value)
 
 
+def test_optimizations_make_no_baseline(tmp_path):
+    """`papermill 00_baseline.ipynb -p use_static_kv True`: a reference with which the others agree better."""
+    with pytest.raises(UserError, match="^use_static_kv, use_async_vae: true .* -p name mine"):
+        open_run(tmp_path / "run", use_static_kv=True, use_async_vae=True)
+    assert not (tmp_path / "run").exists()
+    assert open_run(tmp_path / "run", use_static_kv=True, name="mine").config.use_static_kv
+
+
 def test_folder_that_cannot_be_made_is_refused(tmp_path):
     """A traceback of mkdir after an hour."""
     (tmp_path / "file").write_text("")
@@ -270,7 +278,8 @@ class Kinds:
 ], ids=str)
 def test_everything_that_is_measured_was_rehearsed(tmp_path, keys):
     """A kind of pass that the measured stream meets first is captured or compiled there."""
-    run = open_run(tmp_path / "run", **{**SMALLEST, "height": 16, "width": 16, "num_switches": 3, **keys})
+    small = {"name": "mine", "height": 16, "width": 16, "num_switches": 3}
+    run = open_run(tmp_path / "run", **{**SMALLEST, **small, **keys})
     run.build()
     kinds = Kinds(run.pipeline.sampler.forward)
     run.session.pipeline = dataclasses.replace(
@@ -283,7 +292,7 @@ def test_everything_that_is_measured_was_rehearsed(tmp_path, keys):
 
 def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
     """A variation that the rehearsal asked for already is no miss; nothing is built in what is measured."""
-    run = open_run(tmp_path / "run", **{**SMALLEST, "num_switches": 4, "use_prompt_cache": True})
+    run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "num_switches": 4, "use_prompt_cache": True})
     run.build()
     run.measure()
     by_prompt = run.measured["latency"]["ps_by_prompt"]
@@ -345,7 +354,7 @@ def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_last_block_of_an_asynchronous_stream_does_not_count(tmp_path, asynchronous):
     """Nothing competes with its decoding: 13 instead of 53 ms, which a mean of 100 blocks shows."""
-    run = open_run(tmp_path / "run", **{**SMALLEST, "use_async_vae": asynchronous})
+    run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "use_async_vae": asynchronous})
     run.build()
     run.measure()
     counted = {"steady": run.config.warmup_blocks + run.config.measure_blocks,
