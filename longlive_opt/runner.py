@@ -48,6 +48,8 @@ TRAINING_NOTEBOOK = "98_training.ipynb"
 # As little as the config allows: it shows that everything runs; the figures mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 MIN_FREE_BYTES = 2**30
+# Words about a run: written anew, they leave what was measured as it is.
+WORDS = ("title", "hypothesis")
 # What a repetition measures at most: it tells the noise of means, and is no second campaign.
 REPEAT_AT_MOST = {"measure_blocks": 40, "num_switches": 6}
 
@@ -267,13 +269,14 @@ def is_finished(job: Job) -> bool:
     """Whether `job` was run before.
 
     Raises:
-        UserError: it was, with other parameters.
+        UserError: it was, with other parameters; WORDS may differ.
     """
     result = finished_result(job.folder)
     if result is None:
         return False
     there, asked = result.get("parameters", {}), job.parameters
-    keys = [key for key in asked if key in there and key not in RUN_KEYS and there[key] != asked[key]]
+    keys = [key for key in asked
+            if key in there and key not in (*RUN_KEYS, *WORDS) and there[key] != asked[key]]
     if keys:
         differences = "; ".join(f"{key}: {there[key]!r}, not {asked[key]!r}" for key in keys)
         raise UserError(f"{job.label} is finished with other parameters ({differences}); take --overwrite "

@@ -277,6 +277,18 @@ def test_other_parameters_are_refused(project: Path, capsys: pytest.CaptureFixtu
     assert "seed: 4, not 3" in error_of(project, capsys)
 
 
+def test_other_words_are_no_other_parameters(project: Path) -> None:
+    """A campaign of hours that cannot go on, since a sentence of its hypothesis was mended."""
+    path = pretend_finished(project)
+    result = json.loads(path.read_text())
+    result["parameters"] |= {"title": "Old", "hypothesis": "1 ms"}
+    path.write_text(json.dumps(result))
+    asked = {"name": "baseline", "seed": 3, "title": "New", "hypothesis": "2 ms"}
+    assert runner.is_finished(batch.Job("baseline", Path(), path.parent, asked, "New"))
+    with pytest.raises(UserError, match=r"parameters \(seed: 3, not 4\)"):
+        runner.is_finished(batch.Job("baseline", Path(), path.parent, asked | {"seed": 4}, "New"))
+
+
 def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leftovers of the old run among the new one's files, or a working folder that stays."""
     result = pretend_finished(project)
