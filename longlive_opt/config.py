@@ -209,13 +209,7 @@ class ExperimentConfig:
         for key, least in (("video_width", 16), ("vae_chunk_latents", 1), ("gpu_memory_limit_gb", 0.1)):
             if getattr(self, key) is not None:
                 at_least(key, least)
-        longest = max(self.blocks_in_measurement, self.video_blocks)
-        if self.max_blocks is not None and longest > self.max_blocks:
-            raise UserError(
-                f"measure_blocks: {self.measure_blocks} makes a stream of {longest} blocks, but absolute "
-                f"rotary positions end after {self.max_blocks}; measure fewer blocks or set relative_rope: "
-                "true."
-            )
+        self._validate_length()
 
     @property
     def video_blocks(self) -> int:
@@ -226,6 +220,19 @@ class ExperimentConfig:
     def blocks_in_measurement(self) -> int:
         """Blocks of the longer measured stream: steady state, or prompt switches at every second block."""
         return self.warmup_blocks + max(self.measure_blocks, 2 * self.num_switches)
+
+    def _validate_length(self) -> None:
+        """Refuse a stream past the last rotary position; the key that asks for most of it is named."""
+        longest = max(self.blocks_in_measurement, self.video_blocks)
+        if self.max_blocks is None or longest <= self.max_blocks:
+            return
+        asks = {"measure_blocks": self.measure_blocks, "num_switches": 2 * self.num_switches,
+                "warmup_blocks": self.warmup_blocks}
+        key = "video_latent_frames" if longest == self.video_blocks else max(asks, key=lambda key: asks[key])
+        raise UserError(
+            f"{key}: {getattr(self, key)} makes a stream of {longest} blocks, but absolute rotary positions "
+            f"end after {self.max_blocks}; use a smaller one or set relative_rope: true."
+        )
 
     def _validate_sampling(self, at_least: Any) -> None:
         steps = self.denoising_steps

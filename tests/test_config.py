@@ -148,8 +148,18 @@ def test_limits_that_depend_on_other_keys():
     endless = ExperimentConfig.from_mapping({"relative_rope": True, "measure_blocks": 5000})
     assert endless.max_blocks is None
     assert ExperimentConfig.from_mapping({}).max_blocks == 341
-    assert "341" in refusal({"video_latent_frames": 1026})
     assert ExperimentConfig.from_mapping({"video_latent_frames": 1023}).video_blocks == 341
+
+
+@pytest.mark.parametrize("key, value, blocks", [
+    ("measure_blocks", 1000, 1005), ("num_switches", 1000, 2005), ("num_switches", 169, 343),
+    ("warmup_blocks", 1000, 1004), ("video_latent_frames", 1026, 342)])
+def test_stream_that_is_too_long_names_what_makes_it_so(key, value, blocks):
+    """1000 switches, and "measure_blocks: 4 is too many; measure fewer"."""
+    message = refusal({key: value})
+    assert message.startswith(f"{key}: {value} makes a stream of {blocks} blocks")
+    assert "end after 341" in message and "relative_rope" in message
+    ExperimentConfig.from_mapping({key: value, "relative_rope": True})
 
 
 @pytest.mark.parametrize("key, keys", [
