@@ -346,6 +346,25 @@ def _unknown_key(key: str, known: list[str]) -> str:
     )
 
 
+def _type_hint(value: Any, base: str) -> str:
+    """What to write in place of `value`, which is not of type `base`."""
+    if base == "bool":
+        return "write true or false"
+    if base == "str":
+        booleans = "YAML reads bare yes, no, on and off as booleans: " if isinstance(value, bool) else ""
+        return f"{booleans}put quotes around it"
+    text = value.strip() if isinstance(value, str) else str(value)
+    number = re.fullmatch(r"([+-]?\d+)(\.\d*)?(?:[eE]([+-]?)(\d{1,2}))?", text, re.ASCII)
+    if not number or isinstance(value, bool):
+        return "write a whole number, such as 4" if base == "int" else "write a number, such as 2.5"
+    if base == "int":
+        whole = float(text).is_integer() and abs(float(text)) < 2**53
+        return f"write {int(float(text))}" if whole else "write a whole number"
+    digits, fraction, sign, exponent = number.groups()
+    plain = digits + (fraction or ".0") + (f"e{sign or '+'}{exponent}" if exponent else "")
+    return f"write {text} without quotes" if plain == text else f"YAML reads {text} as text: write {plain}"
+
+
 def _coerce(key: str, value: Any, kind: str) -> Any:
     """Check `value` against the annotation `kind`; lists become tuples, integers are accepted for floats."""
     base = kind.removesuffix(" | None")
@@ -364,12 +383,8 @@ def _coerce(key: str, value: Any, kind: str) -> Any:
         return float(value)
     expected = {"int": int, "float": float, "str": str, "bool": bool}[base]
     if type(value) is not expected:
-        hint = ""
-        if isinstance(value, str) and base in ("int", "float"):
-            hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
-        if isinstance(value, bool) and base == "str":
-            hint = " (YAML reads bare yes, no, on and off as booleans: put quotes around it)"
-        raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}{hint}.")
+        hint = _type_hint(value, base)
+        raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}; {hint}.")
     if base == "float" and (value != value or value in (float("inf"), float("-inf"))):
         raise UserError(f"{key}: {value} is not a finite number.")
     return value

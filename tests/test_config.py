@@ -73,8 +73,7 @@ def test_refused_value_names_key_value_and_remedy(key, value, says):
 
 @pytest.mark.parametrize("key, value, says", [
     ("seed", "1", "expected int"), ("seed", True, "expected int"), ("seed", 1.0, "expected int"),
-    ("seed", None, "write a value of type int"), ("playback_fps", "1e-3", "1.0e-3"),
-    ("playback_fps", True, "expected float"),
+    ("seed", None, "write a value of type int"), ("playback_fps", True, "expected float"),
     ("playback_fps", float("nan"), "finite"), ("min_ssim", float("inf"), "finite"),
     ("use_static_kv", 1, "expected bool"),
     ("use_static_kv", "true", "expected bool"), ("title", 5, "expected str"), ("title", False, "quotes"),
@@ -89,6 +88,41 @@ def test_wrong_type_is_refused(key, value, says):
     """Python would take True for 1, "1" for a path and a text for a list of letters."""
     message = refusal({key: value})
     assert message.startswith(key) and says in message
+
+
+@pytest.mark.parametrize("key, value, remedy", [
+    ("seed", "abc", "write a whole number, such as 4"), ("seed", "1e2", "write 100"),
+    ("seed", "4", "write 4"), ("seed", "08", "write 8"), ("seed", "-1.5e1", "write -15"),
+    ("seed", "1e-3", "write a whole number"), ("seed", "1e30", "write a whole number"),
+    ("seed", 4.0, "write 4"), ("seed", 4.5, "write a whole number"),
+    ("seed", float("inf"), "write a whole number, such as 4"),
+    ("seed", True, "write a whole number, such as 4"), ("seed", [4], "write a whole number, such as 4"),
+    ("denoising_steps", [1000.0], "write 1000"),
+    ("playback_fps", "1e-3", "YAML reads 1e-3 as text: write 1.0e-3"),
+    ("playback_fps", "1.5e1", "YAML reads 1.5e1 as text: write 1.5e+1"),
+    ("playback_fps", "1.0e+1", "write 1.0e+1 without quotes"),
+    ("playback_fps", "2.5", "write 2.5 without quotes"),
+    ("playback_fps", "08", "YAML reads 08 as text: write 08.0"),
+    ("playback_fps", "fast", "write a number, such as 2.5"),
+    ("playback_fps", "nan", "write a number, such as 2.5"),
+    ("playback_fps", True, "write a number, such as 2.5"),
+    ("use_static_kv", "yes", "write true or false"), ("title", 5, "put quotes around it"),
+])
+def test_wrong_type_tells_what_to_write(key, value, remedy):
+    """`seed: abc` answered with "write 1.0e-3"."""
+    assert refusal({key: value}).endswith(f"; {remedy}.")
+
+
+@pytest.mark.parametrize("key, text", [
+    ("video_crf", "4.0"), ("video_crf", "'4'"), ("video_crf", "08"), ("video_crf", "1.5e1"),
+    ("playback_fps", "1e-3"), ("playback_fps", "1e2"), ("playback_fps", "'25'"), ("playback_fps", "08"),
+    ("playback_fps", "1.5e1"), ("playback_fps", "'1.0e-3'"), ("playback_fps", "1.e1"),
+])
+def test_number_that_is_advised_is_taken(key, text):
+    """Advice that, when followed, is refused again, or is another number: YAML takes 1.5e1 for text, too."""
+    advised = refusal({key: yaml.safe_load(text)}).removesuffix(".").rpartition("write ")[2]
+    config = ExperimentConfig.from_mapping({key: yaml.safe_load(advised.removesuffix(" without quotes"))})
+    assert getattr(config, key) == float(text.strip("'"))
 
 
 def test_integers_are_floats_where_floats_are_meant():
