@@ -52,18 +52,24 @@ def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -
     the same stem, it is the one taken.
 
     Raises:
-        UserError: no such folder, or a part is missing; names every missing file and the command to get it.
+        UserError: no such folder, one inside the folder that is meant, or a part is missing; names every
+            missing file and the command to get it.
     """
     if str(weights) == "random":
         return WeightFiles()
     root = project_path(Path(weights).expanduser())
+    parts = tuple(parts)
+    outer = _outer(root, parts)
+    if outer:
+        raise UserError(f"weights: {str(weights)!r} lies inside the weights folder; name its parent, "
+                        f"{outer}.")
     if not root.is_dir():
         raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; name one, or "
                         f"{remedy(root)} first.")
     found = {part: _find(root, LAYOUT[part]) for part in parts}
     names = [Path(LAYOUT[part]) for part, path in found.items() if path is None]
     if names:
-        if is_tiny(root):
+        if is_tiny(root) or _is_safetensors(root):
             names = [name.with_suffix(".safetensors") if name.suffix else name for name in names]
         raise UserError(f"weights: {root} lacks {', '.join(map(str, names))}; {remedy(root, root)}.")
     return WeightFiles(root, **found)
@@ -149,9 +155,29 @@ def is_tiny(path: Path) -> bool:
 
 def remedy(path: Path, folder: Path | str = "DIR") -> str:
     """What to do where `path`, a weights folder (`folder`, if it is known) or a file in one, is missing or
-    damaged.
+    damaged. Fetching brings the official model in torch files, which are not taken where there is a
+    safetensors file, and do not fit beside those of a small model.
     """
-    return f"run 'git checkout {TINY_WEIGHTS}'" if is_tiny(path) else f"run '{FETCH_COMMAND} {folder}'"
+    if is_tiny(path):
+        return f"run 'git checkout {TINY_WEIGHTS}'"
+    around = (path, *path.parents[:len(Path(LAYOUT["tokenizer"]).parts) + 1])
+    if path.suffix == ".safetensors" or any(map(_is_safetensors, around)):
+        return f"copy it again from where it came, such as {TINY_WEIGHTS}"
+    return f"run '{FETCH_COMMAND} {folder}'"
+
+
+def _is_safetensors(root: Path) -> bool:
+    """Whether the weights in `root` are safetensors files only: a training's, or a copy of one's."""
+    found = [_find(root, name) for name in LAYOUT.values() if Path(name).suffix]
+    return {path.suffix for path in found if path} == {".safetensors"}
+
+
+def _outer(root: Path, parts: tuple[str, ...]) -> Path | None:
+    """The folder around `root` that holds more of `parts` than `root` does, if there is one."""
+    held = {folder: sum(_find(folder, LAYOUT[part]) is not None for part in parts)
+            for folder in (root, *root.parents)}
+    most = max(held, key=lambda folder: held[folder])
+    return None if most == root else most
 
 
 def _find(root: Path, name: str) -> Path | None:

@@ -407,6 +407,43 @@ def test_tiny_weights_are_restored_by_git(tiny, name):
         check_weights(ExperimentConfig())
 
 
+@pytest.mark.parametrize("inside", ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-1.3B/google/umt5-xxl", "training",
+                                    "absent", "longlive_base.safetensors"])
+def test_folder_inside_the_weights_folder_names_its_parent(tiny, tmp_path, inside):
+    """One level too deep: "run 'git checkout'" where git has nothing to bring, or 20 GB fetched into it."""
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    for folder in (tiny, copy):
+        with pytest.raises(UserError, match=f"weights: '{folder / inside}' .*; name its parent, {folder}.$"):
+            check_weights(ExperimentConfig(weights=str(folder / inside)))
+    (copy / "longlive_base.safetensors").unlink()
+    with pytest.raises(UserError, match=f"; name its parent, {copy}.$"):
+        check_weights(ExperimentConfig(weights=str(copy / inside)))
+
+
+def test_folder_inside_longlives_folders_names_the_whole_one(folder):
+    """`longlive_models` holds two files of five, and is not what is to be named."""
+    (folder / "longlive_models" / "models").mkdir(parents=True)
+    for name in ("longlive_base.pt", "lora.pt"):
+        (folder / name).rename(folder / "longlive_models" / "models" / name)
+    with pytest.raises(UserError, match=f"; name its parent, {folder}.$"):
+        resolve_weights(folder / "longlive_models" / "models")
+
+
+@pytest.mark.parametrize("name", ["longlive_base.safetensors", "Wan2.1-T2V-1.3B/Wan2.1_VAE.safetensors",
+                                  "Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json"])
+def test_copy_of_the_tiny_weights_is_restored_by_copying(tiny, tmp_path, name):
+    """20 GB of official files fetched beside the tiny model's, which they do not fit."""
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    config = ExperimentConfig(weights=str(copy))
+    check_weights(config)
+    (copy / name).write_bytes((copy / name).read_bytes()[:-9] if name.endswith("s") else b"")
+    with pytest.raises(UserError, match=f"{name} is .*; copy it again from .* weights/tiny.$"):
+        check_weights(config)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name}.*; copy it again from .* weights/tiny.$"):
+        check_weights(config)
+
+
 def test_weights_of_another_model_are_refused():
     """A list of 825 shapes that do not fit, and neither `model` nor `weights` in it."""
     with pytest.raises(UserError, match="weights: 'weights/tiny' .* model: 'longlive-1.3b' .*use"):
