@@ -167,6 +167,8 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     Raises:
         UserError: the first thing that is wrong.
     """
+    if repeats < 0:
+        raise UserError(f"--repeat-baseline: {repeats} is no number of runs; write 0 or more")
     if skipped:
         choose_presets(layout, skipped)
     chosen = choose_presets(layout, presets, skipped)

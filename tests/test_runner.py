@@ -418,6 +418,7 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--set", "use_fused_kernels=true"], "use_fused_kernels: its"),
     (["--set", "model=longlive-1.3b"], "model: 'longlive-1.3b'"),
     (["--campaign", "../escape"], "cannot name a folder"),
+    (["--repeat-baseline", "-1"], "--repeat-baseline: -1 is no number of runs; write 0"),
 ])
 def test_bad_arguments_are_refused(project: Path, capsys: pytest.CaptureFixture,
                                    arguments: list[str], words: str) -> None:
