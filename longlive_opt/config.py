@@ -25,6 +25,8 @@ DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
 ROPE_POSITIONS = 1024
+REHEARSED_BLOCKS = 4
+"""After warm-up, in the rehearsal: two prompt switches, each with the block behind it."""
 _FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
 # What cannot do without one of other flags: which they are, and why.
 NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
@@ -218,8 +220,11 @@ class ExperimentConfig:
 
     @property
     def blocks_in_measurement(self) -> int:
-        """Blocks of the longer measured stream: steady state, or prompt switches at every second block."""
-        return self.warmup_blocks + max(self.measure_blocks, 2 * self.num_switches)
+        """Blocks of the longest stream of a measurement: rehearsal, steady state, or prompt switches at every
+        second block. One more follows where decoding overlaps it (`Measurement`).
+        """
+        measured = max(self.measure_blocks, 2 * self.num_switches) + self.use_async_vae
+        return self.warmup_blocks + max(measured, REHEARSED_BLOCKS)
 
     def _validate_length(self) -> None:
         """Refuse a stream past the last rotary position; the key that asks for most of it is named."""

@@ -19,7 +19,7 @@ from typing import Any, Iterator
 import torch
 
 from . import metrics, provenance
-from .config import ExperimentConfig
+from .config import REHEARSED_BLOCKS, ExperimentConfig
 from .inputs import Script
 from .model_config import VAE_TEMPORAL_STRIDE
 from .optimizations.prompt_cache import CachedPrompts
@@ -51,7 +51,7 @@ class Measurement:
         """
         started, built_before = time.perf_counter(), self._building_seconds()
         self._start_over()
-        blocks = self.config.warmup_blocks + 4
+        blocks = self.config.warmup_blocks + REHEARSED_BLOCKS
         warmup = self.config.warmup_blocks
         chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
         next(chunks)

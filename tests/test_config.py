@@ -196,6 +196,14 @@ def test_stream_that_is_too_long_names_what_makes_it_so(key, value, blocks):
     ExperimentConfig.from_mapping({key: value, "relative_rope": True})
 
 
+@pytest.mark.parametrize("keys", [
+    {"warmup_blocks": 4, "measure_blocks": 337, "use_async_vae": True},
+    {"warmup_blocks": 338, "measure_blocks": 2}], ids=["behind the last", "rehearsal"])
+def test_blocks_that_are_not_measured_must_fit_too(keys):
+    """A run that dies in its last block, past the last rotary position."""
+    assert "a stream of 342 blocks" in refusal(keys)
+
+
 @pytest.mark.parametrize("key, keys", [
     ("attention_backend", {"attention_backend": "flash"}),
     ("attention_backend", {"attention_backend": "cudnn"}),
