@@ -19,7 +19,8 @@ import yaml
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.html import export_html, network_references
-from longlive_opt.runner import QUICK, Layout, plan, plan_summary, plan_training
+from longlive_opt.planning import Layout, plan, plan_summary, plan_training
+from longlive_opt.runner import QUICK
 from longlive_opt.styles import drop_unused_styles
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import yaml
 
-from longlive_opt import batch, runner
+from longlive_opt import batch, planning, runner
 from longlive_opt.errors import UserError
 from longlive_opt.html import network_references
 
@@ -190,7 +190,7 @@ def pretend_finished(root: Path, seed: int = 3) -> Path:
     folder.mkdir(parents=True)
     result = {"status": "ok", "parameters": {"name": "baseline", "seed": seed}, "mark": "old"}
     (folder / "result.json").write_text(json.dumps(result))
-    for name in ("report.html", runner.REFERENCE_FILE):
+    for name in ("report.html", planning.REFERENCE_FILE):
         (folder / name).touch()
     return folder / "result.json"
 
@@ -215,21 +215,21 @@ def write_new(job: batch.Job, folder: Path) -> None:
 
 def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
     """The noise of a mean needs no 300 blocks a second time; a short baseline is repeated as it is."""
-    layout = runner.Layout(Path(__file__).parents[1])
+    layout = planning.Layout(Path(__file__).parents[1])
     for key, asked, repeated in (("measure_blocks", 300, 40), ("measure_blocks", 8, 8),
                                  ("num_switches", 20, 6), ("num_switches", 2, 2)):
-        jobs = runner.plan(layout, "c", ["baseline"], settings={key: asked}, repeats=1)
+        jobs = planning.plan(layout, "c", ["baseline"], settings={key: asked}, repeats=1)
         assert [job.parameters[key] for job in jobs] == [asked, repeated]
 
 
 def test_skipped_presets_are_left_out_of_all_and_of_nothing_else(project: Path) -> None:
     """A typo in --skip that runs what was to be left out, or --skip overriding what was asked for by name."""
-    layout = runner.Layout(Path(__file__).parents[1])
-    assert "ablation" in runner.choose_presets(layout, ["all"])
-    assert "ablation" not in runner.choose_presets(layout, ["all"], ["ablation"])
-    assert list(runner.choose_presets(layout, ["ablation"], ["ablation"])) == ["ablation"]
+    layout = planning.Layout(Path(__file__).parents[1])
+    assert "ablation" in planning.choose_presets(layout, ["all"])
+    assert "ablation" not in planning.choose_presets(layout, ["all"], ["ablation"])
+    assert list(planning.choose_presets(layout, ["ablation"], ["ablation"])) == ["ablation"]
     with pytest.raises(UserError, match="did you mean 'ablation'"):
-        runner.plan(layout, "c", skipped=["ablaton"])
+        planning.plan(layout, "c", skipped=["ablaton"])
 
 
 def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_only_a_baseline_is_repeated(project: Path) -> None:
     (project / "params/other.yaml").write_text("name: other\n")
 
     def labels(*presets: str) -> list[str]:
-        return [job.label for job in runner.plan(runner.Layout(project), "c", presets, repeats=1)]
+        return [job.label for job in planning.plan(planning.Layout(project), "c", presets, repeats=1)]
 
     assert labels("other") == ["other"]
     assert labels("other", "baseline") == ["other", "baseline", "baseline.repeat2"]
@@ -260,7 +260,7 @@ def test_baseline_without_its_video_is_told(project: Path, monkeypatch: pytest.M
     """In a clone a finished baseline is figures alone: hours of presets whose fidelity is n/a."""
     from longlive_opt.workbook import REFERENCE_FILE
 
-    assert runner.REFERENCE_FILE == REFERENCE_FILE
+    assert planning.REFERENCE_FILE == REFERENCE_FILE
     (pretend_finished(project).parent / REFERENCE_FILE).unlink()
     executed = stub_kernel(monkeypatch, write_new)
     message = error_of(project, capsys, "--repeat-baseline", "1")
@@ -284,9 +284,9 @@ def test_other_words_are_no_other_parameters(project: Path) -> None:
     result["parameters"] |= {"title": "Old", "hypothesis": "1 ms"}
     path.write_text(json.dumps(result))
     asked = {"name": "baseline", "seed": 3, "title": "New", "hypothesis": "2 ms"}
-    assert runner.is_finished(batch.Job("baseline", Path(), path.parent, asked, "New"))
+    assert planning.is_finished(batch.Job("baseline", Path(), path.parent, asked, "New"))
     with pytest.raises(UserError, match=r"parameters \(seed: 3, not 4\)"):
-        runner.is_finished(batch.Job("baseline", Path(), path.parent, asked | {"seed": 4}, "New"))
+        planning.is_finished(batch.Job("baseline", Path(), path.parent, asked | {"seed": 4}, "New"))
 
 
 def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def test_failed_report_keeps_the_result(project: Path, monkeypatch: pytest.Monke
 
 def test_second_runner_is_refused(project: Path, capsys: pytest.CaptureFixture) -> None:
     """Two processes write into one folder, and time each other's work."""
-    with batch.locked(runner.plan(runner.Layout(project), "c")):
+    with batch.locked(planning.plan(planning.Layout(project), "c")):
         assert f"process {os.getpid()} is running it" in error_of(project, capsys)
 
 
@@ -346,11 +346,11 @@ def test_optimizations_make_no_baseline(project: Path, capsys: pytest.CaptureFix
     """`--set use_static_kv=true` meant for one preset: the others are compared with an optimized baseline."""
     assert "preset baseline: use_static_kv: true" in error_of(project, capsys, "--set", "use_static_kv=true")
     assert not (project / "outputs").exists()
-    layout, settings = runner.Layout(Path(__file__).parents[1]), {"use_prompt_cache": True}
+    layout, settings = planning.Layout(Path(__file__).parents[1]), {"use_prompt_cache": True}
     for presets in (["baseline"], ["static_kv", "baseline", "speed"], ["all"]):
         with pytest.raises(UserError, match="^preset baseline: use_prompt_cache: .* without the baseline"):
-            runner.plan(layout, "c", presets, settings=settings)
-    job, = runner.plan(layout, "c", ["static_kv"], settings=settings)
+            planning.plan(layout, "c", presets, settings=settings)
+    job, = planning.plan(layout, "c", ["static_kv"], settings=settings)
     assert job.parameters["use_prompt_cache"] is True
 
 
@@ -359,9 +359,9 @@ def test_optimizations_make_no_baseline(project: Path, capsys: pytest.CaptureFix
 
 def test_training_report_is_no_preset(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A campaign that runs the notebook on the training as a preset, or a summary without parameters."""
-    layout = runner.Layout(project)
+    layout = planning.Layout(project)
     assert list(layout.presets()) == ["baseline"]
-    job = runner.plan_training(layout, "weights/other")
+    job = planning.plan_training(layout, "weights/other")
     assert job.parameters == {"weights_dir": "weights/other"} and not job.needs_result
     executed = stub_kernel(monkeypatch, lambda job, folder: (folder / "notebook.ipynb").touch())
     assert runner.main(["training"], project) == 0 and executed == ["training"]
@@ -436,32 +436,32 @@ def test_notebook_needs_one_parameters_cell(project: Path, capsys: pytest.Captur
 
 def test_order_of_precedence(project: Path) -> None:
     """A profile that hides --set, or a default of the notebook (seed 99) that hides everything."""
-    layout = runner.Layout(project)
+    layout = planning.Layout(project)
     profile = project / "profile.yaml"
     profile.write_text("seed: 5\n")
-    assert runner.plan(layout, "c")[0].parameters["seed"] == 3
-    assert runner.plan(layout, "c", profile=profile)[0].parameters["seed"] == 5
-    assert runner.plan(layout, "c", profile=profile, settings={"seed": 6})[0].parameters["seed"] == 6
+    assert planning.plan(layout, "c")[0].parameters["seed"] == 3
+    assert planning.plan(layout, "c", profile=profile)[0].parameters["seed"] == 5
+    assert planning.plan(layout, "c", profile=profile, settings={"seed": 6})[0].parameters["seed"] == 6
     (project / "params/baseline.yaml").write_text("name: baseline\n")
-    assert runner.plan(layout, "c")[0].parameters["seed"] == 0
+    assert planning.plan(layout, "c")[0].parameters["seed"] == 0
 
 
 def test_no_gpu_is_noticed_before_anything_runs(project: Path) -> None:
     """A campaign that dies in its first kernel, after minutes, for want of a GPU."""
-    jobs = runner.plan(runner.Layout(project), "c", settings={"device": "cuda"})
+    jobs = planning.plan(planning.Layout(project), "c", settings={"device": "cuda"})
     with pytest.raises(UserError, match="laptop.yaml"):
-        runner.check_machine(project / "outputs/c", jobs, cuda=lambda: False)
-    runner.check_machine(project / "outputs/c", jobs, cuda=lambda: True)
+        planning.check_machine(project / "outputs/c", jobs, cuda=lambda: False)
+    planning.check_machine(project / "outputs/c", jobs, cuda=lambda: True)
 
 
 def test_unwritable_folder_and_full_disk(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that cannot be written at the end of a run. (A file in the way: root may write anywhere.)"""
     (project / "outputs").touch()
     with pytest.raises(UserError, match="cannot write"):
-        runner.check_machine(project / "outputs/c", [])
-    monkeypatch.setattr(runner, "MIN_FREE_BYTES", 2**62)
+        planning.check_machine(project / "outputs/c", [])
+    monkeypatch.setattr(planning, "MIN_FREE_BYTES", 2**62)
     with pytest.raises(UserError, match="free some space"):
-        runner.check_machine(project / "results", [])
+        planning.check_machine(project / "results", [])
 
 
 def test_start_is_cheap() -> None:
