@@ -12,8 +12,9 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
+from .checks import check_switches, check_switches_fit, coerce, unknown_key
 from .errors import UserError
 from .model_config import MODELS, ModelConfig
 
@@ -126,9 +127,9 @@ class ExperimentConfig:
         unknown = [key for key in mapping if key not in fields]
         if unknown:
             raise UserError(
-                "preset: " + "; ".join(_unknown_key(str(key), list(fields)) for key in unknown) + "."
+                "preset: " + "; ".join(unknown_key(str(key), list(fields)) for key in unknown) + "."
             )
-        config = cls(**{key: _coerce(key, value, str(fields[key].type)) for key, value in mapping.items()})
+        config = cls(**{key: coerce(key, value, str(fields[key].type)) for key, value in mapping.items()})
         config.validate()
         return config
 
@@ -307,89 +308,3 @@ def check_baseline(config: ExperimentConfig) -> None:
         raise UserError(f"{', '.join(switched_on)}: true under the name {BASELINE!r}, with which all other "
                         "runs are compared; leave it out, run presets without the baseline and its "
                         "repetitions, or choose another name (papermill: -p name mine).")
-
-
-def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
-    """Check that `indices` (latent frames) rise and are one fewer than the prompts.
-
-    Raises:
-        UserError: naming `where`, the value and the remedy.
-    """
-    if len(indices) != prompts - 1:
-        raise UserError(
-            f"{where}: {len(indices)} switch frames for {prompts} prompts; {prompts} prompts need "
-            f"{prompts - 1}."
-        )
-    if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
-        raise UserError(f"{where}: {list(indices)} must rise strictly and not be negative.")
-
-
-def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
-    """Check that a video of `blocks` blocks serves every switch: each takes effect at the next block
-    boundary, at most one a boundary.
-
-    Raises:
-        UserError: naming the first latent frame that comes too late.
-    """
-    boundary = -1
-    for frame in indices:
-        boundary = max(boundary + 1, -(-frame // block_frames))
-        if boundary >= blocks:
-            raise UserError(
-                f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
-                f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
-                "video longer (video_latent_frames)."
-            )
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (
-        f" (did you mean {close[0]!r}?)" if close else " (README lists the keys)"
-    )
-
-
-def _type_hint(value: Any, base: str) -> str:
-    """What to write in place of `value`, which is not of type `base`."""
-    if base == "bool":
-        return "write true or false"
-    if base == "str":
-        booleans = "YAML reads bare yes, no, on and off as booleans: " if isinstance(value, bool) else ""
-        return f"{booleans}put quotes around it"
-    text = value.strip() if isinstance(value, str) else str(value)
-    number = re.fullmatch(r"([+-]?\d+)(\.\d*)?(?:[eE]([+-]?)(\d{1,2}))?", text, re.ASCII)
-    if not number or isinstance(value, bool):
-        return "write a whole number, such as 4" if base == "int" else "write a number, such as 2.5"
-    if base == "int":
-        whole = float(text).is_integer() and abs(float(text)) < 2**53
-        return f"write {int(float(text))}" if whole else "write a whole number"
-    digits, fraction, sign, exponent = number.groups()
-    plain = digits + (fraction or ".0") + (f"e{sign or '+'}{exponent}" if exponent else "")
-    return f"write {text} without quotes" if plain == text else f"YAML reads {text} as text: write {plain}"
-
-
-def _coerce(key: str, value: Any, kind: str) -> Any:
-    """Check `value` against the annotation `kind`; lists become tuples, integers are accepted for floats."""
-    base = kind.removesuffix(" | None")
-    if value is None:
-        if kind != base:
-            return None
-        raise UserError(f"{key}: it is empty; write a value of type {base}.")
-    if base.startswith("tuple["):
-        element = base[len("tuple["):].split(",")[0]
-        if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-            raise UserError(f"{key}: {value!r} is not a list; write [a, b, ...].")
-        return tuple(_coerce(f"{key}[{i}]", item, element) for i, item in enumerate(value))
-    if base == "float" and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 2**53:
-            raise UserError(f"{key}: {str(value)[:24]}... is too large; it must be at most {2**53}.")
-        return float(value)
-    expected = {"int": int, "float": float, "str": str, "bool": bool}[base]
-    if type(value) is not expected:
-        hint = _type_hint(value, base)
-        raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}; {hint}.")
-    if base == "float" and (value != value or value in (float("inf"), float("-inf"))):
-        raise UserError(f"{key}: {value} is not a finite number.")
-    return value

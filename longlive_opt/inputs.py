@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from .config import ExperimentConfig, check_switches, check_switches_fit
+from .checks import check_switches, check_switches_fit
+from .config import ExperimentConfig
 from .errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .config import check_switches_fit
+from .checks import check_switches_fit
 from .errors import UserError
 from .inputs import Script
 from .noise import NoiseSource, StreamNoise
