@@ -19,15 +19,8 @@ from IPython.display import HTML
 
 from ..figures import Chart
 from ..inputs import project_path
-from .check import (
-    ablation_chart,
-    ablation_table,
-    beside_conclusions,
-    beside_table,
-    check_table,
-    conclusions,
-    conditions,
-)
+from .beside import beside_conclusions, beside_table
+from .check import ablation_chart, ablation_table, check_table, conclusions, conditions
 from .files import CHECK, LOG, check_command, read_check, read_log, train_command
 from .log import loss_chart, stage_table
 

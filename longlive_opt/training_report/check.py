@@ -21,7 +21,7 @@ what of it a minute may cost."""
 MIN_VIDEOS = 10
 """Of fewer nothing is concluded: three that happen to agree have next to no error."""
 
-_FIGURES = {
+FIGURES = {
     "plain.adherence": "prompt adherence, 5 s of one held-out prompt",
     "switch.adherence": "adherence in the second block after a prompt switch",
     DRIFT: "adherence lost over 60 s (first 5 s minus last 5 s)",
@@ -37,12 +37,12 @@ _FIGURES = {
     "long.permanence": "object permanence, last 5 s of 60 s",
     "long.in_place": "share of the objects that keep their place over 60 s, of those that are to",
 }
-_ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.adherence",
-             "new prompt shown": "switch.new_shown", "later": "switch.later_adherence",
-             "delay, blocks": "switch.delay_blocks", "never": "switch.delay_blocks_never",
-             "old prompt left": "switch.old_left", "permanence": "switch.permanence",
-             "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
-             "lost over 60 s": DRIFT, "in place": "long.in_place"}
+ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.adherence",
+            "new prompt shown": "switch.new_shown", "later": "switch.later_adherence",
+            "delay, blocks": "switch.delay_blocks", "never": "switch.delay_blocks_never",
+            "old prompt left": "switch.old_left", "permanence": "switch.permanence",
+            "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
+            "lost over 60 s": DRIFT, "in place": "long.in_place"}
 _NEVER = "switch.delay_blocks_never"
 _BARS = {"switch.adherence": ("", "adherence"),  # what the title says after the column, and what is counted
          "switch.old_left": (" after a switch", "share of what changed"),
@@ -57,12 +57,12 @@ _MACHINE = ("gpu", "cpu", "cpu_threads", "torch", "git_commit", "git_dirty")
 def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
     """Every figure of a check, those with a target first, with the number of videos that it is a mean of."""
     rows = []
-    for path, words in _FIGURES.items():
+    for path, words in FIGURES.items():
         key = path.partition(".")[2]
         sign, target = TARGETS.get(path, ("", None))
         none_came = key == "delay_blocks" and (number(check, f"{path}_never") or 0) > 0
         rows.append({"figure": words,
-                     "value": _cell(check, path) or ("none came" if none_came else "not measured"),
+                     "value": cell(check, path) or ("none came" if none_came else "not measured"),
                      "target": "" if target is None else f"{sign} {target:.2f}",
                      "met": "" if target is None else _met(check, path),
                      "videos": _videos(check, path)})
@@ -75,7 +75,8 @@ def _videos(part: Mapping[str, Any], path: str) -> int:
     return int(videos - (number(part, _NEVER) or 0) * path.endswith(".delay_blocks"))
 
 
-def _few(path: str, *parts: Mapping[str, Any]) -> bool:
+def too_few(path: str, *parts: Mapping[str, Any]) -> bool:
+    """Whether one of the parts is a mean of fewer than MIN_VIDEOS."""
     return min(_videos(part, path) for part in parts) < MIN_VIDEOS
 
 
@@ -86,7 +87,7 @@ def _met(check: Mapping[str, Any], path: str) -> str:
     return "yes" if (value >= target if sign == ">=" else value <= target) else "no"
 
 
-def _cell(part: Mapping[str, Any], path: str) -> str:
+def cell(part: Mapping[str, Any], path: str) -> str:
     """A figure with its error where it has one; empty if it was not measured."""
     if path == _NEVER:
         never = _share(part, path)
@@ -98,7 +99,7 @@ def _cell(part: Mapping[str, Any], path: str) -> str:
     return f"{value:.3f} ± {error:.2f}"
 
 
-def _figure(part: Mapping[str, Any], path: str) -> float | None:
+def figure(part: Mapping[str, Any], path: str) -> float | None:
     """A figure as it is compared: of the switches whose scene never came their share."""
     return _share(part, path) if path == _NEVER else number(part, path)
 
@@ -130,9 +131,9 @@ def _error(part: Mapping[str, Any], path: str) -> float | None:
 
 def ablation_table(check: Mapping[str, Any]) -> pd.DataFrame:
     """The full model and each variant, a row each; an empty cell was not measured."""
-    table = {_variant(name): {column: _cell(part, path) for column, path in _ABLATION.items()}
+    table = {variant_name(name): {column: cell(part, path) for column, path in ABLATION.items()}
              for name, part in {_FULL: check, **variants_of(check)}.items()}
-    return pd.DataFrame.from_dict(table, orient="index", columns=list(_ABLATION))
+    return pd.DataFrame.from_dict(table, orient="index", columns=list(ABLATION))
 
 
 def conclusions(check: Mapping[str, Any]) -> list[str]:
@@ -145,42 +146,43 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
         value, error = number(check, path), _error(check, path)
         state = {"yes": "is met", "no": "is missed"}.get(_met(check, path), "was not measured")
         near = value is not None and error is not None and abs(value - target) < error
-        few = value is not None and _few(path, check)
-        found = _cell(check, path) and f": {_cell(check, path)}"
-        lines.append(f"Target {sign} {target:.2f} for {_FIGURES[path]} {state}"
+        few = value is not None and too_few(path, check)
+        found = cell(check, path) and f": {cell(check, path)}"
+        lines.append(f"Target {sign} {target:.2f} for {FIGURES[path]} {state}"
                      f"{', by less than the error' if near else ''}"
                      f"{f', on {_videos(check, path)} videos, too few to say' if few else ''}{found}.")
     for name, part in variants_of(check).items():
         if name != "full":
-            full = _full(check, name)
-            found = [f"{column} {_cell(part, path)} against {_cell(full, path)}{_change(part, path)}"
-                     for column, path in _ABLATION.items()
-                     if not _few(path, part, full) and _differ(part, full, path)]
-            unsaid = [column for column, path in _ABLATION.items() if not path.endswith(".videos")
-                      and _cell(part, path) and _cell(full, path) and _few(path, part, full)]
-            lines.append(f"{_variant(name).capitalize()}, beyond twice the error of the difference: "
+            full = compared_with(check, name)
+            found = [f"{column} {cell(part, path)} against {cell(full, path)}{_change(part, path)}"
+                     for column, path in ABLATION.items()
+                     if not too_few(path, part, full) and _differ(part, full, path)]
+            unsaid = [column for column, path in ABLATION.items() if not path.endswith(".videos")
+                      and cell(part, path) and cell(full, path) and too_few(path, part, full)]
+            lines.append(f"{variant_name(name).capitalize()}, beyond twice the error of the difference: "
                          f"{'; '.join(found) or 'nothing'}."
                          + (f" Fewer than {MIN_VIDEOS} videos, too few to say: {'; '.join(unsaid)}."
                             if unsaid else ""))
     return lines
 
 
-def _full(check: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def compared_with(check: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """What a variant is compared with: windows are judged on fewer videos, and so is that."""
     return variants_of(check).get("full", check) if name.startswith("window_") else check
 
 
 def _differ(part: Mapping[str, Any], full: Mapping[str, Any], path: str) -> bool:
-    return _beyond(_effect(full, part, path))
+    return beyond(effect_of(full, part, path))
 
 
-def _beyond(effect: tuple[float, float] | None) -> bool:
+def beyond(effect: tuple[float, float] | None) -> bool:
+    """Whether an effect is there and more than twice its error."""
     return effect is not None and abs(effect[0]) > 2 * effect[1]
 
 
-def _effect(full: Mapping[str, Any], part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
+def effect_of(full: Mapping[str, Any], part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
     """A variant's change against the full model and its error, of the same videos where the check kept it."""
-    return _paired(part, path) or _difference(full, part, path)
+    return _paired(part, path) or difference(full, part, path)
 
 
 def _change(part: Mapping[str, Any], path: str) -> str:
@@ -196,86 +198,9 @@ def _paired(part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
     return None if change is None or not error else (change, error)
 
 
-def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
-    """A check beside that of another training, figure by figure; the difference is counted in its own
-    standard errors. Variants too, but for those that were judged on fewer videos.
-    """
-    table = {words: {"these weights": _cell(ours, path), "the other training": _cell(theirs, path),
-                     "difference in errors": "" if distance is None else f"{distance:+.1f}"}
-             for words, ours, theirs, path, distance in _pairs(check, other)}
-    return pd.DataFrame.from_dict(table, orient="index")
-
-
-def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """How many of the figures of MIN_VIDEOS and more differ by more than twice the error of the difference,
-    and which; whether what the variants changed is found in both; what the other check says by itself.
-    """
-    pairs = [pair for pair in _pairs(check, other) if pair[-1] is not None and not _few(pair[3], *pair[1:3])]
-    found = [f"{words} {_cell(ours, path)} here, {_cell(theirs, path)} there"
-             for words, ours, theirs, path, distance in pairs if abs(distance) > 2]
-    return [f"Of {len(pairs)} figures {len(found)} differ from the other training's by more than twice the "
-            f"error of the difference; by chance alone, one in twenty, {len(pairs) / 20:.1f} would: "
-            f"{'; '.join(found) or 'none'}.",
-            *_effects(check, other),
-            *(f"The other training alone: {line[0].lower()}{line[1:]}" for line in conclusions(other))]
-
-
-def _effects(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """A sentence on each variant that either check found to differ from its full model, by what the two say
-    of it together.
-    """
-    lines = []
-    for name in [name for name in variants_of(check) if name != "full" and name in variants_of(other)]:
-        sides = [(_full(one, name), variants_of(one)[name]) for one in (check, other)]
-        found: dict[str, list[str]] = {}
-        for column, path in _ABLATION.items():
-            here, there = (None if _few(path, *side) else _effect(*side, path) for side in sides)
-            if here and there and (_beyond(here) or _beyond(there)):
-                words = (f"{' to '.join(digits(_figure(part, path)) for part in side)} {where} "
-                         f"({change:+.3f} ± {error:.3f})" for side, where, (change, error)
-                         in zip(sides, ("here", "there"), (here, there)))
-                found.setdefault(_verdict(here, there), []).append(f"{column} {', '.join(words)}")
-        if found:
-            told = (f"{verdict}: {'; '.join(changes)}." for verdict, changes in found.items())
-            lines.append(f"{_variant(name).capitalize()}, here and in the other training. {' '.join(told)}")
-    return lines
-
-
-def _verdict(here: tuple[float, float], there: tuple[float, float]) -> str:
-    """What two trainings say of an effect. It is confirmed if beyond twice its error in both, its size only
-    within one error of the difference: agreement is to be shown, not the lack of a contradiction.
-    """
-    if here[0] * there[0] <= 0:
-        return "Direction not confirmed"
-    if not (_beyond(here) and _beyond(there)):
-        return f"Same direction, beyond twice the error only {'here' if _beyond(here) else 'there'}"
-    apart = abs(there[0] - here[0]) / math.hypot(here[1], there[1])
-    return "Confirmed" if apart <= 1 else (
-        f"Direction confirmed, size not ({there[0] / here[0]:.1f} times as large there, {apart:.1f} errors "
-        f"of the difference apart)")
-
-
-def _pairs(check: Mapping[str, Any], other: Mapping[str, Any]
-           ) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any], str, float | None]]:
-    """(words, part of the one, part of the other, path, difference in errors) of all that both judged."""
-    pairs = [(words, check, other, path) for path, words in _FIGURES.items()]
-    for name, ours in variants_of(check).items():
-        theirs = variants_of(other).get(name)
-        if theirs and lookup(ours, "switch.videos") == lookup(check, "switch.videos"):
-            pairs += [(f"{_variant(name)}: {column}", ours, theirs, path)
-                      for column, path in _ABLATION.items() if not path.endswith(".videos")]
-    return [(words, ours, theirs, path, _distance(ours, theirs, path)) for words, ours, theirs, path in pairs
-            if _cell(ours, path) and _cell(theirs, path)]
-
-
-def _distance(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> float | None:
-    difference = _difference(ours, theirs, path)
-    return None if difference is None else difference[0] / difference[1]
-
-
-def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> tuple[float, float] | None:
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> tuple[float, float] | None:
     """How much more the second has, and the error of that."""
-    values, errors = ([of(one, path) for one in (ours, theirs)] for of in (_figure, _error))
+    values, errors = ([of(one, path) for one in (ours, theirs)] for of in (figure, _error))
     if None in (*values, *errors):
         return None
     return values[1] - values[0], math.hypot(*errors)
@@ -291,7 +216,8 @@ def conditions(check: Mapping[str, Any]) -> str:
     return f"Checked: {check.get('weights', 'weights')}; {', '.join(words)}."
 
 
-def _variant(name: str) -> str:
+def variant_name(name: str) -> str:
+    """The name of a variant as the reader knows it."""
     if name.startswith("window_"):
         return f"window of {name.removeprefix('window_')} latent frames"
     return _VARIANTS.get(name, name)
@@ -299,9 +225,9 @@ def _variant(name: str) -> str:
 
 def ablation_chart(check: Mapping[str, Any]) -> Chart:
     """The full model and each variant: what is there after a switch, and at the end of a minute."""
-    parts = {_variant(name): part for name, part in {_FULL: check, **variants_of(check)}.items()}
+    parts = {variant_name(name): part for name, part in {_FULL: check, **variants_of(check)}.items()}
     chart = Chart(figsize=(11, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
-    columns = [(column, path) for column, path in _ABLATION.items() if path in _BARS]
+    columns = [(column, path) for column, path in ABLATION.items() if path in _BARS]
     for ax, (column, path) in zip(chart.subplots(1, len(_BARS), sharey=True), columns):
         when, unit = _BARS[path]
         for height, (name, part) in enumerate(parts.items()):
@@ -318,7 +244,7 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
         if path in TARGETS:
             ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
     chart.supxlabel("black: ± one standard error", fontsize=8)
-    told = ("; ".join(f"{name} {_cell(part, path) or 'n/a'}" for name, part in parts.items())
+    told = ("; ".join(f"{name} {cell(part, path) or 'n/a'}" for name, part in parts.items())
             for _, path in columns)
     chart.alt = "Bars with one standard error. " + " ".join(
         f"{column}{_BARS[path][0]}: {words}." for (column, path), words in zip(columns, told))
