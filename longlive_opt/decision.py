@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.metrics import measurements
 from longlive_opt.results import is_na, lookup, na
@@ -106,6 +107,17 @@ def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
             return aa_noise(seen[result["preset"]], result)
         seen[result["preset"]] = result
     return None
+
+
+def gate_of(config: ExperimentConfig, rooms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The quality gate of `decide`: bit-identical frames if every optimization is exact, else the preset's
+    limits.
+    """
+    limits = {"min_psnr_db": config.min_psnr_db, "min_ssim": config.min_ssim, "max_lpips": config.max_lpips}
+    limits = {key: value for key, value in limits.items() if value is not None}
+    if all(room["level"] == "exact" for room in rooms):
+        return {"level": "exact", "objective": config.objective}
+    return {"level": "lossy", "objective": config.objective, **(limits or {"min_psnr_db": 45.0})}
 
 
 def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise: Mapping[str, Any] | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +17,7 @@ from .inputs import Script
 from .models.vae import frames_to_uint8
 from .noise import StreamNoise
 from .pipeline import Pipeline
-from .results import atomic_path
+from .results import atomic_path, na
 from .session import Chunk, StreamingSession
 
 FIELDS = ("latents", "frames", "frames_per_block", "segments")
@@ -102,6 +102,18 @@ def compare_blocks(pipeline: Pipeline, session: StreamingSession, script: Script
         "protocol": "one block from the baseline's own past",
         "latent_relative_error": latent_errors,
     }
+
+
+def variation_fidelity(pipeline: Pipeline, session: StreamingSession, script: Script,
+                       reference: Reference | None, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+    """PSNR by the one-block protocol, n/a where the campaign has no `reference` video or no `baseline`
+    result, or where noise is drawn in other steps.
+    """
+    if reference is None or baseline is None:
+        return {"psnr_db": na("the campaign has no baseline video", "run the baseline first")}
+    if len(pipeline.config.denoising_steps) != len(baseline["parameters"]["denoising_steps"]):
+        return {"psnr_db": na("another number of denoising steps draws other noise", "look at the videos")}
+    return compare_blocks(pipeline, session, script, reference, pipeline.weights["kind"], ("psnr_db",))
 
 
 def check_sizes(pipeline: Pipeline, reference: Reference) -> None:

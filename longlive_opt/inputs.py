@@ -1,5 +1,5 @@
-"""Prompt files in the formats of LongLive: a text file with one prompt a line, or JSONL with a list of
-prompts a line that follow one another in one video.
+"""What a run is given: a notebook's parameters, and prompt files in the formats of LongLive, a text file with
+one prompt a line, or JSONL with a list of prompts a line that follow one another in one video.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from .checks import check_switches, check_switches_fit
 from .config import ExperimentConfig
@@ -136,6 +136,17 @@ def script_of(config: ExperimentConfig) -> Script:
     used = config.prompts[:config.video_blocks]
     blocks = [config.video_blocks * i // len(used) for i in range(1, len(used))]
     return Script(used, tuple(block * config.block_frames for block in blocks))
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a notebook's globals: every public name with a plain value.
+
+    papermill injects unknown names with no more than a warning; here they reach the config, which refuses
+    them.
+    """
+    shell = {"In", "Out"}
+    return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
+            and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
 
 
 def project_path(path: str | Path) -> Path:

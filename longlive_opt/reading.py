@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from . import decision, slowest
+from .metrics import DEFINITIONS
 from .results import block_ms, lookup, number
 from .variations import AS_IS, name_of
 
@@ -44,6 +45,13 @@ def reading_html(result: Result, baseline: Result | None) -> str:
     if result["preset"] != "baseline":
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
     return "".join([*parts, _paragraph("Verdict", verdict(result))])
+
+
+def definitions_html() -> str:
+    """What every figure means, folded."""
+    rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
+                   for name, text in DEFINITIONS.items())
+    return f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>"
 
 
 def scope(result: Result) -> str:

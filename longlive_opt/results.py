@@ -258,6 +258,15 @@ def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[
     return results, problems
 
 
+def plain_json(value: Any) -> Any:
+    """`value` with tuples as lists, so that it equals what is read back."""
+    if isinstance(value, Mapping):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return value
+
+
 def is_finite(value: Any) -> bool:
     """True for a number that can be drawn or compared: no NaN, no infinity, no bool."""
     return _is_number(value) and math.isfinite(value)

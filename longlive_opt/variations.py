@@ -16,6 +16,16 @@ COLUMNS = {"SS mean, ms": "latency.ss_ms_per_frame.mean", "SS max, ms": "latency
 AS_IS = "as is"
 
 
+def variation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], setup_s: Mapping[str, Any]
+                      ) -> dict[str, Any]:
+    """What is kept of a variation: the measured figures without events and single samples, and its quality.
+    """
+    latency = measured["latency"]
+    return {"latency": {key: latency[key] for key in ("ss_ms_per_frame", "ps_ms", "stages_ms")},
+            "fps": measured["fps"], "memory_gb": measured["memory_gb"], "sizes": measured["sizes"],
+            "quality": fidelity, "setup_s": setup_s}
+
+
 def variations_table(result: Mapping[str, Any]) -> pd.DataFrame:
     """One row for the preset as it is and one for each variation; a cell is a number, or n/a and why."""
     rows = {AS_IS: result} | {name_of(row): row for row in result.get("variations", [])}

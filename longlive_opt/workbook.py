@@ -28,16 +28,17 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from . import decision, figures, judgement, metrics, provenance, quality, results, video
+from . import decision, figures, judgement, provenance, quality, results, video
 from .config import RUN_KEYS, ExperimentConfig, check_baseline
 from .errors import UserError
-from .fidelity import Reference, compare_blocks, difference_chart
-from .inputs import project_path, script_of
+from .fidelity import Reference, compare_blocks, difference_chart, variation_fidelity
+from .inputs import notebook_parameters, project_path, script_of
 from .measurement import Measurement
 from .optimizations import build_pipeline
-from .reading import reading_html
+from .reading import definitions_html, reading_html
 from .results import REFERENCE_FILE
-from .variations import variations_table
+from .tables import headline_table, parameters_table, plain, quality_table, rooms_table
+from .variations import variation_summary, variations_table
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -88,9 +89,7 @@ class Experiment:
 
     def parameters(self) -> pd.DataFrame:
         """The parameters that are not the baseline's on the laptop, as a table."""
-        default, own = ExperimentConfig().to_dict(), self.config.to_dict()
-        rows = {key: {"value": own[key], "default": default[key]} for key in own if own[key] != default[key]}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default"])
+        return parameters_table(self.config)
 
     def build(self) -> pd.DataFrame:
         """Load the model and apply the optimizations; returns what each did."""
@@ -99,13 +98,7 @@ class Experiment:
         self.session = self.measurement.session
         print(f"ready after {self.pipeline.setup_s['load']:.1f} s: {self.pipeline.model.name}, weights: "
               f"{self.pipeline.weights['kind']}, attention: {self.pipeline.attention_backend}")
-        return pd.DataFrame(
-            [
-                {"optimization": room["name"], "level": room["level"], "what it did": room["report"]["done"]}
-                for room in self.pipeline.rooms
-            ],
-            columns=["optimization", "level", "what it did"],
-        )
+        return rooms_table(self.pipeline.rooms)
 
     def measure(self) -> pd.DataFrame:
         """Rehearse, so that compilation and capture stay out of every latency, then measure a stream without
@@ -113,7 +106,13 @@ class Experiment:
         """
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
-        return self._headline()
+        print(self.measured["sizes"]["note"])
+        print(self.measured["latency"]["clock_disagreement"]["sentence"])
+        if self.company["co_scheduled"]:
+            beside = ("another process holds the GPU" if self.pipeline.device.type == "cuda" else
+                      f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
+            print(f"Warning: {beside}; these latencies are not fit for comparison.")
+        return headline_table(self.measured)
 
     def film(self) -> HTML:
         """Generate the script's video with its prompt switches; returns a player. Not measured."""
@@ -179,9 +178,7 @@ class Experiment:
         rows = {"one block": quality.log_numbers(self.quality)}
         if "free_running" in self.quality:
             rows["free-running"] = quality.log_numbers(self.quality["free_running"])
-        return pd.DataFrame(
-            {name: {key: plain(value) for key, value in row.items()} for name, row in rows.items()}
-        ).T
+        return quality_table(rows)
 
     @property
     def is_reference(self) -> bool:
@@ -196,9 +193,7 @@ class Experiment:
 
     def definitions(self) -> HTML:
         """What every figure means."""
-        rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
-                       for name, text in metrics.DEFINITIONS.items())
-        return HTML(f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>")
+        return HTML(definitions_html())
 
     def difference(self) -> HTML:
         """Show the heat map of the mean absolute difference between this video and the baseline's, beside a
@@ -248,7 +243,7 @@ class Experiment:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(f"variation {key}: {value}", flush=True)
-            rows.append(plain_json({"changed": {key: value}} | self._variation(key, value)))
+            rows.append(results.plain_json({"changed": {key: value}} | self._variation(key, value)))
             results.write_result(self.folder / RESULT_FILE, self.result)
         return variations_table(self.result).map(plain)
 
@@ -258,25 +253,11 @@ class Experiment:
             variant = Experiment(config, self.campaign, self.number, self.folder)
             variant.build()
             variant.measure()
-            return variant.summary()
+            fidelity = variation_fidelity(variant.pipeline, variant.session, variant.script,
+                                          variant.reference, variant.baseline())
+            return variation_summary(variant.measured, fidelity, variant.pipeline.setup_s)
         except (UserError, torch.OutOfMemoryError) as error:
             return {"failure": results.na(str(error).splitlines()[0], "see the message")}
-
-    def summary(self) -> dict[str, Any]:
-        """The measured figures without events and single samples, and fidelity by the one-block protocol."""
-        baseline = self.baseline()
-        if self.reference is None or baseline is None:
-            fidelity = {"psnr_db": results.na("the campaign has no baseline video", "run the baseline first")}
-        elif len(self.config.denoising_steps) != len(baseline["parameters"]["denoising_steps"]):
-            fidelity = {"psnr_db": results.na("another number of denoising steps draws other noise",
-                                              "look at the videos")}
-        else:
-            fidelity = compare_blocks(self.pipeline, self.session, self.script, self.reference,
-                                      self.pipeline.weights["kind"], ("psnr_db",))
-        latency = self.measured["latency"]
-        return {"latency": {key: latency[key] for key in ("ss_ms_per_frame", "ps_ms", "stages_ms")},
-                "fps": self.measured["fps"], "memory_gb": self.measured["memory_gb"],
-                "sizes": self.measured["sizes"], "quality": fidelity, "setup_s": self.pipeline.setup_s}
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
@@ -284,7 +265,7 @@ class Experiment:
         config, pipeline = self.config, self.pipeline
         environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend,
                                              company=self.company)
-        result = plain_json(
+        result = results.plain_json(
             {
                 "schema_version": results.SCHEMA_VERSION,
                 "status": "ok",
@@ -311,7 +292,7 @@ class Experiment:
                 "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         )
-        gate = gate_of(config, result["rooms"])
+        gate = decision.gate_of(config, result["rooms"])
         # The gate stays with the result: once the noise is known, the report decides again.
         result["decision"] = decision.decide(result, self.baseline(), self._noise, gate) | {"gate": gate}
         return result
@@ -332,63 +313,6 @@ class Experiment:
         return None
 
     def _room_reports(self) -> list[dict[str, Any]]:
-        return [
-            room | {"report": {key: value.summary() if key == "stats" else value
-                               for key, value in room["report"].items()}}
-            for room in self.pipeline.rooms
-        ]
-
-    def _headline(self) -> pd.DataFrame:
-        latency, memory = self.measured["latency"], self.measured["memory_gb"]
-        steady, switch = latency["ss_ms_per_frame"], latency["ps_ms"]
-        rows = {f"SS {key}, ms per frame": steady[key] for key in ("mean", "p50", "p95", "p99", "max")}
-        over = latency["ss_over_target"]
-        rows[f"SS blocks over {over['target_ms']:g} ms per frame, %"] = 100 * over["share"]
-        rows |= {f"PS {key}, ms": switch[key] for key in ("mean", "max")}
-        rows |= {"first frame, ms": latency["first_frame_ms"], "FPS": self.measured["fps"],
-                 "peak memory, GB": memory["peak_allocated"], "KV cache, GB": memory["kv_cache"]}
-        print(self.measured["sizes"]["note"])
-        print(latency["clock_disagreement"]["sentence"])
-        if self.company["co_scheduled"]:
-            beside = ("another process holds the GPU" if self.pipeline.device.type == "cuda" else
-                      f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
-            print(f"Warning: {beside}; these latencies are not fit for comparison.")
-        return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
-
-
-def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among a notebook's globals: every public name with a plain value.
-
-    papermill injects unknown names with no more than a warning; here they reach the config, which refuses
-    them.
-    """
-    shell = {"In", "Out"}
-    return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
-            and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
-
-
-def gate_of(config: ExperimentConfig, rooms: list[dict[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `decision.decide`: bit-identical frames if every optimization is exact, else the
-    preset's limits.
-    """
-    limits = {"min_psnr_db": config.min_psnr_db, "min_ssim": config.min_ssim, "max_lpips": config.max_lpips}
-    limits = {key: value for key, value in limits.items() if value is not None}
-    if all(room["level"] == "exact" for room in rooms):
-        return {"level": "exact", "objective": config.objective}
-    return {"level": "lossy", "objective": config.objective, **(limits or {"min_psnr_db": 45.0})}
-
-
-def plain(value: Any) -> Any:
-    """A figure for a table: rounded, or 'n/a: reason'."""
-    if results.is_na(value):
-        return f"n/a: {value['reason']}"
-    return round(value, 3) if isinstance(value, float) else value
-
-
-def plain_json(value: Any) -> Any:
-    """`value` with tuples as lists, so that it equals what is read back."""
-    if isinstance(value, Mapping):
-        return {key: plain_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_json(item) for item in value]
-    return value
+        return [room | {"report": {key: value.summary() if key == "stats" else value
+                                   for key, value in room["report"].items()}}
+                for room in self.pipeline.rooms]

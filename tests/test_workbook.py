@@ -14,18 +14,13 @@ import pytest
 import torch
 from micro import micro_config, micro_model
 
-from longlive_opt import measurement, provenance, results, video, workbook
+from longlive_opt import measurement, metrics, provenance, results, video, workbook
+from longlive_opt.decision import gate_of
 from longlive_opt.errors import NotAvailable, UserError
-from longlive_opt.inputs import Script
+from longlive_opt.inputs import Script, notebook_parameters, script_of
 from longlive_opt.measurement import SWITCH_EVERY, switch_blocks
 from longlive_opt.timeline import GARBAGE, GARBAGE_MS
-from longlive_opt.workbook import (
-    RESULT_FILE,
-    Experiment,
-    gate_of,
-    notebook_parameters,
-    script_of,
-)
+from longlive_opt.workbook import RESULT_FILE, Experiment
 
 SMALLEST = {"model": "micro", "weights": "random", "model_dtype": "float32",
             "denoising_steps": [1000, 500], "warmup_blocks": 4, "measure_blocks": 2,
@@ -223,7 +218,7 @@ def test_no_result_when_a_step_fails(tmp_path, monkeypatch, step):
         raise RuntimeError("broken")
 
     run = open_run(tmp_path / "run")
-    target = {"build": (workbook, "build_pipeline"), "measure": (workbook.metrics, "measurements"),
+    target = {"build": (workbook, "build_pipeline"), "measure": (metrics, "measurements"),
               "film": (video, "write_mp4"), "compare": (workbook.quality, "not_compared")}[step]
     monkeypatch.setattr(*target, fail)
     with pytest.raises(RuntimeError, match="broken"):
