@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_opt import parity
 from longlive_opt.config import ROPE_POSITIONS
 from longlive_opt.errors import UserError
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
@@ -19,6 +18,8 @@ from longlive_opt.model_config import MODELS, DiTConfig
 from longlive_opt.models.attention import make_attention, resolve_backend
 from longlive_opt.models.dit import CausalDiT, RMSNorm, TextContext, add_gated, modulate
 from longlive_opt.models.rope import Rotary, check_positions, rope_angles
+from longlive_opt.parity.comparison import TARGET
+from longlive_opt.parity.transformer import build_dit, make_rolling_cache
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -74,8 +75,8 @@ def recorded() -> dict[str, Tensor]:
 def golden_flow(recorded: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The flow of the second recorded call."""
     config = json.loads((GOLDEN / "manifest.json").read_text())["configs"]["dit"]
-    dit = parity.build_dit(config, load_file(GOLDEN / "stream_weights.safetensors")).to(dtype)
-    text, cache = dit.embed_text(recorded["context"]), parity.make_rolling_cache(dit, config, 1)
+    dit = build_dit(config, load_file(GOLDEN / "stream_weights.safetensors")).to(dtype)
+    text, cache = dit.embed_text(recorded["context"]), make_rolling_cache(dit, config, 1)
     for call in (0, 1):
         x, t = recorded[f"call{call}.x"].to(dtype), recorded[f"call{call}.t"]
         flow = run(dit, cache, x, t, text, 3 * call)
@@ -93,7 +94,7 @@ def test_bfloat16_is_within_two_percent(recorded):
 
 def test_float32_with_a_timestep_per_frame_matches_the_recording(recorded):
     """One timestep for all frames of a call, or frames and samples exchanged."""
-    assert (golden_flow(recorded, torch.float32) - recorded["call1.flow"]).abs().max() <= parity.TARGET
+    assert (golden_flow(recorded, torch.float32) - recorded["call1.flow"]).abs().max() <= TARGET
 
 
 def test_key_of_a_128_wide_head_matches_the_recording():
@@ -105,7 +106,7 @@ def test_key_of_a_128_wide_head_matches_the_recording():
     norm.weight.copy_(golden["norm_k.weight"])
     key = norm(golden["input"] @ golden["k.weight"].T + golden["k.bias"])[:, :, None]
     rotary = Rotary(rope_angles(128, torch.arange(1, 6), 3, 2))
-    assert (rotary(key) - golden["key"]).abs().max() <= parity.TARGET
+    assert (rotary(key) - golden["key"]).abs().max() <= TARGET
 
 
 @pytest.mark.parametrize("head_dim", [12, 16, 48, 128])

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longlive_opt import parity
 from longlive_opt.errors import UserError
+from longlive_opt.models.dit import CausalDiT
+from longlive_opt.parity.__main__ import main
+from longlive_opt.parity.comparison import TARGET
+from longlive_opt.parity.directory import check_directory
+from longlive_opt.parity.transformer import dit_config
 
 GOLDEN = Path(__file__).parent / "golden"
 COMPANIONS = ("manifest.json", "stream_weights.safetensors", "stream_inputs.safetensors")
@@ -33,14 +37,14 @@ def golden_with(folder: Path, *names: str) -> Path:
                                   "switch_global_sink_false", "infinity_switch_global_sink_true", "t5"])
 def test_case_reproduces_the_recording(tmp_path, case):
     """Any slip in embedding, modulation, RoPE, cache, roll, recache or schedule."""
-    checked, = parity.check_directory(golden_with(tmp_path, *COMPANIONS, f"{case}.safetensors"))
+    checked, = check_directory(golden_with(tmp_path, *COMPANIONS, f"{case}.safetensors"))
     assert checked.name == case and checked.tensors > 0
-    assert checked.error <= parity.TARGET, str(checked)
+    assert checked.error <= TARGET, str(checked)
 
 
 def test_whole_folder_passes(capsys):
     """The command that the README promises must pass on the folder that the repository carries."""
-    assert parity.main([str(GOLDEN)]) == 0
+    assert main([str(GOLDEN)]) == 0
     report = capsys.readouterr().out
     assert "FAIL" not in report
     assert all(f"ok   {name} " in report for name in ("vae", "stream", "keys_dit", "keys_lora"))
@@ -53,7 +57,7 @@ def test_perturbed_weight_fails(tmp_path, capsys):
     weights = load_file(GOLDEN / "stream_weights.safetensors")
     weights["blocks.2.self_attn.v.weight"][5, 7] += 0.1
     save_file(weights, folder / "stream_weights.safetensors")
-    assert parity.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [
         ["FAIL", "dit_forward"], ["ok", "scheduler"], ["FAIL", "stream"]]
@@ -67,7 +71,7 @@ def test_wrong_shape_or_nan_in_the_recording_fails(tmp_path, spoil):
     recorded = load_file(GOLDEN / "stream.safetensors")
     recorded["latents"] = spoil(recorded["latents"]).contiguous()
     save_file(recorded, folder / "stream.safetensors")
-    assert parity.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
 
 
 def missing_folder(folder: Path) -> None:
@@ -137,7 +141,7 @@ def weights_of_another_size(folder: Path) -> None:
 def test_unusable_folder_is_one_line_and_exit_2(tmp_path, capsys, make, says):
     """A traceback, or a green run over a folder in which nothing could be compared."""
     make(tmp_path)
-    assert parity.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and says in error
 
@@ -145,7 +149,7 @@ def test_unusable_folder_is_one_line_and_exit_2(tmp_path, capsys, make, says):
 def test_library_raises_user_error(tmp_path):
     """`check_directory` is called by others, too; they catch UserError."""
     with pytest.raises(UserError, match="manifest.json"):
-        list(parity.check_directory(tmp_path))
+        list(check_directory(tmp_path))
 
 
 # The naive implementation. It shares no code with the library: lists of frames for slots, explicit complex
@@ -320,7 +324,7 @@ def naive_rollout(sizes: dict, weights: dict[str, Tensor], inputs: dict[str, Ten
 def random_weights(sizes: dict, generator: torch.Generator) -> dict[str, Tensor]:
     """Every parameter random, none left at 0 or 1."""
     weights = {}
-    for name, tensor in parity.CausalDiT(parity.dit_config(sizes)).state_dict().items():
+    for name, tensor in CausalDiT(dit_config(sizes)).state_dict().items():
         scale = 0.1 if tensor.ndim == 1 or "modulation" in name else tensor[0].numel()**-0.5
         centre = 1.0 if "norm" in name and "weight" in name else 0.0
         weights[name] = torch.randn(tensor.shape, generator=generator) * scale + centre
@@ -363,9 +367,9 @@ def test_other_sizes_match_the_naive_implementation(tmp_path, window, sink, bloc
     cases |= {f"{name}_{sink_stays}": {**options, "switches": switches, "global_sink": sink_stays}
               for name, options in list(cases.items()) for sink_stays in (True, False)}
     make_folder(tmp_path, window, sink, block, seed=window, cases=cases)
-    checked = list(parity.check_directory(tmp_path))
+    checked = list(check_directory(tmp_path))
     assert {case.name for case in checked} == set(cases)
-    assert not [str(case) for case in checked if case.error > parity.TARGET]
+    assert not [str(case) for case in checked if case.error > TARGET]
     recaches = {case.name: case.tensors for case in checked}
     assert recaches["plain"] == 4 and recaches["plain_True"] == 4 + 3 * 3
 
@@ -373,5 +377,5 @@ def test_other_sizes_match_the_naive_implementation(tmp_path, window, sink, bloc
 def test_switch_at_the_first_frame_matches_the_naive_implementation(tmp_path):
     """A switch at frame 0 recomputes nothing and must not be taken for a recache of 0 frames."""
     make_folder(tmp_path, 6, 2, 3, seed=1, cases={"start": {"switches": [0, 4], "global_sink": False}})
-    case, = parity.check_directory(tmp_path)
-    assert case.error <= parity.TARGET and case.tensors == 7
+    case, = check_directory(tmp_path)
+    assert case.error <= TARGET and case.tensors == 7

@@ -20,7 +20,6 @@ from test_session import NoPixels, recorded_session, same_video
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from longlive_opt import parity
 from longlive_opt.config import NEEDS, ExperimentConfig
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script
@@ -34,6 +33,7 @@ from longlive_opt.optimizations.fused_kernels import check_triton
 from longlive_opt.optimizations.prompt_cache import CachedPrompts, EmbeddingStore
 from longlive_opt.optimizations.quantized_kv_cache import check_kernels
 from longlive_opt.optimizations.static_kv_cache import RingKVCache, StaticKVCache
+from longlive_opt.parity.comparison import TARGET
 from longlive_opt.pipeline import Pipeline
 from longlive_opt.session import Chunk, StreamingSession
 
@@ -353,7 +353,7 @@ def test_static_cache_reproduces_the_recorded_video(case, global_sink, infinity)
     session = StreamingSession(static, noise=session._noise)
     latents = torch.cat([chunk.latents for chunk in session.play(Script(("0", "1", "2"), (6, 15)), 6)], dim=1)
     recorded = load_file(GOLDEN / f"{case}.safetensors")["latents"]
-    assert (latents - recorded).abs().max() <= parity.TARGET
+    assert (latents - recorded).abs().max() <= TARGET
 
 
 # CUDA graphs, emulated: a pass is traced once for each signature and the trace replayed.

@@ -15,11 +15,12 @@ from micro import micro_model, micro_pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_opt import parity
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import Script
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
 from longlive_opt.noise import StreamNoise
+from longlive_opt.parity.comparison import TARGET
+from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampling_plan
 from longlive_opt.pipeline import Pipeline
 from longlive_opt.sampler import EagerForward, Sampler
 from longlive_opt.session import Chunk, StreamingSession
@@ -126,11 +127,11 @@ def recorded_session(pipeline: Pipeline, global_sink: bool, infinity: bool) -> S
     """A session on the recorded weights, noise and prompts; prompt "i" is the i-th recorded one."""
     config = json.loads((GOLDEN / "manifest.json").read_text())["configs"]["stream"]
     inputs = load_file(GOLDEN / "stream_inputs.safetensors")
-    dit = parity.build_dit(config, load_file(GOLDEN / "stream_weights.safetensors")).requires_grad_(False)
+    dit = build_dit(config, load_file(GOLDEN / "stream_weights.safetensors")).requires_grad_(False)
     return StreamingSession(dataclasses.replace(
-        pipeline, dit=dit, sampler=Sampler(parity.sampling_plan(config, global_sink), EagerForward(dit)),
+        pipeline, dit=dit, sampler=Sampler(sampling_plan(config, global_sink), EagerForward(dit)),
         encode_prompt=lambda prompt: dit.embed_text(inputs["prompt_embeds"][int(prompt):int(prompt) + 1]),
-        make_cache=lambda: parity.make_rolling_cache(dit, config, 1, infinity),
+        make_cache=lambda: make_rolling_cache(dit, config, 1, infinity),
         make_decoder=lambda decoder, timeline: NoPixels()), noise=RecordedNoise(inputs))
 
 
@@ -143,7 +144,7 @@ def test_script_reproduces_the_recorded_video(pipeline, case, global_sink, infin
     session = recorded_session(pipeline, global_sink, infinity)
     script = Script(("0", "1", "2"), (6, 15))
     latents = torch.cat([chunk.latents for chunk in session.play(script, 6)], dim=1)
-    assert (latents - recorded).abs().max() <= parity.TARGET
+    assert (latents - recorded).abs().max() <= TARGET
     session.reset()
     live = []
     for chunk in session.stream("0", 6):

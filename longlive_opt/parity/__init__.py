@@ -1,0 +1,1 @@
+"""This implementation compared with recorded tensors."""
