@@ -104,7 +104,7 @@ def verdict(result: Result, final: bool = False) -> str:
         words = "undecided until the baseline has been repeated (--repeat-baseline 1): the noise is not known"
     elif keep is not None:
         words = f"{'keep' if keep else 'drop'}; {words}"
-    return f"{words}. {'Decided over the whole campaign' if final else 'The summary decides again'}."
+    return f"{words}. {'So says the whole campaign' if final else 'The summary decides again'}."
 
 
 def _beside(ours: float | None, theirs: float | None) -> list[str]:

@@ -56,7 +56,7 @@ def test_no_verdict_before_the_noise_is_known(baseline):
     assert verdict(on_cpu).startswith("undecided: no CUDA device")
     alone = dict(result, decision={"keep": None, "rationale": "undecided: there is no baseline"})
     assert verdict(alone) == "undecided: there is no baseline. The summary decides again."
-    assert verdict(alone, final=True) == "undecided: there is no baseline. Decided over the whole campaign."
+    assert verdict(alone, final=True) == "undecided: there is no baseline. So says the whole campaign."
 
 
 def test_runs_of_two_machines_are_not_set_side_by_side(baseline):
