@@ -111,7 +111,7 @@ def grouped(values: Sequence[float], groups: Sequence[str]) -> dict[str, dict[st
     return {group: distribution(members) for group, members in found.items()}
 
 
-def _marks(events: Iterable[Event], name: str) -> dict[int, float]:
+def marks(events: Iterable[Event], name: str) -> dict[int, float]:
     """block -> time of the mark, by block; a block that repeats means two streams in one timeline."""
     times: dict[int, float] = {}
     for event in events:
@@ -122,7 +122,7 @@ def _marks(events: Iterable[Event], name: str) -> dict[int, float]:
     return dict(sorted(times.items()))
 
 
-def _stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+def stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """(stage -> block -> ms, stage -> clock), on the cuda clock where a stage has cuda events."""
     spans = [event for event in events if event.duration_ms > 0 and event.block is not None]
     clocks = {event.name: "host" for event in spans} | {e.name: "cuda" for e in spans if e.clock == "cuda"}
@@ -135,7 +135,7 @@ def _stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]],
 
 def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
     """block -> chunk_ready[block] - chunk_ready[block - 1], ms, of the measured blocks."""
-    ready = _marks(events, CHUNK_READY)
+    ready = marks(events, CHUNK_READY)
     intervals = {block: time - ready[block - 1] for block, time in ready.items()
                  if block >= first_measured_block and block - 1 in ready}
     if not intervals:
@@ -146,7 +146,7 @@ def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, 
 
 def steady_intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
     """block -> interval of the steady-state blocks: measured, and no switch took effect at them."""
-    switched = _marks(events, "switch_request")
+    switched = marks(events, "switch_request")
     intervals = _intervals(events, first_measured_block)
     steady = {block: interval for block, interval in intervals.items() if block not in switched}
     if not steady:
@@ -171,10 +171,10 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
     section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
     steady = steady_intervals(events, first_measured_block)
     per_frame = [interval / frames_per_block for interval in steady.values()]
-    ready = _marks(events, CHUNK_READY)
+    ready = marks(events, CHUNK_READY)
     first = min(ready)
     begin = min(event.start_ms for event in events if event.block == first)
-    stages, clocks = _stage_totals(events)
+    stages, clocks = stage_totals(events)
     last = events if switch_events is None else switch_events
     over_target = sum(ms > target_ms for ms in per_frame)
     return {
@@ -200,8 +200,8 @@ def with_switches(events: Iterable[Event], *, first_measured_block: int,
 
 
 def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[str, Any]:
-    ready = _marks(events, CHUNK_READY)
-    latencies = {block: ready[block] - request for block, request in _marks(events, "switch_request").items()
+    ready = marks(events, CHUNK_READY)
+    latencies = {block: ready[block] - request for block, request in marks(events, "switch_request").items()
                  if block >= first_measured_block and block in ready}
     if not latencies:
         missing = na("no prompt switch in the measured blocks", "set num_switches to at least 1")
@@ -209,7 +209,7 @@ def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[
                 "ps_blocks": [], "ps_breakdown_ms": dict.fromkeys((*STAGES, "other"), missing)}
     values = list(latencies.values())
     summary = distribution(values)
-    stages, _ = _stage_totals(events)
+    stages, _ = stage_totals(events)
     parts = {name: math.fsum(stages.get(name, {}).get(block, 0.0) for block in latencies) / len(latencies)
              for name in STAGES}
     return {"ps_ms": {key: summary[key] for key in ("n", "mean", "p50", "p99", "max")}, "ps_ms_all": values,
@@ -226,7 +226,7 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
     is for the report.
     """
     steady = steady_intervals(events, first_measured_block)
-    stages, clocks = _stage_totals(events)
+    stages, clocks = stage_totals(events)
     on_cuda = [stages[name] for name in STAGES if clocks.get(name) == "cuda"]
     if not on_cuda:
         return {"available": False, "share": None, "threshold": threshold, "flag": None,
@@ -266,7 +266,7 @@ def measurements(events: Sequence[Event], *, first_measured_block: int, frames_p
     latency = latency_metrics(events, **section, switch_events=switch_events, target_ms=target_ms)
 
     def shown(stream: Sequence[Event]) -> dict[str, Any]:
-        ready = [time for block, time in _marks(stream, CHUNK_READY).items()
+        ready = [time for block, time in marks(stream, CHUNK_READY).items()
                  if block >= first_measured_block - 1]
         return playback(ready, [frames_per_block] * len(ready), playback_fps)
 

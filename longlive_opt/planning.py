@@ -28,7 +28,7 @@ from longlive_opt.batch import Job, finished_result
 from longlive_opt.config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
-from longlive_opt.results import REFERENCE_FILE
+from longlive_opt.results import REFERENCE_FILE, run_label
 from longlive_opt.weight_files import TINY_WEIGHTS, check_weights
 from longlive_opt.yaml_file import load_yaml
 
@@ -187,7 +187,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
         raise UserError(f"preset {preset}: {error}") from error
     if config.name != preset:
         raise UserError(f"params/{preset}.yaml: name is {config.name!r}; it must be the file's, {preset!r}")
-    label = preset if number == 1 else f"{preset}.repeat{number}"
+    label = run_label(preset, number)
     folder = layout.campaign(campaign) / label
     run = dict(zip(RUN_KEYS, (campaign, number, folder.relative_to(layout.root).as_posix())))
     declared = declared_parameters(notebook)

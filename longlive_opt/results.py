@@ -97,6 +97,11 @@ _SCHEMA = {
 _MISSING = object()
 
 
+def run_label(preset: str, run: int) -> str:
+    """The name of a run's folder within its campaign: the preset, or baseline.repeat2 for a repetition."""
+    return preset if run == 1 else f"{preset}.repeat{run}"
+
+
 def na(reason: str, how_to_fix: str) -> dict[str, Any]:
     """A metric that could not be measured: why, and what the reader can do about it (both non-empty)."""
     if not reason or not how_to_fix:

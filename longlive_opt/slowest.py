@@ -5,11 +5,10 @@ No torch.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metrics import CHUNK_READY, steady_intervals
+from .metrics import CHUNK_READY, marks, stage_totals, steady_intervals
 from .timeline import GARBAGE, Event
 
 OUTLIER = 1.1  # a slowest block within a tenth of the median needs no explanation
@@ -41,17 +40,16 @@ def _excess(events: Sequence[Event], block: int,
     """Stage -> (ms above its median, ms, ms of launching, median of that) in `block`, the largest first.
     Launching is 0 where a stage has no clock but the host's.
     """
-    spans: dict[tuple[str, str], dict[int, float]] = defaultdict(lambda: dict.fromkeys(steady, 0.0))
-    for event in events:
-        if event.duration_ms and event.block in steady:
-            spans[event.name, event.clock][event.block] += event.duration_ms
+    totals, clocks = stage_totals(events)
+    on_host, _ = stage_totals([event for event in events if event.clock == "host"])
     found = {}
-    for (name, clock), times in spans.items():
-        on_gpu = (name, "cuda") in spans
-        if clock == ("cuda" if on_gpu else "host"):
-            launching = spans[name, "host"] if on_gpu else dict.fromkeys(steady, 0.0)
-            found[name] = (times[block] - statistics.median(times.values()), times[block], launching[block],
-                           statistics.median(launching.values()))
+    for name, times in totals.items():
+        if not steady.keys() & times.keys():
+            continue
+        launches = on_host.get(name, {}) if clocks[name] == "cuda" else {}
+        ours, launching = ([of.get(at, 0.0) for at in steady] for of in (times, launches))
+        found[name] = (times.get(block, 0.0) - statistics.median(ours), times.get(block, 0.0),
+                       launches.get(block, 0.0), statistics.median(launching))
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
@@ -63,6 +61,6 @@ def _stage(name: str, excess: float, ms: float, launching: float, usual: float) 
 
 def _garbage_ms(events: Sequence[Event], block: int) -> float:
     """Of the interval that ends with `block`."""
-    ready = {event.block: event.start_ms for event in events if event.name == CHUNK_READY}
+    ready = marks(events, CHUNK_READY)
     return sum(event.duration_ms for event in events
                if event.name == GARBAGE and ready[block - 1] <= event.start_ms < ready[block])

@@ -1,11 +1,9 @@
 """The last word of each run's HTML report, once the whole campaign is there."""
 
 import html
-from collections.abc import Mapping
-from typing import Any
 
 from longlive_opt.reading import VERDICT, verdict
-from longlive_opt.results import atomic_path
+from longlive_opt.results import atomic_path, run_label
 
 from .campaign import BASELINE, Campaign
 
@@ -20,7 +18,8 @@ def settle_reports(campaign: Campaign) -> list[str]:
     """
     changed = []
     for result in campaign.results:
-        path = campaign.folder / _label(result) / "report.html"
+        label = run_label(result["preset"], result["run"])
+        path = campaign.folder / label / "report.html"
         if result["preset"] == BASELINE or not path.is_file():
             continue
         text = path.read_text(encoding="utf-8")
@@ -29,10 +28,5 @@ def settle_reports(campaign: Campaign) -> list[str]:
         if settled != text:
             with atomic_path(path) as temporary:
                 temporary.write_text(settled, encoding="utf-8")
-            changed.append(_label(result))
+            changed.append(label)
     return changed
-
-
-def _label(result: Mapping[str, Any]) -> str:
-    """The folder of a run within its campaign."""
-    return result["preset"] if result["run"] == 1 else f"{result['preset']}.repeat{result['run']}"
