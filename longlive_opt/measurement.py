@@ -3,10 +3,9 @@
 Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
 switch at every second block. Every second switch asks for a prompt that was never seen before.
 
-Python's garbage is collected before each of the two: loading and compiling leave half a million objects, and
-looking through them once takes 0.3 s, which would else fall into a block somewhere. What a stream itself
-makes necessary is measured with it and recorded: garbage collections, and how often the GPU's allocator had
-to ask the driver.
+Python's garbage is collected before each of the two: loading and compiling leave many objects, and the first
+look through them would else fall into a block somewhere. What a stream itself makes necessary is measured
+with it and recorded: garbage collections, and how often the GPU's allocator had to ask the driver.
 """
 
 from __future__ import annotations
