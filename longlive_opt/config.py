@@ -22,6 +22,8 @@ BASELINE = "baseline"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 KV_QUANTIZATIONS = ("int8", "fp8")
 KV_READ_PATHS = ("fused", "dequantize")
+LINEAR_QUANTIZATIONS = ("int8", "fp8")
+LINEAR_LAYERS = ("qkv", "query", "up", "down")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
@@ -33,7 +35,8 @@ _FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
 NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "use_fused_kernels": (_FIXED_CACHES, "its kernels write into a cache of fixed memory, and the reference "
                                          "cache has none"),
-    "use_fp8_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit on the way"),
+    "use_quantized_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit on the "
+                                                      "way"),
     "vae_offload_ahead": (("use_vae_offload",), "it is a way to move what lies in host memory"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
@@ -82,12 +85,16 @@ class ExperimentConfig:
     use_async_vae: bool = False
     use_prompt_cache: bool = False
     use_fused_kernels: bool = False
-    use_fp8_linears: bool = False
+    use_quantized_linears: bool = False
+    linear_quantization: str = "int8"
+    linear_layers: tuple[str, ...] = LINEAR_LAYERS
     use_text_offload: bool = False
     use_vae_offload: bool = False
     vae_offload_ahead: bool = False
     use_early_decode: bool = False
     vae_chunk_latents: int | None = None
+    vae_channels_last: bool | None = None
+    cudnn_benchmark: bool | None = None
     gpu_memory_limit_gb: float | None = None
     prompt_cache_mb: int = 1024
     prompt_cache_dir: str | None = None
@@ -102,14 +109,13 @@ class ExperimentConfig:
     video_width: int | None = None
     video_crf: int = 23
 
+    fidelity_blocks: int = 6
     warmup_blocks: int = 5
     measure_blocks: int = 4
     num_switches: int = 1
     playback_fps: float = 25.0
     objective: str = "latency"
-    min_psnr_db: float | None = None
-    min_ssim: float | None = None
-    max_lpips: float | None = None
+    max_error_ratio: float | None = None
     target_ms_per_frame: float = 40.0
 
     @classmethod
@@ -173,6 +179,7 @@ class ExperimentConfig:
         one_of("compile_mode", COMPILE_MODES)
         one_of("kv_quantization", KV_QUANTIZATIONS)
         one_of("kv_read_path", KV_READ_PATHS)
+        one_of("linear_quantization", LINEAR_QUANTIZATIONS)
         one_of("attention_backend", ATTENTION_BACKENDS)
         one_of("objective", OBJECTIVES)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -182,12 +189,16 @@ class ExperimentConfig:
                 f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' or a later '.'."
             )
         self.model_config()
+        if not self.linear_layers or not set(self.linear_layers) <= set(LINEAR_LAYERS):
+            raise UserError(f"linear_layers: {list(self.linear_layers)} must name at least one of "
+                            f"{', '.join(LINEAR_LAYERS)}, and no other.")
         self._validate_sampling(at_least)
         self._validate_inputs()
         self._validate_combinations()
         for key, least in (
             ("seed", 0),
             ("video_latent_frames", 1),
+            ("fidelity_blocks", 2),
             ("warmup_blocks", self.window_blocks),
             ("measure_blocks", 2),
             ("num_switches", 0),
@@ -195,11 +206,11 @@ class ExperimentConfig:
             ("prompt_cache_mb", 0),
         ):
             at_least(key, least)
-        for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000), ("min_ssim", 1)):
+        for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000)):
             if getattr(self, key) is not None and getattr(self, key) > most:
                 raise UserError(f"{key}: {getattr(self, key)} is too large; it can be at most {most}.")
-        for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift", "min_psnr_db",
-                    "min_ssim", "max_lpips"):
+        for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift",
+                    "max_error_ratio"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
         frames, block = self.video_latent_frames, self.block_frames
@@ -281,8 +292,8 @@ class ExperimentConfig:
         if self.use_quantized_kv and self.kv_read_path == "fused" and not (on_cpu or half):
             raise UserError("kv_read_path: 'fused' attends in bfloat16 on CUDA, and model_dtype is float32; "
                             "use model_dtype: bfloat16 or kv_read_path: dequantize.")
-        if self.use_fp8_linears and not (on_cpu or half):
-            raise UserError("use_fp8_linears: its products give bfloat16 on CUDA, and model_dtype is "
+        if self.use_quantized_linears and not (on_cpu or half):
+            raise UserError("use_quantized_linears: its products give bfloat16 on CUDA, and model_dtype is "
                             "float32; use model_dtype: bfloat16.")
 
     def _validate_inputs(self) -> None:

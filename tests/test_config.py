@@ -56,11 +56,11 @@ def write(path: Path, text: str) -> Path:
     ("switch_frame_indices", [-3, 3], "not be negative"),
     ("switch_frame_indices", [3, 18], "video_latent_frames"),
     ("video_latent_frames", 10, "use 9 or 12"),
-    ("min_psnr_db", -5, "greater than 0"), ("min_ssim", 0, "greater than 0"), ("min_ssim", 1.5, "at most 1"),
-    ("max_lpips", -0.1, "greater than 0"),
+    ("max_error_ratio", -5, "greater than 0"), ("linear_layers", ["head"], "at least one of qkv"),
+    ("linear_quantization", "int4", "int8, fp8"), ("fidelity_blocks", 1, "at least 2"),
     ("use_fused_kernels", True, "use_static_kv or use_quantized_kv"),
     ("use_torch_compile", True, "use_static_kv or use_quantized_kv"),
-    ("use_fp8_linears", True, "switch on use_fused_kernels"),
+    ("use_quantized_linears", True, "switch on use_fused_kernels"),
     ("attention_backend", "cudnn", "use auto"), ("attention_backend", "flash", "use auto"),
     ("attention_backend", "efficient", "use auto"),
 ])
@@ -74,7 +74,7 @@ def test_refused_value_names_key_value_and_remedy(key, value, says):
 @pytest.mark.parametrize("key, value, says", [
     ("seed", "1", "expected int"), ("seed", True, "expected int"), ("seed", 1.0, "expected int"),
     ("seed", None, "write a value of type int"), ("playback_fps", True, "expected float"),
-    ("playback_fps", float("nan"), "finite"), ("min_ssim", float("inf"), "finite"),
+    ("playback_fps", float("nan"), "finite"), ("max_error_ratio", float("inf"), "finite"),
     ("use_static_kv", 1, "expected bool"),
     ("use_static_kv", "true", "expected bool"), ("title", 5, "expected str"), ("title", False, "quotes"),
     ("prompts", "one prompt", "is not a list"), ("prompts", {"a": "b"}, "is not a list"),
@@ -128,7 +128,7 @@ def test_number_that_is_advised_is_taken(key, text):
 def test_integers_are_floats_where_floats_are_meant():
     """`playback_fps: 25` is what people write."""
     assert ExperimentConfig.from_mapping({"playback_fps": 30}).playback_fps == 30.0
-    assert isinstance(ExperimentConfig.from_mapping({"min_psnr_db": 40}).min_psnr_db, float)
+    assert isinstance(ExperimentConfig.from_mapping({"max_error_ratio": 2}).max_error_ratio, float)
 
 
 def test_unknown_key_suggests_the_right_one():
@@ -163,7 +163,7 @@ def test_defaults_and_round_trip():
     other = ExperimentConfig.from_mapping({
         "name": "x", "denoising_steps": [900, 100], "prompts": ["a", "b", "c"],
         "switch_frame_indices": [1, 2],
-        "height": 64, "width": 32, "min_ssim": 0.5, "relative_rope": True, "prompt_cache_dir": "d"})
+        "height": 64, "width": 32, "max_error_ratio": 0.5, "relative_rope": True, "prompt_cache_dir": "d"})
     for one in (config, other):
         stored = json.loads(json.dumps(one.to_dict()))
         assert ExperimentConfig.from_mapping(stored) == one
@@ -208,7 +208,7 @@ def test_blocks_that_are_not_measured_must_fit_too(keys):
     ("attention_backend", {"attention_backend": "flash"}),
     ("attention_backend", {"attention_backend": "cudnn"}),
     ("kv_read_path", {"use_quantized_kv": True}),
-    ("use_fp8_linears", {"use_static_kv": True, "use_fused_kernels": True, "use_fp8_linears": True}),
+    ("use_quantized_linears", {"use_static_kv": True, "use_fused_kernels": True, "use_quantized_linears": True}),
 ])
 def test_half_precision_kernels_are_refused_in_float32(key, keys):
     """PyTorch's own message says "No available kernel" and no more; Triton's is an assertion."""

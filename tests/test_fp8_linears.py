@@ -200,7 +200,7 @@ def test_room_comes_after_the_kernels_and_before_what_wraps_passes():
 ])
 def test_names_what_it_lacks(dim, capability, kind, says):
     """cuBLAS's or Triton's own words in the first pass, on a GPU or model that has no such products."""
-    with pytest.raises(kind, match=f"use_fp8_linears: .*{says}"):
+    with pytest.raises(kind, match=f"use_quantized_linears: .*{says}"):
         check_products(dim, 8960, capability)
     check_products(1536, 8960, (8, 9))
 

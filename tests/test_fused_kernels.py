@@ -35,7 +35,7 @@ from longlive_opt.session import StreamingSession
 STATIC, INT8, FP8 = ({"use_static_kv": True}, {"use_quantized_kv": True},
                      {"use_quantized_kv": True, "kv_quantization": "fp8"})
 CACHES = [STATIC, INT8, FP8]
-LINEARS = {"use_fp8_linears": True}
+LINEARS = {"use_quantized_linears": True}
 PASSES = [*CACHES, {**STATIC, **LINEARS}, {**INT8, **LINEARS}]
 SIZES = [{}, {"global_sink": False}, {"relative_rope": True}, {"relative_rope": True, "global_sink": False},
          {"local_attn_size": 7, "sink_size": 2, "block_frames": 3, "relative_rope": True},
@@ -238,7 +238,7 @@ GPU_CASES = [STATIC, INT8, FP8, {**STATIC, "relative_rope": True}, {**INT8, "rel
 def test_gpu_kernels_equal_the_plain_forward(model, keys):
     """A kernel at a size that its own tests do not have; GELU in the wrong form."""
     fused, plain = (gpu_pipeline(model=model, **{**keys, **flags})
-                    for flags in ({}, {"use_fp8_linears": False}))
+                    for flags in ({}, {"use_quantized_linears": False}))
     found, expected = latents_of(fused), latents_of(unfused(plain))
     assert relative_error(found[0], expected[0]) < 0.05
     assert all(latents.isfinite().all() for latents in found)

@@ -28,7 +28,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_static_kv and not config.use_quantized_kv, StaticKV()),
         (config.use_quantized_kv, QuantizedKV(config.kv_quantization, config.kv_read_path)),
         (config.use_fused_kernels, FusedKernels()),
-        (config.use_fp8_linears, Fp8Linears()),
+        (config.use_quantized_linears, Fp8Linears()),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         (config.use_cuda_graphs, CudaGraphs()),
         (config.use_vae_offload, VAEOffload(config.vae_offload_ahead)),

@@ -88,12 +88,12 @@ def check_products(dim: int, ffn_dim: int, capability: tuple[int, int]) -> None:
         UserError: widths that the products do not take.
     """
     if capability < (8, 9):
-        raise NotAvailable("use_fp8_linears: e4m3 products need compute capability 8.9 (Ada, Hopper) or "
+        raise NotAvailable("use_quantized_linears: e4m3 products need compute capability 8.9 (Ada, Hopper) or "
                            f"newer, and this GPU has {capability[0]}.{capability[1]}; switch "
-                           "use_fp8_linears off.")
+                           "use_quantized_linears off.")
     if dim % CHANNEL_GROUP or ffn_dim % CHANNEL_GROUP:
-        raise UserError(f"use_fp8_linears: the products take multiples of {CHANNEL_GROUP} channels, and this "
-                        f"model has {dim} and, in the feed-forward, {ffn_dim}; switch use_fp8_linears off.")
+        raise UserError(f"use_quantized_linears: the products take multiples of {CHANNEL_GROUP} channels, and this "
+                        f"model has {dim} and, in the feed-forward, {ffn_dim}; switch use_quantized_linears off.")
 
 
 class Fp8Linear:

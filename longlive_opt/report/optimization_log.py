@@ -39,7 +39,7 @@ _SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quant
              "use_prompt_cache", "model_dtype")
 # What the block of a preset beyond the template shows as well.
 _MORE_SWITCHES = (*_SWITCHES, "compile_mode", "capture_recache", "kv_quantization", "kv_read_path",
-                  "use_fused_kernels", "use_fp8_linears", "use_text_offload", "use_vae_offload",
+                  "use_fused_kernels", "use_quantized_linears", "use_text_offload", "use_vae_offload",
                   "vae_offload_ahead", "use_early_decode")
 _WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
 
