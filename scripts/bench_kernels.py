@@ -43,9 +43,8 @@ EMULATION_LIMIT = 0.02
 MORE_TILES = {
     "int8_bf16": [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3)],
     "int8_int8": [Tile(64, 128, 4, 3)],
-    "int8_fp8": [Tile(64, 128, 4, 3), Tile(64, 128, 4, 3, True), Tile(128, 128, 8, 2)],
-    "fp8_fp8": [Tile(64, 128, 4, 3), Tile(64, 128, 4, 2, True, 168), Tile(64, 64, 4, 4),
-                Tile(128, 128, 8, 3, True), Tile(128, 128, 8, 4)],
+    "int8_fp8": [Tile(64, 128, 4, 3), Tile(128, 128, 8, 2)],
+    "fp8_fp8": [Tile(64, 128, 4, 3), Tile(64, 128, 4, 2, 168), Tile(64, 64, 4, 4), Tile(128, 128, 8, 4)],
 }
 GLUON_TILES = {
     "int8_bf16": [Tile(block_n=128, num_stages=n, gluon=True) for n in (2, 3)],
@@ -198,8 +197,8 @@ def describe(tile: Tile) -> str:
     """A launch shape in a few characters."""
     if tile.gluon:
         return f"gluon 128x{tile.block_n} s{tile.num_stages}"
-    level, cap = " 2level" if tile.two_level else "", f" r{tile.max_registers}" if tile.max_registers else ""
-    return f"triton {tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}{level}{cap}"
+    cap = f" r{tile.max_registers}" if tile.max_registers else ""
+    return f"triton {tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}{cap}"
 
 
 def bench_attention(bench: Bench, more: bool) -> None:

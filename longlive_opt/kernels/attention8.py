@@ -22,17 +22,16 @@ from longlive_opt.kernels.quantize import FP8, V_GROUP, QuantizedKV
 class Tile(NamedTuple):
     """How the kernel is launched.
 
-    `two_level` adds each tile's P V to the sum in float32 rather than in the tensor core, whose fp8
-    accumulators keep about 14 bits: as many instructions, less overlap between tiles. `max_registers` caps a
-    thread's registers (168 lets three programs of 4 warps share a multiprocessor, for a few spills); 0 is no
-    cap. `gluon` takes the kernel of `gluon_attention` instead, which reads `block_n` and `num_stages` only.
+    `max_registers` caps a thread's registers (168 lets three programs of 4 warps share a multiprocessor, for
+    a few spills); 0 is no cap. `gluon` takes the kernel of `gluon_attention` instead, which reads `block_n`
+    and `num_stages` only. Either adds each tile's P V to the sum in float32 where V is e4m3: the tensor core's
+    FP8 accumulators keep about 14 bits, and over 147 tiles a part common to all of V would shrink by a tenth.
     """
 
     block_m: int = 64
     block_n: int = 128
     num_warps: int = 4
     num_stages: int = 3
-    two_level: bool = False
     max_registers: int = 0
     gluon: bool = False
 
@@ -44,9 +43,9 @@ GLUON_TILES = {
     (torch.int8, torch.bfloat16): Tile(num_stages=3, gluon=True),
 }
 # Triton's: 128 queries with 8 warps read the L2 cache half as often as 64 with 4, of which fp8 would ask
-# 5 TB/s. Stages and level are those for which ptxas (12.8) leaves the products asynchronous.
+# 5 TB/s. Stages are those for which ptxas (12.8) leaves the products asynchronous.
 TILES = {
-    (torch.int8, FP8): Tile(128, 128, 8, 3, two_level=True),
+    (torch.int8, FP8): Tile(128, 128, 8, 3),
     (FP8, FP8): Tile(128, 128, 8, 3),
     (torch.int8, torch.int8): Tile(128, 128, 8, 3),
     (torch.int8, torch.bfloat16): Tile(128, 128, 8, 2),
@@ -78,8 +77,8 @@ def default_tile(cache: QuantizedKV, hopper: bool = True) -> Tile:
 
 @torch.library.custom_op("longlive::attention8", mutates_args=())
 def _attention8(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int,
-                block_m: int, block_n: int, num_warps: int, num_stages: int, two_level: bool,
-                max_registers: int, gluon: bool) -> Tensor:
+                block_m: int, block_n: int, num_warps: int, num_stages: int, max_registers: int,
+                gluon: bool) -> Tensor:
     _check(q, k, v, k_scale, v_scale, num_keys)
     if q.is_cuda and gluon:
         from longlive_opt.kernels import gluon_attention
@@ -89,14 +88,14 @@ def _attention8(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tenso
         from longlive_opt.kernels import attention8_triton
 
         return attention8_triton.launch(q, k, v, k_scale, v_scale, num_keys, block_m, block_n, num_warps,
-                                        num_stages, two_level, max_registers)
+                                        num_stages, max_registers)
     return attention8_emulated(q, k, v, k_scale, v_scale, num_keys, block_n)
 
 
 @_attention8.register_fake
 def _attention8_fake(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int,
-                     block_m: int, block_n: int, num_warps: int, num_stages: int, two_level: bool,
-                     max_registers: int, gluon: bool) -> Tensor:
+                     block_m: int, block_n: int, num_warps: int, num_stages: int, max_registers: int,
+                     gluon: bool) -> Tensor:
     return torch.empty_like(q)
 
 

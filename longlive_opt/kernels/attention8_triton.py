@@ -84,10 +84,10 @@ def _softmax(s, q_scale, running, total, k_scale, v_scale, cols, num_keys, K_INT
 
 
 @triton.jit
-def _attend(acc, p, v, alpha, TWO_LEVEL: tl.constexpr):
-    """acc * alpha + p v. Two-level: the product starts from zero and is added in float32."""
+def _attend(acc, p, v, alpha, V_FP8: tl.constexpr):
+    """acc * alpha + p v. The product of e4m3 starts from zero and is added in float32."""
     p = p.to(v.dtype)
-    if TWO_LEVEL:
+    if V_FP8:
         return acc * alpha[:, None] + tl.dot(p, v)
     else:
         return tl.dot(p, v, acc * alpha[:, None])
@@ -96,8 +96,7 @@ def _attend(acc, p, v, alpha, TWO_LEVEL: tl.constexpr):
 @triton.jit(do_not_specialize=["queries", "num_keys"])
 def attention8_kernel(q_ptr, out_ptr, k_desc, v_desc, k_scale_ptr, v_scale_ptr, queries, slots, num_keys,
                       heads, qk_scale, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      K_INT8: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr,
-                      TWO_LEVEL: tl.constexpr):
+                      K_INT8: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr):
     """One program: BLOCK_M queries of one head against all keys. Programs of a head are neighbours, so its
     cache stays in L2.
     """
@@ -130,20 +129,19 @@ def attention8_kernel(q_ptr, out_ptr, k_desc, v_desc, k_scale_ptr, v_scale_ptr, 
         p, running, total, alpha = _softmax(s, q_scale, running, total, k_scale, v_scale, start + tile,
                                             num_keys, K_INT8, V_KIND, SHIFT, False)
         v = _values(v_desc, row, column, batch_head * D, start, V_KIND)
-        acc = _attend(acc, p, v, alpha, TWO_LEVEL)
+        acc = _attend(acc, p, v, alpha, V_KIND == "fp8")
     s = _scores(q, k_desc, row + last, column, K_INT8)
     p, running, total, alpha = _softmax(s, q_scale, running, total, k_scale, v_scale, last + tile, num_keys,
                                         K_INT8, V_KIND, SHIFT, True)
     v = _values(v_desc, row, column, batch_head * D, last, V_KIND)
-    acc = _attend(acc, p, v, alpha, TWO_LEVEL)
+    acc = _attend(acc, p, v, alpha, V_KIND == "fp8")
     if V_KIND == "fp8":
         total = total / tl.load(v_scale_ptr + batch_head)
     tl.store(out_ptr + offsets, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int,
-           block_m: int, block_n: int, num_warps: int, num_stages: int, two_level: bool,
-           max_registers: int) -> Tensor:
+           block_m: int, block_n: int, num_warps: int, num_stages: int, max_registers: int) -> Tensor:
     """Run the kernel on arguments that `attention8` has checked; returns a new tensor like q."""
     batch, queries, heads, dim = q.shape
     slots = k.shape[1]
@@ -158,5 +156,5 @@ def launch(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | N
         q, out, k_desc, v_desc, k_scale, k_scale if v_scale is None else v_scale, queries, slots, num_keys,
         heads, dim**-0.5 * math.log2(math.e), D=dim, BLOCK_M=block_m, BLOCK_N=block_n,
         K_INT8=k.dtype == torch.int8, V_KIND=v_kind, SHIFT=P_SHIFT[v_kind],
-        TWO_LEVEL=two_level, num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers or None)
+        num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers or None)
     return out
