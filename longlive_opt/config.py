@@ -25,7 +25,7 @@ KV_READ_PATHS = ("fused", "dequantize")
 LINEAR_QUANTIZATIONS = ("int8", "fp8")
 LINEAR_LAYERS = ("qkv", "query", "up", "down")
 DTYPES = ("bfloat16", "float32")
-ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
+ATTENTION_BACKENDS = ("auto", "cudnn", "gluon", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
 ROPE_POSITIONS = 1024
 REHEARSED_BLOCKS = 4
@@ -285,7 +285,7 @@ class ExperimentConfig:
         backend, on_cpu, half = self.attention_backend, self.device == "cpu", self.model_dtype != "float32"
         if on_cpu and backend not in ("auto", "math"):
             raise UserError(f"attention_backend: {backend!r} runs on CUDA only; use auto with device: cpu.")
-        if backend in ("cudnn", "flash") and not half:
+        if backend in ("cudnn", "gluon", "flash") and not half:
             raise UserError(
                 f"attention_backend: {backend!r} has no float32 kernel; use auto or model_dtype: bfloat16."
             )

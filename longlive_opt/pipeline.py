@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import ExperimentConfig
 from .decoder import Decoder, InlineDecoder
 from .errors import NotAvailable, UserError
+from .kernels.attention_bf16 import check_gpu
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
 from .model_config import ModelConfig
 from .models.attention import make_attention, resolve_backend
@@ -139,6 +140,8 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
     limit_memory(device, config.gpu_memory_limit_gb)
     model, dtype = config.model_config(), getattr(torch, config.model_dtype)
     backend = resolve_backend(config.attention_backend, device, dtype)
+    if backend == "gluon":
+        check_gpu(device, dtype, model.dit.head_dim)
     attention = make_attention(backend)
     digests = files.sha256()
     dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha)

@@ -374,17 +374,29 @@ def test_last_wave_is_split_where_that_takes_less_time(blocks, key_tiles, multip
     assert min(b - a for a, b in zip(firsts, firsts[1:])) >= 1
 
 
+def test_attention_bf16_refuses_what_it_cannot_read():
+    """A kernel that takes float32 for bf16, or a GPU that lacks its instructions found in the first pass."""
+    from longlive_opt.errors import NotAvailable
+    from longlive_opt.kernels.attention_bf16 import attention_bf16, check_gpu
+
+    q = torch.zeros(1, 4, 2, 128)
+    with pytest.raises(ValueError, match="bf16 on CUDA"):
+        attention_bf16(q, q, q)
+    with pytest.raises(NotAvailable, match="Hopper"):
+        check_gpu(torch.device("cpu"), torch.bfloat16, 128)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("queries, keys, heads", [(4680, 18720, 12), (200, 1040, 3), (129, 100, 2)])
-def test_gluon_attention_takes_bf16(queries, keys, heads):
+@pytest.mark.parametrize("queries, keys, heads", [(4680, 18720, 12), (200, 1040, 3), (129, 512, 2)])
+def test_attention_bf16_equals_float64(queries, keys, heads):
     """The second copy of a tile lost where K is twice as wide, a part of a split block weighted wrongly."""
-    from longlive_opt.kernels import gluon_attention
+    from longlive_opt.kernels.attention_bf16 import attention_bf16
 
     torch.manual_seed(7)
     q, k, v = (torch.randn(1, tokens, heads, 128, device="cuda", dtype=torch.bfloat16)
                for tokens in (queries, keys, keys))
     v = v + torch.randn(1, 1, heads, 128, device="cuda", dtype=torch.bfloat16)
-    out = gluon_attention.launch(q, k, v, None, None, keys, 128, 2)
+    out = attention_bf16(q, k, v)
     sample = slice(0, queries, 37)
     scores = torch.einsum("lnd,tnd->nlt", q[0, sample].double(), k[0].double()) / 128**0.5
     expected = torch.einsum("nlt,tnd->lnd", scores.softmax(-1), v[0].double())

@@ -24,8 +24,9 @@ class Tile(NamedTuple):
 
     `max_registers` caps a thread's registers (168 lets three programs of 4 warps share a multiprocessor, for
     a few spills); 0 is no cap. `gluon` takes the kernel of `gluon_attention` instead, which reads `block_n`
-    and `num_stages` only. Either adds each tile's P V to the sum in float32 where V is e4m3: the tensor core's
-    FP8 accumulators keep about 14 bits, and over 147 tiles a part common to all of V would shrink by a tenth.
+    and `num_stages` only. Either adds each tile's P V to the sum in float32 where V is e4m3: the FP8
+    accumulators of the tensor core keep about 14 bits, and over 147 tiles a part common to all of V would
+    shrink by a tenth.
     """
 
     block_m: int = 64

@@ -1,7 +1,7 @@
 """Attention over the cache, scheduled by hand for Hopper in Gluon (`gluon_api` lists the Tritons).
 
-Same arithmetic as `attention8_triton`, another schedule. A program has 128 queries: two consumer warpgroups of
-64 rows each, and one producer warp that fetches tiles of K and V for both, so the L2 cache is read half as
+Same arithmetic as `attention8_triton`, another schedule. A program has 128 queries: two consumer warpgroups
+of 64 rows each, and one producer warp that fetches tiles of K and V for both, so the L2 cache is read half as
 often as with 64 queries per program. K and V are in 8 bit, or V, or both, in bf16.
 
 e4m3 V: Hopper's FP8 accumulators keep about 14 bits, and what V has in common over the tokens is cut off a
@@ -9,7 +9,8 @@ little with each product that is added. So the P V of each tile of 128 keys star
 the total in float32. The total is rescaled by the factor of the tile before in the same instruction, which
 therefore costs nothing beyond the registers. They suffice because P V is issued before the next scores:
 
-    pack P_{i-1} | issue R = P_{i-1} V_{i-1} | issue S_i = Q K_i | wait for R | O = O a_{i-1} + R | wait for S_i | softmax
+    pack P_{i-1} | issue R = P_{i-1} V_{i-1} | issue S_i = Q K_i
+    wait for R | O = O a_{i-1} + R | wait for S_i | softmax of S_i
 
 P must then be packed before S_i is written, and both share registers (with S_i first ptxas keeps 60 more and
 spills). One warpgroup's products run while the other computes exponentials.
@@ -184,7 +185,8 @@ def _consume(INDEX: gl.constexpr, q_ptr, out_ptr, part_ptr, lse_ptr, k_scale_ptr
              STAGES: gl.constexpr, K_INT8: gl.constexpr, K_FP8: gl.constexpr, V_FP8: gl.constexpr,
              SHIFT: gl.constexpr):
     """One warpgroup: ROWS queries of one head against the keys of its program."""
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32 if K_INT8 or K_FP8 else 16])
+    step: gl.constexpr = 32 if K_INT8 or K_FP8 else 16
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, step])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if V_FP8 else 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, outputs, 4 if V_FP8 else 2)
     memory: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -337,15 +339,16 @@ def attention_kernel(q_ptr, out_ptr, part_ptr, lse_ptr, k_desc, v_desc, scale_de
                      row_blocks, whole, parts, qk_scale, q_smem, k_smem, v_smem, scale_smem, k_ready, v_ready,
                      k_empty, v_empty, ROWS, KEYS, D, STAGES, K_INT8, K_FP8, V_FP8, SHIFT)),
          (_produce, (k_desc, v_desc, scale_desc, slots, num_keys, heads, row_blocks, whole, parts, k_smem,
-                     v_smem, scale_smem, k_ready, v_ready, k_empty, v_empty, KEYS, D, STAGES, K_INT8, V_FP8))],
+                     v_smem, scale_smem, k_ready, v_ready, k_empty, v_empty, KEYS, D, STAGES, K_INT8,
+                     V_FP8))],
         [4, 1], [240, 24])
 
 
 @triton.jit(do_not_specialize=["queries", "whole"])
 def merge_kernel(part_ptr, lse_ptr, out_ptr, queries, heads, row_blocks, whole, PARTS: tl.constexpr,
                  SLOTS: tl.constexpr, PROGRAM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
-    """Grid: (split blocks, PROGRAM / ROWS). Weighted mean of a block's parts, each divided by its own sum; the
-    weights are those sums, of which `lse` holds the logarithms to base 2. SLOTS: PARTS to a power of two.
+    """Grid: (split blocks, PROGRAM / ROWS). Weighted mean of a block's parts, each divided by its own sum.
+    The weights are those sums, of which `lse` holds the logarithms to base 2. SLOTS: PARTS to a power of two.
     """
     block = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..kernels.attention_bf16 import attention_bf16
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _BACKENDS = {
@@ -21,7 +23,8 @@ _BACKENDS = {
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Turn `auto` into the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32
-    on CUDA, and PyTorch's only choice on the CPU (called `cpu`). The result goes into every run's provenance.
+    on CUDA, and PyTorch's only choice on the CPU (called `cpu`). `gluon`, the project's own kernel, is an
+    optimization and has to be asked for. The result goes into every run's provenance.
     `ExperimentConfig.validate` refuses what cannot run.
     """
     if name != "auto":
@@ -41,6 +44,8 @@ def make_attention(backend: str) -> Attention:
 
     if backend == "cpu":
         return attention
+    if backend == "gluon":
+        return attention_bf16
     kernel = _BACKENDS[backend]
 
     def pinned_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""Attention in bf16 as one PyTorch operator: the Gluon kernel on Hopper for many keys, cuDNN for few.
+
+    out = attention_bf16(q, k, v)
+
+The kernel of `gluon_attention` leads over cuDNN where the keys are those of a window (645 against 521 TFLOP/s
+with 18,720 keys on an H100); cross-attention's 512 keys are too few tiles to fill its pipeline, so they stay
+with cuDNN. The operator can be captured in a CUDA graph and is one node of a compiled region.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longlive_opt.errors import NotAvailable, UserError
+
+HEAD_DIM = 128
+KEY_TILE, STAGES = 128, 2
+FEWEST_KEYS = 1024
+
+
+@torch.library.custom_op("longlive::attention_bf16", mutates_args=())
+def attention_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q [B,L,N,128] over k, v [B,T,N,128], all bf16 on a Hopper GPU -> [B,L,N,128], contiguous.
+
+    No mask, scale 1/sqrt(128). Raises ValueError for other dtypes, shapes or devices.
+    """
+    shapes = [tuple(t.shape) for t in (q, k, v)]
+    fits = shapes[1] == shapes[2] and shapes[0][::2] == shapes[1][::2] and shapes[0][3] == HEAD_DIM
+    if not fits or any(t.dtype != torch.bfloat16 or not t.is_cuda for t in (q, k, v)):
+        raise ValueError(f"q {shapes[0]} {q.dtype}, k {shapes[1]}, v {shapes[2]} on {q.device}: the operator "
+                         f"takes bf16 on CUDA, q [B,L,N,{HEAD_DIM}] with k and v [B,T,N,{HEAD_DIM}]")
+    if k.shape[1] < FEWEST_KEYS:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).contiguous()
+    from longlive_opt.kernels import gluon_attention
+
+    return gluon_attention.launch(q.contiguous(), k.contiguous(), v.contiguous(), None, None, k.shape[1],
+                                  KEY_TILE, STAGES)
+
+
+@attention_bf16.register_fake
+def _attention_bf16_fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def check_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Check that the operator can run for a model's heads.
+
+    Raises:
+        NotAvailable: the device is no Hopper GPU.
+        UserError: the model's dtype or heads are others than the kernel's.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise NotAvailable("attention_backend: 'gluon' needs a Hopper GPU (compute capability 9.0, such as "
+                           "an H100); use attention_backend: auto here.")
+    if dtype != torch.bfloat16 or head_dim != HEAD_DIM:
+        raise UserError(f"attention_backend: 'gluon' takes bfloat16 and heads of {HEAD_DIM} channels, and "
+                        f"this model has {str(dtype).removeprefix('torch.')} and {head_dim}; use auto.")
