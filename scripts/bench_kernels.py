@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longlive_opt.kernels import emulation, fp8, fused
+from longlive_opt.kernels import emulation, fused, linear8
 from longlive_opt.kernels.attention8 import TILES, Tile, attention8
 from longlive_opt.kernels.quantize import MODES, QuantizedKV, allocate_kv, write_kv
 
@@ -314,30 +314,25 @@ def bench_gelu(bench: Bench, more: bool) -> None:
     bench.row("product", "linear alone", lambda: F.linear(x, weight, bias), flops)
 
 
-def bench_fp8(bench: Bench, more: bool) -> None:
-    """e4m3 products, the bf16 ones in whose place they come, and the kernels that make their operands."""
+def bench_rows(bench: Bench, more: bool) -> None:
+    """The kernels that make the operands of 8-bit products."""
     x, y, table = randn(1, TOKENS, CHANNELS), randn(1, TOKENS, CHANNELS), randn(1, 3, 6, CHANNELS)
     wide, (shift, scale, gate) = randn(1, TOKENS, FFN), (table[:, :, i] for i in range(3))
     normed = fused.gate_residual_layernorm_modulate(x, y, gate, shift, scale, FRAME)[1]
-    cases = {
-        "gate_residual_layernorm_modulate fp8": (
-            3.5 * x.nbytes, normed,
-            lambda: fp8.gate_residual_layernorm_modulate(x, y, gate, shift, scale, FRAME)[1].values),
-        "gelu fp8": (1.5 * wide.nbytes, F.gelu(wide, approximate="tanh"), lambda: fp8.gelu(wide).values),
-    }
-    for name, (work, source, call) in cases.items():
-        expected = fp8.quantize_rows(source)[0]
-        bench.row("norm", name, call, work, lambda out: {"error": relative(out, expected), "limit": 0.005})
-    for inputs, outputs in ((CHANNELS, 3 * CHANNELS), (CHANNELS, CHANNELS), (CHANNELS, FFN), (FFN, CHANNELS)):
-        a, weight, bias = randn(1, TOKENS, inputs), randn(outputs, inputs) / inputs**0.5, randn(outputs)
-        rows = fp8.Rows8(*fp8.quantize_rows(a))
-        weight8, channel_scale = fp8.quantize_rows(weight)
-        wanted = F.linear(rows.values.float() * rows.scale, weight8.float() * channel_scale, bias.float())
-        weight_scale, flops = channel_scale.t().contiguous(), 2 * TOKENS * inputs * outputs
-        bench.row("product", f"linear fp8 {inputs} to {outputs}",
-                  lambda: fp8.linear(rows, weight8, weight_scale, bias), flops,
-                  lambda out: {"error": relative(out, wanted), "limit": EMULATION_LIMIT})
-        bench.row("product", f"linear {inputs} to {outputs}", lambda: F.linear(a, weight, bias), flops)
+    for form in linear8.FORMATS:
+        cases = {
+            f"gate_residual_layernorm_modulate {form}": (
+                3.5 * x.nbytes, normed, lambda: linear8.gate_residual_layernorm_modulate(
+                    x, y, gate, shift, scale, FRAME, form=form)[1].values),
+            f"quantize rows {form}": (1.5 * wide.nbytes, wide,
+                                      lambda: linear8.quantize_rows(wide, form).values),
+            f"gelu, quantize rows {form}": (1.5 * wide.nbytes, F.gelu(wide, approximate="tanh"),
+                                            lambda: linear8.quantize_rows(wide, form, True).values),
+        }
+        for name, (work, source, call) in cases.items():
+            expected = linear8.rows_reference(source, form).values
+            bench.row("norm", name, call, work,
+                      lambda out: {"error": relative(out, expected), "limit": 0.005})
 
 
 def environment() -> dict[str, str | int | None]:
@@ -349,7 +344,7 @@ def environment() -> dict[str, str | int | None]:
 
 
 GROUPS = {"attention": bench_attention, "write": bench_write, "norms": bench_norms, "gelu": bench_gelu,
-          "fp8": bench_fp8, "gluon": bench_gluon}
+          "rows": bench_rows, "gluon": bench_gluon}
 
 
 def main() -> int:
