@@ -470,6 +470,29 @@ def test_triton_rows_keep_what_is_not_finite(bad, form, exact_interpreter):
 
 
 @runs_kernels
+@pytest.mark.parametrize("gelu", [False, True])
+def test_triton_int8_product_equals_its_emulation(gelu, exact_interpreter):
+    """The rest of rows, columns or channels; a tile of another program; a scale that is another row's."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from longlive_opt.kernels import gemm8_triton
+
+    generator = torch.Generator().manual_seed(8)
+    x, weight = (torch.randn(size, 80, generator=generator) for size in (72, 48))
+    rows, weight = linear8.rows_reference(x[None], "int8"), linear8.rows_reference(weight, "int8")
+    column_scale, bias = weight.scale.t().contiguous(), torch.randn(48, generator=generator).bfloat16()
+    wanted = linear8.linear(rows, weight.values, column_scale, bias, gelu=gelu)[0]
+    values, row_scale, weights, column_scale, bias = (
+        t.to(DEVICE) for t in (rows.values[0], rows.scale[0], weight.values, column_scale, bias))
+    out = torch.full((72, 48), math.nan, device=DEVICE, dtype=torch.bfloat16)
+    blocks = ((values, [32, 32]), (weights, [32, 32]), (out, [32, 32]))
+    gemm8_triton.linear_kernel[(2,)](
+        *(TensorDescriptor.from_tensor(*pair) for pair in blocks), row_scale, column_scale, bias, 72, 48, 80,
+        BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, GROUP=2, GELU=gelu, FLATTEN=False, num_warps=4)
+    assert_agrees(out, wanted, 2**-8, exact=not gelu)
+
+
+@runs_kernels
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_triton_writes_keep_what_is_not_finite(mode, bad, exact_interpreter):
