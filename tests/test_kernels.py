@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels import emulation, fp8, fused, quantize
+from longlive_opt.kernels import emulation, fused, linear8, quantize
 from longlive_opt.kernels.attention8 import Tile, attention8, default_tile
 from longlive_opt.kernels.quantize import FP8, MODES, QuantizedKV, allocate_kv
 
@@ -70,27 +70,14 @@ def test_the_error_is_the_formats_and_not_the_softmax():
 
 
 def test_large_values_survive_where_the_format_promises_it():
-    """Overflow of fp8 to NaN (it saturates at 448 scales), a calibration that saturates, a zero row's 0/0."""
+    """Overflow of fp8 to NaN (it saturates at 448 scales), a zero row's 0/0."""
     k = torch.full((1, 16, 1, 32), 1000.0)
     cache = allocate_kv("fp8_fp8", 1, 16, 1, 32, "cpu")
     quantize.write_kv(cache, k, k, torch.tensor([0]), 16)
     assert quantize.gather_v(cache.v, 16).float().unique().tolist() == [448.0]
-    cache.v_scale.copy_(quantize.head_scale(k))
-    quantize.write_kv(cache, k, k, torch.tensor([0]), 16)
-    kept = quantize.dequantize(quantize.gather_v(cache.v, 16), cache.v_scale[:, None])
-    torch.testing.assert_close(kept, k, rtol=0.04, atol=0)
     zeros = torch.zeros(2, 8)
     for quantized, scale in (quantize.quantize_int8(zeros), quantize.quantize_fp8(zeros)):
         assert not quantized.float().any() and (scale > 0).all()
-
-
-def test_the_mean_of_keys_does_not_matter():
-    """A smoothing that subtracts per token rather than over tokens would change the result."""
-    torch.manual_seed(2)
-    q, k, v = torch.randn(3, 1, 20, 2, 16)
-    smooth = quantize.subtract_key_mean(k + 5)
-    torch.testing.assert_close(emulation.attention_reference(q, smooth, v),
-                               emulation.attention_reference(q, k, v))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -210,12 +197,15 @@ def test_operators_are_registered_consistently():
     torch.library.opcheck(ops.qk_norm_rope_write, arguments)
     k, v = torch.randn(2, 2, 15, 3, 32)
     torch.library.opcheck(ops.store_kv, (k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, 5))
-    arguments = (i["x"], i["shift"], i["scale"], 5, 1e-6)
-    torch.library.opcheck(ops.layernorm_modulate_fp8, arguments)
-    torch.library.opcheck(ops.gelu_fp8, (i["x"],))
-    for op, first, second in ((ops.gate_residual_layernorm_modulate_fp8, "shift", "scale"),
-                              (ops.gate_residual_layernorm_affine_fp8, "weight", "bias")):
-        torch.library.opcheck(op, (i["x"], i["y"], i["gate"], i[first], i[second], 5, 1e-6))
+    for form in ("int8", "fp8"):
+        torch.library.opcheck(ops.layernorm_modulate8, (i["x"], i["shift"], i["scale"], 5, 1e-6, form))
+        torch.library.opcheck(ops.quantize_rows8, (i["x"], form, True))
+        for op, first, second in ((ops.gate_residual_layernorm_modulate8, "shift", "scale"),
+                                  (ops.gate_residual_layernorm_affine8, "weight", "bias")):
+            torch.library.opcheck(op, (i["x"], i["y"], i["gate"], i[first], i[second], 5, 1e-6, form))
+    rows, weight = linear8.rows_reference(i["x"], "int8"), linear8.rows_reference(torch.randn(16, 96), "int8")
+    torch.library.opcheck(ops.linear_int8, (*rows, weight.values, weight.scale.mT.contiguous(),
+                                            torch.zeros(16), True))
     q = torch.randn(2, 8, 3, 32)
     torch.library.opcheck(ops.attention8, (q, cache.k, cache.v, cache.k_scale, cache.v_scale, 64, *Tile()))
 
@@ -439,19 +429,21 @@ def test_triton_norms_equal_eager_pytorch(gated, exact_interpreter):
 
 
 def assert_rows_agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """e4m3 rows and their scales: bit for bit under the interpreter, else but for values that lie where
-    rounding turns, which may be one step of e4m3 away.
+    """8-bit rows and their scales: bit for bit under the interpreter, else but for values that lie where
+    rounding turns, which may be one step away.
     """
     (values, scale), (wanted, wanted_scale) = ((v.cpu(), s.cpu()) for v, s in (found, expected))
-    assert values.dtype == FP8 and values.shape == wanted.shape and scale.shape == (*values.shape[:-1], 1)
+    assert values.dtype == wanted.dtype and values.shape == wanted.shape
+    assert scale.shape == (*values.shape[:-1], 1)
     torch.testing.assert_close(scale, wanted_scale, rtol=0 if INTERPRETED else 0.01, atol=0)
-    codes, wanted_codes = (t.view(torch.uint8).int() for t in (values, wanted))
-    codes, wanted_codes = (torch.where(t > 127, 128 - t, t) for t in (codes, wanted_codes))
+    codes, wanted_codes = (t.view(torch.int8).int() for t in (values, wanted))
+    if values.dtype == FP8:
+        codes, wanted_codes = (torch.where(t < 0, -128 - t, t) for t in (codes, wanted_codes))
     assert (codes - wanted_codes).abs().max() <= 1
-    assert (codes != wanted_codes).float().mean() <= (0 if INTERPRETED else 0.005)
+    assert (codes != wanted_codes).float().mean() <= (0 if INTERPRETED else 0.01)
 
 
-def fp8_inputs(channels: int) -> dict[str, Tensor]:
+def rows_inputs(channels: int) -> dict[str, Tensor]:
     """The inputs of norms and GELU, 2 x (3 frames of 5 tokens): rows of every size, one of zeros."""
     generator = torch.Generator().manual_seed(5)
     size = torch.logspace(-4, 4, 30).view(2, 15, 1)
@@ -464,41 +456,116 @@ def fp8_inputs(channels: int) -> dict[str, Tensor]:
 
 
 @runs_kernels
+@pytest.mark.parametrize("form", ["int8", "fp8"])
 @pytest.mark.parametrize("channels", [96, 1536] if ON_CUDA else [64, 88])
 @pytest.mark.parametrize("gated", [False, True])
-def test_triton_fp8_norms_equal_their_emulation(gated, channels, exact_interpreter):
+def test_triton_8_bit_norms_equal_their_emulation(gated, channels, form, exact_interpreter):
     """The largest of the padding or of the unrounded row, a scale in another row's place, a cast that keeps
     the bfloat16 rounding out.
     """
-    from longlive_opt.kernels import fp8_triton
+    from longlive_opt.kernels import linear8_triton
 
-    i = fp8_inputs(channels)
+    i = rows_inputs(channels)
     c = {name: tensor.cpu() for name, tensor in i.items()}
     gate, gate_cpu = (inputs["gate"] if gated else None for inputs in (i, c))
-    _, *rows = fp8_triton.norm(i["x"], None, None, i["scale"], i["shift"], 5, True, 1e-6)
-    assert_rows_agree(rows, fp8.layernorm_modulate(c["x"], c["shift"], c["scale"], 5))
-    x, *rows = fp8_triton.norm(i["x"], i["y"], gate, i["scale"], i["shift"], 5, True, 1e-6)
-    residual, expected = fp8.gate_residual_layernorm_modulate(c["x"], c["y"], gate_cpu, c["shift"],
-                                                              c["scale"], 5)
+    _, *rows = linear8_triton.norm(i["x"], None, None, i["scale"], i["shift"], 5, True, 1e-6, form)
+    assert_rows_agree(rows, linear8.layernorm_modulate(c["x"], c["shift"], c["scale"], 5, form=form))
+    x, *rows = linear8_triton.norm(i["x"], i["y"], gate, i["scale"], i["shift"], 5, True, 1e-6, form)
+    residual, expected = linear8.gate_residual_layernorm_modulate(c["x"], c["y"], gate_cpu, c["shift"],
+                                                                  c["scale"], 5, form=form)
     assert_agrees(x, residual, 1e-6)
     assert_rows_agree(rows, expected)
-    x, *rows = fp8_triton.norm(i["x"], i["y"], gate, i["weight"], i["bias"], 5, False, 1e-6)
-    residual, expected = fp8.gate_residual_layernorm_affine(c["x"], c["y"], gate_cpu, c["weight"], c["bias"],
-                                                            5)
+    x, *rows = linear8_triton.norm(i["x"], i["y"], gate, i["weight"], i["bias"], 5, False, 1e-6, form)
+    residual, expected = linear8.gate_residual_layernorm_affine(c["x"], c["y"], gate_cpu, c["weight"],
+                                                                c["bias"], 5, form=form)
     assert_agrees(x, residual, 1e-6)
     assert_rows_agree(rows, expected)
 
 
 @runs_kernels
+@pytest.mark.parametrize("form", ["int8", "fp8"])
 @pytest.mark.parametrize("channels", [64, 88, 8960] if ON_CUDA else [64, 88])
-def test_triton_gelu_equals_its_emulation(channels, exact_interpreter):
-    """The rest of the row left out of its largest, or stored in its first part; a constant of GELU's."""
-    from longlive_opt.kernels import fp8_triton
+def test_triton_rows_equal_their_emulation(channels, form, exact_interpreter):
+    """The rest of the row left out of its largest, or stored in its first part; a constant of GELU's; a tie
+    that is rounded away from even.
+    """
+    from longlive_opt.kernels import linear8_triton
 
-    x = fp8_inputs(channels)["x"]
+    x = rows_inputs(channels)["x"]
     x[0, 7, -1] = x[0, 8, 0] = 1000  # the row's largest at either end
     x[0, 9, 5] = -1e38  # squared and cubed, it overflows
-    assert_rows_agree(fp8_triton.gelu(x), fp8.gelu(x.cpu()))
+    assert_rows_agree(linear8_triton.quantize_rows(x, form, True), linear8.quantize_rows(x.cpu(), form, True))
+    x[0, 9, 5] = -1e30
+    x[1, 2] = torch.arange(channels, device=x.device) % 128 / 2  # the largest is 63.5: steps of a half
+    assert_rows_agree(linear8_triton.quantize_rows(x, form, False), linear8.quantize_rows(x.cpu(), form))
+
+
+@runs_kernels
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_triton_rows_keep_what_is_not_finite(bad, form, exact_interpreter):
+    """NaN that a maximum or a clamp drops: the row becomes a number, and a broken layer passes `isfinite`.
+    At either end of the row, which are reduced apart.
+    """
+    from longlive_opt.kernels import linear8_triton
+
+    i = rows_inputs(88)
+    i["x"][0, 3, 0] = i["x"][0, 11, -1] = bad
+    found = [linear8_triton.quantize_rows(i["x"], form, gelu) for gelu in (False, True)]
+    found += [linear8_triton.norm(i["x"], *rest, 1e-6, form)[1:] for rest in (
+        (None, None, i["scale"], i["shift"], 5, True), (i["y"], None, i["weight"], i["bias"], 5, False))]
+    for position, (values, scale) in enumerate(found):
+        widened = values.float() * scale
+        lost = ~widened.isfinite().all(-1)
+        # GELU of minus infinity is NaN in its tanh form, everything else passes through.
+        assert lost.nonzero().tolist() == [[0, 3], [0, 11]], position
+        weight = torch.ones(16, 88).to(values.dtype)
+        out = linear8.linear(linear8.Rows8(values.cpu(), scale.cpu()), weight, torch.ones(1, 16),
+                             torch.zeros(16))
+        assert out.isnan().all(-1).nonzero().tolist() == [[0, 3], [0, 11]]
+
+
+@runs_kernels
+@pytest.mark.parametrize("gelu", [False, True])
+def test_triton_int8_product_equals_its_emulation(gelu, exact_interpreter):
+    """The rest of rows, columns or channels; a tile of another program; a scale that is another row's."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from longlive_opt.kernels import gemm8_triton
+
+    generator = torch.Generator().manual_seed(8)
+    x, weight = (torch.randn(size, 80, generator=generator) for size in (72, 48))
+    rows, weight = linear8.rows_reference(x[None], "int8"), linear8.rows_reference(weight, "int8")
+    column_scale, bias = weight.scale.t().contiguous(), torch.randn(48, generator=generator).bfloat16()
+    wanted = linear8.linear(rows, weight.values, column_scale, bias, gelu=gelu)[0]
+    values, row_scale, weights, column_scale, bias = (
+        t.to(DEVICE) for t in (rows.values[0], rows.scale[0], weight.values, column_scale, bias))
+    out = torch.full((72, 48), math.nan, device=DEVICE, dtype=torch.bfloat16)
+    blocks = ((values, [32, 32]), (weights, [32, 32]), (out, [32, 32]))
+    gemm8_triton.linear_kernel[(2,)](
+        *(TensorDescriptor.from_tensor(*pair) for pair in blocks), row_scale, column_scale, bias, 72, 48, 80,
+        BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, GROUP=2, GELU=gelu, FLATTEN=False, num_warps=4)
+    assert_agrees(out, wanted, 2**-8, exact=not gelu)
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_triton_writes_keep_what_is_not_finite(mode, bad, exact_interpreter):
+    """A clamp that makes a number of NaN: a broken layer's keys attended as -448."""
+    from longlive_opt.kernels import fused_triton
+
+    k, v = torch.randn(2, 1, 10, 3, 32)
+    k[0, 4, 1, 7] = v[0, 6, 2, 31] = bad
+    slots = torch.tensor([20, 3], dtype=torch.int32)
+    found, wanted = (allocate_kv(mode, 1, 64, 3, 32, device, torch.float32) for device in (DEVICE, "cpu"))
+    quantize.write_kv(wanted, k, v, slots, 5)
+    fused_triton.store_kv(*(t.to(DEVICE) for t in (k, v, slots)), found.k, found.v, found.k_scale,
+                          found.v_scale, 5)
+    for cache in (found, wanted):
+        keys, values = quantize.dequantize_kv(cache, 64)
+        assert (~keys.isfinite().all(-1)).nonzero().tolist() == [[0, 24, 1]]
+        assert (~values.isfinite().all(-1)).nonzero().tolist() == [[0, 4, 2]]
 
 
 @runs_kernels

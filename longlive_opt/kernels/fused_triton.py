@@ -20,6 +20,39 @@ KINDS = {torch.int8: "int8", FP8: "fp8"}
 
 
 @triton.jit
+def largest(x, axis: tl.constexpr):
+    """Largest magnitude of float32 x along an axis, at least 1e-12; NaN where there is one.
+
+    tl.max drops NaN. As integers non-negative floats keep their order, and NaN is the largest.
+    """
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+    return tl.maximum(bits, 0x2B8CBCCC).to(tl.float32, bitcast=True)  # the bits of 1e-12
+
+
+@triton.jit
+def rounded_row(x, absmax, FORMAT: tl.constexpr):
+    """x by the scale of `scale_of` in int8, ties to even, or e4m3. absmax: of x's shape but for the row."""
+    inverse = tl.div_rn(1.0, absmax) * (127.0 if FORMAT == "int8" else 448.0)
+    if FORMAT == "int8":
+        return ((x * inverse + ROUND) - ROUND).to(tl.int8)
+    else:
+        return (x * inverse).to(tl.float8e4nv)
+
+
+@triton.jit
+def scale_of(absmax, FORMAT: tl.constexpr):
+    """The factor that widens what `rounded_row` gives."""
+    return absmax * ((1.0 / 127.0) if FORMAT == "int8" else (1.0 / 448.0))
+
+
+@triton.jit
+def _saturated(x):
+    """float32 -> e4m3, clamped to +-448; what is not finite becomes NaN."""
+    clamped = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    return tl.where(tl.abs(x) < float("inf"), clamped, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit
 def _vector(pointer, batch, frame, batch_stride, frame_stride, cols, mask):
     """One per-frame vector [C] of a [B,F,C] tensor, float32."""
     vector = pointer + batch * batch_stride + frame * frame_stride
@@ -30,9 +63,10 @@ def _vector(pointer, batch, frame, batch_stride, frame_stride, cols, mask):
 def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr, row_scale_ptr, tokens,
                 channels, frame_tokens, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch,
                 shift_frame, eps, RESIDUAL: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr,
-                QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+                FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     """x + gate * y, LayerNorm, then modulation per frame or, weight and bias in their places, affine. What
-    comes out is rounded to x's dtype and, if QUANTIZE, then to e4m3 by the row's own scale, which is stored.
+    comes out is rounded to x's dtype and, unless FORMAT is "plain", to 8 bit by the row's own scale, which is
+    stored.
     """
     row = tl.program_id(0)
     batch = row // tokens
@@ -59,11 +93,11 @@ def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr
     else:
         h = h * scale
     out = (h + shift).to(dtype)
-    if QUANTIZE:
+    if FORMAT != "plain":
         wide = out.to(tl.float32)
-        absmax = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12)
-        tl.store(row_scale_ptr + row, absmax * (1.0 / 448.0))
-        out = (wide * (tl.div_rn(1.0, absmax) * 448.0)).to(tl.float8e4nv)
+        absmax = largest(wide, 0)
+        tl.store(row_scale_ptr + row, scale_of(absmax, FORMAT))
+        out = rounded_row(wide, absmax, FORMAT)
     tl.store(out_ptr + row * channels + cols, out, mask=mask)
 
 
@@ -91,13 +125,13 @@ def _store_row(pointer, scale_ptr, x, batch, slot, slots, heads, N: tl.constexpr
     target = pointer + ((batch * slots + slot) * N + heads)[:, None] * D + tl.arange(0, D)[None, :]
     if KIND == "int8":
         x = x.to(tl.float32)
-        absmax = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
-        x = ((x * (tl.div_rn(1.0, absmax) * 127.0)[:, None] + ROUND) - ROUND).to(tl.int8)
-        tl.store(scale_ptr + (batch * N + heads) * slots + slot, absmax * (1.0 / 127.0), mask=kept)
+        absmax = largest(x, 1)
+        x = rounded_row(x, absmax[:, None], KIND)
+        tl.store(scale_ptr + (batch * N + heads) * slots + slot, scale_of(absmax, KIND), mask=kept)
     elif KIND == "fp8":
         scale = tl.load(scale_ptr + batch * N + heads, mask=kept, other=1.0)
         x = x.to(tl.float32) * tl.div_rn(1.0, scale)[:, None]
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
+        x = _saturated(x)
     tl.store(target, x, mask=kept[:, None])
 
 
@@ -177,7 +211,7 @@ def write_v_transposed_kernel(x_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, toke
     source = x_ptr + row[:, None] * token_stride + head * D + channels[None, :]
     x = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
     x = x * tl.div_rn(1.0, tl.load(v_scale_ptr + batch_head))
-    stored = tl.trans(tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv))
+    stored = tl.trans(_saturated(x))
     target = v_ptr + (batch_head * D + channels)[:, None] * capacity + column[None, :]
     if start >= first and start + BLOCK <= end:
         tl.store(target, stored)  # unmasked, so 16 bytes at a time
@@ -197,8 +231,8 @@ def norm(x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift:
 
 def norm_into(out: Tensor, row_scale: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None,
               scale: Tensor, shift: Tensor, frame_tokens: int, modulate: bool, eps: float) -> Tensor | None:
-    """Launch `norm_kernel` with the normed rows going into `out`, which is e4m3 where there are scales of
-    rows [B,L,1] to write; returns the new residual stream, None without y.
+    """Launch `norm_kernel` with the normed rows going into `out`, which is int8 or e4m3 where there are
+    scales of rows [B,L,1] to write; returns the new residual stream, None without y.
     """
     batch, tokens, channels = x.shape
     x_out = None if y is None else torch.empty_like(x)
@@ -208,8 +242,9 @@ def norm_into(out: Tensor, row_scale: Tensor | None, x: Tensor, y: Tensor | None
     norm_kernel[(batch * tokens,)](
         x, x if y is None else y, x if gate is None else gate, scale, shift, out if x_out is None else x_out,
         out, out if row_scale is None else row_scale, tokens, channels, frame_tokens, *strides, eps,
-        RESIDUAL=y is not None, GATE=gate is not None, MODULATE=modulate, QUANTIZE=row_scale is not None,
-        BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
+        RESIDUAL=y is not None, GATE=gate is not None, MODULATE=modulate,
+        FORMAT=KINDS.get(out.dtype, "plain"), BLOCK=triton.next_power_of_2(channels), num_warps=4,
+        enable_fp_fusion=False)
     return x_out
 
 

@@ -21,12 +21,16 @@ stored in the order in which P lies in registers, and the exchange between threa
 
 *Why fp8 has one fixed scale per head.* e4m3 is a floating-point format: 15 binades lie between its smallest
 normal number and its largest, so a scale per token buys no precision and costs a multiplication per score. A
-scale of 1 covers 0.016 to 448; values beyond saturate. `head_scale` derives another one from data. int8 needs
+scale of 1 covers 0.016 to 448; finite values beyond saturate, and `count_codes` says how many did. int8 needs
 its scale per token.
+
+*What is not finite stays so.* e4m3 has a code for NaN, which infinities become too. int8 has none: the scale
+of its row is then NaN or infinite, and whatever is multiplied by it is lost visibly rather than wrong.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +88,13 @@ def allocate_kv(mode: str, batch: int, tokens: int, heads: int, head_dim: int, d
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] -> (int8 [..., D], float32 scale [...]), scale = absmax / 127, round half to even.
 
-    The order of operations is a contract with the kernels: one reciprocal a row, then products in float32.
+    A row that holds NaN or an infinity has that as its scale. The order of operations is a contract with the
+    kernels: one reciprocal per row, then products in float32.
     """
     x = x.float()
     absmax = x.abs().amax(-1).clamp_min(TINY)
     q = torch.round(x * (absmax.reciprocal() * INT8_MAX)[..., None])
-    return q.to(torch.int8), absmax * (1 / INT8_MAX)
+    return q.nan_to_num(0.0).to(torch.int8), absmax * (1 / INT8_MAX)
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,30 +105,15 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def saturate_fp8(x: Tensor) -> Tensor:
-    """float32 -> e4m3, clamped to +-448: a plain cast of a larger value gives NaN on some devices."""
-    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    """float32 -> e4m3, clamped to +-448: a plain cast of a larger value gives NaN on some devices. NaN and
+    infinities become NaN.
+    """
+    return torch.where(x.isfinite(), x.clamp(-FP8_MAX, FP8_MAX), math.nan).to(FP8)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """q [..., D] and its scale [...] -> float32 [..., D]."""
     return q.float() * scale[..., None]
-
-
-def head_scale(x: Tensor, margin: float = 4.0) -> Tensor:
-    """Fixed e4m3 scale per head from a sample x [B,T,N,D] -> float32 [B,N].
-
-    absmax may grow `margin` times before it saturates; that costs two of fifteen binades at the lower end.
-    """
-    return x.float().abs().amax((1, 3)).clamp_min(TINY) * (margin / FP8_MAX)
-
-
-def subtract_key_mean(k: Tensor) -> Tensor:
-    """k [B,T,N,D] less its mean over tokens; shifts all scores of a query alike, so softmax is unchanged.
-
-    Helps int8 when keys share a large offset (SageAttention's smoothing). Reference only: the mean moves with
-    every block, so stored keys would have to be quantised again.
-    """
-    return k - k.float().mean(1, keepdim=True).to(k.dtype)
 
 
 def token_slots(slots: Tensor, frame_tokens: int) -> Tensor:

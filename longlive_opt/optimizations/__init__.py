@@ -9,10 +9,10 @@ from ..pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .cuda_graphs import CudaGraphs
 from .early_decode import EarlyDecode
-from .fp8_linears import Fp8Linears
 from .fused_kernels import FusedKernels
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
+from .quantized_linears import QuantizedLinears
 from .room import Room
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
@@ -28,7 +28,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_static_kv and not config.use_quantized_kv, StaticKV()),
         (config.use_quantized_kv, QuantizedKV(config.kv_quantization, config.kv_read_path)),
         (config.use_fused_kernels, FusedKernels()),
-        (config.use_quantized_linears, Fp8Linears()),
+        (config.use_quantized_linears, QuantizedLinears(config.linear_quantization, config.linear_layers)),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         (config.use_cuda_graphs, CudaGraphs()),
         (config.use_vae_offload, VAEOffload(config.vae_offload_ahead)),

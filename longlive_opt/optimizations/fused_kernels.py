@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, ClassVar, NamedTuple, Protocol, Sequence, TypeVar
 
 import torch
@@ -100,14 +101,15 @@ class TimeTable(NamedTuple):
 
 
 class Products(Protocol[Operand]):
-    """The products of a block that have a norm before them, and the norms that make what they take: a room
-    may round both to fewer bits. `modulate`, `add_modulate` and `add_affine` are `fused.layernorm_modulate`
-    and the two of `fused` that add to the residual stream, in the products' own kind of operand.
+    """The linear layers of a block that have a norm before them, and the norms that make what they take: an
+    optimization may round both to fewer bits. `norm_qkv` is `fused.layernorm_modulate`; the others are the
+    two of `fused` that add to the residual stream before they norm, each in its layer's kind of operand.
     """
 
-    modulate: Callable[..., Operand]
-    add_modulate: Callable[..., tuple[Tensor, Operand]]
-    add_affine: Callable[..., tuple[Tensor, Operand]]
+    norm_qkv: Callable[..., Operand]
+    add_norm_qkv: Callable[..., tuple[Tensor, Operand]]
+    add_norm_query: Callable[..., tuple[Tensor, Operand]]
+    add_norm_up: Callable[..., tuple[Tensor, Operand]]
 
     def qkv(self, h: Operand) -> Tensor:
         """Self-attention's q, k and v side by side, [B, L, 3 dim]."""
@@ -122,22 +124,23 @@ class Products(Protocol[Operand]):
 class PlainProducts:
     """`Products` in the model's dtype. It joins weights of `block`, which goes on working as before."""
 
-    modulate = staticmethod(fused.layernorm_modulate)
-    add_modulate = staticmethod(fused.gate_residual_layernorm_modulate)
-    add_affine = staticmethod(fused.gate_residual_layernorm_affine)
+    norm_qkv = staticmethod(fused.layernorm_modulate)
+    add_norm_qkv = add_norm_up = staticmethod(fused.gate_residual_layernorm_modulate)
+    add_norm_query = staticmethod(fused.gate_residual_layernorm_affine)
 
     def __init__(self, block: DiTBlock):
         attention = block.self_attn
         self.weight, self.bias = join_linears((attention.q, attention.k, attention.v))
         self.query = block.cross_attn.q
-        self._first, self._second = block.ffn[0], block.ffn[2]
-        self._gelu_linear = gelu_linear_cuda if self.weight.is_cuda else gelu_linear
+        # The feed-forward's first layer with its GELU, and its second.
+        self.up = partial(gelu_linear_cuda if self.weight.is_cuda else gelu_linear, linear=block.ffn[0])
+        self.down = block.ffn[2]
 
     def qkv(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight, self.bias)
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        return self._second(self._gelu_linear(h, self._first))
+        return self.down(self.up(h))
 
 
 class FusedForward:
@@ -146,9 +149,10 @@ class FusedForward:
     def __init__(self, dit: CausalDiT, products: Sequence[Products]):
         """Args: products: of each block."""
         self.dit = dit
-        # A block ends with the norm of the next one's first product, the last block with that of the head.
-        ends = [*(own.add_modulate for own in products[1:]), PlainProducts.add_modulate]
-        self._enter = products[0].modulate
+        self.products = list(products)
+        # A block ends with the norm of the next one's qkv, the last block with that of the head.
+        ends = [*(own.add_norm_qkv for own in products[1:]), PlainProducts.add_norm_qkv]
+        self._enter = products[0].norm_qkv
         self._blocks = [FusedBlock(*parts) for parts in zip(dit.blocks, products, ends, strict=True)]
         self._times: dict[tuple[float, torch.Size], TimeTable] = {}
 
@@ -185,7 +189,7 @@ class FusedBlock:
     """The operations of one `DiTBlock`."""
 
     def __init__(self, block: DiTBlock, products: Products, end: Callable[..., tuple[Tensor, Operand]]):
-        """Args: end: `add_modulate` in the kind of operand that what follows the block takes."""
+        """Args: end: `add_norm_qkv` in the kind of operand that what follows the block takes."""
         self.block = block
         self.products = products
         self._end = end
@@ -223,12 +227,12 @@ class FusedBlock:
         """
         block, products, cross, eps = self.block, self.products, self.block.cross_attn, self.block.norm1.eps
         y = block.self_attn.output(attended)
-        x, h = products.add_affine(x, y, vectors.gate_a, block.norm3.weight, block.norm3.bias, frame_tokens,
-                                   eps)
+        x, h = products.add_norm_query(x, y, vectors.gate_a, block.norm3.weight, block.norm3.bias,
+                                       frame_tokens, eps)
         q = fused.rms_norm(products.query(h), cross.norm_q.weight, cross.norm_q.eps)
         q = q.unflatten(-1, (-1, cross.head_dim))
         y = cross.output(block.attention(q, text_key, text_value))
-        x, h = products.add_modulate(x, y, None, vectors.shift_f, vectors.scale_f, frame_tokens, eps)
+        x, h = products.add_norm_up(x, y, None, vectors.shift_f, vectors.scale_f, frame_tokens, eps)
         y = products.feed_forward(h)
         return self._end(x, y, vectors.gate_f, *following, frame_tokens, eps)
 
