@@ -45,7 +45,10 @@ def choose_tile(rows: int, columns: int, hopper: bool) -> Tile:
     """The tile of a product of this size."""
     if not hopper:
         return PLAIN
-    return Tile(128, 256, stages=4) if columns >= 256 and rows > 128 else Tile(128, 128, stages=6)
+    if rows <= 128:
+        return Tile(128, 128, stages=6)
+    # On an H100 the wide tile leads for the feed-forward's first product only (1233 against 1170 TOP/s).
+    return Tile(128, 256, stages=4, group=37) if columns > 4608 else Tile(256, 128, stages=4)
 
 
 def launch(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, gelu: bool,
