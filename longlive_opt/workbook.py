@@ -35,6 +35,7 @@ from .fidelity import Reference, compare_blocks, difference_chart, variation_fid
 from .inputs import notebook_parameters, project_path, script_of
 from .measurement import Measurement
 from .optimizations import build_pipeline
+from .optimizations.room import Stats
 from .reading import definitions_html, reading_html
 from .results import REFERENCE_FILE
 from .tables import headline_table, parameters_table, plain, quality_table, rooms_table
@@ -313,6 +314,6 @@ class Experiment:
         return None
 
     def _room_reports(self) -> list[dict[str, Any]]:
-        return [room | {"report": {key: value.summary() if key == "stats" else value
+        return [room | {"report": {key: value.summary() if isinstance(value, Stats) else value
                                    for key, value in room["report"].items()}}
                 for room in self.pipeline.rooms]

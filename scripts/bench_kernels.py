@@ -113,8 +113,8 @@ class Bench:
 
     def finish(self) -> int:
         """Print the table, write the JSON, return the exit code."""
-        print(f"\n{'group':10} {'variant':44} {'ms':>9} {'rate':>8} {'error':>9} {'vs emu':>9} {'shrinks':>9} "
-              "verdict")
+        print(f"\n{'group':10} {'variant':58} {'ms':>9} {'rate':>8} {'error':>9} {'vs emu':>9} {'shrinks':>9}"
+              "  verdict")
         for row in self.rows:
             print(line(row))
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def line(row: Row) -> str:
     numbers = ((row.ms, "9.4f"), (row.rate, "8.0f"), (row.error, "9.2e"), (row.emulation_error, "9.2e"),
                (row.shrinkage, "9.1e"))
     cells = " ".join(f"{'-':>{form[0]}}" if value is None else f"{value:{form}}" for value, form in numbers)
-    return f"{row.group:10} {row.name:44} {cells}  {row.verdict} {row.message}"
+    return f"{row.group:10} {row.name:58} {cells}  {row.verdict} {row.message}"
 
 
 def poison() -> None:
@@ -362,7 +362,7 @@ class Product:
         copies = max(2, int(COLD_BYTES / (tokens * inputs + inputs * outputs)) + 1)
         self.plain = [(randn(1, tokens, inputs) + 0.25, (randn(outputs, inputs) + 0.25) / inputs**0.5)
                       for _ in range(copies)]
-        self.sample = torch.randint(tokens, (64,), device=DEVICE)
+        self.sample = torch.randint(tokens, (512,), device=DEVICE)
         x, weight = self.plain[0]
         self.exact = x[0, self.sample].double() @ weight.double().t() + self.bias.double()
 

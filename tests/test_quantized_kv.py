@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import math
 from functools import partial
 from typing import Any, Iterator
 
@@ -255,6 +257,39 @@ def test_bf16_cast_before_attention_reads_the_same_numbers():
         qkv = torch.randn(3, 1, 4, 2, 12, generator=generator).bfloat16()
         found, wanted = (run_pass(cache, start, 2, False, *qkv) for cache in (cast, exact))
         assert found.dtype == torch.bfloat16 and relative_error(found, wanted) < 0.05
+
+
+def test_report_counts_what_e4m3_cannot_hold():
+    """A head that saturates or vanishes with official weights shows as a dB or two, and nothing says why."""
+    pipeline = micro_pipeline(use_quantized_kv=True, kv_quantization="fp8", **SMALL)
+    codes = pipeline.rooms[0]["report"]["e4m3"]
+    assert codes.summary() == {}
+    cache = pipeline.make_cache()
+    cache.begin(0, 3)
+    tokens, heads, dim = 6, *cache.layers[0].stored.k.shape[2:]
+    for number, layer in enumerate(cache.layers):
+        k, v = torch.ones(2, 1, tokens, heads, dim)
+        if number == 1:
+            k[0, 2, 1, :2] = torch.tensor([1000.0, -math.inf])  # an infinity is NaN, not 448
+            v[0, :, 0, 0] = 2.0**-7
+            v[0, 0, 0, 1] = 0
+        layer.write(k, v)
+    cache.end()
+    found, one = codes.summary(), 100 / (tokens * dim)
+    parts = 2 * len(cache.layers) * heads
+    assert found["saturated_percent"] == pytest.approx(one / parts)
+    assert found["nan_percent"] == pytest.approx(one / parts)
+    assert found["below_normal_percent"] == pytest.approx((tokens + 1) * one / parts)
+    assert found["worst_saturated"] == f"K of layer 1, head 1: {one:.2f} %"
+    assert found["worst_below_normal"] == f"V of layer 1, head 0: {(tokens + 1) * one:.2f} %"
+    del cache, layer
+    gc.collect()
+    assert codes.summary() == {}
+    int8 = micro_pipeline(use_quantized_kv=True, **SMALL)
+    cache = int8.make_cache()
+    cache.begin(0, 3)
+    cache.end()
+    assert set(int8.rooms[0]["report"]["e4m3"].summary()["worst_saturated"][:1]) == {"V"}
 
 
 # On a GPU. Heads of 128 take the Gluon kernel, heads of 64 the Triton kernel.

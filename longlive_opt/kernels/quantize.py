@@ -141,6 +141,15 @@ def dequantize_kv(cache: QuantizedKV, num_keys: int) -> tuple[Tensor, Tensor]:
     return _plain_rows(cache.k[:, :num_keys], cache.k_scale), _plain_rows(v, cache.v_scale)
 
 
+def count_codes(values: Tensor) -> Tensor:
+    """How many e4m3 values [B,T,N,D] of each head lie at +-448, below the smallest normal number (zeros too),
+    and are NaN -> int64 [3,N].
+    """
+    magnitude = values.view(torch.uint8) & 0x7F
+    kinds = (magnitude == 0x7E, magnitude < 0x08, magnitude == 0x7F)
+    return torch.stack([kind.sum((0, 1, 3)) for kind in kinds])
+
+
 def write_keys(cache: QuantizedKV, k: Tensor) -> None:
     """Put k [B,L,N,D] into the first L slots, in place, in the cache's format; shapes are static."""
     _write_rows(cache.k, cache.k_scale, k, torch.arange(k.shape[1], device=k.device))

@@ -7,7 +7,8 @@ first), an 8-bit cache saves memory and pays for it with time.
 
 `kv_quantization`: `int8` is K in int8 with a scale per token and head, and V in e4m3, since a product takes
 two factors of one kind and probabilities want floating point; `fp8` is K and V in e4m3. e4m3 has one fixed
-scale, 1: it covers 0.016 to 448 in full precision and saturates beyond.
+scale, 1: it covers 0.016 to 448 in full precision and saturates beyond. How much of the cache lies at either
+end is counted once, when the result is put together, and said in the report.
 
 Seam: `make_cache`, and the sampler's shorter recache. Takes the place of `use_static_kv`, which is the same
 ring in the model's dtype. Half its memory; with relative positions the sink's raw keys stay in full.
@@ -21,9 +22,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, ClassVar
+from typing import Any, Callable, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ from torch import Tensor
 from ..errors import NotAvailable, UserError
 from ..kernels.attention8 import Tile, attention8, default_tile
 from ..kernels.fused import store_kv
+from ..kernels.quantize import FP8, allocate_kv, count_codes, dequantize_kv, gather_v, write_keys
 from ..kernels.quantize import QuantizedKV as Stored
-from ..kernels.quantize import allocate_kv, dequantize_kv, write_keys
 from ..kv_cache import CacheGeometry
 from ..models.attention import Attention, make_attention
 from ..pipeline import Pipeline, cache_geometry
@@ -70,8 +72,10 @@ class QuantizedKV(Room):
         read = (partial(attention8, tile=tile) if self.read_path == "fused"
                 else partial(dequantized_attention, make_attention(pipeline.attention_backend)))
 
+        codes = CodeCounts()
+
         def make_cache() -> QuantizedKVCache:
-            return QuantizedKVCache(geometry, mode, read, 1, device, dtype, rotation)
+            return codes.watch(QuantizedKVCache(geometry, mode, read, 1, device, dtype, rotation))
 
         pipeline = dataclasses.replace(pipeline, make_cache=make_cache,
                                        sampler=dataclasses.replace(pipeline.sampler, trim_recache=True))
@@ -81,7 +85,37 @@ class QuantizedKV(Room):
         done = f"{formats}; attention: {kernel}"
         if config.use_static_kv:
             done += "; use_static_kv was not applied, this ring takes its place"
-        return self.report(pipeline, done, formats=formats, kernel=kernel)
+        return self.report(pipeline, done, formats=formats, kernel=kernel, e4m3=codes)
+
+
+class CodeCounts:
+    """A `Stats` of the cache that was made last, as its last stream has left it."""
+
+    def __init__(self) -> None:
+        self._cache: Callable[[], QuantizedKVCache | None] = lambda: None
+
+    def watch(self, cache: QuantizedKVCache) -> QuantizedKVCache:
+        """Count this one from now on; it is not kept alive."""
+        self._cache = weakref.ref(cache)
+        return cache
+
+    def summary(self) -> dict[str, Any]:
+        """Parts of what is stored in e4m3, in percent, and the head of which it is most; empty without a
+        cache that holds anything."""
+        cache = self._cache()
+        counts = {} if cache is None or not cache.pointers[1] else cache.count_codes()
+        if not counts:
+            return {}
+        names, by_head = list(counts), torch.stack(list(counts.values()))  # [K and V of layers, kinds, heads]
+        values = cache.values_per_head
+        found: dict[str, Any] = {}
+        for kind, key in enumerate(("saturated", "below_normal", "nan")):
+            part = by_head[:, kind].double() * (100 / values)
+            found[f"{key}_percent"] = part.mean().item()
+            if key != "nan":
+                row, head = divmod(int(part.argmax()), part.shape[1])
+                found[f"worst_{key}"] = f"{names[row]}, head {head}: {part[row, head].item():.2f} %"
+        return found
 
 
 def check_kernels(head_dim: int, capability: tuple[int, int]) -> None:
@@ -132,6 +166,23 @@ class QuantizedKVCache(RingKVCache):
         """Args: mode: of `kernels.quantize`; dtype: the model's."""
         super().__init__(geometry, device, rotation)
         self.layers = [QuantizedLayer(self, mode, read, batch, dtype) for _ in range(geometry.layers)]
+
+    @property
+    def values_per_head(self) -> int:
+        """Of what is stored of K, or of V, in one layer."""
+        batch, _, _, head_dim = self.layers[0].stored.k.shape
+        return batch * self.pointers[1] * self.geometry.tokens_per_frame * head_dim
+
+    def count_codes(self) -> dict[str, Tensor]:
+        """`quantize.count_codes` of all that is stored in e4m3: "K of layer 0" and so on, on the CPU."""
+        tokens, counts = self.pointers[1] * self.geometry.tokens_per_frame, {}
+        for number, layer in enumerate(self.layers):
+            stored = layer.stored
+            if stored.k.dtype == FP8:
+                counts[f"K of layer {number}"] = count_codes(stored.k[:, :tokens])
+            if stored.v.dtype == FP8:
+                counts[f"V of layer {number}"] = count_codes(gather_v(stored.v, tokens))
+        return {name: count.cpu() for name, count in counts.items()}
 
 
 class QuantizedLayer(RingLayer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from ..pipeline import Pipeline
 
@@ -13,6 +13,7 @@ order or kernel, equal within bf16 rounding. `lossy`: an approximation, judged b
 """
 
 
+@runtime_checkable
 class Stats(Protocol):
     """What a room counts while the pipeline runs; read at the end."""
 
@@ -36,7 +37,9 @@ class Room:
         raise NotImplementedError
 
     def report(self, pipeline: Pipeline, done: str, **facts: Any) -> Pipeline:
-        """Add what this room did to the pipeline's report; a fact called `stats` is a `Stats`."""
+        """Add what this room did to the pipeline's report. A fact that is a `Stats` is read when the result
+        is put together; one called `stats` also before and after the measured streams, so it must be cheap.
+        """
         entry = {"name": self.name, "applied": True, "level": self.level, "knobs": dataclasses.asdict(self),
                  "report": {"done": done, **facts}}
         return dataclasses.replace(pipeline, rooms=(*pipeline.rooms, entry))
