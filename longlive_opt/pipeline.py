@@ -163,7 +163,7 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         encode_prompt=prompt_encoder(text_encoder, dit.embed_text),
         sampler=Sampler(sampling_plan(config), EagerForward(dit)),
         make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
-        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width, config.vae_chunk_latents or 1),
+        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width),
         make_decoder=InlineDecoder,
         weights={
             "kind": files.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,10 @@ def test_optimizations_make_no_baseline(tmp_path):
         open_run(tmp_path / "run", use_static_kv=True, use_async_vae=True)
     assert not (tmp_path / "run").exists()
     assert open_run(tmp_path / "run", use_static_kv=True, name="mine").config.use_static_kv
+    for key, value in (("cudnn_benchmark", True), ("vae_channels_last", False), ("vae_chunk_latents", 3)):
+        with pytest.raises(UserError, match=f"^{key}: {str(value).lower()} under the name 'baseline'"):
+            open_run(tmp_path / "other", **{key: value})
+    assert open_run(tmp_path / "same", vae_chunk_latents=1, vae_channels_last=True).config.name == "baseline"
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -389,7 +394,7 @@ def test_gate_follows_the_rooms_and_the_preset():
     assert limits == {"level": "lossy", "objective": "latency", "min_ssim": 0.9, "max_lpips": 0.2}
 
 
-def test_variations_are_measured_beside_the_preset(campaign):
+def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
     """The preset's own figures must stay, and a variation that cannot run must not take the others along."""
     folder = campaign / "varied"
     run = open_run(folder, name="varied", use_static_kv=True)
@@ -399,10 +404,17 @@ def test_variations_are_measured_beside_the_preset(campaign):
     run.compare()
     run.save()
     alone = results.read_result(folder / RESULT_FILE)
-    table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]})
+    threads = []
+    measure = Experiment.measure
+    monkeypatch.setattr(Experiment, "measure",
+                        lambda self: threads.append(threading.get_ident()) or measure(self))
+    table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]},
+                     together=[{"sink_size": 0, "vae_chunk_latents": 3}])
+    assert threading.get_ident() not in threads, "cuDNN remembers the kernels of a shape per thread"
     result = results.read_result(folder / RESULT_FILE)
     assert {key: value for key, value in result.items() if key != "variations"} == alone
-    nine, two, one_step, rolling = result["variations"]
+    nine, two, one_step, rolling, both = result["variations"]
+    assert both["changed"] == {"sink_size": 0, "vae_chunk_latents": 3} and "failure" not in both
     assert nine["changed"] == {"local_attn_size": 9} and one_step["changed"] == {"denoising_steps": [1000]}
     assert nine["memory_gb"]["kv_cache"] == pytest.approx(0.75 * alone["memory_gb"]["kv_cache"])
     assert nine["sizes"]["blocks_measured"] == alone["sizes"]["blocks_measured"]
@@ -410,6 +422,7 @@ def test_variations_are_measured_beside_the_preset(campaign):
     assert "other noise" in one_step["quality"]["psnr_db"]["reason"]
     assert rolling["quality"]["identical"] is True  # the reference cache again
     assert list(table.index) == ["as is", "local_attn_size: 9", "local_attn_size: 2",
-                                 "denoising_steps: [1000]", "use_static_kv: false"]
+                                 "denoising_steps: [1000]", "use_static_kv: false",
+                                 "sink_size: 0, vae_chunk_latents: 3"]
     assert table.loc["use_static_kv: false", "PSNR, dB"] == "identical"
     assert table.loc["local_attn_size: 2", "FPS"].startswith("n/a: local_attn_size")
