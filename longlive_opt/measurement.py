@@ -3,6 +3,8 @@
 Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
 switch at every second block. Every second switch asks for a prompt that was never seen before.
 
+A chunk is ready when its frames lie in page-locked host memory, from where they can be shown or sent.
+
 Python's garbage is collected before each of the two: loading and compiling leave many objects, and the first
 look through them would else fall into a block somewhere. What a stream itself makes necessary is measured
 with it and recorded: garbage collections, and how often the GPU's allocator had to ask the driver.
@@ -10,6 +12,7 @@ with it and recorded: garbage collections, and how often the GPU's allocator had
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import time
@@ -52,12 +55,13 @@ class Measurement:
         self._start_over()
         blocks = self.config.warmup_blocks + REHEARSED_BLOCKS
         warmup = self.config.warmup_blocks
-        chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
-        next(chunks)
         setup = self.pipeline.setup_s
-        setup["first_block"] = time.perf_counter() - started
-        for _ in chunks:
-            pass
+        with self._frames_to_host():
+            chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
+            next(chunks)
+            setup["first_block"] = time.perf_counter() - started
+            for _ in chunks:
+                pass
         setup["rehearsal"] = time.perf_counter() - started
         setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
         print(
@@ -97,7 +101,10 @@ class Measurement:
         )
         # The first request of the stream is no switch.
         outcomes = self._prompt_outcomes()[asked_before + 1:]
-        measured["latency"]["ps_by_prompt"] = metrics.grouped(measured["latency"]["ps_ms_all"], outcomes)
+        latency = measured["latency"]
+        latency["ps_by_prompt"] = metrics.grouped(latency["ps_ms_all"], outcomes)
+        latency["ps_random_by_prompt"] = metrics.random_moments_by_group(
+            latency["ps_ms_all"], latency["ps_before_ms_all"], outcomes)
         measured |= {
             "events": [event.to_row() for event in steady],
             "switch_events": [event.to_row() for event in switched],
@@ -105,6 +112,7 @@ class Measurement:
                 kind: count - built_before[kind] for kind, count in self._built().items()
             },
             "interruptions": interruptions,
+            "frames_on": "host",
             "memory_gb": provenance.memory_gb(device, self.session.cache.nbytes),
         }
         clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
@@ -116,10 +124,21 @@ class Measurement:
         """
         gc.collect()
         self._start_over()
-        with self.timeline.garbage():
+        with self._frames_to_host(), self.timeline.garbage():
             for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
                 pass
         return [event for event in self.timeline.resolve() if event.block is None or event.block < blocks]
+
+    @contextlib.contextmanager
+    def _frames_to_host(self) -> Iterator[None]:
+        """Let chunks come in host memory. Not beyond the measured streams: that memory is used again, and
+        what else uses the session may keep its chunks.
+        """
+        self.session.host_frames = True
+        try:
+            yield
+        finally:
+            self.session.host_frames = False
 
     def _start_over(self) -> None:
         self.session.reset()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import ExperimentConfig
-from .decoder import Decoder, InlineDecoder
+from .decoder import Decoder, Delivery, InlineDecoder
 from .errors import NotAvailable, UserError
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
 from .model_config import ModelConfig
@@ -48,7 +48,7 @@ class Pipeline:
     sampler: Sampler
     make_cache: Callable[[], KVCache]
     make_vae_decoder: Callable[[], StreamingDecoder]
-    make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline], Decoder]
+    make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline, Delivery], Decoder]
     weights: dict[str, Any]
     setup_s: dict[str, float]
     rooms: tuple[dict[str, Any], ...] = ()

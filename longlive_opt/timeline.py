@@ -1,9 +1,9 @@
 """A timeline remembers what happened when; every figure is derived from it afterwards (`metrics.py`).
 
 Two clocks. "host" is `time.perf_counter`: for a span on a GPU it only says how long launching took, but a
-mark made after a synchronise at a block edge is what a viewer feels. "cuda" is a pair of CUDA events on the
-stream that was current: how long the device took. Recording never synchronises; `resolve()` does, once, at
-the end.
+mark made after a synchronise at a block edge is what a viewer feels: in a measurement the block's frames
+have come to host memory by then (stage `copy_to_host`). "cuda" is a pair of CUDA events on the stream that
+was current: how long the device took. Recording never synchronises; `resolve()` does, once, at the end.
 """
 
 import contextlib

@@ -987,7 +987,7 @@ def test_gpu_async_decoder_equals_inline(keys):
     {"cudnn_benchmark": True, "vae_channels_last": True, "vae_chunk_latents": 3, "use_async_vae": True,
      "use_static_kv": True, "use_cuda_graphs": True}], ids=str)
 def test_gpu_switches_of_the_vae_change_no_more_than_rounding(keys):
-    """A layout that the history does not share, a chunk whose frames come in another order, a flag that stays."""
+    """A layout that the history does not share, frames of a chunk in another order, a flag that stays on."""
     for ours, theirs in zip(scripted(gpu_pipeline(**keys)), scripted(gpu_pipeline()), strict=True):
         assert (ours.frames.float() - theirs.frames.float()).abs().mean() < 1.0
     assert torch.backends.cudnn.benchmark is False

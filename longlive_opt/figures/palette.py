@@ -3,7 +3,7 @@
 import zlib
 
 STAGE_COLOURS = {"text_encode": "#9467bd", "recache": "#e0a100", "denoise": "#3b75af", "decode": "#5aa469",
-                 "other": "#b8b8b8"}
+                 "copy_to_host": "#c06a9b", "other": "#b8b8b8"}
 STAGES = tuple(STAGE_COLOURS)
 PRESET_COLOURS = {  # apart from one another also without red or green receptors
     "baseline": "#4d4d4d", "cuda_graphs": "#d98b00", "static_kv": "#3d9ad1", "async_vae": "#009e73",
