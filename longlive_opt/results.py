@@ -43,6 +43,12 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     streams; 0 if all was rehearsed
     interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of
                     1 ms and more; on a GPU driver_allocations, driver_frees, allocator_retries}
+    gpu_samples     optional, of the steady stream, warm-up included: {period_s, t_s [] since it began,
+                    sm_mhz [], power_w [], temperature_c [], throttled {reason: share of the readings},
+                    switch_stream {the same}}, null for what the GPU does not tell; METRIC as a whole (n/a)
+                    where nothing was read
+    energy          optional, of the measured part of the steady stream: {joules_per_frame, mean_power_w,
+                    joules: METRIC, seconds, frames, switch_stream, optional, {the same}}
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
     quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
                     frames_total, psnr_db, ssim, ms_ssim, lpips, clip_delta, ...}; psnr_db to lpips are n/a or

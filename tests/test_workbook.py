@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -15,8 +16,9 @@ import pytest
 import torch
 from micro import micro_config, micro_model
 
-from longlive_opt import measurement, metrics, provenance, results, video, workbook
+from longlive_opt import measurement, metrics, provenance, results, telemetry, video, workbook
 from longlive_opt.decision import gate_of
+from longlive_opt.decoder import Delivery
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script, notebook_parameters, script_of
 from longlive_opt.measurement import SWITCH_EVERY, switch_blocks
@@ -324,6 +326,58 @@ def test_what_interrupts_a_stream_is_recorded_and_what_came_before_is_not(tmp_pa
     assert measured["interruptions"]["garbage_collections"] >= 2
     assert measured["interruptions"]["garbage_ms_max"] >= GARBAGE_MS
     assert any(row[0] == GARBAGE for row in measured["events"])
+
+
+class EvenPower(telemetry.Telemetry):
+    """A GPU that draws 1000 W all the time."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.missing = None
+
+    @contextlib.contextmanager
+    def recording(self, now_ms):
+        samples = telemetry.Samples(0.25)
+        reading = dict.fromkeys(telemetry.FIELDS, 1)
+        samples.add(now_ms(), reading | {"energy_j": now_ms()})
+        yield samples
+        samples.add(now_ms(), reading | {"energy_j": now_ms()})
+
+
+def test_energy_is_that_of_the_measured_blocks_of_each_stream(tmp_path, monkeypatch):
+    """Warm-up in the energy per frame, the other stream's frames, the blocks that asynchronous decoding adds."""
+    monkeypatch.setattr(measurement, "Telemetry", EvenPower)
+    run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "use_async_vae": True})
+    run.build()
+    run.measure()
+    measured, switched = run.measured, run.measured["energy"]["switch_stream"]
+    frames = measured["sizes"]["frames_per_block"]
+    assert measured["energy"]["frames"] == 2 * frames == switched["frames"]
+    assert measured["energy"]["mean_power_w"] == pytest.approx(1000, rel=1e-2)
+    per_frame = 1e3 / measured["fps"]
+    assert measured["energy"]["joules_per_frame"] == pytest.approx(per_frame, rel=1e-2)
+    assert switched["joules_per_frame"] == pytest.approx(1e3 / measured["fps_with_switches"], rel=1e-2)
+    assert len(measured["gpu_samples"]["switch_stream"]["t_s"]) == 2
+
+
+def test_frames_come_to_host_memory_while_they_are_measured_and_only_then(tmp_path, monkeypatch):
+    """Latencies that end on the GPU; a film whose first chunks are overwritten by its last ones."""
+    wanted = []
+    monkeypatch.setattr(Delivery, "__call__", lambda self, frames: wanted.append(self.to_host) or frames)
+    monkeypatch.setattr(Delivery, "copies", property(lambda self: True))
+    run = open_run(tmp_path / "run", **SMALLEST)
+    run.build()
+    headline = run.measure()
+    blocks = run.config.warmup_blocks
+    assert wanted == [True] * (blocks + 4 + blocks + 2 + blocks + 2)
+    assert run.measured["frames_on"] == "host" and not run.session.host_frames
+    assert results.is_na(run.measured["gpu_samples"]) and "mean_power_w" in run.measured["energy"]
+    assert run.measured["latency"]["stages_ms"]["copy_to_host"]["n"] == 2
+    assert run.measured["latency"]["ps_random_ms"]["n"] == 1
+    assert headline.loc["PS mean at a random moment, ms", "value"] > headline.loc["PS mean, ms", "value"]
+    del wanted[:]
+    run.film()
+    assert wanted == [False, False]
 
 
 def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):
