@@ -319,7 +319,7 @@ def recorded(fake: FakeNvml, period_s: float = 3600.0) -> telemetry.Samples:
 
 
 def test_energy_and_clocks_are_those_of_torchs_gpu(nvml):
-    """Would catch: the first GPU's power in a run on the second, energy of warm-up blocks, watts for joules."""
+    """Would catch: the first GPU's power in a run on the second, energy of warm-up, watts for joules."""
     samples = recorded(nvml())
     section, energy = samples.section(), samples.energy(20.0, 80.0, 12)
     assert section["sm_mhz"] == [1755, 1755] and section["power_w"] == [500.0, 500.0]
@@ -341,7 +341,8 @@ def test_readings_come_every_period_and_end_with_the_stream(nvml):
     assert not [thread for thread in threading.enumerate() if thread.name == "telemetry"]
 
 
-@pytest.mark.parametrize("refused", [("TotalEnergyConsumption",), ("ClockInfo", "CurrentClocksEventReasons")])
+@pytest.mark.parametrize("refused", [("TotalEnergyConsumption",),
+                                     ("ClockInfo", "CurrentClocksEventReasons")])
 def test_what_a_gpu_does_not_tell_is_null_and_the_rest_is_there(nvml, refused):
     """Would catch: a measured hour lost to a question that this GPU does not answer."""
     samples = recorded(nvml(*refused))
