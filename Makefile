@@ -10,7 +10,7 @@ PYTHON_TARGET ?= 3.12
 LOG = $(if $(filter h100,$(CAMPAIGN)),--log OPTIMIZATION_LOG.md)
 
 # Two campaigns, each with a baseline of its own: together they take longer than many a GPU is lent for.
-EXTRAS = realtime_8gb ablation
+EXTRAS = realtime_8gb ablation compile_parts
 
 SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
@@ -25,8 +25,8 @@ install: ## set up the environment (.venv, or the active one where it has torch 
 	@$(SETUP); echo "environment ready: $$py"
 
 demo summary: CAMPAIGN ?= demo
-demo: ## run every preset but the ablation on the tiny model (CPU, minutes): outputs/demo
-	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation $(ARGS)
+demo: ## run every preset but the studies on the tiny model (CPU, minutes): outputs/demo
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation compile_parts $(ARGS)
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest $(ARGS)
@@ -52,7 +52,7 @@ campaign-h100: ## measure what is not yet in outputs/h100 (or CAMPAIGN) on an H1
 		--skip $(EXTRAS) $(LOG) $(ARGS)
 
 extras-h100: CAMPAIGN ?= h100_extras
-extras-h100: ## measure realtime in 8 GB, realtime with one thing changed at a time, and low memory: outputs/h100_extras
+extras-h100: ## measure realtime in 8 GB, low memory, and the studies, which change one thing at a time: outputs/h100_extras
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
 		--presets baseline $(EXTRAS) low_memory $(ARGS)
 

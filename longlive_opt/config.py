@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -150,6 +151,35 @@ class ExperimentConfig:
     def window_blocks(self) -> int:
         """Blocks until the attention window is full."""
         return -(-self.local_attn_size // self.block_frames)
+
+    @property
+    def latents_per_vae_call(self) -> int:
+        """Latent frames that the VAE decodes in one call."""
+        return self.vae_chunk_latents or (self.block_frames if self.use_torch_compile else 1)
+
+    @property
+    def vae_is_channels_last(self) -> bool:
+        """Whether the VAE's weights and activations have their channels last."""
+        if self.vae_channels_last is not None:
+            return self.vae_channels_last
+        return self.use_torch_compile or self.device == "cpu"
+
+    @property
+    def times_convolutions(self) -> bool:
+        """Whether cuDNN times its kernels for the VAE's convolutions; on the CPU only where it is asked for,
+        and refused there when the pipeline is built.
+        """
+        if self.cudnn_benchmark is not None:
+            return self.cudnn_benchmark
+        return self.use_torch_compile and self.device != "cpu"
+
+    @property
+    def vae_switches(self) -> tuple[str, ...]:
+        """The keys by which the VAE's calls differ from the baseline's on this device."""
+        differs = {"vae_channels_last": self.vae_is_channels_last != (self.device == "cpu"),
+                   "vae_chunk_latents": self.latents_per_vae_call > 1,
+                   "cudnn_benchmark": self.times_convolutions}
+        return tuple(key for key, is_on in differs.items() if is_on)
 
     @property
     def max_blocks(self) -> int | None:
@@ -315,7 +345,10 @@ def check_baseline(config: ExperimentConfig) -> None:
         UserError: naming the flags and the remedy.
     """
     switched_on = [key for key, value in config.to_dict().items() if key.startswith("use_") and value]
+    switched_on += [key for key in config.vae_switches if getattr(config, key) is not None]
+    switched_on += ["attention_backend"] if config.attention_backend == "gluon" else []
     if config.name == BASELINE and switched_on:
-        raise UserError(f"{', '.join(switched_on)}: true under the name {BASELINE!r}, with which all other "
-                        "runs are compared; leave it out, run presets without the baseline and its "
-                        "repetitions, or choose another name (papermill: -p name mine).")
+        given = sorted({json.dumps(getattr(config, key)) for key in switched_on})
+        raise UserError(f"{', '.join(switched_on)}: {' and '.join(given)} under the name {BASELINE!r}, with "
+                        "which all other runs are compared; leave it out, run presets without the baseline "
+                        "and its repetitions, or choose another name (papermill: -p name mine).")

@@ -3,13 +3,17 @@
 Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
 switch at every second block. Every second switch asks for a prompt that was never seen before.
 
+A chunk is ready when its frames lie in page-locked host memory, from where they can be shown or sent.
+
 Python's garbage is collected before each of the two: loading and compiling leave many objects, and the first
 look through them would else fall into a block somewhere. What a stream itself makes necessary is measured
-with it and recorded: garbage collections, and how often the GPU's allocator had to ask the driver.
+with it and recorded: garbage collections, and how often the GPU's allocator had to ask the driver. So are the
+GPU's clock, power and energy (`telemetry`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import time
@@ -24,6 +28,7 @@ from .model_config import VAE_TEMPORAL_STRIDE
 from .optimizations.prompt_cache import CachedPrompts
 from .pipeline import Pipeline
 from .session import Chunk, StreamingSession
+from .telemetry import Samples, Telemetry
 from .timeline import GARBAGE, Event, Timeline
 
 PROGRESS_SECONDS = 10.0
@@ -41,6 +46,7 @@ class Measurement:
         self.config = pipeline.config
         self.timeline = Timeline(pipeline.device)
         self.session = StreamingSession(pipeline, timeline=self.timeline)
+        self._telemetry = Telemetry(pipeline.device)
         self._prompts = script.prompts
         self._variations = itertools.count(1)
 
@@ -52,12 +58,13 @@ class Measurement:
         self._start_over()
         blocks = self.config.warmup_blocks + REHEARSED_BLOCKS
         warmup = self.config.warmup_blocks
-        chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
-        next(chunks)
         setup = self.pipeline.setup_s
-        setup["first_block"] = time.perf_counter() - started
-        for _ in chunks:
-            pass
+        with self._frames_to_host():
+            chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
+            next(chunks)
+            setup["first_block"] = time.perf_counter() - started
+            for _ in chunks:
+                pass
         setup["rehearsal"] = time.perf_counter() - started
         setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
         print(
@@ -77,9 +84,9 @@ class Measurement:
             torch.cuda.reset_peak_memory_stats(device)
         clocks_before, built_before = provenance.clocks(device), self._built()
         cpu_before, asked_driver = provenance.cpu_seconds(), provenance.allocator_counts(device)
-        steady = self._record(config.warmup_blocks + config.measure_blocks, [])
+        steady, gpu_steady = self._record(config.warmup_blocks + config.measure_blocks, [])
         asked_before = len(self._prompt_outcomes())
-        switched = self._record(
+        switched, gpu_switched = self._record(
             config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
         )
         company = provenance.company_of(device, cpu_before, provenance.cpu_seconds())
@@ -97,7 +104,10 @@ class Measurement:
         )
         # The first request of the stream is no switch.
         outcomes = self._prompt_outcomes()[asked_before + 1:]
-        measured["latency"]["ps_by_prompt"] = metrics.grouped(measured["latency"]["ps_ms_all"], outcomes)
+        latency = measured["latency"]
+        latency["ps_by_prompt"] = metrics.grouped(latency["ps_ms_all"], outcomes)
+        latency["ps_random_by_prompt"] = metrics.random_moments_by_group(
+            latency["ps_ms_all"], latency["ps_before_ms_all"], outcomes)
         measured |= {
             "events": [event.to_row() for event in steady],
             "switch_events": [event.to_row() for event in switched],
@@ -105,21 +115,47 @@ class Measurement:
                 kind: count - built_before[kind] for kind, count in self._built().items()
             },
             "interruptions": interruptions,
+            "frames_on": "host",
+            "gpu_samples": gpu_steady.section() | (
+                {} if self._telemetry.missing else {"switch_stream": gpu_switched.section()}),
+            "energy": self._energy(steady, gpu_steady) | (
+                {"switch_stream": self._energy(switched, gpu_switched)} if config.num_switches else {}),
             "memory_gb": provenance.memory_gb(device, self.session.cache.nbytes),
         }
         clocks = {"clocks_before": clocks_before, "clocks_after": provenance.clocks(device)}
         return measured, company, clocks
 
-    def _record(self, blocks: int, switches: list[int]) -> list[Event]:
-        """The events of a stream's first `blocks` blocks. Where decoding overlaps the next block, a stream
-        has one more: nothing competes with the decoding of its last, which is no steady state.
+    def _record(self, blocks: int, switches: list[int]) -> tuple[list[Event], Samples]:
+        """The events of a stream's first `blocks` blocks, and what the GPU did meanwhile. Where decoding
+        overlaps the next block, a stream has one more: nothing competes with the decoding of its last, which
+        is no steady state.
         """
         gc.collect()
         self._start_over()
-        with self.timeline.garbage():
+        with (self._frames_to_host(), self.timeline.garbage(),
+              self._telemetry.recording(self.timeline.now_ms) as samples):
             for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
                 pass
-        return [event for event in self.timeline.resolve() if event.block is None or event.block < blocks]
+        events = self.timeline.resolve()
+        return [event for event in events if event.block is None or event.block < blocks], samples
+
+    def _energy(self, events: list[Event], samples: Samples) -> dict[str, Any]:
+        """The section `energy` of one stream."""
+        first = self.config.warmup_blocks
+        counted = sum(block >= first for block in metrics.marks(events, metrics.CHUNK_READY))
+        frames = counted * self.config.block_frames * VAE_TEMPORAL_STRIDE
+        return samples.energy(*metrics.measured_ms(events, first), frames)
+
+    @contextlib.contextmanager
+    def _frames_to_host(self) -> Iterator[None]:
+        """Let chunks come in host memory. Not beyond the measured streams: that memory is used again, and
+        what else uses the session may keep its chunks.
+        """
+        self.session.host_frames = True
+        try:
+            yield
+        finally:
+            self.session.host_frames = False
 
     def _start_over(self) -> None:
         self.session.reset()

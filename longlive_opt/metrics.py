@@ -2,7 +2,8 @@
 it.
 
 The session records, on the host clock, the marks "block_start", "switch_request" and, after a synchronise at
-the block edge, CHUNK_READY (the block's frames are complete in pixels); and spans for the stages.
+the block edge, CHUNK_READY (the block's frames are complete, in a measurement in host memory); and spans for
+the stages.
 """
 
 import math
@@ -19,36 +20,46 @@ FULL_BLOCKS = 100  # steady-state samples and switches of a full run; anything s
 FULL_SWITCHES = 20
 P99_SAMPLES = 299  # 0.99^299 < 5 %: with fewer, even the largest sample is no 95 % upper bound of the p99
 CLOCK_THRESHOLD = 0.05
-STAGES = ("text_encode", "recache", "denoise", "decode")
+COPY = "copy_to_host"  # a stage where there is a device to copy from
+STAGES = ("text_encode", "recache", "denoise", "decode", COPY)
 CHUNK_READY = "chunk_ready"
 
 DEFINITIONS = {
     "ss_ms_per_frame":
         "Steady-state (SS) latency per video frame: block interval / video frames in a block. The interval "
-        "runs from one block's frames being complete in pixels to the next one's, on the host clock, "
-        "synchronised at block edges. Only blocks after warm-up count (window full, compilation over), "
-        "without those at which a prompt switch took effect: their interval contains text encoding and "
-        "recache; they count as switches. With asynchronous decoding the stream's last block does not count: "
-        "no further block competes with it.",
+        "runs from the moment at which one block's frames have come to page-locked host memory to that of "
+        "the next one, on the host clock, synchronised at block edges (in results without `frames_on`: "
+        "complete on the GPU). Only blocks after warm-up count (window full, compilation over), without "
+        "those at which a prompt switch took effect: their interval contains text encoding and recache; they "
+        "count as switches. With asynchronous decoding the stream's last block does not count: no further "
+        "block competes with it.",
     "ss_with_switches":
         "Interval per video frame of all measured blocks of the stream with prompt switches, in which every "
         "second block is one, so that nothing is hidden.",
     "ps_ms":
-        "Prompt-switch (PS) latency: from the request at a block boundary to the first new frames in pixels. "
-        "A request that comes within a block waits for its end as well, half a block on average.",
+        "Prompt-switch (PS) latency: from the request, at a block's edge, to the first new frames in host "
+        "memory.",
+    "ps_random_ms":
+        "PS latency of a request at a random moment, which waits for the end of the block under way as well. "
+        "Derived, not measured: each measured switch, requested at a moment distributed uniformly over the "
+        "interval of the block before it. Mean: PS + half of that interval. p95: of the mixture of all "
+        "switches, whose quantiles are exact.",
     "ps_breakdown_ms":
         "Mean time of each stage within the switch blocks (CUDA events on a GPU); 'other' is what remains "
         "of the mean PS latency on the host clock, negative where stages overlap. With asynchronous decoding "
         "it contains the block that was under way at the request.",
     "first_frame_ms":
-        "From the first event of the stream to its first frames in pixels. Contains compilation if nothing "
-        "was warmed up before.",
+        "From the first event of the stream to its first frames in host memory. Contains compilation if "
+        "nothing was warmed up before.",
     "stages_ms":
         "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU). With early "
         "decode denoising contains the clean pass of the block before, not the block's own.",
     "fps":
-        "Video frames of the stream that gives the steady state / its wall-clock time. Prompt switches have "
-        "a stream of their own and are not in it.",
+        "Video frames of a stream's measured blocks / its wall-clock time from the start of the first of "
+        "them to the last chunk in host memory, its prompt switches included where there are some. `fps` is "
+        "that of the stream without switches, where it is 1000 / SS mean but for rounding: one fact under "
+        "two names. `fps_with_switches` is that of the other stream, in which every second block is a "
+        "switch. With asynchronous decoding the clock starts when the chunk before has come.",
     "playback":
         "A viewer shows frame i at start + i / FPS. Start-up buffer: the smallest delay after the first "
         "chunk that never stalls. Stalls: how often a viewer without a buffer has to wait. Deadline miss: a "
@@ -57,7 +68,8 @@ DEFINITIONS = {
         "Percentiles interpolate linearly between order statistics (numpy's default). p99 is printed from "
         f"{P99_SAMPLES} samples up; below, the maximum stands for it.",
     "clocks":
-        "The headline is what a viewer feels: perf_counter, synchronised at block edges. CUDA events give "
+        "The headline is what a viewer feels: perf_counter, synchronised at block edges, when a block's "
+        "frames have come to host memory; encoding, network and display are not in it. CUDA events give "
         f"the stages. Where their sum differs from the block interval by more than {CLOCK_THRESHOLD:.0%}, "
         "the report says so. A stage's span contains the gaps between its kernels: clocks that agree say "
         "that no time is lost outside the stages, not that the GPU is always busy.",
@@ -77,6 +89,12 @@ DEFINITIONS = {
         "is the one-block protocol: every block is denoised and decoded from the baseline's own past, so "
         "that errors of one block cannot add up, and within a block a frame is the further off the further "
         "it is from that past. Free-running: the preset's own past, where they do add up.",
+    "energy":
+        "Energy that the GPU's own counter (NVML) gained over the measured part of a stream / its video "
+        "frames, and / its wall-clock time for the mean power. The counter is read several times per second "
+        "by a thread of its own; between two readings it is taken to grow evenly. The whole GPU counts, idle "
+        "power included; CPU, host memory and fans do not. Clock, power and temperature of the figure are "
+        "single readings; NVML's power is an average over up to a second.",
     "setup_s":
         "Load, compile and capture seconds, each apart, never part of a latency.",
 }
@@ -109,6 +127,15 @@ def grouped(values: Sequence[float], groups: Sequence[str]) -> dict[str, dict[st
     for value, group in zip(values, groups, strict=bool(groups)):
         found[group].append(value)
     return {group: distribution(members) for group, members in found.items()}
+
+
+def random_moments_by_group(latencies: Sequence[float], before: Sequence[float], groups: Sequence[str]
+                            ) -> dict[str, dict[str, Any]]:
+    """{group: `at_random_moments` of its switches}, one group name per switch; {} without groups."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for pair, group in zip(zip(latencies, before, strict=True), groups, strict=bool(groups)):
+        found[group].append(pair)
+    return {group: at_random_moments(*zip(*pairs)) for group, pairs in found.items()}
 
 
 def marks(events: Iterable[Event], name: str) -> dict[int, float]:
@@ -206,15 +233,37 @@ def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[
     if not latencies:
         missing = na("no prompt switch in the measured blocks", "set num_switches to at least 1")
         return {"ps_ms": {"n": 0} | dict.fromkeys(("mean", "p50", "p99", "max"), missing), "ps_ms_all": [],
+                "ps_random_ms": {"n": 0, "mean": missing, "p95": missing}, "ps_before_ms_all": [],
                 "ps_blocks": [], "ps_breakdown_ms": dict.fromkeys((*STAGES, "other"), missing)}
-    values = list(latencies.values())
+    values, started = list(latencies.values()), marks(events, "block_start")
+    before = [started[block] - started[block - 1] for block in latencies]
     summary = distribution(values)
     stages, _ = stage_totals(events)
     parts = {name: math.fsum(stages.get(name, {}).get(block, 0.0) for block in latencies) / len(latencies)
-             for name in STAGES}
+             for name in STAGES if name in stages or name != COPY}
     return {"ps_ms": {key: summary[key] for key in ("n", "mean", "p50", "p99", "max")}, "ps_ms_all": values,
+            "ps_random_ms": at_random_moments(values, before), "ps_before_ms_all": before,
             "ps_blocks": list(latencies),
             "ps_breakdown_ms": parts | {"other": summary["mean"] - math.fsum(parts.values())}}
+
+
+def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
+    """{n, mean, p95} of the wait for a switch that is requested at a random moment: `latencies` of requests
+    at a block's edge, each after a block that took `before` ms, in which the request comes anywhere.
+    """
+    spans = [(least, least + wait) for least, wait in zip(latencies, before, strict=True)]
+
+    def share(ms: float) -> float:
+        return sum(min(1.0, max(0.0, (ms - low) / (high - low) if high > low else float(ms >= low)))
+                   for low, high in spans) / len(spans)
+
+    # The share grows linearly from one end of a span to the next.
+    ends = sorted(end for span in spans for end in span)
+    above = next(index for index, end in enumerate(ends) if share(end) >= 0.95)
+    low, high = ends[max(0, above - 1)], ends[above]
+    rise = share(high) - share(low)
+    p95 = low + (high - low) * (0.95 - share(low)) / rise if rise > 0 else high
+    return {"n": len(spans), "mean": math.fsum(map(math.fsum, spans)) / 2 / len(spans), "p95": p95}
 
 
 def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
@@ -249,15 +298,26 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
 
 def wall_clock_fps(events: Sequence[Event], *, first_measured_block: int,
                    frames_per_block: int = 12) -> float:
-    """Video frames of the measured blocks of `events` per second of wall clock."""
-    intervals = _intervals(events, first_measured_block)
-    return len(intervals) * frames_per_block / math.fsum(intervals.values()) * 1e3
+    """Video frames of the measured blocks of `events` per second of wall clock, switches included."""
+    begin, end = measured_ms(events, first_measured_block)
+    count = len(_intervals(events, first_measured_block))
+    return count * frames_per_block / (end - begin) * 1e3
+
+
+def measured_ms(events: Sequence[Event], first_measured_block: int) -> tuple[float, float]:
+    """When a stream's measured part begins and ends: with the start of its first block, or, where the chunk
+    before is still being decoded then, with that chunk; and with its last chunk.
+    """
+    blocks = _intervals(events, first_measured_block)
+    ready, first = marks(events, CHUNK_READY), min(blocks)
+    started = marks(events, "block_start").get(first, ready[first - 1])
+    return max(started, ready[first - 1]), ready[max(blocks)]
 
 
 def measurements(events: Sequence[Event], *, first_measured_block: int, frames_per_block: int = 12,
                  switch_events: Sequence[Event] | None = None, playback_fps: float = 25.0,
                  target_ms: float = 40.0) -> dict[str, Any]:
-    """The sections `sizes`, `latency`, `fps` and `playback` of result.json.
+    """The sections `sizes`, `latency`, `fps`, `fps_with_switches` and `playback` of result.json.
 
     Arguments as for `latency_metrics`. Playback is that of the measured blocks of `events`: the block before
     them starts the show. With `switch_events`, `playback.switch_stream` is the same for that stream.
@@ -282,5 +342,7 @@ def measurements(events: Sequence[Event], *, first_measured_block: int, frames_p
                   "frames_per_block": frames_per_block, "quick": quick, "note": note},
         "latency": latency,
         "fps": wall_clock_fps(events, **section),
+        "fps_with_switches": wall_clock_fps(switch_events or events, **section) if switches else
+        na("no prompt switch in the measured blocks", "set num_switches to at least 1"),
         "playback": viewed,
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import ExperimentConfig
-from .decoder import Decoder, InlineDecoder
+from .decoder import Decoder, Delivery, InlineDecoder
 from .errors import NotAvailable, UserError
 from .kernels.attention_bf16 import check_gpu
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
@@ -49,7 +49,7 @@ class Pipeline:
     sampler: Sampler
     make_cache: Callable[[], KVCache]
     make_vae_decoder: Callable[[], StreamingDecoder]
-    make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline], Decoder]
+    make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline, Delivery], Decoder]
     weights: dict[str, Any]
     setup_s: dict[str, float]
     rooms: tuple[dict[str, Any], ...] = ()
@@ -166,7 +166,7 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         encode_prompt=prompt_encoder(text_encoder, dit.embed_text),
         sampler=Sampler(sampling_plan(config), EagerForward(dit)),
         make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
-        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width, config.vae_chunk_latents or 1),
+        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width),
         make_decoder=InlineDecoder,
         weights={
             "kind": files.kind,

@@ -23,7 +23,7 @@ _ENV_PREFIXES = ("TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "CU
                  "MKL_", "LONGLIVE_OPT_")
 _ENV_NAMES = ("NVIDIA_TF32_OVERRIDE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
-_THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
+THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
                   0x40: "hw_thermal", 0x80: "hw_power_brake"}
 _CROWDED_CORES = 0.5  # kept busy by others: above, a run on the CPU was not alone
 _NOT_WATCHED = {"other_cpu_cores": None, "co_scheduled": None, "reasons": dict.fromkeys(
@@ -173,7 +173,7 @@ def throttle_reasons(mask: str | None) -> list[str] | None:
         bits = int(mask or "", 16)
     except ValueError:
         return None
-    return [name for bit, name in _THROTTLE_BITS.items() if bits & bit]
+    return [name for bit, name in THROTTLE_BITS.items() if bits & bit]
 
 
 def packages() -> dict[str, str]:
@@ -237,7 +237,7 @@ def _family_ticks(proc: Path, pid: int) -> int:
 
 def _gpu_is_shared(device: "torch.device") -> tuple[bool | None, str | None]:
     """(whether another process holds the GPU, reason if unknown); this process must hold it already."""
-    uuid = _uuid(device)
+    uuid = gpu_uuid(device)
     listed = _run("nvidia-smi", f"--id={uuid}", "--query-compute-apps=pid", "--format=csv,noheader") or ""
     holders = {int(word) for word in listed.split() if word.isdigit()} if uuid else set()
     # In a container this process may be listed by another number, or nobody at all.
@@ -246,7 +246,7 @@ def _gpu_is_shared(device: "torch.device") -> tuple[bool | None, str | None]:
     return None, "nvidia-smi does not name this process among those that hold the GPU"
 
 
-def _uuid(device: "torch.device") -> str | None:
+def gpu_uuid(device: "torch.device") -> str | None:
     """nvidia-smi does not follow CUDA_VISIBLE_DEVICES: its indices are others than torch's."""
     import torch
 
@@ -257,7 +257,7 @@ def _uuid(device: "torch.device") -> str | None:
 
 def _nvidia_smi(device: "torch.device", fields: tuple[str, ...]) -> tuple[list[str | None], str | None]:
     """(one value or None per field, reason if the query failed)."""
-    uuid = _uuid(device)
+    uuid = gpu_uuid(device)
     if uuid is None:
         return [None] * len(fields), "torch does not report the device's UUID"
     output = _run("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}",

@@ -23,7 +23,10 @@ _BEFORE_STAGES = {"SS mean, ms per frame": "latency.ss_ms_per_frame.mean",
                   "SS max, ms per frame": "latency.ss_ms_per_frame.max"}
 _AFTER_STAGES = {"PS mean, ms": "latency.ps_ms.mean", "PS max, ms": "latency.ps_ms.max",
                  "text encoding at a switch, ms": "latency.ps_breakdown_ms.text_encode",
-                 "recache at a switch, ms": "latency.ps_breakdown_ms.recache", "FPS": "fps",
+                 "recache at a switch, ms": "latency.ps_breakdown_ms.recache",
+                 "PS mean at a random moment, ms": "latency.ps_random_ms.mean", "FPS": "fps",
+                 "FPS with prompt switches": "fps_with_switches",
+                 "energy per video frame, J": "energy.joules_per_frame",
                  "peak memory, GB": "memory_gb.peak_allocated", "KV cache, GB": "memory_gb.kv_cache"}
 _COLUMNS = ["this run", "baseline", "difference", "change"]
 _FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}

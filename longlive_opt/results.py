@@ -21,14 +21,20 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     ss_over_target     {target_ms, share of SS blocks above it}
                     ss_with_switches   {n, mean, max} per frame, switch blocks included
                     ps_ms              {n, mean, p50, p99, max}, each but n a METRIC
-                    ps_ms_all          [one per switch]; ps_blocks [its block]
+                    ps_ms_all          [one per switch]; ps_blocks [its block]; ps_before_ms_all, optional,
+                                       [interval of the block before it]
+                    ps_random_ms       optional {n, mean, p95: METRIC}: derived, for a request at any moment
                     ps_by_prompt       {"hit" | "disk" | "miss": {n, mean, p50, p95, p99: METRIC, max}}, by
-                                       what the prompt cache made of the request; {} without one
-                    ps_breakdown_ms    {text_encode, recache, denoise, decode, other: METRIC}, mean per switch
+                                       what the prompt cache made of the request; {} without one;
+                                       ps_random_by_prompt, optional, the same of ps_random_ms
+                    ps_breakdown_ms    {text_encode, recache, denoise, decode, other: METRIC}, mean per
+                                       switch; copy_to_host too where frames are copied
                     first_frame_ms     METRIC
                     stages_ms          {stage: {n, mean, p50, p95, p99: METRIC, max, clock: "cuda" | "host"}}
                     clock_disagreement {available: bool, share, threshold, flag: bool or null, sentence, ...}
-    fps             number
+    frames_on       optional: "host" where a chunk is ready with its frames in page-locked host memory;
+                    in results without it, when they are complete on the device
+    fps             number, of the steady stream; fps_with_switches, optional METRIC, of the switch stream
     playback        {fps, startup_buffer_ms, stalls_at_zero_buffer, stall_ms_at_zero_buffer, deadline_ms,
                     deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
                     switch_stream, optional, {the same of a separate switch stream}
@@ -37,6 +43,12 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     streams; 0 if all was rehearsed
     interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of
                     1 ms and more; on a GPU driver_allocations, driver_frees, allocator_retries}
+    gpu_samples     optional, of the steady stream, warm-up included: {period_s, t_s [] since it began,
+                    sm_mhz [], power_w [], temperature_c [], throttled {reason: share of the readings},
+                    switch_stream {the same}}, null for what the GPU does not tell; METRIC as a whole (n/a)
+                    where nothing was read
+    energy          optional, of the measured part of the steady stream: {joules_per_frame, mean_power_w,
+                    joules: METRIC, seconds, frames, switch_stream, optional, {the same}}
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
     quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
                     frames_total, psnr_db, ssim, ms_ssim, lpips, clip_delta, ...}; psnr_db to lpips are n/a or
@@ -77,7 +89,7 @@ _SCHEMA = {
            "latency.ss_ms_per_frame.n latency.ps_ms.n",
     "str": "campaign preset title hypothesis created_utc model.name weights.kind decision.rule "
            "decision.rationale latency.clock_disagreement.sentence",
-    "str?": "tokenizer environment.gpu environment.torch environment.git_commit",
+    "str?": "frames_on? tokenizer environment.gpu environment.torch environment.git_commit",
     "bool": "sizes.quick latency.clock_disagreement.available",
     "bool?": "decision.keep environment.git_dirty quality.identical environment.co_scheduled?",
     "number?": "environment.other_cpu_cores?",
@@ -87,8 +99,10 @@ _SCHEMA = {
     "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
               "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
               "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
-              "memory_gb.kv_cache",
-    "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks",
+              "memory_gb.kv_cache fps_with_switches? latency.ps_random_ms.mean? latency.ps_random_ms.p95? "
+              "energy.joules_per_frame? energy.mean_power_w?",
+    "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks "
+               "latency.ps_before_ms_all?",
     "list": "rooms events quality.flags",
     "dict": "parameters environment.packages environment.env_vars latency.ps_breakdown_ms latency.stages_ms "
             "setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips quality.clip_delta",

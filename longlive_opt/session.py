@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_switches_fit
+from .decoder import Delivery
 from .errors import UserError
 from .inputs import Script
+from .model_config import VAE_TEMPORAL_STRIDE
+from .models.vae import IMAGE_CHANNELS
 from .noise import NoiseSource, StreamNoise
 from .pipeline import Pipeline
 from .timeline import NullTimeline, Timeline
@@ -32,8 +35,9 @@ from .timeline import NullTimeline, Timeline
 class Chunk:
     """One block of video.
 
-    `frames` is uint8 [B, T, 3, H, W] on the session's device, `latents` [B, F, C, h, w]; `start_frame` is its
-    first latent frame; `switched` says that `prompt` took over with this block.
+    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory;
+    `latents` [B, F, C, h, w]; `start_frame` is its first latent frame; `switched` says that `prompt` took
+    over with this block.
     """
 
     block: int
@@ -48,8 +52,11 @@ class StreamingSession:
     """Streams one video at a time. `timeline` records what happened when."""
 
     def __init__(self, pipeline: Pipeline, *, noise: NoiseSource | None = None,
-                 timeline: Timeline | NullTimeline | None = None):
-        """Args: noise: None draws from the seed of the pipeline's config."""
+                 timeline: Timeline | NullTimeline | None = None, host_frames: bool = False):
+        """Args:
+            noise: None draws from the seed of the pipeline's config.
+            host_frames: see the property.
+        """
         self.pipeline = pipeline
         self.plan = pipeline.sampler.plan
         self.timeline = timeline if timeline is not None else NullTimeline()
@@ -57,7 +64,10 @@ class StreamingSession:
             self.plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device, pipeline.dtype
         )
         self.cache = pipeline.make_cache()
-        self._decoder = pipeline.make_decoder(pipeline.make_vae_decoder(), self.timeline)
+        model, frames = pipeline.model, self.plan.block_frames * VAE_TEMPORAL_STRIDE
+        self._delivery = Delivery(pipeline.device, (1, frames, IMAGE_CHANNELS, model.height, model.width))
+        self._decoder = pipeline.make_decoder(pipeline.make_vae_decoder(), self.timeline, self._delivery)
+        self.host_frames = host_frames
         self._forget()
 
     def reset(self) -> None:
@@ -73,6 +83,19 @@ class StreamingSession:
         self._history: deque[Tensor] = deque(maxlen=-(-self.plan.window // self.plan.block_frames))
         self._undelivered: deque[Callable[[Tensor], Chunk]] = deque()
         self._streaming = False
+
+    @property
+    def host_frames(self) -> bool:
+        """Whether chunks come with their frames in page-locked host memory, complete there, instead of on the
+        device. That memory is used again: a chunk keeps its frames until the next one was handed out and the
+        one after it is asked for; copy what has to stay. Setting it takes effect with the next block. On the
+        CPU frames are in host memory anyway, and stay.
+        """
+        return self._delivery.to_host
+
+    @host_frames.setter
+    def host_frames(self, wanted: bool) -> None:
+        self._delivery.to_host = wanted
 
     @property
     def next_block(self) -> int:

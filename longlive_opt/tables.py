@@ -32,7 +32,9 @@ def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
     over = latency["ss_over_target"]
     rows[f"SS blocks over {over['target_ms']:g} ms per frame, %"] = 100 * over["share"]
     rows |= {f"PS {key}, ms": switch[key] for key in ("mean", "max")}
+    rows |= {f"PS {key} at a random moment, ms": latency["ps_random_ms"][key] for key in ("mean", "p95")}
     rows |= {"first frame, ms": latency["first_frame_ms"], "FPS": measured["fps"],
+             "FPS with prompt switches": measured["fps_with_switches"],
              "peak memory, GB": memory["peak_allocated"], "KV cache, GB": memory["kv_cache"]}
     return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
 

@@ -1,9 +1,9 @@
 """A timeline remembers what happened when; every figure is derived from it afterwards (`metrics.py`).
 
 Two clocks. "host" is `time.perf_counter`: for a span on a GPU it only says how long launching took, but a
-mark made after a synchronise at a block edge is what a viewer feels. "cuda" is a pair of CUDA events on the
-stream that was current: how long the device took. Recording never synchronises; `resolve()` does, once, at
-the end.
+mark made after a synchronise at a block edge is what a viewer feels: in a measurement the block's frames
+have come to host memory by then (stage `copy_to_host`). "cuda" is a pair of CUDA events on the stream that
+was current: how long the device took. Recording never synchronises; `resolve()` does, once, at the end.
 """
 
 import contextlib
@@ -73,17 +73,17 @@ class Timeline:
 
     def mark(self, name: str, block: int | None = None) -> None:
         """An instant on the host clock. Synchronise before it if it shall mean "done on the device"."""
-        self._events.append(Event(name, self._now(), 0.0, block, "host"))
+        self._events.append(Event(name, self.now_ms(), 0.0, block, "host"))
 
     @contextlib.contextmanager
     def span(self, name: str, block: int | None = None) -> Iterator[None]:
         """Time the body on the host clock and, on CUDA, on the stream current at its begin and end."""
-        start_ms = self._now()
+        start_ms = self.now_ms()
         start = self._record() if self._cuda else None
         yield
         if start is not None:
             self._pending.append((name, block, start, self._record()))
-        self._events.append(Event(name, start_ms, self._now() - start_ms, block, "host"))
+        self._events.append(Event(name, start_ms, self.now_ms() - start_ms, block, "host"))
 
     @contextlib.contextmanager
     def garbage(self) -> Iterator[None]:
@@ -95,9 +95,9 @@ class Timeline:
         def note(phase: str, _: dict[str, int]) -> None:
             nonlocal begun
             if phase == "start":
-                begun = self._now()
-            elif self._now() - begun >= GARBAGE_MS:
-                self._events.append(Event(GARBAGE, begun, self._now() - begun, None, "host"))
+                begun = self.now_ms()
+            elif self.now_ms() - begun >= GARBAGE_MS:
+                self._events.append(Event(GARBAGE, begun, self.now_ms() - begun, None, "host"))
 
         gc.callbacks.append(note)
         try:
@@ -118,7 +118,8 @@ class Timeline:
             self._pending = []
         return sorted(self._events, key=lambda event: (event.start_ms, -event.duration_ms))
 
-    def _now(self) -> float:
+    def now_ms(self) -> float:
+        """The host clock, since the origin."""
         return (time.perf_counter() - self._origin) * 1e3
 
     def _record(self) -> "torch.cuda.Event":

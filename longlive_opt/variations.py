@@ -11,6 +11,7 @@ import pandas as pd
 from .results import is_na, lookup, number
 
 COLUMNS = {"SS mean, ms": "latency.ss_ms_per_frame.mean", "SS max, ms": "latency.ss_ms_per_frame.max",
+           "denoise, ms": "latency.stages_ms.denoise.mean", "decode, ms": "latency.stages_ms.decode.mean",
            "PS mean, ms": "latency.ps_ms.mean", "FPS": "fps", "peak, GB": "memory_gb.peak_allocated",
            "KV cache, GB": "memory_gb.kv_cache", "PSNR, dB": "quality.psnr_db.mean"}
 AS_IS = "as is"

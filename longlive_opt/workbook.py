@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import gc
@@ -21,6 +22,7 @@ import html
 import logging
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -229,28 +231,36 @@ class Experiment:
         """The hypothesis, what was measured beside the baseline, and the decision as it stands."""
         return HTML(reading_html(self.result, self.baseline()))
 
-    def vary(self, changes: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    def vary(self, changes: Mapping[str, Sequence[Any]],
+             together: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
         """Measure the preset again with one key changed at a time, and add the figures to result.json; only
         `reading` may follow, since it lets go of the pipeline. A variation that cannot run is n/a and says
         why.
 
+        Each runs in a thread of its own: cuDNN's kernels, once chosen for a shape, are remembered per thread.
+
         Args:
             changes: the values to try instead of the preset's, by key.
+            together: changes of several keys at a time, measured after those of one.
         """
         rows = self.result["variations"] = []
         del self.pipeline, self.session, self.measurement
-        for key, value in ((key, value) for key, values in changes.items() for value in values):
+        for changed in (*({key: value} for key, values in changes.items() for value in values), *together):
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            print(f"variation {key}: {value}", flush=True)
-            rows.append(results.plain_json({"changed": {key: value}} | self._variation(key, value)))
+            print("variation", ", ".join(f"{key}: {value}" for key, value in changed.items()), flush=True)
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="variation") as thread:
+                # Settings of torch's compiler belong to a context, and a new thread has a new one.
+                context = contextvars.copy_context()
+                measured = thread.submit(context.run, self._variation, changed).result()
+            rows.append(results.plain_json({"changed": dict(changed)} | measured))
             results.write_result(self.folder / RESULT_FILE, self.result)
         return variations_table(self.result).map(plain)
 
-    def _variation(self, key: str, value: Any) -> dict[str, Any]:
+    def _variation(self, changed: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            config = ExperimentConfig.from_mapping(self.config.to_dict() | {key: value})
+            config = ExperimentConfig.from_mapping(self.config.to_dict() | dict(changed))
             variant = Experiment(config, self.campaign, self.number, self.folder)
             variant.build()
             variant.measure()

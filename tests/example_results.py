@@ -60,6 +60,17 @@ def _quality(preset: str, exact: bool, frames: int = 24) -> dict[str, Any]:
         "lpips": na("the AlexNet trunk alexnet-owt-7be5be79.pth was not found", "fetch it, see README")}
 
 
+def _gpu(end_ms: float, frames: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`gpu_samples` and `energy` of a stream: the clock falls from 1900 to 1700 MHz while it gets warm."""
+    times = [index * end_ms / 1e3 / 50 for index in range(51)]
+    samples = {"period_s": 0.25, "t_s": times, "sm_mhz": [1900 - 4 * index for index in range(51)],
+               "power_w": [600.0 + 2 * index for index in range(51)], "temperature_c": [50] * 51,
+               "throttled": {"sw_power_cap": 0.5}}
+    energy = {"joules_per_frame": 38.5, "mean_power_w": 650.0, "joules": 38.5 * frames,
+              "seconds": 38.5 * frames / 650, "frames": frames}
+    return samples, energy
+
+
 def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1, steady: int = 300,
                    switches: int = 20, exact: bool = False, seed: int = 0,
                    gpu: str | None = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
@@ -102,6 +113,14 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
         "switch_events": [event.to_row() for event in switch_events],
         "created_utc": "2026-01-31T12:00:00Z",
     }
+    for stream in ("events", "switch_events"):
+        found = _gpu(result[stream][-1][1], first) if gpu else (na("the run was on cpu", "run on a GPU"),) * 2
+        if stream == "events":
+            result |= {"frames_on": "host", "gpu_samples": found[0],
+                       "energy": found[1] if gpu else dict.fromkeys(("joules_per_frame", "mean_power_w"),
+                                                                    found[1])}
+        elif gpu:
+            result["gpu_samples"]["switch_stream"], result["energy"]["switch_stream"] = found
     gate = {"level": "exact"} if exact else {"level": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9}
     baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
     noise = dict.fromkeys(("ss_mean", "ss_p50", "ss_max", "ps_mean", "fps", "peak_allocated"), 0.004)

@@ -35,7 +35,7 @@ PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
 NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
 NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow",
-                "ipywidgets"}
+                "ipywidgets", "pynvml"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)

@@ -120,9 +120,58 @@ def test_spans_inside_a_stage_do_not_count_twice_for_the_clocks():
 
 
 def test_fps_is_wall_clock_with_switches():
-    """Would catch: throughput computed from steady blocks only, which no viewer ever gets."""
-    assert metrics.wall_clock_fps(stream([9999, 500, 700, 500], [2]), first_measured_block=1) == \
+    """Would catch: throughput computed from steady blocks only, which no viewer ever gets; warm-up in it; the
+    consumer's time before the first measured block in it; a decode that overlaps it left out."""
+    events = stream([9999, 500, 700, 500], [2])
+    assert metrics.wall_clock_fps(events, first_measured_block=1) == pytest.approx(36 / 1.7)
+    late = [Event(e.name, e.start_ms + (40 if (e.name, e.block) == ("block_start", 1) else 0), 0.0, e.block,
+                  e.clock) for e in events]
+    assert metrics.wall_clock_fps(late, first_measured_block=1) == pytest.approx(36 / 1.66)
+    early = [Event(e.name, e.start_ms - (300 if e.name == "block_start" else 0), 0.0, e.block, e.clock)
+             for e in events]
+    assert metrics.wall_clock_fps(early, first_measured_block=1) == pytest.approx(36 / 1.7)
+    measured = metrics.measurements(stream([500] * 4), first_measured_block=1, switch_events=events)
+    assert (measured["fps"], measured["fps_with_switches"]) == (pytest.approx(24), pytest.approx(36 / 1.7))
+    alone = metrics.measurements(stream([500] * 4), first_measured_block=1)
+    assert is_na(alone["fps_with_switches"])
+    assert metrics.measurements(events, first_measured_block=1)["fps_with_switches"] == \
         pytest.approx(36 / 1.7)
+
+
+def test_a_request_at_a_random_moment_waits_half_a_block_longer():
+    """Would catch: the best case, a request at the block's edge, sold as what a user waits."""
+    latency = metrics.latency_metrics(stream([240, 240, 400, 300, 500], [2, 4]), first_measured_block=1)
+    assert latency["ps_ms"]["mean"] == 450 and latency["ps_before_ms_all"] == [240, 300]
+    assert latency["ps_random_ms"] == {"n": 2, "mean": pytest.approx(450 + 135), "p95": pytest.approx(770)}
+    none = metrics.latency_metrics(stream([10, 10, 10]), first_measured_block=1)
+    assert is_na(none["ps_random_ms"]["mean"]) and is_na(none["ps_random_ms"]["p95"])
+
+
+def test_quantile_of_random_moments_is_that_of_many_draws():
+    """Would catch: a p95 of means, or of the sums of two p95."""
+    rng = np.random.default_rng(0)
+    latencies, before = rng.uniform(300, 900, 20), rng.uniform(200, 500, 20)
+    drawn = (latencies + before * rng.random((200_000, 20))).ravel()
+    found = metrics.at_random_moments(list(latencies), list(before))
+    assert found["mean"] == pytest.approx(drawn.mean(), rel=1e-3)
+    assert found["p95"] == pytest.approx(np.percentile(drawn, 95), rel=1e-3)
+
+
+def test_random_moments_are_told_apart_by_prompt():
+    """Would catch: hits and misses of the prompt cache in one mean."""
+    split = metrics.random_moments_by_group([100.0, 500.0, 120.0], [40.0, 40.0, 40.0], ["hit", "miss", "hit"])
+    assert {group: (found["n"], found["mean"]) for group, found in split.items()} == {
+        "hit": (2, 130.0), "miss": (1, 520.0)}
+    assert metrics.random_moments_by_group([1.0], [2.0], []) == {}
+
+
+def test_the_copy_to_the_host_is_a_stage_where_there_is_one():
+    """Would catch: 0.6 ms per block that no stage shows, or a stage of 0 ms on a machine without a device."""
+    stages = {block: {"decode": 50.0, "copy_to_host": 0.5} for block in range(4)}
+    latency = metrics.latency_metrics(stream([60] * 4, [2], stages), first_measured_block=1)
+    assert latency["stages_ms"]["copy_to_host"]["mean"] == 0.5
+    assert latency["ps_breakdown_ms"]["copy_to_host"] == 0.5
+    assert latency["clock_disagreement"]["cuda_block_ms"] == pytest.approx(50.5)
 
 
 def test_two_streams_in_one_timeline_are_refused():

@@ -19,6 +19,7 @@ from longlive_opt import decision, figures, report
 from longlive_opt.errors import UserError
 from longlive_opt.figures.labels import along, spread
 from longlive_opt.reading import reading_html
+from longlive_opt.report import outside
 from longlive_opt.report.__main__ import main
 from longlive_opt.results import na, write_result
 
@@ -331,6 +332,86 @@ def test_what_a_room_did_is_told_in_words():
         "memory_bytes 1.97e9." in report.render_log([run])
 
 
+def test_what_the_gpu_did_is_told(seven):
+    """Would catch: watts and joules in result.json alone; n/a without its reason; a long stream that slows
+    down without a word."""
+    part = section(report.render_log([make("baseline", steady=50)]), "## Baseline Measurement")
+    assert "- GPU during the steady stream, 51 readings: 1800 MHz (1700 to 1900), 650 W (up to 700), up to " \
+        "50 C, held back by sw_power_cap in 50% of the readings. Energy: 38.5 J per video frame, 650 W on " \
+        "average, by the GPU's own counter; 38.5 J where every second block is a switch." in part
+    assert re.search(r"- Drift: SS mean 6\d\.\d\d ms in the first fifth of the 50 blocks, 6\d\.\d\d in "
+                     r"the last \([+-]\d\.\d%\); GPU clock 18\d\d and 17\d\d MHz\.", part)
+    unknown = make("baseline")
+    unknown["gpu_samples"] = na("the package nvidia-ml-py is not installed", "pip install nvidia-ml-py")
+    text = report.render_log([unknown])
+    assert "GPU during the streams: n/a, the package nvidia-ml-py is not installed" in text
+    assert "Drift:" not in text, "twelve blocks tell none"
+    csv = report.summary_table([make("baseline"), unknown])
+    assert csv["joules_per_frame"][0] == 38.5 and csv["mean_power_w"][0] == 650.0
+    assert report.numbers_table(seven)["J per frame"].tolist() == ["38.5"] * 7
+
+
+def test_switches_are_told_at_the_edge_and_at_a_random_moment():
+    """Would catch: the best case of a request for what a user waits, hits and misses in one."""
+    run = make("baseline")
+    run["latency"] |= {"ps_by_prompt": {"hit": {"mean": 350.0, "n": 1}, "miss": {"mean": 416.0, "n": 1}},
+                       "ps_random_by_prompt": {"hit": {"mean": 500.0, "n": 1}}}
+    run["latency"]["ps_ms"] |= {"mean": 383.0}
+    run["latency"]["ps_random_ms"] |= {"mean": 534.0, "p95": 690.0}
+    text = report.render_log([run])
+    assert "- PS: mean 383.0 ms for a request at a block's edge; 534.0 ms (p95 690.0) at a random moment, " \
+        "derived: it waits for the block under way. By prompt cache: hit 350.0 and 500.0 ms (n=1), miss " \
+        "416.0 ms (n=1)." in text
+    assert re.search(r"every second block is a switch: \d+\.\d FPS, mean", text)
+
+
+def test_results_from_before_the_new_figures_are_read(tmp_path):
+    """Would catch: the shipped campaign unreadable, or told as if its frames had come to the host."""
+    old = make("baseline")
+    for key in ("frames_on", "gpu_samples", "energy", "fps_with_switches"):
+        del old[key]
+    for key in ("ps_random_ms", "ps_before_ms_all"):
+        del old["latency"][key]
+    write_result(tmp_path / "c" / "baseline" / "result.json", old)
+    campaign = report.load(tmp_path / "c")
+    assert not campaign.problems
+    text = report.render_log(campaign.results)
+    assert "frames complete on the device, not yet in host memory" in text
+    assert "at a random moment, derived" not in text
+    assert "not yet in host memory" not in report.render_log([make("baseline")])
+    assert re.search(r"every second block is a switch: \d+\.\d FPS, mean", text)
+    assert report.summary_table(campaign.results)["joules_per_frame"].isna().all()
+    assert figures.run_figures(old)["gpu_load"].alt.endswith("Not drawn: no readings in these results.")
+    assert "n/a" in reading_html(old, None)
+
+
+def test_what_others_measured_is_in_log_and_readme():
+    """Would catch: gains against an own re-implementation only, and two homes for one fact."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for measured in outside.MEASURED:
+        assert measured.sentence() in readme
+    text = report.render_log([make("baseline")])
+    assert "20.7 FPS (the VAE apparently left out)" in text and "491 + 278 ms per block" in text
+    assert "536 + 276" in text and "519 ms per block without the VAE" in text
+    small = make("baseline")
+    small["model"]["name"] = "tiny"
+    assert "20.7 FPS" not in report.render_log([small])
+
+
+def test_the_gpus_chart_takes_what_is_there(seven):
+    """Would catch: a chart that needs every reading, or that two presets share a lane unnamed."""
+    silent, none = copy.deepcopy(seven[1]), copy.deepcopy(seven[2])
+    silent["gpu_samples"]["sm_mhz"] = [None] * 51
+    none["gpu_samples"] = na("the run was on cpu", "run on a GPU")
+    chart = figures.run_figures(silent, seven[0])["gpu_load"]
+    assert chart.alt.endswith("baseline 1800, 650, 38.5; cuda_graphs n/a, 650, 38.5.")
+    clock, power = chart.axes
+    assert len([text for text in clock.texts if text.arrow_patch]) == 1
+    assert len([text for text in power.texts if text.arrow_patch]) == 2
+    assert "dashed: the limit of 700 W" in power.get_xlabel()
+    assert "the run was on cpu" in figures.run_figures(none)["gpu_load"].alt
+
+
 def test_incomparable_runs_have_no_change():
     """Would catch percentages between two machines."""
     text = report.render_log([make("baseline"), make("static_kv", gpu="NVIDIA H200")])
@@ -612,7 +693,8 @@ def test_leaders_begin_beside_their_name():
 
 @pytest.mark.parametrize("path", [
     "events", "switch_events", "latency", "latency.ss_block_ms", "latency.ss_blocks", "latency.stages_ms",
-    "latency.ps_ms", "playback", "quality.psnr_db", "sizes"])
+    "gpu_samples", "gpu_samples.sm_mhz", "gpu_samples.t_s", "energy", "latency.ps_ms", "playback",
+    "quality.psnr_db", "sizes"])
 def test_figures_survive_missing_parts(seven, path):
     """Would catch a figure that takes the report down with it because one field is null or absent."""
     *parents, last = path.split(".")

@@ -5,12 +5,17 @@ import errno
 import json
 import math
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from example_results import example_result
 
-from longlive_opt import provenance, results
+from longlive_opt import provenance, results, telemetry
 from longlive_opt.errors import UserError
 
 
@@ -214,7 +219,7 @@ def test_company_is_told_or_unknown_with_a_reason(after, cores, shared):
 def test_who_holds_the_gpu(monkeypatch, listed, shared):
     """Would catch: 'alone' in a container, where nvidia-smi lists nobody or other numbers."""
     monkeypatch.setattr(provenance.os, "getpid", lambda: 50)
-    monkeypatch.setattr(provenance, "_uuid", lambda device: "GPU-1")
+    monkeypatch.setattr(provenance, "gpu_uuid", lambda device: "GPU-1")
     monkeypatch.setattr(provenance, "_run", lambda *command: listed)
     company = provenance.company_of("cuda", (0.0, 0.0, 0.0), (10.0, 90.0, 9.0))
     assert company["co_scheduled"] is shared and company["other_cpu_cores"] == pytest.approx(8.1)
@@ -247,6 +252,122 @@ def test_a_machine_without_nvidia_smi_loses_no_run(monkeypatch):
     assert provenance.throttle_reasons("0x0000000000000024") == ["sw_power_cap", "sw_thermal"]
     assert provenance.throttle_reasons("0x0000000000000001") == []
     assert provenance.throttle_reasons(None) is None and provenance.throttle_reasons("[N/A]") is None
+
+
+class FakeNvml:
+    """NVML's bindings for two GPUs; the second one draws 500 W, which its counter adds up."""
+
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, refused: tuple[str, ...] = ()):
+        self.refused, self.now_ms = refused, 0.0
+        self.answers = {"ClockInfo": lambda handle, kind: 1755, "Temperature": lambda handle, kind: 64,
+                        "PowerUsage": lambda handle: 500_000,
+                        "CurrentClocksEventReasons": lambda handle: 0x4 if self.now_ms > 50 else 0x1,
+                        "TotalEnergyConsumption": lambda handle: int(7e6 + 500 * self.now_ms)}
+
+    def nvmlInit(self):
+        if "Init" in self.refused:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        return {"GPU-a": 0, "GPU-b": 1}[uuid]
+
+    def __getattr__(self, name):
+        asked = name.removeprefix("nvmlDeviceGet")
+        if asked not in self.answers:
+            raise AttributeError(name)
+
+        def answer(handle, *kind):
+            assert handle == 1, "another GPU than torch's"
+            if asked in self.refused:
+                raise self.NVMLError("Not Supported")
+            return self.answers[asked](handle, *kind)
+
+        return answer
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """Make bindings and take `cuda` for the second GPU, as with CUDA_VISIBLE_DEVICES=1."""
+    def make(*refused: str) -> FakeNvml:
+        fake = FakeNvml(refused)
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        monkeypatch.setattr(telemetry, "gpu_uuid", lambda device: "GPU-b")
+        return fake
+
+    return make
+
+
+def until(come: Callable[[], object]) -> None:
+    """Wait for another thread."""
+    while not come():
+        time.sleep(0.001)
+
+
+def recorded(fake: FakeNvml, period_s: float = 3600.0) -> telemetry.Samples:
+    """A stream of 100 ms of which both ends are read."""
+    watch = telemetry.Telemetry(torch.device("cuda"), period_s)
+    assert watch.missing is None
+    with watch.recording(lambda: fake.now_ms) as samples:
+        until(lambda: samples.section().get("t_s"))
+        fake.now_ms = 100.0
+    return samples
+
+
+def test_energy_and_clocks_are_those_of_torchs_gpu(nvml):
+    """Would catch: the first GPU's power in a run on the second, energy of warm-up, watts for joules."""
+    samples = recorded(nvml())
+    section, energy = samples.section(), samples.energy(20.0, 80.0, 12)
+    assert section["sm_mhz"] == [1755, 1755] and section["power_w"] == [500.0, 500.0]
+    assert section["t_s"] == [0.0, 0.1] and section["temperature_c"] == [64, 64]
+    assert section["throttled"] == {"sw_power_cap": 0.5}
+    assert energy["joules"] == pytest.approx(30.0) and energy["frames"] == 12
+    assert energy["mean_power_w"] == pytest.approx(500.0)
+    assert energy["joules_per_frame"] == pytest.approx(2.5)
+    json.dumps([section, energy], allow_nan=False)
+
+
+def test_readings_come_every_period_and_end_with_the_stream(nvml):
+    """Would catch: one reading per stream, and a thread that goes on reading after it or after an error."""
+    nvml()
+    watch = telemetry.Telemetry(torch.device("cuda"), 0.001)
+    with pytest.raises(KeyError), watch.recording(lambda: 0.0) as samples:
+        until(lambda: len(samples.section().get("t_s", ())) >= 5)
+        raise KeyError
+    assert not [thread for thread in threading.enumerate() if thread.name == "telemetry"]
+
+
+@pytest.mark.parametrize("refused", [("TotalEnergyConsumption",),
+                                     ("ClockInfo", "CurrentClocksEventReasons")])
+def test_what_a_gpu_does_not_tell_is_null_and_the_rest_is_there(nvml, refused):
+    """Would catch: a measured hour lost to a question that this GPU does not answer."""
+    samples = recorded(nvml(*refused))
+    section, energy = samples.section(), samples.energy(0.0, 100.0, 12)
+    assert section["power_w"] == [500.0, 500.0]
+    assert results.is_na(energy["joules_per_frame"]) == ("TotalEnergyConsumption" in refused)
+    if "ClockInfo" in refused:
+        assert section["sm_mhz"] == [None, None] and section["throttled"] == {}
+
+
+@pytest.mark.parametrize(("kind", "says"), [("cpu", "the run was on cpu"), ("no package", "nvidia-ml-py"),
+                                            ("no driver", "Driver Not Loaded"), ("no uuid", "UUID")])
+def test_without_readings_both_sections_say_why(nvml, monkeypatch, kind, says):
+    """Would catch: 0 J per frame, or a failed run, on a machine without GPU, driver or bindings."""
+    nvml(*("Init",) if kind == "no driver" else ())
+    if kind == "no package":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    if kind == "no uuid":
+        monkeypatch.setattr(telemetry, "gpu_uuid", lambda device: None)
+    watch = telemetry.Telemetry(torch.device("cpu" if kind == "cpu" else "cuda"))
+    with watch.recording(lambda: 0.0) as samples:
+        pass
+    energy = samples.energy(0.0, 10.0, 12)
+    for metric in (samples.section(), energy["joules_per_frame"], energy["mean_power_w"]):
+        assert results.is_na(metric) and says in metric["reason"] + metric["how_to_fix"]
 
 
 def test_memory_is_na_on_a_cpu():

@@ -26,6 +26,7 @@ from longlive_opt.inputs import Script
 from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import TextContext
+from longlive_opt.models.vae import StreamingDecoder
 from longlive_opt.optimizations import build_pipeline, rooms_of
 from longlive_opt.optimizations.async_vae import AsyncVAE
 from longlive_opt.optimizations.cuda_graphs import graphed
@@ -33,6 +34,7 @@ from longlive_opt.optimizations.fused_kernels import check_triton
 from longlive_opt.optimizations.prompt_cache import CachedPrompts, EmbeddingStore
 from longlive_opt.optimizations.quantized_kv_cache import check_kernels
 from longlive_opt.optimizations.static_kv_cache import RingKVCache, StaticKVCache
+from longlive_opt.optimizations.vae_switches import CudnnBenchmark
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.pipeline import Pipeline
 from longlive_opt.session import Chunk, StreamingSession
@@ -160,8 +162,12 @@ def test_rooms_apply_in_a_fixed_order_and_report():
     """Captured code cannot be compiled: the order is the table's, not that of the flags in a file."""
     flags = ["use_static_kv", "use_fused_kernels", "use_quantized_linears", "use_torch_compile", "use_cuda_graphs",
              *EXACT_FLAGS]
-    names = [room.name for room in rooms_of(micro_config(**dict.fromkeys(reversed(flags), True)))]
+    keys = dict.fromkeys(reversed(flags), True)
+    names = [room.name for room in rooms_of(micro_config(vae_chunk_latents=1, **keys))]
     assert [f"use_{name}" for name in names] == flags
+    on_gpu = [room.name for room in rooms_of(micro_config(device="cuda", use_vae_offload=True,
+                                                          use_static_kv=True, use_torch_compile=True))]
+    assert on_gpu == ["static_kv", *VAE_SWITCHES[:2], "torch_compile", VAE_SWITCHES[2], "vae_offload"]
     both = micro_config(use_static_kv=True, use_quantized_kv=True)
     assert [room.name for room in rooms_of(both)] == ["quantized_kv"]
     assert rooms_of(micro_config()) == []
@@ -176,8 +182,75 @@ def test_rooms_apply_in_a_fixed_order_and_report():
     field.name for field in dataclasses.fields(ExperimentConfig) if field.name.startswith("use_")])
 def test_every_flag_has_its_room(flag):
     """A flag that is accepted and does nothing: the report would show an optimization that was not there."""
-    room, = rooms_of(ExperimentConfig(**{flag: True}))
+    room, = rooms_of(ExperimentConfig(**{flag: True, "vae_chunk_latents": 1}))
     assert flag == f"use_{room.name}" and room.level in ("exact", "rounding", "lossy")
+
+
+VAE_SWITCHES = ("vae_channels_last", "vae_chunk", "cudnn_benchmark")
+
+
+@pytest.mark.parametrize("device, keys, expected", [
+    ("cuda", {}, ()),
+    ("cuda", {"use_torch_compile": True}, VAE_SWITCHES),
+    ("cuda", {"use_torch_compile": True, "cudnn_benchmark": False}, VAE_SWITCHES[:2]),
+    ("cuda", {"use_torch_compile": True, "vae_channels_last": False, "vae_chunk_latents": 1},
+     VAE_SWITCHES[2:]),
+    ("cuda", {"cudnn_benchmark": True}, VAE_SWITCHES[2:]),
+    ("cuda", {"vae_channels_last": True, "vae_chunk_latents": 3}, VAE_SWITCHES[:2]),
+    ("cpu", {"vae_channels_last": True}, ()),  # as the reference there
+    ("cpu", {"vae_channels_last": False}, VAE_SWITCHES[:1]),
+    ("cpu", {"use_torch_compile": True}, VAE_SWITCHES[1:2])], ids=str)
+def test_what_the_compiler_mixed_has_switches_of_its_own(device, keys, expected):
+    """A layout, a chunk or cuDNN's search that is on and named nowhere: its gain is the compiler's then."""
+    rooms = rooms_of(micro_config(device=device, use_static_kv=True, **keys))
+    assert tuple(room.name for room in rooms if room.name in VAE_SWITCHES) == expected
+    assert {room.level for room in rooms if room.name in VAE_SWITCHES} <= {"rounding"}
+
+
+@pytest.mark.parametrize("keys", [{"vae_chunk_latents": 2}, {"vae_channels_last": False},
+                                  {"vae_chunk_latents": 3, "use_async_vae": True, "use_vae_offload": True}],
+                         ids=str)
+def test_switches_of_the_vae_work_without_the_compiler(reference, keys):
+    """A key that is accepted and does nothing, or that changes more than rounding."""
+    pipeline = micro_pipeline(**keys, **SMALL)
+    decoder, is_last = pipeline.make_vae_decoder(), keys.get("vae_channels_last", True)
+    assert decoder.chunk_latents == keys.get("vae_chunk_latents", 1)
+    assert (pipeline.vae.memory_format is torch.channels_last_3d) == is_last
+    weights = [m.weight for m in pipeline.vae.modules() if isinstance(m, torch.nn.Conv3d)]
+    format = torch.channels_last_3d if is_last else torch.contiguous_format
+    assert all(weight.is_contiguous(memory_format=format) for weight in weights)
+    for ours, theirs in zip(scripted(pipeline), reference, strict=True):
+        assert torch.equal(ours.latents, theirs.latents)
+        assert (ours.frames.int() - theirs.frames.int()).abs().max() <= 1
+
+
+def test_cudnns_search_is_on_in_the_vae_and_nowhere_else(monkeypatch):
+    """A flag that other pipelines of the process inherit, that a failed call leaves on, or that the worker of
+    another thread does not see."""
+    seen, threads = [], set()
+    base = micro_pipeline(denoising_steps=[1000], **SMALL)
+
+    def decode(self, z, history, first):
+        seen.append(torch.backends.cudnn.benchmark)
+        threads.add(threading.current_thread().name)
+        if len(seen) == 5:
+            raise RuntimeError("no")
+        return original(self, z, history, first)
+
+    original = StreamingDecoder.decode
+    monkeypatch.setattr(StreamingDecoder, "decode", decode)
+    # `apply` asks for the device's kind only: where this runs there is no GPU.
+    searching = CudnnBenchmark().apply(dataclasses.replace(base, device=torch.device("cuda")))
+    pipeline = AsyncVAE().apply(dataclasses.replace(searching, device=CPU))
+    with pytest.raises(RuntimeError, match="no"):
+        list(StreamingSession(pipeline).stream("a", 3))
+    assert seen[:5] == [True] * 5 and threads != {threading.main_thread().name}
+    assert torch.backends.cudnn.benchmark is False
+    del seen[:]
+    list(StreamingSession(base).stream("a", 1))
+    assert seen == [False] * 3
+    with pytest.raises(NotAvailable, match="cudnn_benchmark: cuDNN runs on NVIDIA GPUs"):
+        micro_pipeline(cudnn_benchmark=True, **SMALL)
 
 
 def test_cuda_graphs_on_the_cpu_are_not_available():
@@ -906,6 +979,18 @@ def test_gpu_async_decoder_equals_inline(keys):
         found = scripted(asynchronous)
         assert [chunk.block for chunk in found] == [chunk.block for chunk in expected]
         assert same_video(expected, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [
+    {"cudnn_benchmark": True}, {"vae_channels_last": True}, {"vae_chunk_latents": 3},
+    {"cudnn_benchmark": True, "vae_channels_last": True, "vae_chunk_latents": 3, "use_async_vae": True,
+     "use_static_kv": True, "use_cuda_graphs": True}], ids=str)
+def test_gpu_switches_of_the_vae_change_no_more_than_rounding(keys):
+    """A layout that the history does not share, frames of a chunk in another order, a flag that stays on."""
+    for ours, theirs in zip(scripted(gpu_pipeline(**keys)), scripted(gpu_pipeline()), strict=True):
+        assert (ours.frames.float() - theirs.frames.float()).abs().mean() < 1.0
+    assert torch.backends.cudnn.benchmark is False
 
 
 @pytest.mark.gpu

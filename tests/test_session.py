@@ -15,6 +15,7 @@ from micro import micro_model, micro_pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+from longlive_opt.decoder import HOST_BUFFERS, Delivery
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import Script
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
@@ -132,7 +133,7 @@ def recorded_session(pipeline: Pipeline, global_sink: bool, infinity: bool) -> S
         pipeline, dit=dit, sampler=Sampler(sampling_plan(config, global_sink), EagerForward(dit)),
         encode_prompt=lambda prompt: dit.embed_text(inputs["prompt_embeds"][int(prompt):int(prompt) + 1]),
         make_cache=lambda: make_rolling_cache(dit, config, 1, infinity),
-        make_decoder=lambda decoder, timeline: NoPixels()), noise=RecordedNoise(inputs))
+        make_decoder=lambda *_: NoPixels()), noise=RecordedNoise(inputs))
 
 
 @pytest.mark.parametrize("case, global_sink, infinity", [
@@ -346,6 +347,72 @@ def test_timeline_of_a_stream(point):
         in_order = [at[name, block] for name in ("block_start", "denoise", "decode", "chunk_ready")]
         assert in_order == sorted(in_order)
     assert at["switch_request", 2] <= at["block_start", 2] <= at["text_encode", 2] <= at["recache", 2]
+
+
+def copying(monkeypatch) -> None:
+    """Let a session on the CPU copy its frames as one on a GPU does."""
+    init = Delivery.__init__
+
+    def on_gpu(self, device, block_shape):
+        init(self, torch.device("cuda"), block_shape)
+
+    monkeypatch.setattr(Delivery, "__init__", on_gpu)
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_async_vae": True}], ids=str)
+def test_host_frames_are_the_frames_and_stay_as_long_as_promised(point, monkeypatch, keys):
+    """Frames of the next block in a chunk that is still shown; memory that is allocated per block; a copy
+    that no stage shows."""
+    copying(monkeypatch)
+    pipeline = micro_pipeline(**POINT, **keys)
+    expected = list(StreamingSession(point).stream("a fox", 8))
+    timeline = Timeline("cpu")
+    session = StreamingSession(pipeline, timeline=timeline, host_frames=True)
+    shown, places = None, set()
+    for chunk in session.stream("a fox", 8):
+        assert torch.equal(chunk.frames, expected[chunk.block].frames)
+        if shown is not None:  # until the one after this is asked for
+            assert torch.equal(shown.frames, expected[shown.block].frames)
+        shown = chunk
+        places.add(chunk.frames.data_ptr())
+    assert len(places) == HOST_BUFFERS
+    copies = [event.block for event in timeline.resolve() if event.name == "copy_to_host"]
+    assert copies == list(range(8))
+    session.reset()
+    session.host_frames = False
+    chunks = list(session.stream("a fox", 8))
+    assert same_video(chunks, expected) and not places & {chunk.frames.data_ptr() for chunk in chunks}
+
+
+def test_host_frames_on_the_cpu_are_left_alone(point):
+    """A copy of what is in host memory already, and chunks that change although nothing had to be saved."""
+    timeline = Timeline("cpu")
+    session = StreamingSession(point, timeline=timeline, host_frames=True)
+    chunks = list(session.stream("a fox", 6))
+    assert same_video(chunks, list(StreamingSession(point).stream("a fox", 6)))
+    assert "copy_to_host" not in {event.name for event in timeline.resolve()} and session.host_frames
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{}, {"use_async_vae": True}, {"use_torch_compile": True},
+                                  {"use_cuda_graphs": True, "use_async_vae": True}], ids=str)
+def test_gpu_host_frames_are_the_frames(keys):
+    """A chunk handed out before its copy has come, or whose memory on the GPU was used again before."""
+    from test_rooms import gpu_pipeline
+
+    torch._dynamo.reset()
+    pipeline = gpu_pipeline(use_static_kv=True, **keys)
+    expected = [chunk.frames.cpu() for chunk in StreamingSession(pipeline).stream("a", 9)]
+    timeline = Timeline("cuda")
+    session = StreamingSession(pipeline, timeline=timeline, host_frames=True)
+    for _ in range(3):
+        timeline.clear()
+        for chunk in session.stream("a", 9):
+            assert chunk.frames.device.type == "cpu" and chunk.frames.is_pinned()
+            assert torch.equal(chunk.frames, expected[chunk.block])
+        session.reset()
+        copies = [e for e in timeline.resolve() if (e.name, e.clock) == ("copy_to_host", "cuda")]
+        assert [event.block for event in copies] == list(range(9))
 
 
 def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 import torch
 from micro import micro_config, micro_model
 
-from longlive_opt import measurement, metrics, provenance, results, video, workbook
+from longlive_opt import measurement, metrics, provenance, results, telemetry, video, workbook
 from longlive_opt.decision import gate_of
+from longlive_opt.decoder import Delivery
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.inputs import Script, notebook_parameters, script_of
 from longlive_opt.measurement import SWITCH_EVERY, switch_blocks
@@ -190,6 +193,10 @@ def test_optimizations_make_no_baseline(tmp_path):
         open_run(tmp_path / "run", use_static_kv=True, use_async_vae=True)
     assert not (tmp_path / "run").exists()
     assert open_run(tmp_path / "run", use_static_kv=True, name="mine").config.use_static_kv
+    for key, value in (("cudnn_benchmark", True), ("vae_channels_last", False), ("vae_chunk_latents", 3)):
+        with pytest.raises(UserError, match=f"^{key}: {str(value).lower()} under the name 'baseline'"):
+            open_run(tmp_path / "other", **{key: value})
+    assert open_run(tmp_path / "same", vae_chunk_latents=1, vae_channels_last=True).config.name == "baseline"
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -321,6 +328,58 @@ def test_what_interrupts_a_stream_is_recorded_and_what_came_before_is_not(tmp_pa
     assert any(row[0] == GARBAGE for row in measured["events"])
 
 
+class EvenPower(telemetry.Telemetry):
+    """A GPU that draws 1000 W all the time."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.missing = None
+
+    @contextlib.contextmanager
+    def recording(self, now_ms):
+        samples = telemetry.Samples(0.25)
+        reading = dict.fromkeys(telemetry.FIELDS, 1)
+        samples.add(now_ms(), reading | {"energy_j": now_ms()})
+        yield samples
+        samples.add(now_ms(), reading | {"energy_j": now_ms()})
+
+
+def test_energy_is_that_of_the_measured_blocks_of_each_stream(tmp_path, monkeypatch):
+    """Warm-up in the energy per frame, the other stream's frames, the block that asynchronous decoding adds."""
+    monkeypatch.setattr(measurement, "Telemetry", EvenPower)
+    run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "use_async_vae": True})
+    run.build()
+    run.measure()
+    measured, switched = run.measured, run.measured["energy"]["switch_stream"]
+    frames = measured["sizes"]["frames_per_block"]
+    assert measured["energy"]["frames"] == 2 * frames == switched["frames"]
+    assert measured["energy"]["mean_power_w"] == pytest.approx(1000, rel=1e-2)
+    per_frame = 1e3 / measured["fps"]
+    assert measured["energy"]["joules_per_frame"] == pytest.approx(per_frame, rel=1e-2)
+    assert switched["joules_per_frame"] == pytest.approx(1e3 / measured["fps_with_switches"], rel=1e-2)
+    assert len(measured["gpu_samples"]["switch_stream"]["t_s"]) == 2
+
+
+def test_frames_come_to_host_memory_while_they_are_measured_and_only_then(tmp_path, monkeypatch):
+    """Latencies that end on the GPU; a film whose first chunks are overwritten by its last ones."""
+    wanted = []
+    monkeypatch.setattr(Delivery, "__call__", lambda self, frames: wanted.append(self.to_host) or frames)
+    monkeypatch.setattr(Delivery, "copies", property(lambda self: True))
+    run = open_run(tmp_path / "run", **SMALLEST)
+    run.build()
+    headline = run.measure()
+    blocks = run.config.warmup_blocks
+    assert wanted == [True] * (blocks + 4 + blocks + 2 + blocks + 2)
+    assert run.measured["frames_on"] == "host" and not run.session.host_frames
+    assert results.is_na(run.measured["gpu_samples"]) and "mean_power_w" in run.measured["energy"]
+    assert run.measured["latency"]["stages_ms"]["copy_to_host"]["n"] == 2
+    assert run.measured["latency"]["ps_random_ms"]["n"] == 1
+    assert headline.loc["PS mean at a random moment, ms", "value"] > headline.loc["PS mean, ms", "value"]
+    del wanted[:]
+    run.film()
+    assert wanted == [False, False]
+
+
 def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):
     """A rehearsal of 3.4 s, "of it compiling 7.7 s": those of the preset that was measured before."""
     spent = iter([7.0, 7.5])
@@ -389,7 +448,7 @@ def test_gate_follows_the_rooms_and_the_preset():
     assert limits == {"level": "lossy", "objective": "latency", "min_ssim": 0.9, "max_lpips": 0.2}
 
 
-def test_variations_are_measured_beside_the_preset(campaign):
+def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
     """The preset's own figures must stay, and a variation that cannot run must not take the others along."""
     folder = campaign / "varied"
     run = open_run(folder, name="varied", use_static_kv=True)
@@ -399,10 +458,17 @@ def test_variations_are_measured_beside_the_preset(campaign):
     run.compare()
     run.save()
     alone = results.read_result(folder / RESULT_FILE)
-    table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]})
+    threads = []
+    measure = Experiment.measure
+    monkeypatch.setattr(Experiment, "measure",
+                        lambda self: threads.append(threading.get_ident()) or measure(self))
+    table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]},
+                     together=[{"sink_size": 0, "vae_chunk_latents": 3}])
+    assert threading.get_ident() not in threads, "cuDNN remembers the kernels of a shape per thread"
     result = results.read_result(folder / RESULT_FILE)
     assert {key: value for key, value in result.items() if key != "variations"} == alone
-    nine, two, one_step, rolling = result["variations"]
+    nine, two, one_step, rolling, both = result["variations"]
+    assert both["changed"] == {"sink_size": 0, "vae_chunk_latents": 3} and "failure" not in both
     assert nine["changed"] == {"local_attn_size": 9} and one_step["changed"] == {"denoising_steps": [1000]}
     assert nine["memory_gb"]["kv_cache"] == pytest.approx(0.75 * alone["memory_gb"]["kv_cache"])
     assert nine["sizes"]["blocks_measured"] == alone["sizes"]["blocks_measured"]
@@ -410,6 +476,7 @@ def test_variations_are_measured_beside_the_preset(campaign):
     assert "other noise" in one_step["quality"]["psnr_db"]["reason"]
     assert rolling["quality"]["identical"] is True  # the reference cache again
     assert list(table.index) == ["as is", "local_attn_size: 9", "local_attn_size: 2",
-                                 "denoising_steps: [1000]", "use_static_kv: false"]
+                                 "denoising_steps: [1000]", "use_static_kv: false",
+                                 "sink_size: 0, vae_chunk_latents: 3"]
     assert table.loc["use_static_kv: false", "PSNR, dB"] == "identical"
     assert table.loc["local_attn_size: 2", "FPS"].startswith("n/a: local_attn_size")

@@ -58,14 +58,21 @@ def _few_colours(picture: Image.Image) -> Image.Image:
 
 
 def new_axes(title: str, height: float) -> tuple[Chart, Axes]:
+    figure, axes = new_lanes(title, height, 1)
+    return figure, axes[0]
+
+
+def new_lanes(title: str, height: float, count: int) -> tuple[Chart, list[Axes]]:
+    """A chart of axes below one another that share their x axis; the title stands above the first."""
     figure = Chart(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    ax = figure.add_subplot()
-    ax.set_title(title, loc="left", fontsize=FONT + 2)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#e6e6e6", lw=0.7)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=FONT)
-    return figure, ax
+    axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    axes[0].set_title(title, loc="left", fontsize=FONT + 2)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e6e6e6", lw=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=FONT)
+    return figure, axes
 
 
 def not_drawn(title: str, reason: Any) -> Chart:

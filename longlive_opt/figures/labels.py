@@ -17,7 +17,8 @@ def name_lines(ax: Axes, names: Sequence[tuple[float, float, str, str]]) -> None
     """
     (low, high), right = ax.get_ylim(), ax.get_xlim()[1]
     ax.set_xlim(right=right)
-    gap = 1.45 * FONT / 72 / (0.78 * ax.figure.get_figheight())  # a line of text, in heights of the axes
+    height = 0.78 * ax.figure.get_figheight() / ax.get_subplotspec().get_gridspec().nrows
+    gap = 1.45 * FONT / 72 / height  # a line of text, in heights of the axes
     items = sorted(((value - low) / (high - low), end, text, colour) for end, value, text, colour in names)
     for (height, end, text, colour), moved in zip(items, spread([item[0] for item in items], gap),
                                                   strict=True):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from .chart import Chart
 from .facts import Result, first_runs, preset_of
 from .fidelity import pareto, quality_by_frame
+from .gpu import gpu_load
 from .latency import latency_boxes, latency_by_block, latency_ecdf
 from .playback import playback_buffer
 from .stages import stage_bars, stage_blocks, switch_bars, waterfall
@@ -25,7 +26,7 @@ def run_figures(result: Result, baseline: Result | None = None) -> dict[str, Cha
     """Every figure of one run by name; with `baseline`, latency and stages are drawn beside it."""
     alone = baseline is None or preset_of(baseline) == preset_of(result)
     pair = [result] if alone else [baseline, result]
-    functions = (latency_ecdf, latency_by_block, stage_bars, switch_bars, playback_buffer)
+    functions = (latency_ecdf, latency_by_block, stage_bars, switch_bars, playback_buffer, gpu_load)
     own = (stage_blocks, block_timeline, switch_timeline, quality_by_frame)
     return {function.__name__: function(pair) for function in functions} | {
         function.__name__: function(result) for function in own}

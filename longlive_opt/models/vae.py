@@ -21,6 +21,7 @@ State lives in `StreamingDecoder` alone:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Callable, Protocol, Sequence
 
 import torch
@@ -311,11 +312,18 @@ class WanVAE(nn.Module):
 
     def use_channels_last(self) -> WanVAE:
         """Keep weights, histories and activations channels last, as cuDNN prefers; call it after loading."""
+        return self.use_layout(channels_last=True)
+
+    def use_layout(self, *, channels_last: bool) -> WanVAE:
+        """Keep weights, histories and activations channels last, or else channels first. Call it after
+        loading and before a decoder is made.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                last = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                layout = last if channels_last else torch.contiguous_format
                 module.weight.data = module.weight.data.contiguous(memory_format=layout)
-        self.memory_format = torch.channels_last_3d
+        self.memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
         return self
 
     def init_history(self, batch: int, latent_height: int, latent_width: int, device: torch.device,
@@ -383,6 +391,7 @@ class StreamingDecoder:
         self.chunk_latents = chunk_latents
         self.mean, self.inverse_std = latent_statistics(self.device, self.dtype)
         self._pass: Callable[[list[Tensor]], StageHistory] = HeldHistory
+        self._within: Callable[[], AbstractContextManager[None]] = nullcontext
         self.history_on_host = False
         self.reset()
 
@@ -408,6 +417,14 @@ class StreamingDecoder:
         """
         self._pass, self.history_on_host = passing, True
         self.reset()
+
+    def decode_within(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
+        """Make each call of the network inside a context of its own from now on.
+
+        Args:
+            setting: makes the context.
+        """
+        self._within = setting
 
     def continue_from(self, other: StreamingDecoder) -> None:
         """Take over where `other` stands; it stays as it is."""
@@ -442,7 +459,8 @@ class StreamingDecoder:
         while start < count:
             stop = start + (1 if self.first else self.chunk_latents)
             history, self._history = self._pass(list(self.history)), ()
-            pixels, self._history = self.decode(z[:, :, start:stop], history, self.first)
+            with self._within():
+                pixels, self._history = self.decode(z[:, :, start:stop], history, self.first)
             frames.append(pixels_to_frames(pixels))
             self.first, start = False, stop
         return [torch.cat(frames, dim=1)]

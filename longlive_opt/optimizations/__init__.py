@@ -7,6 +7,7 @@ import time
 from ..config import ExperimentConfig
 from ..pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
+from .attention_backend import GluonAttention
 from .cuda_graphs import CudaGraphs
 from .early_decode import EarlyDecode
 from .fused_kernels import FusedKernels
@@ -18,18 +19,25 @@ from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
 from .torch_compile import TorchCompile
 from .vae_offload import VAEOffload
+from .vae_switches import CudnnBenchmark, VAEChannelsLast, VAEChunk
 
 
 def rooms_of(config: ExperimentConfig) -> list[Room]:
-    """The rooms that a preset's flags switch on, in order of application: caches, then what runs the passes
-    (compiled code can be captured, captured code cannot be compiled), then what wraps whole stages.
+    """The rooms that a preset's flags switch on, in order of application: caches, how the VAE is called, then
+    what runs the passes (compiled code can be captured, captured code cannot be compiled), then what wraps
+    whole stages.
     """
+    switches = config.vae_switches
     table: list[tuple[bool, Room]] = [
+        (config.attention_backend == GluonAttention.backend, GluonAttention()),
         (config.use_static_kv and not config.use_quantized_kv, StaticKV()),
         (config.use_quantized_kv, QuantizedKV(config.kv_quantization, config.kv_read_path)),
         (config.use_fused_kernels, FusedKernels()),
         (config.use_quantized_linears, QuantizedLinears(config.linear_quantization, config.linear_layers)),
+        ("vae_channels_last" in switches, VAEChannelsLast(config.vae_is_channels_last)),
+        ("vae_chunk_latents" in switches, VAEChunk(config.latents_per_vae_call)),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
+        ("cudnn_benchmark" in switches, CudnnBenchmark()),
         (config.use_cuda_graphs, CudaGraphs()),
         (config.use_vae_offload, VAEOffload(config.vae_offload_ahead)),
         (config.use_text_offload, TextOffload()),

@@ -21,7 +21,7 @@ from typing import Callable, ClassVar
 import torch
 from torch import Tensor
 
-from ..decoder import Decoder, InlineDecoder
+from ..decoder import Decoder, Delivery, InlineDecoder
 from ..models.vae import StreamingDecoder
 from ..pipeline import Pipeline
 from ..timeline import NullTimeline, Timeline
@@ -36,8 +36,9 @@ class AsyncVAE(Room):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         device = pipeline.device
 
-        def make_decoder(vae: StreamingDecoder, timeline: Timeline | NullTimeline) -> Decoder:
-            inner = InlineDecoder(vae, timeline)
+        def make_decoder(vae: StreamingDecoder, timeline: Timeline | NullTimeline,
+                         delivery: Delivery) -> Decoder:
+            inner = InlineDecoder(vae, timeline, delivery)
             return StreamDecoder(inner, device) if device.type == "cuda" else ThreadDecoder(inner)
 
         pipeline = dataclasses.replace(pipeline, make_decoder=make_decoder)
@@ -96,7 +97,8 @@ class StreamDecoder:
             frames, done = self._inner.enqueue(latents), torch.cuda.Event()
             done.record()
         for part in frames:
-            part.record_stream(denoising)
+            if part.is_cuda:
+                part.record_stream(denoising)
         self._pending.append((frames, done))
         return self._collect(lambda: len(self._pending) > IN_FLIGHT or self._pending[0][1].query())
 

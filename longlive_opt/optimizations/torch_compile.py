@@ -6,9 +6,10 @@ SiLU). A block is compiled up to the write into the cache and from self-attentio
 the attention kernel runs as it is. So nothing that is compiled depends on how far the window is filled, and
 compilation takes seconds, since the 30 blocks differ only in their weights. Full graphs, static shapes:
 a graph break is an error, and after the rehearsal nothing is compiled again. What depends on the timestep
-alone is computed once, the clean pass leaves out what only serves the flow, and the VAE decodes a whole block
-of latents in one call in the channels-last layout. The first block of a video, whose latents come as 1 and 2,
-is decoded as it is: two more variants would make compilation three times as long.
+alone is computed once, and the clean pass leaves out what only serves the flow. The first block of a video,
+whose latents come as 1 and 2, is decoded as it is: two more variants would make compilation three times as
+long. By default the VAE's layout, its latents per call and cuDNN's search change along: `vae_switches` holds
+them, with keys of their own, and `params/compile_parts.yaml` measures them apart.
 
 `compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its
 choices for the transformer's blocks: among cuBLAS's ways of a product and the tilings of its own kernels. Its
@@ -62,23 +63,20 @@ class TorchCompile(Room):
         check_compiler(pipeline.device)
         options = AUTOTUNE if self.mode == "max-autotune" else {}
         stages = compiled_stages(pipeline)
-        # Without it cuDNN takes a kernel of an older generation for the VAE's 96-channel convolutions.
-        torch.backends.cudnn.benchmark = True
         fused = config.use_fused_kernels
         forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, options)
-        facts = {"inductor_options": options, "cudnn_benchmark": True}
+        facts: dict[str, Any] = {"inductor_options": options}
         # A captured pass cannot be captured again: with use_cuda_graphs that room captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = graphed(pipeline, forward)
             facts["stats"] = forward.stats
-        latents = config.vae_chunk_latents or config.block_frames
-        vae, model = pipeline.vae, pipeline.model
+        vae, (_, height, width) = pipeline.vae, pipeline.latent_shape
         pipeline = dataclasses.replace(
             pipeline, sampler=pipeline.sampler.with_forward(forward),
-            make_vae_decoder=lambda: CompiledDecoder(stages, vae, 1, model.latent_height,
-                                                     model.latent_width, latents))
+            make_vae_decoder=lambda: CompiledDecoder(stages, vae, 1, height, width,
+                                                     config.latents_per_vae_call))
         blocks = "" if fused else f"{len(pipeline.dit.blocks)} transformer blocks and "
-        done = f"{blocks}the VAE decoder's stages are compiled; {latents} latents a VAE call, channels last"
+        done = f"{blocks}the VAE decoder's stages are compiled"
         if self.mode != "default" and pipeline.device.type != "cuda":
             done += "; no CUDA graphs on the CPU"
         return self.report(pipeline, done, **facts)
@@ -87,7 +85,7 @@ class TorchCompile(Room):
 def compiled_stages(pipeline: Pipeline) -> list[nn.Module]:
     """The stages of the VAE's decoder, compiled; they share the weights of the plain ones."""
     return [torch.compile(stage, fullgraph=True, dynamic=False)
-            for stage in pipeline.vae.use_channels_last().decoder.stages()]
+            for stage in pipeline.vae.decoder.stages()]
 
 
 def check_compiler(device: torch.device) -> None:

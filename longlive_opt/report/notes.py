@@ -9,6 +9,7 @@ from longlive_opt.results import block_ms, is_na, lookup, number
 from longlive_opt.timeline import Event
 from longlive_opt.variations import variations_table
 
+from . import gpu
 from .campaign import BASELINE, NOISE, Result, change_of, within_target
 from .run import QUALITY, Run, is_large, matched_runs, model_name, psnr_within_blocks
 from .text import digits, escape, percent, sentence, share_text
@@ -31,12 +32,13 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> li
     notes.append(f"Clocks: {sentence(lookup(result, 'latency.clock_disagreement.sentence'))}")
     if noise and result["preset"] == BASELINE:
         notes.append(noise_sentence(noise))
-    notes += filter(None, [_sample(result), slowest.sentence(result), interruptions(result)])
+    notes += filter(None, [_sample(result), _switches(result), gpu.drift(result), slowest.sentence(result),
+                           interruptions(result)])
     setup = {name: number(result, f"setup_s.{name}") for name in result["setup_s"]}
     seconds = ", ".join(f"{escape(name)} {digits(value)} s" for name, value in setup.items() if value)
     notes.append(f"Set-up, not part of any latency: {seconds or 'nothing recorded'}.")
     notes.append(_playback(result))
-    notes += [*_memory(result), *_gpu_clocks(result)]
+    notes += [*_memory(result), *_gpu_clocks(result), *gpu.load(result)]
     if lookup(result, "environment.co_scheduled"):
         notes.append(decision.CROWDED)
     notes += [f"Quality check: {sentence(flag)}" for flag in lookup(result, "quality.flags") or []]
@@ -213,11 +215,8 @@ def _sample(result: Result) -> str:
     quick = " (a quick run, too short for more than a first impression)" if sizes["quick"] else ""
     text = (f"Sample: {sizes['blocks_measured']} steady-state blocks after {sizes['warmup_blocks']} of "
             f"warm-up, {sizes['switches']} prompt switches{quick}.")
-    by_prompt = lookup(result, "latency.ps_by_prompt") or {}
-    if by_prompt:
-        text += " PS by prompt cache: " + ", ".join(
-            f"{escape(outcome)} {digits(times['mean'])} ms (n={times['n']})"
-            for outcome, times in sorted(by_prompt.items())) + "."
+    if result.get("frames_on") != "host":
+        text += " A block ends with its frames complete on the device, not yet in host memory."
     built = {kind: count for kind, count in (result.get("built_while_measured") or {}).items() if count}
     if built:
         text += " Not rehearsed, built inside the measured streams: " + ", ".join(
@@ -227,8 +226,33 @@ def _sample(result: Result) -> str:
     all_blocks = metrics.with_switches(map(Event.from_row, result["switch_events"]),
                                        first_measured_block=sizes["warmup_blocks"],
                                        frames_per_block=sizes["frames_per_block"])
-    return (f"{text} In the stream in which every second block is a switch: mean "
+    fps = number(result, "fps_with_switches") or 1e3 / all_blocks["mean"]
+    return (f"{text} In the stream in which every second block is a switch: {fps:.1f} FPS, mean "
             f"{digits(all_blocks['mean'])} ms, max {digits(all_blocks['max'])} ms per video frame.")
+
+
+def _switches(result: Result) -> str:
+    """How long a switch takes: requested at a block's edge and at a random moment, by prompt cache; empty
+    without switches.
+    """
+    edge = number(result, "latency.ps_ms.mean")
+    if edge is None:
+        return ""
+    text = f"PS: mean {digits(edge)} ms for a request at a block's edge"
+    anywhere, p95 = (number(result, f"latency.ps_random_ms.{key}") for key in ("mean", "p95"))
+    if anywhere is not None and p95 is not None:
+        text += (f"; {digits(anywhere)} ms (p95 {digits(p95)}) at a random moment, derived: it waits for the "
+                 "block under way")
+    by_prompt = lookup(result, "latency.ps_by_prompt") or {}
+    if not by_prompt:
+        return f"{text}."
+    anywhere_by_prompt = lookup(result, "latency.ps_random_by_prompt") or {}
+    parts = []
+    for outcome, times in sorted(by_prompt.items()):
+        later = anywhere_by_prompt.get(outcome)
+        means = [digits(found["mean"]) for found in (times, later) if found]
+        parts.append(f"{escape(outcome)} {' and '.join(means)} ms (n={times['n']})")
+    return f"{text}. By prompt cache: {', '.join(parts)}."
 
 
 def interruptions(result: Result) -> str:

@@ -13,6 +13,7 @@ from longlive_opt import decision, figures
 from longlive_opt.inputs import project_path
 from longlive_opt.results import atomic_path, lookup, number
 
+from . import outside
 from .advice import closing, fill_summary, observations, troubles
 from .campaign import (
     BASELINE,
@@ -27,7 +28,7 @@ from .campaign import (
     noise_of,
 )
 from .notes import missing_notes, run_notes
-from .run import Run, is_kept, matched_runs, quality_sentence, quality_text
+from .run import Run, is_kept, is_large, matched_runs, quality_sentence, quality_text
 from .tables import to_csv
 from .text import BLANK, bullets, escape, first_cell, percent, sentence, table_row
 from .verdicts import settle_reports
@@ -120,7 +121,9 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
             section = _extra_section(blank, len(sections) + 1, run, base)
             sections.append(_fill_experiment(section, run, base, noise))
     sections, everywhere = _said_once(sections)
-    observed = [*observations(results, runs, noise), *everywhere, *troubles(failures, problems),
+    compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
+    observed = [*observations(results, runs, noise), *map(escape, compared), *everywhere,
+                *troubles(failures, problems),
                 *closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
