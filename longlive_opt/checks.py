@@ -91,7 +91,7 @@ def _paired(text: str) -> str:
 
 
 def check_texts(value: Any, where: str) -> Any:
-    """`whole_text` of every text in a plain value: itself, or in lists and mappings, whose keys are text, too.
+    """`whole_text` of every text in a plain value: itself, or in lists and mappings, keys included.
 
     Raises:
         UserError: naming the place below `where`.

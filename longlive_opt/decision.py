@@ -11,6 +11,7 @@ from longlive_opt.config import BASELINE, STUDIES, ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import Script, spread_evenly
 from longlive_opt.metrics import measurements
+from longlive_opt.model_config import MODELS
 from longlive_opt.results import is_na, lookup, na
 from longlive_opt.timeline import Event
 
@@ -78,32 +79,28 @@ def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] 
 
 
 def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """(name, value of `a`, value of `b`) of everything in which the two have to agree."""
-    def both(path: str) -> tuple[str, Any, Any]:
-        return path, lookup(a, path), lookup(b, path)
-
-    if "environment" in a and "environment" in b:
-        yield both("environment.gpu")
-        if lookup(a, "environment.gpu") is None:
-            yield both("environment.cpu")
-        yield both("environment.torch")
-    yield both("model.name")
-    yield both("weights.kind")
+    """(name, value of `a`, value of `b`) of everything in which the two have to agree, as far as both say."""
+    paths = ["environment.gpu", "environment.torch", "model.name", "weights.kind", "seed",
+             "sizes.frames_per_block"]
+    if lookup(a, "environment.gpu") is None:
+        paths.insert(1, "environment.cpu")
+    for path in paths:
+        section = path.partition(".")[0]
+        if section in a and section in b:
+            yield path, lookup(a, path), lookup(b, path)
     ours, theirs = (lookup(run, "weights.sha256") for run in (a, b))
     if ours is not None and theirs is not None:
         for part in sorted({*ours, *theirs}):
             yield f"weights.sha256 of {part}", ours.get(part), theirs.get(part)
-    yield "prompts", *(script_of_result(run)[0] for run in (a, b))
-    yield "switch frames", *(script_of_result(run)[1] for run in (a, b))
-    yield both("seed")
-    yield "height", _side(a, "height"), _side(b, "height")
-    yield "width", _side(a, "width"), _side(b, "width")
+    scripts = [script_of_result(run) for run in (a, b)]
+    yield "prompts", *(prompts for prompts, _ in scripts)
+    yield "switch frames", *(frames for _, frames in scripts)
+    for side in ("height", "width"):
+        yield side, _side(a, side), _side(b, side)
     for key in _SAME_KEYS:
         yield key, _key(a, key), _key(b, key)
     if lookup(a, "weights.kind") != "random":
         yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
-    if "sizes" in a and "sizes" in b:
-        yield both("sizes.frames_per_block")
 
 
 def _key(result: Mapping[str, Any], key: str) -> Any:
@@ -113,7 +110,8 @@ def _key(result: Mapping[str, Any], key: str) -> Any:
 
 
 def _side(result: Mapping[str, Any], side: str) -> Any:
-    return lookup(result, f"model.sizes.{side}") or lookup(result, f"parameters.{side}")
+    own = MODELS.get(_key(result, "model"))
+    return lookup(result, f"model.sizes.{side}") or _key(result, side) or getattr(own, side, None)
 
 
 def script_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
@@ -300,10 +298,10 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     change within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything. A study gets
     no verdict.
 
-    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`: `{"level": "exact"}`, or
-    `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim, min_ms_ssim, max_lpips,
-    min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the default), "switch" or
-    "memory".
+    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`:
+    `{"level": "exact"}`, or `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim,
+    min_ms_ssim, max_lpips, min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the
+    default), "switch" or "memory".
     """
     objective, level, limits = _read_gate(gate)
     figure, words, unit = _OBJECTIVES[objective]

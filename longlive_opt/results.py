@@ -96,8 +96,9 @@ _SCHEMA = {
               "memory_gb.kv_cache",
     "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks",
     "list": "rooms events quality.flags script.prompts? script.switch_frames?",
-    "dict": "parameters script? environment.packages environment.env_vars latency.ps_breakdown_ms latency.stages_ms "
-            "setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips quality.clip_delta",
+    "dict": "parameters script? environment.packages environment.env_vars latency.ps_breakdown_ms "
+            "latency.stages_ms setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips "
+            "quality.clip_delta",
 }
 
 _MISSING = object()
