@@ -50,17 +50,15 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """Empty if the frames of the two may be compared, else why not: `unfair`, or videos of unequal length.
+    """Empty if the frames of the two may be compared, else why not: videos of unequal length, or `unfair`.
 
     `result` may be a planned run.
     """
-    if difference := unfair(result, baseline):
-        return difference
-    for key in _SAME_VIDEO:
+    for key in _SAME_VIDEO:  # first, since prompts are spread over the length
         ours, theirs = _key(result, key), _key(baseline, key)
         if ours != theirs:
             return _difference(key, ours, theirs)
-    return ""
+    return unfair(result, baseline)
 
 
 def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] | None = None
@@ -92,15 +90,16 @@ def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, An
     if ours is not None and theirs is not None:
         for part in sorted({*ours, *theirs}):
             yield f"weights.sha256 of {part}", ours.get(part), theirs.get(part)
-    scripts = [script_of_result(run) for run in (a, b)]
-    yield "prompts", *(prompts for prompts, _ in scripts)
-    yield "switch frames", *(frames for _, frames in scripts)
     for side in ("height", "width"):
         yield side, _side(a, side), _side(b, side)
     for key in _SAME_KEYS:
         yield key, _key(a, key), _key(b, key)
     if lookup(a, "weights.kind") != "random":
         yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
+    # Last: how they are spread depends on what was compared before.
+    scripts = [script_of_result(run) for run in (a, b)]
+    yield "prompts", *(prompts for prompts, _ in scripts)
+    yield "switch frames", *(frames for _, frames in scripts)
 
 
 def _key(result: Mapping[str, Any], key: str) -> Any:
@@ -294,9 +293,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
 
     Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a run that is
-    not comparable with the baseline (`unfair`), one during which something else ran on the machine, and a
-    change within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything. A study gets
-    no verdict.
+    not comparable with the baseline (`fidelity_reason`), one during which something else ran on the machine,
+    and a change within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything. A study
+    gets no verdict.
 
     `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`:
     `{"level": "exact"}`, or `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim,
@@ -321,7 +320,7 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
                 "rationale": "no verdict: this is a study of other presets, and none to take itself"}
     if baseline is None:
         return verdict(None, "undecided: the campaign has no baseline result")
-    if difference := unfair(result, baseline):
+    if difference := fidelity_reason(result, baseline):
         return verdict(None, f"undecided: not comparable with the baseline, {difference}")
     if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
         return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "

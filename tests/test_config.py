@@ -296,7 +296,8 @@ def test_a_hypothesis_says_when_and_knowing_what_it_was_written():
     for path in PRESETS:
         if text := load_yaml(path).get("hypothesis", ""):
             found = dated.match(text)
-            assert found and datetime.date.fromisoformat(found[1]), f"{path.name}: date it, say what was known"
+            assert found and datetime.date.fromisoformat(found[1]), \
+                f"{path.name}: say when, and what was known"
 
 
 @pytest.mark.parametrize("mapping, where", [({"title": "\ud83e"}, "title"),

@@ -122,7 +122,8 @@ def test_what_a_figure_depends_on_forbids_the_comparison(path, value, named):
 def test_what_an_optimization_may_change_forbids_nothing(path):
     """Would catch: a rule under which no two runs may be compared."""
     small = {"steady": 30, "switches": 2}
-    assert decision.unfair(changed(example_result("speed", **small), path, "x"), example_result(**small)) == ""
+    other = changed(example_result("speed", **small), path, "x")
+    assert decision.unfair(other, example_result(**small)) == ""
     on_cpu = changed(example_result("speed", gpu=None, **small), "environment.cpu", "x")
     assert "environment.cpu" in decision.unfair(on_cpu, example_result(gpu=None, **small))
 
@@ -146,11 +147,13 @@ def test_fidelity_needs_videos_of_one_length_and_latency_does_not():
     longer = changed(example_result("speed", 0.5, **small), "parameters.video_latent_frames", 36)
     assert decision.unfair(longer, example_result(**small)) == ""
     assert decision.fidelity_reason(longer, example_result(**small)) == "video_latent_frames is 36 against 18"
-    quality = decision.without_fidelity(longer["quality"] | {"free_running": {"psnr_db": 3}}, "x is 1 against 2")
+    measured = longer["quality"] | {"free_running": {"psnr_db": 3}}
+    quality = decision.without_fidelity(measured, "x is 1 against 2")
     assert quality["identical"] is None and "free_running" not in quality and quality["reference"] is None
     assert all("not comparable with the baseline, x is 1 against 2" in quality[name]["reason"]
                for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "clip_delta"))
-    assert decision.decide(longer | {"quality": quality}, example_result(**small), NOISE, LOSSY)["keep"] is None
+    verdict = decision.decide(longer | {"quality": quality}, example_result(**small), NOISE, LOSSY)
+    assert verdict["rationale"].startswith("undecided: not comparable with the baseline, video_latent_frames")
 
 
 def test_a_study_gets_no_verdict():

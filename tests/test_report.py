@@ -205,8 +205,8 @@ def test_a_figure_that_is_missing_everywhere_is_explained_once(seven):
 
 
 def test_verdicts_stand_in_one_place(tmp_path):
-    """Would catch a result.json that says undecided beside a log that says keep, a report that has neither, or
-    a verdict that breaks its HTML.
+    """Would catch a result.json that says undecided where the log says keep, a report that has neither, or a
+    verdict that breaks its HTML.
     """
     runs = {"baseline": make("baseline"), "speed": make("speed"), "baseline.repeat2": make("baseline", run=2),
             "speed.repeat2": make("speed", run=2), "ablation": make("ablation")}
@@ -266,7 +266,8 @@ def test_repeated_presets_show_their_range():
     text = report.render_log(runs)
     assert "| SS Max | 60.0 ms (54.0 to 70.5 over 3 runs) |" in section(text, "## Baseline Measurement")
     part = section(text, "### Experiment 6")
-    assert re.search(r"\| SS Max \| 60\.0 ms \(54\.0 to 70\.5 over 3 runs\) \| [\d.]+ ms \| -[\d.]+% \|", part)
+    row = r"\| SS Max \| 60\.0 ms \(54\.0 to 70\.5 over 3 runs\) \| [\d.]+ ms \| -[\d.]+% \|"
+    assert re.search(row, part)
     assert "| Baseline | 60.0ms (54.0 to 70.5 over 3 runs) |" in text
     assert "baseline run 3 times, over 12 blocks and 2 prompt switches)" in text
     assert "the SS max of each 54.0 to 70.5 ms" in text
@@ -290,7 +291,7 @@ def test_noise_of_earlier_campaigns_is_kept_and_told(tmp_path):
     assert len(rows[0]["ss_max"]) == 2 and rows[0]["ss_max"][0] > rows[1]["ss_max"][0]
     text = report.write_campaign_log(report.load(later)).read_text()
     most, least = max(rows[0]["ss_max"]), min(rows[1]["ss_max"])
-    assert f"Over 2 campaigns on this kind of machine, 4 runs at several commits (outputs/noise.json): baseline " \
+    assert "Over 2 campaigns on this kind of machine, 4 runs at several commits (outputs/noise.json): base" \
         in text and f"SS max {least:.1f} to {most:.1f} ms" in text
     rows[0]["machine"] = "another"
     assert "Over " not in report.render_log(report.load(later).results, record=rows)
@@ -349,7 +350,7 @@ def test_what_this_machine_lacks_is_no_failure():
 
 def test_unknown_state_of_the_tree_is_told():
     """Would catch a bare commit where nobody knows whether the code was that commit's."""
-    for dirty, words in ((None, " (state of the tree unknown), run of"), (True, " with uncommitted changes, "),
+    for dirty, words in ((None, " (state of the tree unknown), run"), (True, " with uncommitted changes, "),
                          (False, "0123456789ab, run of")):
         run = make("baseline")
         run["environment"]["git_dirty"] = dirty

@@ -267,13 +267,13 @@ def test_memory_is_na_on_a_cpu():
 
 def git(folder, *words):
     user = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    done = subprocess.run(["git", "-C", str(folder), *user, *words], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    command = ["git", "-C", str(folder), *user, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_code_that_is_newer_than_the_runs_is_counted(monkeypatch, tmp_path):
-    """Would catch: a log of old runs that reads as if today's code had been measured, and one that calls itself
-    newer for the commit that holds it."""
+    """Would catch: a log of old runs that reads as if today's code had been measured, and one that calls
+    itself newer for the commit that holds it."""
     package = tmp_path / "longlive_opt"
     package.mkdir()
     git(tmp_path, "init", "-q")

@@ -107,7 +107,7 @@ def decided(results: Sequence[Result]) -> list[dict[str, Any]]:
 def _decided(result: Result, baseline: Result | None, noise: Mapping[str, Mapping[str, Any]]
              ) -> dict[str, Any]:
     if baseline is not None and result is not baseline and (
-            difference := decision.unfair(result, baseline)) and lookup(result, "quality.reference"):
+            difference := decision.fidelity_reason(result, baseline)) and lookup(result, "quality.reference"):
         result = {**result, "quality": decision.without_fidelity(result["quality"], difference)}
     gate = lookup(result, "decision.gate")
     if result["run"] > 1 and result["preset"] != BASELINE:

@@ -50,7 +50,7 @@ def _entry(run: Result, baseline: Result | None) -> dict[str, Any]:
     return {"preset": run["preset"], "run": run["run"], "created_utc": run["created_utc"],
             "verdict": verdict_of(run), "keep": decided["keep"], "rule": decided["rule"],
             "rationale": decided["rationale"], "gate": decided.get("gate"),
-            "not_comparable": "" if alone else decision.unfair(run, baseline)}
+            "not_comparable": "" if alone else decision.fidelity_reason(run, baseline)}
 
 
 def write_decisions(folder: Path, decisions: Mapping[str, Any]) -> Path:

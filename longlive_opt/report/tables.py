@@ -54,7 +54,8 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
             "sustained": sustained,
             "identical": lookup(result, "quality.identical"),
             "keep": lookup(result, "decision.keep"), "verdict": verdict_of(result),
-            "not_comparable": "" if baseline in (None, result) else decision.unfair(result, baseline),
+            "not_comparable": "" if baseline is None or result is baseline
+                              else decision.fidelity_reason(result, baseline),
             "quick": lookup(result, "sizes.quick"),
             "weights": lookup(result, "weights.kind"), "gpu": lookup(result, "environment.gpu"),
             "created_utc": result.get("created_utc")})
