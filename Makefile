@@ -6,8 +6,10 @@
 PYTHON ?= python3
 ARGS ?=
 PYTHON_TARGET ?= 3.12
-# The project's log is that of the campaign that comes with it.
+# The project's log, and its record of noise, are of the campaigns that come with it.
 LOG = $(if $(filter h100,$(CAMPAIGN)),--log OPTIMIZATION_LOG.md)
+
+NOISE = $(if $(filter h100 h100_extras,$(CAMPAIGN)),--record-noise)
 
 # Two campaigns, each with a baseline of its own: together they take longer than many a GPU is lent for.
 EXTRAS = realtime_8gb ablation compile_parts
@@ -41,20 +43,20 @@ lab: ## open JupyterLab
 	@$(SETUP); "$$py" -m jupyterlab $(ARGS)
 
 summary: ## compare the finished runs of one campaign again (CAMPAIGN=demo)
-	@$(RUNNER) summary --campaign $(CAMPAIGN) $(LOG) $(ARGS)
+	@$(RUNNER) summary --campaign $(CAMPAIGN) $(LOG) $(NOISE) $(ARGS)
 
 training-report: ## explain how the tiny model was trained and how well it does: outputs/training
 	@$(RUNNER) training $(ARGS)
 
 campaign-h100: CAMPAIGN ?= h100
 campaign-h100: ## measure what is not yet in outputs/h100 (or CAMPAIGN) on an H100, all presets but the extras
-	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
-		--skip $(EXTRAS) $(LOG) $(ARGS)
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat baseline realtime \
+		--repeats 2 --skip $(EXTRAS) $(LOG) $(NOISE) $(ARGS)
 
 extras-h100: CAMPAIGN ?= h100_extras
 extras-h100: ## measure realtime in 8 GB, low memory, and the studies, which change one thing at a time: outputs/h100_extras
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
-		--presets baseline $(EXTRAS) low_memory $(ARGS)
+		--presets baseline $(EXTRAS) low_memory $(NOISE) $(ARGS)
 
 wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
 	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse

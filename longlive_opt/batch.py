@@ -1,4 +1,5 @@
-"""Execute notebooks in kernels of their own and leave each run's folder in a state that can be trusted.
+"""Execute notebooks in kernels of their own, leave each run's folder in a state that can be trusted, and
+export the reports once the verdicts are known.
 
 A run is finished when papermill came to its end AND the notebook's last cell wrote a result.json with status
 "ok". The executed notebook alone proves nothing: after a killed kernel its metadata says "completed" of every
@@ -17,23 +18,28 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.html import export_html
+from longlive_opt.weight_files import WeightFiles
 
 log = logging.getLogger(__name__)
 
 STDERR_LINES = 40
+SUMMARY = "summary"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to execute: `parameters` go into it, `folder` receives everything that it makes."""
+    """One notebook to execute: `parameters` go into it, `folder` receives everything that it makes.
+
+    `known` is what is known of the run's result before it (`decision.planned`), and `weights` are the files
+    that it will read.
+    """
 
     label: str
     notebook: Path
@@ -41,6 +47,8 @@ class Job:
     parameters: Mapping[str, Any]
     title: str
     needs_result: bool = True
+    known: Mapping[str, Any] | None = None
+    weights: WeightFiles = WeightFiles()
 
 
 class RunFailed(Exception):
@@ -90,38 +98,60 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
 
 def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
     """Run `jobs` in their order and return the labels of those that failed, with the reason in short; one
-    failure does not stop the rest. What this machine lacks the means for is told, recorded and no failure. A
-    report is exported while the next kernel starts, long before that measures anything.
+    failure does not stop the rest. What this machine lacks the means for is told, recorded and no failure.
     """
-    failed, exports = {}, []
-    with ThreadPoolExecutor(max_workers=1) as exporter:
-        for number, job in enumerate(jobs, 1):
-            log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
-            started = time.perf_counter()
-            try:
-                run_job(root, job)
-            except RunFailed as error:
-                if error.report["status"] == "not available":
-                    log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
-                    continue
-                failed[job.label] = re.split(r"[.;]\s|\n", error.report["meaning"])[0].rstrip(".")
-                log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
+    failed = {}
+    for number, job in enumerate(jobs, 1):
+        log.info("[%s] %d of %d: %s", job.label, number, len(jobs), job.notebook.name)
+        started = time.perf_counter()
+        try:
+            run_job(root, job)
+        except RunFailed as error:
+            if error.report["status"] == "not available":
+                log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
                 continue
-            log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
-            exports.append((job, exporter.submit(export_report, root, job)))
-        return failed | {job.label: "no report" for job, exported in exports if not exported.result()}
+            failed[job.label] = re.split(r"[.;]\s|\n", error.report["meaning"])[0].rstrip(".")
+            log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
+            continue
+        log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
+    return failed
 
 
-def export_report(root: Path, job: Job) -> bool:
-    """Export the HTML report of a finished run; a failure is logged and leaves the result as it is."""
-    report = job.folder / "report.html"
-    try:
+def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[str, str]:
+    """Export the HTML report of every finished run in the campaign's `folder`, and of its summary, where it
+    is missing, older than its notebook, or opens with another card than that of `cards`, by label. A run
+    whose notebook is gone, as in a clone, keeps its report.
+
+    Returns:
+        The labels of the runs whose report could not be made, with the reason in short.
+    """
+    failed = {}
+    for notebook in sorted(folder.glob("*/notebook.ipynb")):
+        label, report = notebook.parent.name, notebook.with_name("report.html")
+        result = finished_result(notebook.parent)
+        if label.endswith((".new", ".failed", ".old")) or (notebook.parent / "failed.json").exists() or (
+                result is None and label != SUMMARY):
+            continue
+        card = cards.get(label, "")
+        current = report.exists() and report.stat().st_mtime >= notebook.stat().st_mtime
+        if current and card in report.read_text(encoding="utf-8"):
+            continue
+        title = f"{(result or {}).get('title', label.capitalize())} ({folder.name})"
         # The summary is read; a run is also checked, by its code.
-        export_html(job.folder / "notebook.ipynb", report, title=job.title, hide_code=not job.needs_result)
+        if not export_report(root, notebook.parent, title, hide_code=label == SUMMARY, card=card):
+            failed[label] = "no report"
+    return failed
+
+
+def export_report(root: Path, folder: Path, title: str, *, hide_code: bool, card: str = "") -> bool:
+    """Export the HTML report of a finished run; a failure is logged and leaves the result as it is."""
+    report = folder / "report.html"
+    try:
+        export_html(folder / "notebook.ipynb", report, title=title, hide_code=hide_code, card=card)
     except Exception as error:
-        log.error("[%s] the run is finished, but its report is not: %s", job.label, error)
+        log.error("[%s] the run is finished, but its report is not: %s", folder.name, error)
         return False
-    log.info("[%s] report: %s", job.label, report.relative_to(root))
+    log.info("[%s] report: %s", folder.name, report.relative_to(root))
     return True
 
 
@@ -151,8 +181,7 @@ def run_job(root: Path, job: Job) -> None:
         report = _failure(job, error, stderr, started)
         # A result that came before the failure must not pass for a finished one.
         (folder / "result.json").unlink(missing_ok=True)
-        text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
-        (folder / "failed.json").write_text(text, encoding="utf-8")
+        _write_failure(folder, report)
         if replaces:
             _move(folder, failed)
         if isinstance(error, KeyboardInterrupt):
@@ -255,6 +284,21 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
     return {"status": status, "label": job.label, "notebook": job.notebook.name, "kind": kind,
             "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": dict(job.parameters),
             "started_utc": _utc(started), "failed_utc": _utc(time.time())}
+
+
+def _write_failure(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write failed.json; whatever the text and the disk, it does not raise: the campaign has to go on.
+
+    Half a character, as a message may hold it, becomes the JSON escape that it came from.
+    """
+    try:
+        text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        text = json.dumps({key: ascii(value) for key, value in report.items()}, indent=1)
+    try:
+        (folder / "failed.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        log.error("%s: failed.json cannot be written: %s", folder.name, error.strerror or error)
 
 
 def _utc(seconds: float) -> str:

@@ -1,4 +1,6 @@
-"""Checks of values that need no config: their type, as YAML read them, and when prompts switch. No torch."""
+"""Checks of values that need no config: their type, as YAML read them, text that can be written, and when
+prompts switch. No torch.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +43,8 @@ def coerce(key: str, value: Any, kind: str) -> Any:
     if type(value) is not expected:
         hint = _type_hint(value, base)
         raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}; {hint}.")
+    if base == "str":
+        return whole_text(value, key)
     if base == "float" and (value != value or value in (float("inf"), float("-inf"))):
         raise UserError(f"{key}: {value} is not a finite number.")
     return value
@@ -63,6 +67,43 @@ def _type_hint(value: Any, base: str) -> str:
     digits, fraction, sign, exponent = number.groups()
     plain = digits + (fraction or ".0") + (f"e{sign or '+'}{exponent}" if exponent else "")
     return f"write {text} without quotes" if plain == text else f"YAML reads {text} as text: write {plain}"
+
+
+def whole_text(text: str, where: str) -> str:
+    """`text` with every pair of surrogates, as JSON and YAML escape them, as the one character that it means.
+
+    Raises:
+        UserError: naming `where`: half a pair is no character, and no file could hold it.
+    """
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        half = next(character for character in _paired(text) if "\ud800" <= character <= "\udfff")
+        raise UserError(
+            f"{where}: {text!a} holds {half!a}, half of a character, which cannot be written as UTF-8; write "
+            "the whole character, or leave it out."
+        ) from None
+
+
+def _paired(text: str) -> str:
+    """`text` with its pairs of surrogates joined; halves stay."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def check_texts(value: Any, where: str) -> Any:
+    """`whole_text` of every text in a plain value: itself, or in lists and mappings, keys included.
+
+    Raises:
+        UserError: naming the place below `where`.
+    """
+    if isinstance(value, str):
+        return whole_text(value, where)
+    if isinstance(value, list):
+        return [check_texts(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        whole = {check_texts(key, f"{where}, a key"): item for key, item in value.items()}
+        return {key: check_texts(item, f"{where}, {key}") for key, item in whole.items()}
+    return value
 
 
 def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:

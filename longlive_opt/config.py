@@ -20,6 +20,8 @@ from .errors import UserError
 from .model_config import MODELS, ModelConfig
 
 BASELINE = "baseline"
+STUDIES = ("ablation", "quantization")
+"""Presets that take others apart: measured and shown, never recommended."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 KV_QUANTIZATIONS = ("int8", "fp8")
 KV_READ_PATHS = ("fused", "dequantize")
@@ -136,7 +138,10 @@ class ExperimentConfig:
             raise UserError(
                 "preset: " + "; ".join(unknown_key(str(key), list(fields)) for key in unknown) + "."
             )
-        config = cls(**{key: coerce(key, value, str(fields[key].type)) for key, value in mapping.items()})
+        values = {key: coerce(key, value, str(fields[key].type)) for key, value in mapping.items()}
+        if values.get("prompts_file") is not None:
+            values["prompts"] = ()  # those of the file are used, and no others are to stand in a result
+        config = cls(**values)
         config.validate()
         return config
 

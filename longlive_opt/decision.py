@@ -2,23 +2,33 @@
 noise, is the preset kept? Pure functions of results; `metrics` says what the figures are.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from longlive_opt.config import ExperimentConfig
+from longlive_opt.config import BASELINE, STUDIES, ExperimentConfig
 from longlive_opt.errors import UserError
+from longlive_opt.inputs import Script, spread_evenly
 from longlive_opt.metrics import measurements
+from longlive_opt.model_config import MODELS
 from longlive_opt.results import is_na, lookup, na
 from longlive_opt.timeline import Event
 
+log = logging.getLogger(__name__)
+
 CROWDED = "Something else ran on the machine meanwhile: not fit for comparison."
-NOISE_FLOOR = 0.02  # one A/A pair can agree by luck: no gain below this counts
-_FIGURES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_p50": "latency.ss_ms_per_frame.p50",
+NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
+FIGURES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_p50": "latency.ss_ms_per_frame.p50",
             "ss_max": "latency.ss_ms_per_frame.max", "ps_mean": "latency.ps_ms.mean", "fps": "fps",
             "peak_allocated": "memory_gb.peak_allocated"}
-_FAIR = ("environment.gpu", "environment.cpu", "environment.torch", "model.name", "weights.kind",
-         "parameters.height", "parameters.width", "seed", "sizes.frames_per_block")
+# What a figure depends on and no optimization may change: keys of a preset, whose defaults hold where a
+# result is older than the key.
+_SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
+              "local_attn_size", "sink_size", "global_sink", "relative_rope")
+# What fidelity depends on besides: both videos have to be equally long.
+_SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
+_DEFAULTS = ExperimentConfig().to_dict()
 _OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
                "memory": ("peak_allocated", "peak allocated memory", "GB")}
 _LIMITS = {"min_psnr_db": ("psnr_db", 1), "min_ssim": ("ssim", 1), "min_ms_ssim": ("ms_ssim", 1),
@@ -26,11 +36,136 @@ _LIMITS = {"min_psnr_db": ("psnr_db", 1), "min_ssim": ("ssim", 1), "min_ms_ssim"
 
 
 def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Empty if the two runs may be compared, else the first difference that forbids it."""
-    for path in _FAIR:
-        if lookup(a, path) != lookup(b, path):
-            return f"{path} is {lookup(a, path)!r} against {lookup(b, path)!r}"
+    """Empty if the two runs may be compared, else the first difference that forbids it.
+
+    Compared is everything that a figure depends on and that no optimization may change: GPU (or CPU, for runs
+    on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
+    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. A run that is only
+    planned (`planned`) lacks sections: what it cannot know yet is not compared.
+    """
+    for name, ours, theirs in _facts(a, b):
+        if ours != theirs:
+            return _difference(name, ours, theirs)
     return ""
+
+
+def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """Empty if the frames of the two may be compared, else why not: videos of unequal length, or `unfair`.
+
+    `result` may be a planned run.
+    """
+    for key in _SAME_VIDEO:  # first, since prompts are spread over the length
+        ours, theirs = _key(result, key), _key(baseline, key)
+        if ours != theirs:
+            return _difference(key, ours, theirs)
+    return unfair(result, baseline)
+
+
+def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] | None = None
+            ) -> dict[str, Any]:
+    """What is known of a run before it: the part of its result that `fidelity_reason` reads.
+
+    Args:
+        sha256: of the weights' files by part, None if they were not read.
+    """
+    model = config.model_config()
+    weights = {"kind": "random" if config.weights == "random" else "files"}
+    return {"preset": config.name, "parameters": config.to_dict(), "script": script.to_dict(),
+            "seed": config.seed,
+            "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
+            "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
+
+
+def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    """(name, value of `a`, value of `b`) of everything in which the two have to agree, as far as both say."""
+    paths = ["environment.gpu", "environment.torch", "model.name", "weights.kind", "seed",
+             "sizes.frames_per_block"]
+    if lookup(a, "environment.gpu") is None:
+        paths.insert(1, "environment.cpu")
+    for path in paths:
+        section = path.partition(".")[0]
+        if section in a and section in b:
+            yield path, lookup(a, path), lookup(b, path)
+    ours, theirs = (lookup(run, "weights.sha256") for run in (a, b))
+    if ours is not None and theirs is not None:
+        for part in sorted({*ours, *theirs}):
+            yield f"weights.sha256 of {part}", ours.get(part), theirs.get(part)
+    for side in ("height", "width"):
+        yield side, _side(a, side), _side(b, side)
+    for key in _SAME_KEYS:
+        yield key, _key(a, key), _key(b, key)
+    if lookup(a, "weights.kind") != "random":
+        yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
+    # Last: how they are spread depends on what was compared before.
+    scripts = [script_of_result(run) for run in (a, b)]
+    yield "prompts", *(prompts for prompts, _ in scripts)
+    yield "switch frames", *(frames for _, frames in scripts)
+
+
+def _key(result: Mapping[str, Any], key: str) -> Any:
+    """A preset's key: a result that does not state it is of code that did as the default does."""
+    value = (result.get("parameters") or {}).get(key, _DEFAULTS[key])
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _side(result: Mapping[str, Any], side: str) -> Any:
+    own = MODELS.get(_key(result, "model"))
+    return lookup(result, f"model.sizes.{side}") or _key(result, side) or getattr(own, side, None)
+
+
+def script_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
+    """The prompts that a run used, and the latent frames at which each but the first took over.
+
+    They stand under `script`; of an older result they follow from its parameters, unless it read them from a
+    file: then both are None.
+    """
+    script = result.get("script")
+    if script:
+        return list(script["prompts"]), list(script["switch_frames"])
+    if _key(result, "prompts_file") is not None:
+        return None, None
+    prompts, given = list(_key(result, "prompts")), _key(result, "switch_frame_indices")
+    if given is not None:
+        return prompts, list(given)
+    frames = _key(result, "block_frames")
+    script = spread_evenly(prompts, _key(result, "video_latent_frames") // frames, frames)
+    return list(script.prompts), list(script.switch_frames)
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> str:
+    """Of two lists of one length, only the first item that differs."""
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        at = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+        name, ours, theirs = f"{name}[{at}]", ours[at], theirs[at]
+    return f"{name} is {_short(ours)} against {_short(theirs)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:
+    """A `quality` section in which every metric is n/a for `reason`: the frames were not, or must not be,
+    compared with the baseline's.
+    """
+    absent = na(f"not comparable with the baseline, {reason}", "run both with the same settings")
+    kept: dict[str, Any] = {}
+    for name, value in quality.items():
+        if name in ("reference", "identical"):
+            kept[name] = None
+        elif name in ("frames_compared", "frames_total"):
+            kept[name] = 0
+        elif name in ("label", "flags"):
+            kept[name] = value
+        elif isinstance(value, (Mapping, float)) and name != "free_running":
+            kept[name] = absent
+    return kept
+
+
+def is_study(result: Mapping[str, Any]) -> bool:
+    """Whether the run takes presets apart and is none to take itself: it is measured, and never advised."""
+    return result["preset"] in STUDIES or bool(result.get("variations"))
 
 
 def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -39,9 +174,14 @@ def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, An
     where one has no switches the other keeps its own. Switches without a stream of their own end with the
     blocks.
     """
-    blocks, switches = (min(lookup(result, f"sizes.{key}") for result in (a, b))
+    first, second = _all_matched((a, b))
+    return first, second
+
+
+def _all_matched(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    blocks, switches = (min(lookup(run, f"sizes.{key}") for run in runs)
                         for key in ("blocks_measured", "switches"))
-    return _shortened(a, blocks, switches), _shortened(b, blocks, switches)
+    return [_shortened(run, blocks, switches) for run in runs]
 
 
 def compared(result: Mapping[str, Any], other: Mapping[str, Any] | None
@@ -72,41 +212,70 @@ def _first(rows: Iterable[list[Any]], counted: Sequence[int], count: int) -> lis
     return [event for event in events if event.block is None or event.block < end]
 
 
-def aa_noise(result_a: Mapping[str, Any], result_b: Mapping[str, Any]) -> dict[str, Any]:
-    """Run-to-run noise from one preset run twice: figure -> |a - b| / a of the `matched` runs, or n/a.
+def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Run-to-run noise of one preset, from two or more runs in processes of their own: metric -> spread, or
+    n/a.
 
-    Figures: ss_mean, ss_p50, ss_max, ps_mean, fps, peak_allocated; blocks and switches say how many were
-    compared. One pair is a rough estimate: see `NOISE_FLOOR`.
+    The spread is (max - min) / mean over the runs, each `matched` to the shortest: no distribution is
+    assumed, and it can only grow with the number of runs. A few runs are a rough estimate: see `NOISE_FLOOR`.
+
+    Returns:
+        preset, runs, blocks and switches (how many of each were compared), the spread of ss_mean, ss_p50,
+        ss_max, ps_mean, fps and peak_allocated, and under `values` what each run measured of them.
 
     Raises:
-        UserError: the two are not runs of one preset on one kind of machine.
+        UserError: fewer than two runs, or not of one preset under equal conditions.
     """
-    difference = unfair(result_a, result_b)
-    if result_a["preset"] != result_b["preset"]:
-        difference = f"preset is {result_a['preset']!r} against {result_b['preset']!r}"
-    if difference:
-        raise UserError(f"A/A noise needs the same run twice, but {difference}: run one preset twice")
-    result_a, result_b = matched(result_a, result_b)
-    sizes = result_a["sizes"]
-    noise: dict[str, Any] = {"preset": result_a["preset"], "blocks": sizes["blocks_measured"],
-                             "switches": sizes["switches"]}
-    for name, path in _FIGURES.items():
-        a, b = lookup(result_a, path), lookup(result_b, path)
-        if is_na(a) or is_na(b):
-            noise[name] = a if is_na(a) else b
-        else:
-            noise[name] = abs(a - b) / a if a else 0.0
+    if len(runs) < 2:
+        raise UserError(f"A/A noise needs one preset twice or more, found {len(runs)} run; repeat it")
+    first, *others = runs
+    for other in others:
+        difference = unfair(first, other)
+        if first["preset"] != other["preset"]:
+            difference = f"preset is {first['preset']!r} against {other['preset']!r}"
+        if difference:
+            raise UserError(f"A/A noise needs the same run twice, but {difference}: run one preset twice")
+    same = _all_matched(runs)
+    sizes = same[0]["sizes"]
+    noise: dict[str, Any] = {"preset": first["preset"], "runs": len(runs), "blocks": sizes["blocks_measured"],
+                             "switches": sizes["switches"], "values": {}}
+    for name, path in FIGURES.items():
+        values = [lookup(run, path) for run in same]
+        absent = next(filter(is_na, values), None)
+        noise[name] = absent or (max(values) - min(values)) / ((math.fsum(values) / len(values)) or 1.0)
+        noise["values"][name] = absent or values
     return noise
 
 
-def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """`aa_noise` of the first preset in `results` that was run twice, None if there is none."""
-    seen: dict[str, Mapping[str, Any]] = {}
+def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """preset -> `aa_noise` of every preset in `results` that was run more than once; one whose runs are not
+    alike is left out with a warning.
+    """
+    runs: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        if result["preset"] in seen:
-            return aa_noise(seen[result["preset"]], result)
-        seen[result["preset"]] = result
-    return None
+        runs.setdefault(result["preset"], []).append(result)
+    noise = {}
+    for preset, repeated in runs.items():
+        if len(repeated) > 1:
+            try:
+                noise[preset] = aa_noise(*repeated)
+            except UserError as error:
+                log.warning("%s", error)
+    return noise
+
+
+def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a comparison of `preset` with the baseline has to exceed, metric by metric: the larger of its own
+    noise and the baseline's, where both were repeated, else the one that is known; None if neither is.
+    """
+    known = [noise[name] for name in dict.fromkeys((preset, BASELINE)) if name in noise]
+    if not known:
+        return None
+    larger = dict(known[0])
+    for name in FIGURES:
+        spreads = [run[name] for run in known if not is_na(run[name])]
+        larger[name] = max(spreads) if spreads else known[0][name]
+    return larger
 
 
 def gate_of(config: ExperimentConfig, rooms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,14 +292,15 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
            gate: Mapping[str, Any]) -> dict[str, Any]:
     """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
 
-    Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a run beside
-    which something else ran, and a change within a noise of more than `NOISE_FLOOR`, for on such a machine it
-    may be anything.
+    Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a run that is
+    not comparable with the baseline (`fidelity_reason`), one during which something else ran on the machine,
+    and a change within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything. A study
+    gets no verdict.
 
-    `noise`: from `aa_noise`, None if nothing was run twice (then undecided). `gate`: `{"level": "exact"}`, or
-    `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim, min_ms_ssim, max_lpips,
-    min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the default), "switch" or
-    "memory".
+    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`:
+    `{"level": "exact"}`, or `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim,
+    min_ms_ssim, max_lpips, min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the
+    default), "switch" or "memory".
     """
     objective, level, limits = _read_gate(gate)
     figure, words, unit = _OBJECTIVES[objective]
@@ -143,17 +313,20 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     def verdict(keep: bool | None, rationale: str) -> dict[str, Any]:
         return {"keep": keep, "rule": rule, "rationale": rationale}
 
-    if result["preset"] == "baseline":
+    if result["preset"] == BASELINE:
         return {"keep": None, "rule": "reference", "rationale": "the others are compared with the baseline"}
+    if is_study(result):
+        return {"keep": None, "rule": "study",
+                "rationale": "no verdict: this is a study of other presets, and none to take itself"}
     if baseline is None:
         return verdict(None, "undecided: the campaign has no baseline result")
-    if difference := unfair(result, baseline):
+    if difference := fidelity_reason(result, baseline):
         return verdict(None, f"undecided: not comparable with the baseline, {difference}")
     if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
         return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
                              "repeat the campaign when nothing else runs on it")
-    ours, reference = (lookup(run, _FIGURES[figure]) for run in matched(result, baseline))
-    spread = noise[figure] if noise else na("no A/A noise", "run one preset twice in the campaign")
+    ours, reference = (lookup(run, FIGURES[figure]) for run in matched(result, baseline))
+    spread = noise[figure] if noise else na("no A/A noise", "run the baseline twice in the campaign")
     for value in (ours, reference, spread):
         if is_na(value):
             return verdict(None, f"undecided: {value['reason']}; {value['how_to_fix']}")

@@ -20,6 +20,7 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block body_header -%}{{ super() }}{{ resources.card }}{%- endblock -%}
 {%- block input_group -%}
 {%- set tags = cell.metadata.get('tags', []) -%}
 {%- if 'parameters' in tags or 'injected-parameters' in tags -%}
@@ -43,8 +44,10 @@ _REMOTE_IN_CSS = re.compile(r"""(?:url\(\s*['"]?|@import\s+['"])((?:https?:)?//[
 _REMOTE_IN_JS = re.compile(r"""\b(?:import|from|fetch|src|href)\b[^'"`;\n]*['"`]((?:https?:)?//[^'"`\s]+)""")
 
 
-def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: bool = False) -> None:
-    """Write an executed notebook as one self-contained HTML file, on request without its code.
+def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: bool = False,
+                card: str = "") -> None:
+    """Write an executed notebook as one self-contained HTML file, on request without its code. `card` is HTML
+    that the page opens with, above the notebook.
 
     Raises:
         UserError: the notebook cannot be read, or the report would load something from the network.
@@ -63,7 +66,7 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
                             template_file="offline.html.j2", embed_images=True, exclude_input=hide_code,
                             exclude_input_prompt=hide_code, exclude_output_prompt=hide_code)
     # The path is where relative pictures in prose are looked for, to be embedded.
-    resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}}
+    resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}, "card": card}
     html, _ = exporter.from_notebook_node(notebook, resources=resources)
     html = drop_unused_styles(html)
     references = network_references(html)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from .checks import check_switches, check_switches_fit
+from .checks import check_switches, check_switches_fit, check_texts
 from .config import ExperimentConfig
 from .errors import UserError
 
@@ -23,6 +23,10 @@ class Script:
 
     prompts: tuple[str, ...]
     switch_frames: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Plain JSON-ready values: the `script` section of a result."""
+        return {"prompts": list(self.prompts), "switch_frames": list(self.switch_frames)}
 
 
 def read_scripts(
@@ -97,6 +101,7 @@ def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
         raise UserError(
             f'prompts_file: {where} is not JSON ({error}); write {{"prompts": ["..."]}}.'
         ) from error
+    entry = check_texts(entry, f"prompts_file: {where}")
     prompts = entry.get("prompts") if isinstance(entry, dict) else None
     if (
         not isinstance(prompts, list)
@@ -133,9 +138,14 @@ def script_of(config: ExperimentConfig) -> Script:
         return script
     if config.switch_frame_indices is not None:
         return Script(config.prompts, config.switch_frame_indices)
-    used = config.prompts[:config.video_blocks]
-    blocks = [config.video_blocks * i // len(used) for i in range(1, len(used))]
-    return Script(used, tuple(block * config.block_frames for block in blocks))
+    return spread_evenly(config.prompts, config.video_blocks, config.block_frames)
+
+
+def spread_evenly(prompts: Sequence[str], blocks: int, block_frames: int) -> Script:
+    """The first `blocks` of `prompts`, spread evenly over a video of so many blocks."""
+    used = tuple(prompts[:blocks])
+    starts = [blocks * i // len(used) for i in range(1, len(used))]
+    return Script(used, tuple(start * block_frames for start in starts))
 
 
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 What would fail later is refused here: a preset without its notebook, a parameter that no cell declares,
 optimizations under the baseline's name, absent weights, no GPU, a full disk, a run that is finished with
-other parameters. `plan*` and `is_finished` only read; `check_machine` makes the campaign's folder, to see
-that it can. No torch and no papermill, so a command line answers at once.
+other parameters, prompts or weights, one that could not be compared with the campaign's baseline. `plan*` and
+`is_finished` only read; `check_machine` makes the campaign's folder, to see that it can. No torch and no
+papermill, so a command line answers at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 
 import yaml
 
-from longlive_opt.batch import Job, finished_result
+from longlive_opt import decision
+from longlive_opt.batch import SUMMARY, Job, finished_result
+from longlive_opt.checks import check_texts, whole_text
 from longlive_opt.config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
 from longlive_opt.errors import UserError
 from longlive_opt.inputs import script_of
@@ -34,7 +37,6 @@ from longlive_opt.yaml_file import load_yaml
 
 log = logging.getLogger(__name__)
 
-SUMMARY = "summary"
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
 TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
@@ -107,7 +109,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts -> values as YAML reads them.
 
     Raises:
-        UserError: a text has no '=', or its value is no YAML.
+        UserError: a text has no '=', its value is no YAML, or it holds half a character.
     """
     parsed = {}
     for text in settings:
@@ -115,7 +117,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"--set: {text!r} is not key=value")
         try:
-            parsed[key] = yaml.safe_load(value)
+            parsed[key] = check_texts(yaml.safe_load(whole_text(value, f"--set {key!a}")), f"--set {key!a}")
         except yaml.YAMLError as error:
             raise UserError(f"--set {key}: {value!r} is not a YAML value; put quotes around text") from error
     return parsed
@@ -148,31 +150,86 @@ def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) 
 
 
 def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profile: Path | None = None,
-         settings: Mapping[str, Any] | None = None, repeats: int = 0,
+         settings: Mapping[str, Any] | None = None, repeats: int | Mapping[str, int] = 0,
          skipped: Sequence[str] = ()) -> list[Job]:
     """Check everything that is asked for and return the jobs in their order; touches no file.
 
-    Repetitions of the baseline come last: with the first one they span the campaign, drift included. They
-    measure no more than REPEAT_AT_MOST, and are left out where there is nothing that they repeat.
+    The baseline comes first: the others are compared with it. `repeats` says how many more runs there are of
+    a preset (a number: of the baseline). They are spread over the campaign, whose drift they have to show; so
+    the first runs of what is repeated come before the rest. Repetitions measure no more than REPEAT_AT_MOST,
+    and are left out where there is nothing that they repeat.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    if repeats < 0:
-        raise UserError(f"--repeat-baseline: {repeats} is no number of runs; write 0 or more")
+    if isinstance(repeats, int):
+        if repeats < 0:
+            raise UserError(f"--repeat-baseline: {repeats} is no number of runs; write 0 or more")
+        repeats = {BASELINE: repeats}
     if skipped:
         choose_presets(layout, skipped)
     chosen = choose_presets(layout, presets, skipped)
     over = {**(load_yaml(profile) if profile else {}), **(settings or {})}
-    jobs = [_plan_run(layout, campaign, preset, 1, chosen[preset], over) for preset in chosen]
-    if repeats and BASELINE not in chosen and not finished_result(layout.campaign(campaign) / BASELINE):
-        log.info("[%s] neither asked for nor finished, so it is not repeated", BASELINE)
-    elif repeats:
-        notebook = choose_presets(layout, [BASELINE])[BASELINE]
-        asked = {**load_yaml(layout.params / f"{BASELINE}.yaml"), **over}
-        over = {**over, **{key: most for key, most in REPEAT_AT_MOST.items() if asked.get(key, 0) > most}}
-        jobs += [_plan_run(layout, campaign, BASELINE, 2 + i, notebook, over) for i in range(repeats)]
-    return jobs
+    first = {preset: _plan_run(layout, campaign, preset, 1, chosen[preset], over)
+             for preset in sorted(chosen, key=lambda preset: preset != BASELINE)}
+    rounds = _plan_repeats(layout, campaign, {name: count for name, count in repeats.items() if count}, first,
+                           over)
+    _require_comparable(layout.campaign(campaign), [*first.values(), *sum(rounds, [])])
+    return _interleaved(first, rounds, repeats)
+
+
+def _plan_repeats(layout: Layout, campaign: str, repeats: Mapping[str, int], first: Mapping[str, Job],
+                  over: Mapping[str, Any]) -> list[list[Job]]:
+    """The repetitions in rounds: the second runs, the third ones, ..."""
+    rounds: list[list[Job]] = [[] for _ in range(max(repeats.values(), default=0))]
+    for preset, count in repeats.items():
+        notebook = choose_presets(layout, [preset])[preset]
+        if preset not in first and not finished_result(layout.campaign(campaign) / preset):
+            log.info("[%s] neither asked for nor finished, so it is not repeated", preset)
+            continue
+        asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
+        less = {key: most for key, most in REPEAT_AT_MOST.items() if asked.get(key, 0) > most}
+        for index in range(count):
+            rounds[index].append(_plan_run(layout, campaign, preset, 2 + index, notebook, {**over, **less}))
+    return rounds
+
+
+def _interleaved(first: Mapping[str, Job], rounds: Sequence[Sequence[Job]], repeats: Mapping[str, int]
+                 ) -> list[Job]:
+    """First runs of what is repeated, then the other presets with the `rounds` spread evenly among them; the
+    last round ends the campaign.
+    """
+    repeated = [job for preset, job in first.items() if repeats.get(preset)]
+    others = [job for preset, job in first.items() if not repeats.get(preset)]
+    if BASELINE in first and not repeats.get(BASELINE):
+        repeated, others = [first[BASELINE], *repeated], others[1:]
+    jobs = list(repeated)
+    for index, jobs_again in enumerate(rounds):
+        begin, end = (len(others) * (index + more) // len(rounds) for more in (0, 1))
+        jobs += [*others[begin:end], *jobs_again]
+    return jobs if rounds else [*repeated, *others]
+
+
+def _require_comparable(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse what could not be compared with the campaign's baseline: that which is asked for as well, or the
+    finished one in `folder`.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    asked = next((job for job in jobs if job.label == BASELINE), None)
+    baseline = asked.known if asked else finished_result(folder / BASELINE)
+    for job in jobs if baseline else ():
+        if reason := decision.fidelity_reason(_known(job, baseline), baseline):
+            raise UserError(f"preset {job.label}: it could not be compared with the campaign's baseline, "
+                            f"since {reason}; run both with the same settings, or take another --campaign")
+
+
+def _known(job: Job, other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of the result of `job`; with the SHA-256 of its weights if `other` states its own."""
+    if not (other.get("weights") or {}).get("sha256"):
+        return job.known
+    return {**job.known, "weights": {**job.known["weights"], "sha256": job.weights.sha256()}}
 
 
 def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook: Path,
@@ -181,8 +238,8 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         check_baseline(config)
-        script_of(config)
-        check_weights(config)
+        script = script_of(config)
+        weights = check_weights(config)
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
     if config.name != preset:
@@ -194,7 +251,8 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     _require_declared(notebook, declared, [*asked, *run])
     # Every value that the notebook declares, not only those asked for: its own defaults never count.
     values = {key: value for key, value in config.to_dict().items() if key in declared}
-    return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})")
+    return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})",
+               known=decision.planned(config, script), weights=weights)
 
 
 def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) -> Job:
@@ -205,8 +263,8 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
     """
     notebook, folder = layout.notebooks / SUMMARY_NOTEBOOK, layout.campaign(campaign)
     campaign_dir = folder.relative_to(layout.root)
-    log_path = log_path or campaign_dir / "OPTIMIZATION_LOG.md"
-    parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path.as_posix()}
+    log_path = whole_text((log_path or campaign_dir / "OPTIMIZATION_LOG.md").as_posix(), "--log")
+    parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path}
     _require_declared(notebook, declared_parameters(notebook), list(parameters))
     return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)
 
@@ -259,22 +317,43 @@ def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = 
 
 
 def is_finished(job: Job) -> bool:
-    """Whether `job` was run before.
+    """Whether `job` was run before: judged by what it was run with, not by its name.
 
     Raises:
-        UserError: it was, with other parameters; WORDS may differ.
+        UserError: it was, with other parameters, where WORDS may differ, with other prompts or switch frames,
+            which may come from a file, or with other weights in the same folder.
     """
     result = finished_result(job.folder)
     if result is None:
         return False
     there, asked = result.get("parameters", {}), job.parameters
+    # Beside a file of prompts, older results list prompts that were not used.
+    unused = ("prompts",) if asked.get("prompts_file") else ()
     keys = [key for key in asked
-            if key in there and key not in (*RUN_KEYS, *WORDS) and there[key] != asked[key]]
+            if key in there and key not in (*RUN_KEYS, *WORDS, *unused) and there[key] != asked[key]]
     if keys:
         differences = "; ".join(f"{key}: {there[key]!r}, not {asked[key]!r}" for key in keys)
         raise UserError(f"{job.label} is finished with other parameters ({differences}); take --overwrite "
                         "or another --campaign")
+    if other := job.known and _other_content(result, job):
+        raise UserError(f"{job.label} is finished with other {other}; take --overwrite or another --campaign")
     return True
+
+
+def _other_content(result: Mapping[str, Any], job: Job) -> str:
+    """What of the content behind equal parameters is no longer that of the finished `result`, or empty."""
+    then, now = (decision.script_of_result(run) for run in (result, job.known))
+    if then[0] is None:
+        return "prompts, or the same: it is older than the record of what a prompts_file held"
+    for name, were, are in zip(("prompts", "switch frames"), then, now):
+        if were != are:
+            return name
+    digests = (result.get("weights") or {}).get("sha256")
+    if not digests:
+        return ""
+    found = job.weights.sha256()
+    changed = [part for part in sorted({*digests, *found}) if digests.get(part) != found.get(part)]
+    return f"weights ({', '.join(changed)}: another SHA-256)" if changed else ""
 
 
 def require_reference(folder: Path, jobs: Sequence[Job]) -> None:

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x
 _CROWDED_CORES = 0.5  # kept busy by others: above, a run on the CPU was not alone
 _NOT_WATCHED = {"other_cpu_cores": None, "co_scheduled": None, "reasons": dict.fromkeys(
     ("other_cpu_cores", "co_scheduled"), "not watched in this run")}
+# What runs write: no input of a run, and no change of the code.
+_WRITTEN = (":(top,exclude)outputs", ":(top,exclude)OPTIMIZATION_LOG.md")
 _SHORTEST_S = 0.5  # /proc counts hundredths of a second
 
 
@@ -44,17 +46,16 @@ def environment(device: "torch.device | str", *, attention_backend: str | None =
     company = company or _NOT_WATCHED
     reasons: dict[str, str] = dict(company["reasons"])
     found: dict[str, Any] = {
-        "gpu": None, "driver": None, "gpu_power_limit_w": None, "ecc": None, "mig": None,
-        "cuda": torch.version.cuda, "torch": str(torch.__version__), "cudnn": None,
+        **machine(device), "driver": None, "gpu_power_limit_w": None, "ecc": None, "mig": None,
+        "cuda": torch.version.cuda, "cudnn": None,
         "triton": _version("triton"), "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_model(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu_threads": torch.get_num_threads(), "attention_backend": attention_backend,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "co_scheduled": company["co_scheduled"], "other_cpu_cores": company["other_cpu_cores"],
         "packages": packages(), "env_vars": numerics_env_vars(os.environ),
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
         found["cudnn"] = str(torch.backends.cudnn.version())
         values, reason = _nvidia_smi(device, ("driver_version", "power.limit", "ecc.mode.current",
                                               "mig.mode.current"))
@@ -69,6 +70,15 @@ def environment(device: "torch.device | str", *, attention_backend: str | None =
     if reason:
         reasons["git_commit"] = reason
     return found | {"reasons": reasons}
+
+
+def machine(device: "torch.device | str") -> dict[str, str | None]:
+    """The part of `environment` that two runs must share to be compared: gpu, cpu, torch."""
+    import torch
+
+    device = torch.device(device)
+    return {"gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "cpu": _cpu_model(), "torch": str(torch.__version__)}
 
 
 def clocks(device: "torch.device | str") -> dict[str, Any]:
@@ -203,13 +213,34 @@ def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
     """
     commit = _run("git", "-C", str(folder), "rev-parse", "HEAD")
     if commit:
-        written = (":(top,exclude)outputs", ":(top,exclude)OPTIMIZATION_LOG.md")
-        changes = _run("git", "-C", str(folder), "status", "--porcelain", "--", ":(top)", *written)
+        changes = _run("git", "-C", str(folder), "status", "--porcelain", "--", ":(top)", *_WRITTEN)
         return commit, None if changes is None else bool(changes), None
     commit = variables.get("LONGLIVE_OPT_GIT_COMMIT") or None
     dirty = {"0": False, "false": False, "1": True, "true": True}.get(
         variables.get("LONGLIVE_OPT_GIT_DIRTY", "").lower())
     return commit, dirty, None if commit else "no git history here and LONGLIVE_OPT_GIT_COMMIT is not set"
+
+
+def code_since(commits: Iterable[str | None]) -> list[str]:
+    """A sentence for each of the runs' `commits` that is not the code of this checkout: how many commits lie
+    between. What changed results only counts as no commit.
+    """
+    root, sentences = Path(__file__).parent, []
+    ours, dirty, _ = git_state(root, os.environ)
+    for commit in sorted({commit or "" for commit in commits}):
+        shown = commit[:12] or "unknown"
+        count = ours and commit and _run("git", "-C", str(root), "rev-list", "--count", f"{commit}..{ours}",
+                                         "--", ":(top)", *_WRITTEN)
+        if count == "0" and not dirty:
+            continue
+        if not count:
+            sentences.append(f"Code: the runs' commit is {shown}; by how many commits the code that wrote "
+                             "this log is newer is unknown.")
+            continue
+        changes = ", with uncommitted changes" if dirty else ""
+        sentences.append(f"Code: this log was written by code that is {count} commits newer than that of the "
+                         f"runs at {shown}{changes}: words and rules are its own, the numbers are the runs'.")
+    return sentences
 
 
 def _run(*command: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,8 @@ from .variations import AS_IS, name_of
 
 Result = Mapping[str, Any]
 
-VERDICT = re.compile(r"(<p><b>Verdict:</b> )(.*?)(</p>)")
-"""The paragraph of `reading_html` that the campaign may change, in three groups: the words are the second."""
+_DECIDES = ("The verdict is the campaign's: once every run is there, its summary decides, writes "
+            "decisions.json, and puts the verdict on top of this report.")
 
 _BEFORE_STAGES = {"SS mean, ms per frame": "latency.ss_ms_per_frame.mean",
                   "SS max, ms per frame": "latency.ss_ms_per_frame.max"}
@@ -33,7 +32,8 @@ _FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "
 
 
 def reading_html(result: Result, baseline: Result | None) -> str:
-    """HTML: the hypothesis, what was measured beside the campaign's `baseline`, the rule and its verdict.
+    """HTML: the hypothesis, what was measured against the campaign's `baseline`, and the rule that decides.
+    The verdict is not here: it needs the whole campaign, and the report opens with it.
     """
     other = None if result["preset"] == "baseline" and result["run"] == 1 else baseline
     parts = [_paragraph("", scope(result)),
@@ -41,13 +41,16 @@ def reading_html(result: Result, baseline: Result | None) -> str:
              measured(result, other).to_html(border=0)]
     if other is not None and other["sizes"] != result["sizes"] and not decision.unfair(result, other):
         parts.append(_paragraph("", "Compared over equally many blocks and switches, the first of each run."))
+    if other is not None and (difference := decision.unfair(result, other)):
+        parts.append(_paragraph("", f"Not compared with the baseline: {difference}."))
     if result.get("variations"):
         parts.append(varied(result).to_html(border=0))
     parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
     parts.append(_paragraph("", slowest.sentence(result)))
-    if result["preset"] != "baseline":
+    if result["preset"] != "baseline" and not decision.is_study(result):
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
-    return "".join([*parts, _paragraph("Verdict", verdict(result))])
+        parts.append(_paragraph("", _DECIDES))
+    return "".join(parts)
 
 
 def definitions_html() -> str:
@@ -96,18 +99,6 @@ def varied(result: Result) -> pd.DataFrame:
     ours = block_ms(result)
     return pd.DataFrame.from_dict({name: _beside(block_ms(run), ours)[::2] for name, run in runs.items()},
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])
-
-
-def verdict(result: Result, final: bool = False) -> str:
-    """The decision as it stands when the run ends, or, `final`, when the campaign has ended."""
-    words, keep = result["decision"]["rationale"], result["decision"]["keep"]
-    if result["preset"] == "baseline":
-        return f"none; {words}."
-    if words.startswith("undecided: no A/A noise"):
-        words = "undecided until the baseline has been repeated (--repeat-baseline 1): the noise is not known"
-    elif keep is not None:
-        words = f"{'keep' if keep else 'drop'}; {words}"
-    return f"{words}. {'So says the whole campaign' if final else 'The summary decides again'}."
 
 
 def _beside(ours: float | None, theirs: float | None) -> list[str]:

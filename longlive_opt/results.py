@@ -7,6 +7,9 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     schema_version  1                       status      "ok" (nothing else is ever written)
     campaign, preset, title, hypothesis     strings     run         1; 2 for the A/A repeat of the preset
     parameters      {flat preset}           created_utc "2026-01-31T12:00:00Z"
+    script          {prompts [str], switch_frames [int]}: the video's prompts as they were used, also those of
+                    a prompts_file, and the latent frame at which each but the first takes over; not in old
+                    results (see `decision.script_of_result`)
     environment     see `provenance.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
                     attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
                     other_cpu_cores (see `provenance.company_of`; not in old results, whose co_scheduled says
@@ -57,7 +60,9 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     rooms           [{name, applied: bool, report {}}]
     events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
                     switch_events, optional, the same of a separate stream that gave the PS figures
-    decision        {keep: bool or null, rule, rationale}
+    decision        {keep: bool or null, rule, rationale, gate {}, provisional: true}: what could be said when
+                    the run ended. The verdict of the whole campaign, which alone counts, is in the campaign's
+                    decisions.json (see `report.decisions`)
     world           optional: whether the video shows its prompts, if they are of the small world; METRIC as a
                     whole (n/a) if they are not, else {label, adherence_before, adherence_after, delay_blocks,
                     permanence: METRIC, switches, never: int, wrong [str], not_judged [str], segments [{}]};
@@ -77,6 +82,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from longlive_opt.checks import whole_text
 from longlive_opt.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -103,9 +109,10 @@ _SCHEMA = {
               "energy.joules_per_frame? energy.mean_power_w?",
     "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks "
                "latency.ps_before_ms_all?",
-    "list": "rooms events quality.flags",
-    "dict": "parameters environment.packages environment.env_vars latency.ps_breakdown_ms latency.stages_ms "
-            "setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips quality.clip_delta",
+    "list": "rooms events quality.flags script.prompts? script.switch_frames?",
+    "dict": "parameters script? environment.packages environment.env_vars latency.ps_breakdown_ms "
+            "latency.stages_ms setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips "
+            "quality.clip_delta",
 }
 
 _MISSING = object()
@@ -155,11 +162,14 @@ def _check_json(value: Any, where: str) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise UserError(f"{where} has the key {key!r} of type {type(key).__name__}: keys are strings")
+            whole_text(key, f"{where}, a key")
             _check_json(item, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _check_json(item, f"{where}[{index}]")
-    elif value is not None and type(value) not in (str, int, float, bool):
+    elif isinstance(value, str):
+        whole_text(value, where)
+    elif value is not None and type(value) not in (int, float, bool):
         raise UserError(f"{where} is a {type(value).__name__}: make it a plain number, string, list or dict")
 
 

@@ -3,9 +3,10 @@
 A preset is params/<preset>.yaml with its notebook, notebooks/NN_<preset>.ipynb; a profile and `--set
 key=value` go on top. Everything is checked before the first notebook starts. A run lives in
 outputs/<campaign>/<label>/, where the label is the preset, or baseline.repeat2 for a repetition that shows
-the noise. A finished run is skipped, so a campaign goes on where it stopped; if its parameters are not those
-asked for, nothing at all is run: take `--overwrite` or another campaign. With `--overwrite` the old run stays
-until the new one is done.
+the noise; repetitions are spread over the campaign. A finished run is skipped, so a campaign goes on where it
+stopped; if its parameters, prompts or weights are not those asked for, nothing at all is run: take
+`--overwrite` or another campaign. With `--overwrite` the old run stays until the new one is done. At the end
+the summary writes decisions.json, from which the log is made and with which every report opens.
 
 Exit status: 0 all finished, 1 something failed (failed.json says what), 2 wrong input, 130 interrupted.
 """
@@ -21,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longlive_opt.batch import export_report, locked, run_jobs
+from longlive_opt.batch import export_report, export_reports, locked, run_jobs
+from longlive_opt.config import BASELINE
 from longlive_opt.errors import UserError
 from longlive_opt.planning import (
     Layout,
@@ -43,11 +45,11 @@ QUICK = {"measure_blocks": 2, "num_switches": 1}
 
 
 def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
-    """The command `run`: presets, then the summary."""
+    """The command `run`: presets, then the summary, then the reports."""
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
     campaign = layout.campaign(arguments.campaign)
     jobs = plan(layout, arguments.campaign, arguments.presets, arguments.profile, settings,
-                arguments.repeat_baseline, arguments.skip)
+                _repeats(arguments), arguments.skip)
     summary = plan_summary(layout, arguments.campaign, arguments.log)
     check_machine(campaign, jobs)
     with locked([*jobs, summary]):
@@ -56,22 +58,49 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
         require_reference(campaign, todo)
         for job in finished:
             log.info("[%s] finished before, skipped (--overwrite runs it again)", job.label)
-            if not (job.folder / "report.html").exists():
-                export_report(layout.root, job)
         failed = run_jobs(layout.root, [*todo, summary])
+        failed |= _settle(layout, campaign, arguments.record_noise)
     if failed:
         reasons = "; ".join(f"{label} ({reason})" for label, reason in failed.items())
         log.error("%d of %d failed: %s", len(failed), len(todo) + 1, reasons)
     return 1 if failed else 0
 
 
+def _repeats(arguments: argparse.Namespace) -> dict[str, int]:
+    """preset -> how many more runs of it."""
+    for option, count in (("--repeats", arguments.repeats), ("--repeat-baseline", arguments.repeat_baseline)):
+        if count is not None and count < 0:
+            raise UserError(f"{option}: {count} is no number of runs; write 0 or more")
+    if BASELINE in arguments.repeat and arguments.repeat_baseline is not None:
+        raise UserError(f"--repeat-baseline: --repeat names {BASELINE} as well; take one of the two")
+    baseline = {} if arguments.repeat_baseline is None else {BASELINE: arguments.repeat_baseline}
+    return baseline | dict.fromkeys(arguments.repeat, arguments.repeats)
+
+
+def _settle(layout: Layout, campaign: Path, record_noise: bool) -> dict[str, str]:
+    """After the summary: the reports, each with the campaign's verdict on top, and the record of noise.
+
+    Returns:
+        The labels of the runs whose report could not be made.
+    """
+    from longlive_opt import report
+
+    if record_noise:
+        log.info("noise: %d presets recorded in %s", report.record_noise(report.load(campaign)),
+                 report.NOISE_FILE)
+    return export_reports(layout.root, campaign, report.cards(campaign))
+
+
 def run_summary(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `summary`."""
     summary = plan_summary(layout, arguments.campaign, arguments.log)
-    if not any(layout.campaign(arguments.campaign).glob("*/result.json")):
+    campaign = layout.campaign(arguments.campaign)
+    if not any(campaign.glob("*/result.json")):
         raise UserError(f"--campaign: {arguments.campaign!r} has no finished run; start one with 'run'")
     with locked([summary]):
-        return 1 if run_jobs(layout.root, [summary]) else 0
+        failed = run_jobs(layout.root, [summary])
+        failed |= _settle(layout, campaign, arguments.record_noise)
+    return 1 if failed else 0
 
 
 def run_training(layout: Layout, arguments: argparse.Namespace) -> int:
@@ -82,7 +111,8 @@ def run_training(layout: Layout, arguments: argparse.Namespace) -> int:
                         f"python -m longlive_opt.training --out {asked} --device cuda")
     job = plan_training(layout, asked or TINY_WEIGHTS)
     with locked([job]):
-        return 1 if run_jobs(layout.root, [job]) else 0
+        done = not run_jobs(layout.root, [job])
+        return 0 if done and export_report(layout.root, job.folder, job.title, hide_code=True) else 1
 
 
 def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
@@ -102,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", type=Path, metavar="FILE", help="goes over each preset's values")
     run.add_argument("--presets", nargs="+", default=["all"], metavar="NAME", help="all (default) or names")
     run.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="presets that all leaves out")
-    run.add_argument("--repeat-baseline", type=int, default=0, metavar="N", help="more runs of the baseline")
+    run.add_argument("--repeat", nargs="+", default=[], metavar="NAME", help="presets to run again, spread "
+                     "over the campaign: their spread is the noise")
+    run.add_argument("--repeats", type=int, default=2, metavar="N", help="more runs of each of them (2)")
+    run.add_argument("--repeat-baseline", type=int, metavar="N", help="more runs of the baseline: the same "
+                     "as --repeat baseline --repeats N")
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over both")
     run.add_argument("--overwrite", action="store_true", help="run finished presets again")
     run.add_argument("--quick", action="store_true", help="as few blocks as possible: does everything run?")
@@ -113,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, summary):
         command.add_argument("--log", type=Path, metavar="FILE", help="where the optimization log goes, seen "
                              "from the project's folder (default: into the campaign)")
+        command.add_argument("--record-noise", action="store_true", help="add the spread of this campaign's "
+                             "runs to outputs/noise.json")
     training = commands.add_parser("training", help="the report on the training of the tiny model")
     training.add_argument("--weights", metavar="DIR", help="a folder of trained weights, seen from the "
                           f"project's folder (default: {TINY_WEIGHTS})")
@@ -139,6 +175,9 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
     """Entry point; `root` is the project's folder (default: the one that holds this package)."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for stream in (sys.stdout, sys.stderr):  # a name or a message that the terminal cannot show stops nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return arguments.command(Layout(root or Path(__file__).resolve().parent.parent), arguments)
     except UserError as error:

@@ -20,7 +20,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .checks import check_switches_fit
+from .checks import check_switches_fit, whole_text
 from .decoder import Delivery
 from .errors import UserError
 from .inputs import Script
@@ -107,9 +107,9 @@ class StreamingSession:
         one, as in LongLive.
 
         Raises:
-            UserError: the prompt is empty.
+            UserError: the prompt is empty, or holds half a character.
         """
-        _check_prompt(prompt)
+        prompt = _checked_prompt(prompt)
         self._requests.append(prompt)
         self.timeline.mark("switch_request", self._block + len(self._requests) - 1)
 
@@ -142,8 +142,7 @@ class StreamingSession:
             )
         if self._streaming:
             raise UserError("session: it already holds a video; call reset() before starting another.")
-        for prompt in script.prompts:
-            _check_prompt(prompt)
+        script = Script(tuple(map(_checked_prompt, script.prompts)), script.switch_frames)
         self._streaming = True
         return self._stream(script, blocks)
 
@@ -199,6 +198,7 @@ class StreamingSession:
             yield chunk
 
 
-def _check_prompt(prompt: str) -> None:
+def _checked_prompt(prompt: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"prompt: {prompt!r} is empty; describe the video in words.")
+    return whole_text(prompt, "prompt")

@@ -4,6 +4,8 @@ can refuse a folder at once.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import zipfile
 from dataclasses import dataclass
@@ -14,11 +16,15 @@ from .config import ExperimentConfig
 from .errors import UserError
 from .fetch import FETCH_COMMAND, WAN_FOLDER, file_sha256
 from .inputs import project_path
+from .results import atomic_path
 
 TINY_WEIGHTS = "weights/tiny"
 LAYOUT = {"dit": "longlive_base.pt", "lora": "lora.pt", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
           "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
           "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
+DIGESTS_FILE = "outputs/.sha256.json"
+"""SHA-256 of the large files that were read once, from the project's folder: {path: [identity, digest]}."""
+KEPT_FROM_BYTES = 2**28  # smaller files are read in less than a second
 # Our own layout, a plain copy of the hub's repositories, and the folders that LongLive's README asks for.
 FOLDERS = ("", "models", "longlive_models/models", "wan_models")
 
@@ -40,9 +46,43 @@ class WeightFiles:
         return "random" if self.root is None else "files"
 
     def sha256(self, parts: Iterable[str] = tuple(LAYOUT)) -> dict[str, str]:
-        """SHA-256 of the files of `parts`; reads them, about a second per GB."""
+        """SHA-256 of the files of `parts`. A file is read once, about a second per GB, and again when its
+        size, times or inode have changed.
+        """
         paths = {part: getattr(self, part) for part in parts}
-        return {part: file_sha256(path) for part, path in paths.items() if path and path.is_file()}
+        return {part: known_sha256(path) for part, path in paths.items() if path and path.is_file()}
+
+
+def known_sha256(path: Path) -> str:
+    """SHA-256 of a file, read only if it was not read before as it is now; that of a large one is kept in
+    `DIGESTS_FILE`. Where nothing can be kept, it is read again.
+    """
+    path = path.resolve()
+    identity = _identity(path)
+    if identity[0] < KEPT_FROM_BYTES:
+        return _read_sha256(path, identity)
+    store, kept = project_path(DIGESTS_FILE), {}
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(store.read_text(encoding="utf-8"))
+    kept = kept if isinstance(kept, dict) else {}
+    if (known := kept.get(str(path))) and known[0] == list(identity):
+        return known[1]
+    digest = _read_sha256(path, identity)
+    if identity == _identity(path):  # nobody wrote to it meanwhile
+        with contextlib.suppress(UserError, ValueError), atomic_path(store) as temporary:
+            temporary.write_text(json.dumps({**kept, str(path): [identity, digest]}), encoding="utf-8")
+    return digest
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """What changes when a file is written, moved into place or replaced: size, both times, inode."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+@functools.lru_cache(maxsize=64)
+def _read_sha256(path: Path, identity: tuple[int, int, int, int]) -> str:
+    return file_sha256(path)
 
 
 def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -> WeightFiles:

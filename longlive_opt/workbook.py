@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -31,6 +30,7 @@ import torch
 from IPython.display import HTML, display
 
 from . import decision, figures, judgement, provenance, quality, results, video
+from .checks import check_texts
 from .config import RUN_KEYS, ExperimentConfig, check_baseline
 from .errors import UserError
 from .fidelity import Reference, compare_blocks, difference_chart, variation_fidelity
@@ -42,6 +42,7 @@ from .reading import definitions_html, reading_html
 from .results import REFERENCE_FILE
 from .tables import headline_table, parameters_table, plain, quality_table, rooms_table
 from .variations import variation_summary, variations_table
+from .weight_files import check_weights
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -69,17 +70,20 @@ class Experiment:
         """Check the notebook's parameters, `globals()` of its first cells, before anything is built.
 
         Raises:
-            UserError: an unknown parameter, a wrong type or value, a baseline with optimizations, or a folder
-                that cannot be written.
+            UserError: an unknown parameter, a wrong type or value, a baseline with optimizations, settings
+                that could not be compared with the campaign's baseline, or a folder that cannot be written.
         """
         given = notebook_parameters(namespace)
         campaign, run, output_dir = (given.pop(key, default) for key, default in
                                      zip(RUN_KEYS, ("manual", 1, "")))
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
+        check_texts([campaign, output_dir], "campaign, output_dir")
         if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is no run number; write 1, or 2 for a repetition.")
         folder = project_path(output_dir or f"outputs/{campaign}/{config.name}")
+        experiment = cls(config, campaign, run, folder)
+        experiment.require_comparable()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -88,7 +92,21 @@ class Experiment:
             ) from error
         pd.set_option("display.max_colwidth", None)
         print(f"{config.title}: preset {config.name}, {config.model}, {config.device}, {config.model_dtype}")
-        return cls(config, campaign, run, folder)
+        return experiment
+
+    def require_comparable(self) -> None:
+        """Refuse, before anything is built, what could not be compared with the campaign's finished baseline.
+
+        Raises:
+            UserError: naming the first difference.
+        """
+        if self.is_reference or (baseline := self.baseline()) is None:
+            return
+        digests = check_weights(self.config).sha256() if results.lookup(baseline, "weights.sha256") else None
+        if reason := decision.fidelity_reason(decision.planned(self.config, self.script, digests), baseline):
+            raise UserError(f"campaign: this run could not be compared with the baseline of {self.campaign}, "
+                            f"since {reason}; run the baseline with the same settings, or choose another "
+                            "campaign (papermill: -p campaign mine).")
 
     def parameters(self) -> pd.DataFrame:
         """The parameters that are not the baseline's on the laptop, as a table."""
@@ -101,6 +119,8 @@ class Experiment:
         self.session = self.measurement.session
         print(f"ready after {self.pipeline.setup_s['load']:.1f} s: {self.pipeline.model.name}, weights: "
               f"{self.pipeline.weights['kind']}, attention: {self.pipeline.attention_backend}")
+        if reason := self.fidelity_reason():
+            print(f"Warning: no comparison with the baseline, {reason}")
         return rooms_table(self.pipeline.rooms)
 
     def measure(self) -> pd.DataFrame:
@@ -169,19 +189,46 @@ class Experiment:
             self.quality = quality.not_compared(
                 "the campaign has no baseline video", "run the baseline first", kind
             )
-        else:
-            self.quality = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
-            device = self.pipeline.device
-            self.quality["free_running"] = quality.compare(
-                reference.frames.to(device),
-                self.frames.to(device),
-                weights_kind=kind,
-                prompts=reference.frame_prompts(self.script.prompts),
+        elif reason := self.fidelity_reason():
+            self.quality = quality.not_compared(
+                f"not comparable with the baseline, {reason}", "run both with the same settings", kind
             )
+        else:
+            try:
+                self.quality = self._compared(reference, kind)
+            except Exception as error:  # what was measured before is none the worse for it
+                why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                why = (why.splitlines() or [""])[0]
+                print(f"Warning: the comparison failed, {why}")
+                self.quality = quality.not_compared(
+                    f"the comparison failed: {why}", "look at the notebook that was executed", kind
+                )
         rows = {"one block": quality.log_numbers(self.quality)}
         if "free_running" in self.quality:
             rows["free-running"] = quality.log_numbers(self.quality["free_running"])
         return quality_table(rows)
+
+    def _compared(self, reference: Reference, kind: str) -> dict[str, Any]:
+        """The `quality` section, by both protocols."""
+        found = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
+        device = self.pipeline.device
+        found["free_running"] = quality.compare(
+            reference.frames.to(device),
+            self.frames.to(device),
+            weights_kind=kind,
+            prompts=reference.frame_prompts(self.script.prompts),
+        )
+        return found
+
+    def fidelity_reason(self) -> str:
+        """Why the frames must not be compared with the campaign's baseline; empty if they may, or if there is
+        none. `build` comes first.
+        """
+        if self.is_reference or (baseline := self.baseline()) is None:
+            return ""
+        known = decision.planned(self.config, self.script)
+        known |= {"weights": self.pipeline.weights, "environment": provenance.machine(self.pipeline.device)}
+        return decision.fidelity_reason(known, baseline)
 
     @property
     def is_reference(self) -> bool:
@@ -207,6 +254,8 @@ class Experiment:
         if reference is None:
             return HTML(f"<p>n/a: the campaign {html.escape(self.campaign)} has no baseline video to compare "
                         "with; run the baseline first.</p>")
+        if reason := self.fidelity_reason():
+            return HTML(f"<p>n/a: not comparable with the baseline, {html.escape(reason)}.</p>")
         display(difference_chart(reference.frames, self.frames))
         # Together 1.5 times as wide as the video alone: reports stay small.
         width = self.config.video_width and self.config.video_width * 3 // 4
@@ -228,7 +277,7 @@ class Experiment:
         print(f"{RESULT_FILE} is written")
 
     def reading(self) -> HTML:
-        """The hypothesis, what was measured beside the baseline, and the decision as it stands."""
+        """The hypothesis, and what was measured against the baseline; the campaign's summary decides."""
         return HTML(reading_html(self.result, self.baseline()))
 
     def vary(self, changes: Mapping[str, Sequence[Any]],
@@ -264,8 +313,12 @@ class Experiment:
             variant = Experiment(config, self.campaign, self.number, self.folder)
             variant.build()
             variant.measure()
-            fidelity = variation_fidelity(variant.pipeline, variant.session, variant.script,
-                                          variant.reference, variant.baseline())
+            if reason := variant.fidelity_reason():
+                fidelity = {"psnr_db": results.na(f"not comparable with the baseline, {reason}",
+                                                  "compare latency and memory only")}
+            else:
+                fidelity = variation_fidelity(variant.pipeline, variant.session, variant.script,
+                                              variant.reference, variant.baseline())
             return variation_summary(variant.measured, fidelity, variant.pipeline.setup_s)
         except (UserError, torch.OutOfMemoryError) as error:
             return {"failure": results.na(str(error).splitlines()[0], "see the message")}
@@ -286,6 +339,7 @@ class Experiment:
                 "title": config.title,
                 "hypothesis": config.hypothesis,
                 "parameters": config.to_dict(),
+                "script": self.script.to_dict(),
                 "environment": environment | self.clocks,
                 "model": {
                     "name": pipeline.model.name,
@@ -304,8 +358,10 @@ class Experiment:
             }
         )
         gate = decision.gate_of(config, result["rooms"])
-        # The gate stays with the result: once the noise is known, the report decides again.
-        result["decision"] = decision.decide(result, self.baseline(), self._noise, gate) | {"gate": gate}
+        # The gate stays with the result: once every run is there, the campaign's summary decides.
+        noise = decision.noise_of_preset(config.name, self._noise)
+        decided = decision.decide(result, self.baseline(), noise, gate)
+        result["decision"] = decided | {"gate": gate, "provisional": True}
         return result
 
     def baseline(self) -> dict[str, Any] | None:
@@ -314,14 +370,10 @@ class Experiment:
         return results.read_result(path) if path.is_file() else None
 
     @functools.cached_property
-    def _noise(self) -> dict[str, Any] | None:
-        """What a repetition in this campaign said of the noise, before this run was saved; None also where
-        it ran on another machine.
-        """
+    def _noise(self) -> dict[str, dict[str, Any]]:
+        """What repetitions in this campaign said of the noise, by preset, before this run was saved."""
         campaign, _ = results.read_campaign(self.folder.parent)
-        with contextlib.suppress(UserError):
-            return decision.campaign_noise(campaign)
-        return None
+        return decision.campaign_noise(campaign)
 
     def _room_reports(self) -> list[dict[str, Any]]:
         return [room | {"report": {key: value.summary() if isinstance(value, Stats) else value

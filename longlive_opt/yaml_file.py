@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from .checks import check_texts
 from .errors import UserError
 
 
@@ -14,7 +15,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read one flat YAML file of parameters.
 
     Raises:
-        UserError: the file is missing, unreadable, not YAML, empty, repeats a key or is no mapping.
+        UserError: the file is missing, unreadable, not YAML, empty, repeats a key, is no mapping, or holds
+            text that cannot be written.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -22,7 +24,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"{path}: {reason}; name a YAML file with one 'key: value' per line.") from error
     try:
-        content = yaml.load(text, Loader=_StrictLoader)
+        loader = _StrictLoader(text)
+        loader.name = str(path)
+        content = loader.get_single_data()
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: this is not plain YAML ({reason}).") from error
@@ -48,4 +52,9 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        content = super().construct_mapping(node, deep=True)
+        for (key_node, _), (key, value) in zip(node.value, content.items()):
+            line = f"{self.name} line {key_node.start_mark.line + 1}"
+            check_texts(key, f"{line}, a key")
+            content[key] = check_texts(value, f"{line}, {key}")
+        return content

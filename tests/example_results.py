@@ -94,6 +94,7 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
                        "use_static_kv": preset == "static_kv", "use_quantized_kv": False,
                        "use_async_vae": False, "use_prompt_cache": False, "measure_blocks": steady,
                        "warmup_blocks": first, "num_switches": switches},
+        "script": {"prompts": ["a fox", "a whale"], "switch_frames": [9]},
         "environment": {"gpu": gpu, "driver": "580.159", "cuda": "13.0", "torch": "2.11.0+cu130",
                         "cudnn": "91002", "triton": "3.6.0", "python": "3.11.7", "cpu": "Example CPU",
                         "attention_backend": "cudnn", "git_commit": "0123456789abcdef" * 2 + "01234567",
@@ -123,5 +124,5 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
             result["gpu_samples"]["switch_stream"], result["energy"]["switch_stream"] = found
     gate = {"level": "exact"} if exact else {"level": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9}
     baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
-    noise = dict.fromkeys(("ss_mean", "ss_p50", "ss_max", "ps_mean", "fps", "peak_allocated"), 0.004)
+    noise = dict.fromkeys(decision.FIGURES, 0.004)
     return result | {"decision": decision.decide(result, baseline, noise, gate)}

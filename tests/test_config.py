@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +288,42 @@ def test_shipped_preset_is_valid_with_every_profile(preset):
     for profile in PROFILES:
         merged = ExperimentConfig.from_mapping(own | load_yaml(profile))
         assert merged.name == config.name and merged.device in ("cpu", "cuda")
+
+
+def test_a_hypothesis_says_when_and_knowing_what_it_was_written():
+    """A prediction that was made after the runs it predicts, and reads as if it came before them."""
+    dated = re.compile(r"(\d{4}-\d{2}-\d{2}), knowing [^:]{10,}: \S")
+    for path in PRESETS:
+        if text := load_yaml(path).get("hypothesis", ""):
+            found = dated.match(text)
+            assert found and datetime.date.fromisoformat(found[1]), \
+                f"{path.name}: say when, and what was known"
+
+
+@pytest.mark.parametrize("mapping, where", [({"title": "\ud83e"}, "title"),
+                                            ({"prompts": ["a", "b \udd8a"]}, "prompts[1]")])
+def test_half_a_character_is_refused_by_key(mapping, where):
+    """An hour's measurement lost, since neither result.json nor failed.json can hold the prompt."""
+    with pytest.raises(UserError, match="half of a character") as error:
+        ExperimentConfig.from_mapping(mapping)
+    assert str(error.value).startswith(f"{where}: ") and str(error.value).encode()
+    assert ExperimentConfig.from_mapping({"title": "\ud83e\udd8a"}).title == "\U0001f98a"
+
+
+def test_half_a_character_in_a_file_is_refused_with_its_line(tmp_path):
+    """A message that names the key and leaves one to look for it in two files."""
+    path = tmp_path / "p.yaml"
+    path.write_text('name: mine\nprompts:\n- "a"\n- "fox \\ud83e"\n')
+    with pytest.raises(UserError, match=r"p\.yaml line 2, prompts\[1\]: 'fox \\ud83e' holds"):
+        load_yaml(path)
+    path.write_text('name: mine\ntitle: "\\ud83e\\udd8a"\n')
+    assert load_yaml(path)["title"] == "\U0001f98a"
+
+
+def test_prompts_of_a_file_stand_alone():
+    """Three default prompts in a result, beside the file that was used instead of them."""
+    assert ExperimentConfig.from_mapping({"prompts_file": "p.txt"}).to_dict()["prompts"] == []
+    assert ExperimentConfig.from_mapping({"prompts_file": None}).prompts == ExperimentConfig().prompts
 
 
 def test_profiles_leave_the_experiment_alone():

@@ -7,7 +7,7 @@ from example_results import example_result
 
 from longlive_opt import decision, metrics
 from longlive_opt.errors import UserError
-from longlive_opt.results import lookup
+from longlive_opt.results import lookup, na
 from longlive_opt.timeline import Event
 
 NOISE = {"ss_mean": 0.004, "ps_mean": 0.03, "peak_allocated": 0.0}
@@ -16,12 +16,17 @@ LOSSY = {"level": "lossy", "min_psnr_db": 30.0}
 
 
 def test_aa_noise_is_relative_and_needs_one_preset():
-    """Would catch: noise in ms compared with a gain in percent, or two presets taken for a pair."""
-    a, b = example_result(run=1), example_result(run=2)
-    noise = decision.aa_noise(a, b)
-    means = [r["latency"]["ss_ms_per_frame"]["mean"] for r in (a, b)]
-    assert noise["ss_mean"] == pytest.approx(abs(means[0] - means[1]) / means[0])
-    assert noise["peak_allocated"] == 0 and noise["preset"] == "baseline"
+    """Would catch: noise in ms compared with a gain in percent, two presets taken for a pair, or a third run
+    that is left out.
+    """
+    a, b, c = (example_result(run=run, steady=30, switches=4) for run in (1, 2, 3))
+    noise = decision.aa_noise(a, b, c)
+    means = [r["latency"]["ss_ms_per_frame"]["mean"] for r in (a, b, c)]
+    assert noise["ss_mean"] == pytest.approx((max(means) - min(means)) / (sum(means) / 3))
+    assert noise["values"]["ss_max"] == [r["latency"]["ss_ms_per_frame"]["max"] for r in (a, b, c)]
+    assert noise["peak_allocated"] == 0 and noise["preset"] == "baseline" and noise["runs"] == 3
+    with pytest.raises(UserError, match="found 1 run"):
+        decision.aa_noise(a)
     with pytest.raises(UserError, match="static_kv"):
         decision.aa_noise(a, example_result("static_kv"))
     with pytest.raises(UserError, match="environment.gpu"):
@@ -54,9 +59,110 @@ def test_the_campaign_finds_its_pair():
     """Would catch: noise taken from two different presets, or a campaign without a pair that invents some."""
     small = {"steady": 30, "switches": 2}
     baseline, other = example_result(**small), example_result("static_kv", 0.8, **small)
-    assert decision.campaign_noise([baseline, other]) is None
+    assert decision.campaign_noise([baseline, other]) == {}
     noise = decision.campaign_noise([baseline, other, example_result("static_kv", 0.8, run=2, **small)])
-    assert noise["preset"] == "static_kv" and 0 < noise["ss_mean"] < 0.02
+    assert list(noise) == ["static_kv"] and 0 < noise["static_kv"]["ss_mean"] < 0.02
+
+
+def test_a_comparison_has_to_exceed_the_noise_of_both_its_sides():
+    """Would catch: the quiet baseline's noise used for a compiled preset that was repeated and spreads more,
+    or a preset's own small one used against a baseline that spreads more.
+    """
+    absent = na("no CUDA device", "run on a GPU")
+    noise = {"baseline": dict.fromkeys(decision.FIGURES, 0.03) | {"peak_allocated": absent},
+             "realtime": dict.fromkeys(decision.FIGURES, 0.01) | {"ss_mean": 0.05, "peak_allocated": 0.0}}
+    found = decision.noise_of_preset("realtime", noise)
+    assert (found["ss_mean"], found["ss_max"], found["peak_allocated"]) == (0.05, 0.03, 0.0)
+    assert decision.noise_of_preset("speed", noise)["ss_mean"] == 0.03
+    assert decision.noise_of_preset("speed", {}) is None
+
+
+def changed(result, path, value):
+    """A copy with the dotted `path` set to `value`."""
+    copied = copy.deepcopy(result)
+    *parents, last = path.split(".")
+    holder = copied
+    for key in parents:
+        holder = holder[key]
+    holder[last] = value
+    return copied
+
+
+@pytest.mark.parametrize(("path", "value", "named"), [
+    ("script.prompts", ["a fox", "a wolf"], "prompts[1] is 'a wolf' against 'a whale'"),
+    ("script.prompts", ["a fox"], "prompts is ['a fox'] against"),
+    ("script.switch_frames", [6], "switch frames[0] is 6 against 9"),
+    ("weights.sha256", {"dit": "b" * 64}, "weights.sha256 of dit is 'bbb"),
+    ("weights.kind", "files", "weights.kind"), ("seed", 1, "seed is 1 against 0"),
+    ("parameters.seed", 1, "seed is 1"), ("parameters.local_attn_size", 9, "local_attn_size is 9 against 12"),
+    ("parameters.sink_size", 0, "sink_size"), ("parameters.model_dtype", "float32", "model_dtype"),
+    ("parameters.denoising_steps", [1000, 500], "denoising_steps"), ("parameters.height", 240, "height"),
+    ("parameters.timestep_shift", 3.0, "timestep_shift"), ("parameters.context_noise", 5, "context_noise"),
+    ("parameters.block_frames", 2, "block_frames"), ("parameters.global_sink", False, "global_sink"),
+    ("parameters.relative_rope", True, "relative_rope"), ("environment.torch", "2.12", "environment.torch"),
+    ("environment.gpu", "another", "environment.gpu"), ("model.name", "tiny", "model.name")])
+def test_what_a_figure_depends_on_forbids_the_comparison(path, value, named):
+    """Would catch: PSNR of two different videos shown as what an optimization costs, and a preset with a
+    smaller window praised for its speed.
+    """
+    small = {"steady": 30, "switches": 2}
+    baseline = example_result(**small) | {"weights": {"kind": "random", "sha256": {"dit": "a" * 64}}}
+    preset = example_result("speed", 0.5, **small) | {"weights": {"kind": "random",
+                                                                  "sha256": {"dit": "a" * 64}}}
+    assert decision.unfair(preset, baseline) == ""
+    other = changed(preset, path, value)
+    assert decision.unfair(other, baseline).startswith(named)
+    verdict = decision.decide(other, baseline, NOISE, EXACT)
+    assert verdict["keep"] is None and verdict["rationale"].startswith("undecided: not comparable with the ")
+    assert named in verdict["rationale"] and decision.compared(other, baseline) is None
+
+
+@pytest.mark.parametrize("path", ["parameters.use_static_kv", "parameters.compile_mode",
+                                  "parameters.measure_blocks", "environment.git_commit", "environment.cpu"])
+def test_what_an_optimization_may_change_forbids_nothing(path):
+    """Would catch: a rule under which no two runs may be compared."""
+    small = {"steady": 30, "switches": 2}
+    other = changed(example_result("speed", **small), path, "x")
+    assert decision.unfair(other, example_result(**small)) == ""
+    on_cpu = changed(example_result("speed", gpu=None, **small), "environment.cpu", "x")
+    assert "environment.cpu" in decision.unfair(on_cpu, example_result(gpu=None, **small))
+
+
+def test_prompts_of_older_results_follow_from_their_parameters():
+    """Would catch: the committed campaigns unreadable, or two of their prompt lists taken for equal."""
+    small = {"steady": 30, "switches": 2}
+    old, new = example_result("speed", **small), example_result(**small)
+    del old["script"]
+    old["parameters"] |= {"prompts": ["a fox", "a whale"], "video_latent_frames": 18}
+    assert decision.script_of_result(old) == (["a fox", "a whale"], [9]) == decision.script_of_result(new)
+    old["parameters"]["prompts"] = ["a fox", "a wolf"]
+    assert "prompts[1]" in decision.unfair(old, new)
+    old["parameters"]["prompts_file"] = "p.txt"  # whose content nobody recorded
+    assert "prompts is None against" in decision.unfair(old, new)
+
+
+def test_fidelity_needs_videos_of_one_length_and_latency_does_not():
+    """Would catch: latencies thrown away with a PSNR that cannot be given."""
+    small = {"steady": 30, "switches": 2}
+    longer = changed(example_result("speed", 0.5, **small), "parameters.video_latent_frames", 36)
+    assert decision.unfair(longer, example_result(**small)) == ""
+    assert decision.fidelity_reason(longer, example_result(**small)) == "video_latent_frames is 36 against 18"
+    measured = longer["quality"] | {"free_running": {"psnr_db": 3}}
+    quality = decision.without_fidelity(measured, "x is 1 against 2")
+    assert quality["identical"] is None and "free_running" not in quality and quality["reference"] is None
+    assert all("not comparable with the baseline, x is 1 against 2" in quality[name]["reason"]
+               for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "clip_delta"))
+    verdict = decision.decide(longer | {"quality": quality}, example_result(**small), NOISE, LOSSY)
+    assert verdict["rationale"].startswith("undecided: not comparable with the baseline, video_latent_frames")
+
+
+def test_a_study_gets_no_verdict():
+    """Would catch: an ablation recommended as the preset to take."""
+    small = {"steady": 30, "switches": 2}
+    for study in (example_result("ablation", 0.5, **small),
+                  example_result("speed", 0.5, **small) | {"variations": [{"changed": {"sink_size": 0}}]}):
+        verdict = decision.decide(study, example_result(**small), NOISE, LOSSY)
+        assert verdict["keep"] is None and verdict["rule"] == "study"
 
 
 def decide(scale, gate, exact=False, noise=NOISE, change=None):

@@ -148,7 +148,9 @@ def test_gitignore() -> None:
     tracked_files()
     candidates = {
         ".venv/bin/python": True, "wheelhouse/a.whl": True, ".bootstrap/stamp.json": True,
-        "outputs/demo/baseline/result.json": True, "longlive_opt/__pycache__/a.pyc": True,
+        "outputs/demo/baseline/result.json": True, "outputs/.sha256.json": True,
+        "outputs/noise.json": False, "outputs/h100/decisions.json": False,
+        "longlive_opt/__pycache__/a.pyc": True,
         "notebooks/.ipynb_checkpoints/a.ipynb": True, "checkpoints/a.pt": True,
         "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,
         "outputs/h100/baseline/result.json": False, "outputs/h100/baseline/video.mp4": True,

@@ -82,6 +82,16 @@ def test_bad_jsonl_is_refused_in_one_line(tmp_path, content, says):
     assert says in message and "p.jsonl" in message
 
 
+def test_half_a_character_is_refused_and_a_pair_is_joined(tmp_path):
+    """Text that no file can hold, found when result.json is written after the measurement."""
+    path = write(tmp_path / "p.jsonl", line("a") + '{"prompts": ["a fox \\ud83e"]}\n')
+    message = refusal(path)
+    assert "p.jsonl line 2, prompts[0]: 'a fox \\ud83e' holds '\\ud83e'" in message
+    message.encode()
+    path = write(tmp_path / "p.jsonl", '{"prompts": ["a \\ud83e\\udd8a"]}\n')
+    assert read_scripts(path) == [Script(("a \U0001f98a",))]
+
+
 def test_lines_need_the_same_number_of_prompts(tmp_path):
     """LongLive's rule for one shared list of switches."""
     path = write(tmp_path / "p.jsonl", line("a", "b", switch_frame_indices=1) + line("c"))

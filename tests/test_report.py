@@ -21,6 +21,9 @@ from longlive_opt.figures.labels import along, spread
 from longlive_opt.reading import reading_html
 from longlive_opt.report import outside
 from longlive_opt.report.__main__ import main
+from longlive_opt.report.decisions import write_decisions
+from longlive_opt.report.noise_record import read_record
+from longlive_opt.report.text import sentence
 from longlive_opt.results import na, write_result
 
 ROOT = Path(report.__file__).resolve().parents[2]
@@ -203,21 +206,167 @@ def test_a_figure_that_is_missing_everywhere_is_explained_once(seven):
     assert text.count("LPIPS is n/a:") == 1 and "LPIPS is n/a:" in section(text, "## Notes & Observations")
 
 
-def test_reports_get_the_verdict_of_the_whole_campaign(tmp_path):
-    """Would catch a report that is handed round undecided, since the repetition came after it, or a verdict
-    that breaks its HTML.
+def test_verdicts_stand_in_one_place(tmp_path):
+    """Would catch a result.json that says undecided where the log says keep, a report that has neither, or a
+    verdict that breaks its HTML.
     """
-    runs = {"baseline": make("baseline"), "speed": make("speed"), "baseline.repeat2": make("baseline", run=2)}
-    runs["speed"]["decision"] = {"keep": None, "rule": "r < s", "rationale": "undecided: no A/A noise",
-                                 "gate": {"level": "lossy", "min_psnr_db": 30.0}}
+    runs = {"baseline": make("baseline"), "speed": make("speed"), "baseline.repeat2": make("baseline", run=2),
+            "speed.repeat2": make("speed", run=2), "ablation": make("ablation")}
+    for label in ("speed", "speed.repeat2", "ablation"):
+        runs[label]["decision"] = {"keep": None, "rule": "r", "rationale": "undecided: no A/A noise",
+                                   "gate": {"level": "lossy", "min_psnr_db": 30.0}}
     for label, run in runs.items():
         write_result(tmp_path / label / "result.json", run)
-        (tmp_path / label / "report.html").write_text(f"<p>a</p>{reading_html(run, runs['baseline'])}</div>")
-    assert report.settle_reports(report.load(tmp_path)) == ["speed"]
-    text = (tmp_path / "speed" / "report.html").read_text()
-    assert "<b>Verdict:</b> keep; SS mean" in text and text.endswith("whole campaign.</p></div>")
-    assert text.startswith("<p>a</p>") and "r &lt; s" in text
-    assert report.settle_reports(report.load(tmp_path)) == []
+    text = report.write_campaign_log(report.load(tmp_path)).read_text()
+    found = report.read_decisions(tmp_path)
+    assert {label: entry["verdict"] for label, entry in found["decisions"].items()} == {
+        "baseline": "reference", "baseline.repeat2": "repetition", "speed": "keep",
+        "speed.repeat2": "repetition", "ablation": "study"}
+    entry = found["decisions"]["speed"]
+    assert entry["keep"] is True and sentence(entry["rationale"]) in section(text, "### Experiment 6")
+    assert found["recommended"]["preset"] == "speed" and "**Preset**: Speed" in text
+    assert found["noise"]["speed"]["runs"] == 2 and len(found["noise"]["baseline"]["values"]["ss_max"]) == 2
+    cards = report.cards(tmp_path)
+    assert "Verdict: keep" in cards["speed"] and "The log recommends this preset" in cards["speed"]
+    assert "Verdict: study" in cards["ablation"] and "recommends" not in cards["speed.repeat2"]
+    found["decisions"]["speed"]["rationale"] = "a < b"
+    write_decisions(tmp_path, found)
+    assert "A &lt; b." in report.cards(tmp_path)["speed"]
+    write_result(tmp_path / "speed" / "result.json", runs["speed"] | {"created_utc": "2026-12-31T00:00:00Z"})
+    assert "speed" not in report.cards(tmp_path), "run again, and not decided again"
+    (tmp_path / "decisions.json").write_text("{")
+    assert report.cards(tmp_path) == {}
+
+
+def test_runs_that_are_not_alike_have_no_fidelity_anywhere():
+    """Would catch the PSNR of two different videos told as what an optimization costs: in the log, the table
+    for readers or the CSV."""
+    base, other = make("baseline"), make("speed")
+    other["seed"] = 1
+    other["quality"]["free_running"] = {"psnr_db": {"mean": 14.1}, "identical": False}
+    other["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0}}
+    text = report.render_log([base, other, make("baseline", run=2)])
+    part = section(text, "### Experiment 6")
+    assert "- PSNR: n/a (not comparable with the baseline, seed is 1 against 0)" in part
+    assert not re.search(r"(?m)^- (PSNR|SSIM|LPIPS|CLIP Delta): [\d.]", part) and "Free-running" not in part
+    assert "Undecided: not comparable with the baseline, seed is 1 against 0." in part
+    assert "frames differ" not in part
+    assert re.search(r"\| SS Mean \| [\d.]+ ms \| [\d.]+ ms \| n/a \|", part), "latency stays"
+    results = report.decided([base, other])
+    row = report.summary_table(results).set_index("preset").loc["speed"]
+    assert row["not_comparable"] == "seed is 1 against 0" and row[["psnr_db", "ssim"]].isna().all()
+    assert row["verdict"] == "undecided" and row["ss_mean_ms"] > 0
+    assert report.numbers_table(results).set_index("preset").loc["speed", "PSNR, dB"] == "n/a"
+
+
+def test_repeated_presets_show_their_range():
+    """Would catch the luckiest of three runs printed as the worst case."""
+    runs = [make("baseline"), make("baseline", run=2), make("baseline", run=3), make("speed")]
+    worst = [60.0, 54.0, 70.5]
+    for run, value in zip(runs, worst):
+        run["latency"]["ss_ms_per_frame"]["max"] = value
+    text = report.render_log(runs)
+    assert "| SS Max | 60.0 ms (54.0 to 70.5 over 3 runs) |" in section(text, "## Baseline Measurement")
+    part = section(text, "### Experiment 6")
+    row = r"\| SS Max \| 60\.0 ms \(54\.0 to 70\.5 over 3 runs\) \| [\d.]+ ms \| -[\d.]+% \|"
+    assert re.search(row, part)
+    assert "| Baseline | 60.0ms (54.0 to 70.5 over 3 runs) |" in text
+    assert "baseline run 3 times, over 12 blocks and 2 prompt switches)" in text
+    assert "the SS max of each 54.0 to 70.5 ms" in text
+    table = report.noise_table(runs)
+    assert table.loc[0, "SS max, ms"] == "54.00 to 70.50" and table.loc[0, "runs"] == 3
+
+
+def test_noise_of_earlier_campaigns_is_kept_and_told(tmp_path):
+    """Would catch the noise of the quietest campaign told as that of the machine, a run counted twice, and
+    another machine's among them."""
+    first, later = tmp_path / "c", tmp_path / "d"
+    for folder, scale, date in ((first, 1.3, "2026-01-01T00:00:00Z"), (later, 1.0, "2026-02-01T00:00:00Z")):
+        for run in (1, 2):
+            result = make("baseline", scale, run=run) | {"created_utc": date}
+            write_result(folder / f"baseline{run}" / "result.json", result)
+    path = tmp_path / "noise.json"
+    for folder in (first, later, later):
+        assert report.record_noise(report.load(folder), path) == 1
+    rows = read_record(path)
+    assert [(row["campaign"], row["runs"]) for row in rows] == [("c", 2), ("d", 2)]
+    assert len(rows[0]["ss_max"]) == 2 and rows[0]["ss_max"][0] > rows[1]["ss_max"][0]
+    text = report.write_campaign_log(report.load(later)).read_text()
+    most, least = max(rows[0]["ss_max"]), min(rows[1]["ss_max"])
+    assert "Over 2 campaigns on this kind of machine, 4 runs at several commits (outputs/noise.json): base" \
+        in text and f"SS max {least:.1f} to {most:.1f} ms" in text
+    rows[0]["machine"] = "another"
+    assert "Over " not in report.render_log(report.load(later).results, record=rows)
+    with pytest.raises(UserError, match="no record of noise"):
+        read_record(write_decisions(tmp_path, {"schema_version": 9}))
+
+
+def test_committed_record_holds_the_campaigns_of_the_history():
+    """Would catch the record of noise emptied, or written by hand: four baselines, SS max 55.4 to 70.5."""
+    rows = [row for row in read_record(ROOT / report.NOISE_FILE) if row["preset"] == "baseline"]
+    worst = [round(row["ss_max"][0], 1) for row in rows]
+    assert [55.4, 62.3, 62.6, 70.5] == sorted(worst)[:4] if len(worst) == 4 else {55.4, 62.3, 62.6,
+                                                                                  70.5} <= set(worst)
+
+
+def test_targets_are_those_of_the_runs():
+    """Would catch another target_ms_per_frame ignored by tick, advice, table and chart."""
+    runs = [make("baseline"), make("baseline", run=2), make("quality", 0.9)]
+    for run in runs:
+        run["latency"]["ss_over_target"] |= {"target_ms": 62.5}
+    runs[2]["decision"] |= {"gate": {"level": "exact"}}
+    text = report.render_log(runs)
+    assert re.search(r"\| Quality \| .* \| \[x\] \|", text) and "meets the 62.5 ms target" in text
+    assert "**Preset**: Quality" in text and "stay within 62.5 ms per video frame" in text
+    assert "Target: 62.5 ms per video frame" in text and "40 ms target" not in text
+    table = report.summary_table(runs)
+    assert set(table["target_ms"]) == {62.5} and bool(table["within_target"][2])
+    chart = figures.latency_boxes(runs)
+    assert "62.5 ms target" in [text.get_text() for text in chart.axes[0].texts]
+    assert "Target: " not in report.render_log([make("baseline")])
+
+
+def test_studies_and_what_is_not_kept_are_never_advised():
+    """Would catch the ablation of the recommended preset recommended itself, and 'where fidelity counts more'
+    of a preset that was dropped for its fidelity."""
+    runs = [make("baseline"), make("baseline", run=2), make("realtime", 0.5), make("ablation", 0.45),
+            make("speed", 0.4)]
+    for run, least in zip(runs[2:], (30.0, 30.0, 50.0)):
+        run["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": least}}
+    text = report.render_log(runs)
+    assert "**Preset**: Realtime" in text and "Not Ablation, SS max" in text and "this is a study" in text
+    part = text[text.index("**When to use"):text.index("## Notes")]
+    assert "Ablation" not in part and "- Speed: not recommended (SS max" in part and "dropped)" in part
+    varied = make("realtime", 0.5) | {"variations": [{"changed": {"sink_size": 0}, "failure": na("a", "b")}]}
+    varied["decision"] |= {"keep": True}
+    assert "**Preset**: none" in report.render_log([make("baseline"), varied])
+
+
+def test_what_this_machine_lacks_is_no_failure():
+    """Would catch 'Failed:' of a preset that needs a GPU, on a laptop."""
+    missing = report.Failure("cuda_graphs", "use_cuda_graphs needs CUDA", {}, "not available")
+    part = section(report.render_log([make("baseline")], failures=[missing]), "### Experiment 1")
+    assert "Not available: Use_cuda_graphs" in part or "Not available: use_cuda_graphs" in part
+    assert "Failed:" not in part
+
+
+def test_unknown_state_of_the_tree_is_told():
+    """Would catch a bare commit where nobody knows whether the code was that commit's."""
+    for dirty, words in ((None, " (state of the tree unknown), run"), (True, " with uncommitted changes, "),
+                         (False, "0123456789ab, run of")):
+        run = make("baseline")
+        run["environment"]["git_dirty"] = dirty
+        assert words in section(report.render_log([run]), "## Baseline Measurement")
+
+
+def test_half_a_character_in_a_failure_does_not_stop_the_log(tmp_path):
+    """Would catch a campaign without a log, since a prompt that was refused stands in failed.json."""
+    folder = campaign_of(tmp_path / "c")
+    (folder / "speed" / "failed.json").write_text(
+        '{"label": "speed", "meaning": "prompt \\ud83e", "parameters": {"title": "T \\ud83e"}}')
+    campaign = report.load(folder)
+    assert "prompt \\ud83e" in report.runs_table(campaign)["detail"].tolist()
+    assert "Failed: Prompt" in report.write_campaign_log(campaign).read_text()
 
 
 def test_a_kept_preset_that_misses_the_target_is_better_than_the_baseline():

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -62,6 +63,14 @@ def test_what_json_cannot_hold_is_refused_by_place(example, tmp_path, value):
     example = dict(example, weights={"kind": "random", "extra": value})
     with pytest.raises(UserError, match=r"\$\.weights\.extra"):
         results.write_result(tmp_path / "result.json", example)
+
+
+def test_half_a_character_is_refused_by_place(example, tmp_path):
+    """Would catch: an hour of measuring ended by UnicodeEncodeError, and half a file."""
+    broken = changed(example, "title", "a \ud83e")
+    with pytest.raises(UserError, match=r"\$\.title: 'a \\ud83e' holds"):
+        results.write_result(tmp_path / "result.json", broken)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("path", ["schema_version", "latency", "latency.ss_ms_per_frame.p99", "decision.keep",
@@ -375,3 +384,33 @@ def test_memory_is_na_on_a_cpu():
     memory = provenance.memory_gb("cpu", 3_450_000_000)
     assert results.is_na(memory["peak_allocated"]) and memory["kv_cache"] == 3.45
     assert results.is_na(provenance.memory_gb("cpu")["kv_cache"])
+
+
+def git(folder, *words):
+    user = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    command = ["git", "-C", str(folder), *user, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_code_that_is_newer_than_the_runs_is_counted(monkeypatch, tmp_path):
+    """Would catch: a log of old runs that reads as if today's code had been measured, and one that calls
+    itself newer for the commit that holds it."""
+    package = tmp_path / "longlive_opt"
+    package.mkdir()
+    git(tmp_path, "init", "-q")
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    commits = []
+    for path in ("longlive_opt/a.py", "longlive_opt/b.py", "outputs/h100/result.json", "longlive_opt/c.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+        git(tmp_path, "add", "-A")
+        git(tmp_path, "commit", "-qm", path)
+        commits.append(git(tmp_path, "rev-parse", "HEAD"))
+    sentence, = provenance.code_since([commits[0], commits[0]])
+    assert "is 2 commits newer than that of the runs at " + commits[0][:12] in sentence
+    assert provenance.code_since([commits[3]]) == []
+    (package / "a.py").write_text("changed")
+    assert "0 commits newer" in (sentence := provenance.code_since([commits[3]])[0])
+    assert "with uncommitted changes" in sentence
+    unknown = provenance.code_since([None, "f" * 40])
+    assert len(unknown) == 2 and all("is newer is unknown" in sentence for sentence in unknown)

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from longlive_opt import batch, planning, runner
+from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.html import network_references
 
@@ -213,6 +214,39 @@ def write_new(job: batch.Job, folder: Path) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
+def write_run(job: batch.Job, folder: Path) -> None:
+    write_new(job, folder)
+    (folder / "notebook.ipynb").touch()
+
+
+def test_reports_are_made_once_the_verdicts_are_there(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report without the campaign's verdict, or with that of a former campaign; one exported at every call;
+    one that is lost in a clone, where no notebook is.
+    """
+    stub_kernel(monkeypatch, write_run)
+    exported: list[tuple[str, str]] = []
+
+    def export(notebook: Path, html: Path, *, title: str, hide_code: bool, card: str) -> None:
+        exported.append((notebook.parent.name, card))
+        html.write_text(f"<main>{card}")
+
+    monkeypatch.setattr(batch, "export_html", export)
+    shown = {"baseline": "reference"}
+    monkeypatch.setattr("longlive_opt.report.cards", lambda folder: shown)
+    assert runner.main(["run", "--campaign", "c"], project) == 0
+    assert exported == [("baseline", "reference"), ("summary", "")]
+    assert runner.main(["run", "--campaign", "c"], project) == 0, "the summary is new, the run is not"
+    assert exported[2:] == [("summary", "")]
+    shown["baseline"] = "changed"
+    assert runner.main(["summary", "--campaign", "c"], project) == 0
+    assert exported[3:] == [("baseline", "changed"), ("summary", "")]
+    (project / "outputs/c/baseline/notebook.ipynb").unlink()
+    shown["baseline"] = "changed again"
+    assert runner.main(["summary", "--campaign", "c"], project) == 0
+    assert exported[5:] == [("summary", "")]
+    assert (project / "outputs/c/baseline/report.html").read_text() == "<main>changed"
+
+
 def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
     """The noise of a mean needs no 300 blocks a second time; a short baseline is repeated as it is."""
     layout = planning.Layout(Path(__file__).parents[1])
@@ -241,18 +275,50 @@ def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(result.read_text())["mark"] == "old"
 
 
-def test_only_a_baseline_is_repeated(project: Path) -> None:
-    """Run 2 that counts as the baseline, without the video with which the others are compared."""
-    shutil.copy(project / "notebooks/01_baseline.ipynb", project / "notebooks/02_other.ipynb")
-    (project / "params/other.yaml").write_text("name: other\n")
+def add_preset(project: Path, name: str, **values: object) -> None:
+    shutil.copy(project / "notebooks/01_baseline.ipynb", project / f"notebooks/02_{name}.ipynb")
+    (project / f"params/{name}.yaml").write_text(yaml.safe_dump({"name": name, "seed": 3, **values}))
 
-    def labels(*presets: str) -> list[str]:
-        return [job.label for job in planning.plan(planning.Layout(project), "c", presets, repeats=1)]
+
+def test_only_what_is_there_is_repeated(project: Path) -> None:
+    """Run 2 that counts as the baseline, without the video with which the others are compared; a preset that
+    runs before the baseline with which it is compared.
+    """
+    add_preset(project, "other")
+
+    def labels(*presets: str, repeats: object = 1) -> list[str]:
+        layout = planning.Layout(project)
+        return [job.label for job in planning.plan(layout, "c", presets, repeats=repeats)]
 
     assert labels("other") == ["other"]
-    assert labels("other", "baseline") == ["other", "baseline", "baseline.repeat2"]
+    assert labels("other", "baseline") == ["baseline", "other", "baseline.repeat2"]
+    assert labels("other", "baseline", repeats={"other": 1}) == ["baseline", "other", "other.repeat2"]
     pretend_finished(project)
     assert labels("other") == ["other", "baseline.repeat2"]
+    with pytest.raises(UserError, match="did you mean 'other'"):
+        labels("other", repeats={"othr": 1})
+
+
+def test_repetitions_are_spread_over_the_campaign() -> None:
+    """Three runs in a row at the end, which show nothing of an hour's drift."""
+    jobs = planning.plan(planning.Layout(Path(__file__).parents[1]), "c", ["all"],
+                         repeats={"baseline": 2, "realtime": 2}, skipped=["ablation"])
+    labels = [job.label for job in jobs]
+    assert labels[:2] == ["baseline", "realtime"]
+    assert labels[-2:] == ["baseline.repeat3", "realtime.repeat3"]
+    middle = labels.index("baseline.repeat2")
+    assert labels[middle + 1] == "realtime.repeat2" and 4 <= middle <= len(labels) - 5
+    assert len(labels) == len(set(labels))
+
+
+@pytest.mark.parametrize(("arguments", "repeats"), [
+    ([], {}), (["--repeat-baseline", "1"], {"baseline": 1}), (["--repeat", "a", "b"], {"a": 2, "b": 2}),
+    (["--repeat", "baseline", "a", "--repeats", "3"], {"baseline": 3, "a": 3}),
+    (["--repeat", "a", "--repeat-baseline", "1"], {"baseline": 1, "a": 2})])
+def test_options_of_repetition(arguments: list[str], repeats: dict[str, int]) -> None:
+    """The older option and the newer one that mean two things."""
+    asked = runner._parser().parse_args(["run", "--campaign", "c", *arguments])
+    assert runner._repeats(asked) == repeats
 
 
 def test_baseline_without_its_video_is_told(project: Path, monkeypatch: pytest.MonkeyPatch,
@@ -287,6 +353,109 @@ def test_other_words_are_no_other_parameters(project: Path) -> None:
     assert planning.is_finished(batch.Job("baseline", Path(), path.parent, asked, "New"))
     with pytest.raises(UserError, match=r"parameters \(seed: 3, not 4\)"):
         planning.is_finished(batch.Job("baseline", Path(), path.parent, asked | {"seed": 4}, "New"))
+
+
+def job_of(project: Path, **settings: object) -> batch.Job:
+    job, = planning.plan(planning.Layout(project), "c", settings=settings)
+    return job
+
+
+def finish(project: Path, **settings: object) -> None:
+    """What a finished run of the baseline leaves, as far as the planner reads it."""
+    job = job_of(project, **settings)
+    known = dict(job.known) | {"weights": {"kind": "files", "sha256": job.weights.sha256()}}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "result.json").write_text(json.dumps({"status": "ok", **known}))
+    for name in ("report.html", planning.REFERENCE_FILE):
+        (job.folder / name).touch()
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A project whose notebooks declare every key."""
+    make_project(tmp_path, {"baseline": [FINISH], "other": [FINISH]})
+    defaults = "\n".join(f"{key} = {value!r}" for key, value in ExperimentConfig().to_dict().items())
+    for name in ("01_baseline", "02_other"):
+        write_notebook(tmp_path / f"notebooks/{name}.ipynb", f"{PARAMETERS}{defaults}", [FINISH])
+    (tmp_path / "notebooks/02_other.ipynb").rename(tmp_path / "other.ipynb")
+    return tmp_path
+
+
+def test_finished_is_judged_by_the_prompts_in_a_file(whole: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture) -> None:
+    """A prompt file that was edited: results of the old prompts under the name of the new ones."""
+    prompts = whole / "p.jsonl"
+    prompts.write_text('{"prompts": ["a", "b"], "switch_frame_indices": [9]}\n')
+    finish(whole, prompts_file=str(prompts))
+    executed = stub_kernel(monkeypatch, write_new)
+    setting = f"prompts_file={prompts}"
+    assert runner.main(["run", "--campaign", "c", "--set", setting], whole) == 0 and executed == ["summary"]
+    prompts.write_text('{"prompts": ["a", "c"], "switch_frame_indices": [9]}\n')
+    assert error_of(whole, capsys, "--set", setting) == (
+        "error: baseline is finished with other prompts; take --overwrite or another --campaign")
+    prompts.write_text('{"prompts": ["a", "b"], "switch_frame_indices": [6]}\n')
+    assert "finished with other switch frames;" in error_of(whole, capsys, "--set", setting)
+    assert executed == ["summary"]
+
+
+def test_finished_is_judged_by_the_weights_in_a_folder(whole: Path, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture) -> None:
+    """Weights that were trained again in place: two models in one campaign under one name."""
+    weights = tmp_path / "weights"
+    shutil.copytree(planning.TINY_WEIGHTS, weights)
+    finish(whole, weights=str(weights))
+    assert planning.is_finished(job_of(whole, weights=str(weights)))
+    changed = weights / "lora.safetensors"
+    assert changed.exists()
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    assert error_of(whole, capsys, "--set", f"weights={weights}") == (
+        "error: baseline is finished with other weights (lora: another SHA-256); take --overwrite or another "
+        "--campaign")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("video_latent_frames", 36), ("fidelity_blocks", 4), ("prompts", ["a", "b", "c"]), ("height", 64),
+    ("seed", 4), ("local_attn_size", 9), ("denoising_steps", [1000, 500]), ("model_dtype", "float32")])
+def test_what_could_not_be_compared_is_refused_before_it_runs(whole: Path, capsys: pytest.CaptureFixture,
+                                                              monkeypatch: pytest.MonkeyPatch, key: str,
+                                                              value: object) -> None:
+    """An hour's measurement that ends with a comparison which was impossible from the start."""
+    finish(whole)
+    (whole / "other.ipynb").rename(whole / "notebooks/02_other.ipynb")
+    executed = stub_kernel(monkeypatch, write_new)
+    words = f"{key}={json.dumps(value)}"
+    message = error_of(whole, capsys, "--presets", "other", "--set", words)
+    assert message.startswith("error: preset other: it could not be compared with the campaign's baseline, ")
+    assert key in message and "another --campaign" in message and executed == []
+    assert runner.main(["run", "--campaign", "d", "--presets", "other", "--set", words], whole) == 0
+    assert executed == ["other", "summary"], "where there is no baseline, nothing is in the way"
+    content = yaml.safe_load((whole / "params/other.yaml").read_text())
+    (whole / "params/other.yaml").write_text(yaml.safe_dump({**content, key: value}))
+    assert "preset other: it could not" in error_of(whole, capsys, "--overwrite"), "a preset of its own"
+
+
+@pytest.mark.parametrize("text", ["\ud83e", "\U0001f98a", "\x00", object()],
+                         ids=["half", "fox", "null", "object"])
+def test_a_failure_is_recorded_whatever_its_text(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 text: object) -> None:
+    """A prompt in a message that no file can hold: the second failure ends the campaign."""
+    def fail(job: batch.Job, folder: Path) -> None:
+        raise ValueError(text)
+
+    executed = stub_kernel(monkeypatch, fail)
+    assert runner.main(["run", "--campaign", "c"], project) == 1
+    assert executed == ["baseline", "summary"], "the campaign went on"
+    assert failure(project, "baseline")["meaning"] == f"ValueError: {text}"
+
+
+def test_failed_json_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk, or a value that JSON does not know, that ends the campaign."""
+    batch._write_failure(tmp_path, {"meaning": "x", "parameters": {(1, 2): "a"}})
+    assert "(1, 2)" in json.loads((tmp_path / "failed.json").read_text())["parameters"]
+    batch._write_failure(tmp_path / "absent", {"meaning": "x"})
+    assert "failed.json cannot be written" in caplog.text
 
 
 def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +496,7 @@ def test_stale_result_is_a_failure(project: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_failed_report_keeps_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours of measuring thrown away because the HTML export failed."""
-    stub_kernel(monkeypatch, write_new)
+    stub_kernel(monkeypatch, write_run)
     monkeypatch.setattr(batch, "export_html", lambda *args, **kwargs: 1 / 0)
     assert runner.main(["run", "--campaign", "c"], project) == 1
     assert batch.finished_result(project / "outputs/c/baseline") is not None
@@ -419,6 +588,10 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--set", "model=longlive-1.3b"], "model: 'longlive-1.3b'"),
     (["--campaign", "../escape"], "cannot name a folder"),
     (["--repeat-baseline", "-1"], "--repeat-baseline: -1 is no number of runs; write 0"),
+    (["--repeats", "-1"], "--repeats: -1 is no number of runs"),
+    (["--repeat", "baseline", "--repeat-baseline", "1"], "take one of the two"),
+    (["--set", 'title="a \\ud83e"'], "--set 'title': 'a \\ud83e' holds"),
+    (["--set", "title=a \udce4"], "--set 'title': 'a \\udce4' holds"),
 ])
 def test_bad_arguments_are_refused(project: Path, capsys: pytest.CaptureFixture,
                                    arguments: list[str], words: str) -> None:

@@ -203,6 +203,15 @@ def test_endless_stream_has_constant_memory():
     stream.close()
 
 
+def test_half_a_character_is_no_prompt(point):
+    """A prompt that neither a result nor a report can hold, refused after the stream."""
+    session = StreamingSession(point)
+    for ask in (session.switch_prompt, session.stream):
+        with pytest.raises(UserError, match="prompt: .*half of a character"):
+            ask("\ud83e fox")
+    assert next(session.stream("\ud83e\udd8a", 1)).prompt == "\U0001f98a"
+
+
 def test_requests_queue_up_and_each_block_serves_one(point):
     """The second request must not swallow the first, nor act in the same block."""
     session, chunks = StreamingSession(point), []

@@ -520,3 +520,23 @@ def test_cuda_holds_one_copy(tmp_path, source):
     else:
         random_init_(module, 0, "cuda", torch.bfloat16)
     assert size <= torch.cuda.max_memory_allocated() - before < 1.2 * size
+
+
+def test_weights_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
+    """20 GB read by every preset of a campaign, or the digest of what lay there before."""
+    store, read = tmp_path / "kept.json", []
+    monkeypatch.setattr(weight_files, "KEPT_FROM_BYTES", 4)
+    monkeypatch.setattr(weight_files, "DIGESTS_FILE", str(store))
+    monkeypatch.setattr(weight_files, "file_sha256", lambda path: read.append(path.name) or path.read_text())
+    path = tmp_path / "dit.pt"
+    path.write_text("first")
+    files = WeightFiles(tmp_path, dit=path)
+    for _ in range(2):
+        assert files.sha256() == {"dit": "first"}
+        weight_files._read_sha256.cache_clear()  # as another process would find it
+    assert read == ["dit.pt"] and list(json.loads(store.read_text())) == [str(path)]
+    path.write_text("other")  # of the same size
+    assert files.sha256() == {"dit": "other"} and read == ["dit.pt"] * 2
+    store.write_text("[")
+    weight_files._read_sha256.cache_clear()
+    assert files.sha256() == {"dit": "other"} and len(read) == 3

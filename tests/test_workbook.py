@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import shutil
 import threading
 import types
 from pathlib import Path
@@ -164,14 +165,57 @@ def test_variant_without_a_baseline_stays_undecided(tmp_path):
     assert "run the baseline first" in run.difference().data
 
 
-@pytest.mark.parametrize("other", [{"height": 16}, {"video_latent_frames": 9}, {"block_frames": 2}], ids=str)
-def test_baseline_of_other_sizes_is_named(campaign, other):
-    """A preset on top of another profile's baseline: a shape error deep in a convolution."""
-    run = open_run(campaign / "other", name="other", **{**SMALLEST, "warmup_blocks": 6, **other})
-    run.build()
-    run.film()
-    with pytest.raises(UserError, match="baseline"):
-        run.compare()
+@pytest.mark.parametrize("other", [{"height": 16}, {"video_latent_frames": 9}, {"block_frames": 2},
+                                   {"prompts": ["a fox", "a wolf"]}, {"seed": 1}, {"local_attn_size": 9}],
+                         ids=str)
+def test_what_could_not_be_compared_is_refused_before_anything_is_built(campaign, other):
+    """A preset on top of another profile's baseline, or with prompts of its own: an hour's measurement that
+    ends in a shape error, or in the PSNR of two different videos."""
+    given = {**SMALLEST, "warmup_blocks": 6, **other}
+    with pytest.raises(UserError, match="could not be compared with the baseline of test, since") as error:
+        open_run(campaign / "other", name="other", **given)
+    assert next(iter(other)) in str(error.value) and not (campaign / "other").exists()
+    assert open_run(campaign.parent / "elsewhere" / "other", name="other", **given)
+
+
+@pytest.mark.parametrize("other", [{"video_latent_frames": 9}, {"prompts": ["a fox", "a wolf"]}], ids=str)
+def test_a_comparison_that_is_impossible_loses_no_latency(campaign, monkeypatch, other):
+    """Hours of measuring thrown away since the comparison that follows cannot be made; or videos of two texts
+    compared all the same."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "require_comparable", lambda self: None)  # the baseline came later
+        result = execute(campaign / "late", name="late", use_static_kv=True, **{**SMALLEST, **other})
+    shutil.rmtree(campaign / "late")
+    quality, decided = result["quality"], result["decision"]
+    assert quality["identical"] is None and "free_running" not in quality
+    for name in ("psnr_db", "ssim", "ms_ssim", "lpips", "clip_delta"):
+        assert f"not comparable with the baseline, {next(iter(other))}" in quality[name]["reason"]
+    assert result["latency"]["ss_ms_per_frame"]["n"] == 2 and decided["keep"] is None
+    assert decided["rationale"].startswith("undecided: ")
+
+
+def test_a_comparison_that_fails_loses_no_latency(campaign, monkeypatch, capsys):
+    """The GPU's memory full in a comparison, and the measurement lost with it."""
+    def fail(*args: Any, **keys: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(workbook, "compare_blocks", fail)
+    result = execute(campaign / "failing", name="failing", use_static_kv=True)
+    shutil.rmtree(campaign / "failing")
+    reason = result["quality"]["ssim"]["reason"]
+    assert reason.startswith("the comparison failed: OutOfMemoryError: CUDA out of memory.")
+    assert "Warning: the comparison failed, OutOfMemoryError" in capsys.readouterr().out
+    assert result["latency"]["ss_ms_per_frame"]["n"] == 2 and result["decision"]["keep"] is not True
+
+
+def test_a_result_holds_the_prompts_of_a_file(tmp_path):
+    """Three default prompts in result.json, beside the name of a file that may be another tomorrow."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompts": ["a fox \\ud83e\\udd8a", "a whale"], "switch_frame_indices": [3]}\n')
+    result = execute(tmp_path / "baseline", **{**SMALLEST, "prompts_file": str(path)})
+    assert result["script"] == {"prompts": ["a fox \U0001f98a", "a whale"], "switch_frames": [3]}
+    assert result["parameters"]["prompts"] == [] and result["parameters"]["prompts_file"] == str(path)
+    assert result["decision"]["provisional"] is True
 
 
 @pytest.mark.parametrize("given, says", [
@@ -179,6 +223,7 @@ def test_baseline_of_other_sizes_is_named(campaign, other):
     ({"seed": "0"}, "seed: '0'"), ({"run": 0}, "run: 0"), ({"run": "2"}, "run: '2'"),
     ({"prompts": []}, "prompts:"),
     ({"prompts_file": "absent.txt"}, "prompts_file: cannot read"),
+    ({"title": "\ud83e"}, "title: "), ({"campaign": "\ud83e"}, "campaign"),
 ])
 def test_wrong_notebook_parameter_is_refused_before_anything_is_built(tmp_path, given, says):
     """papermill warns about an unknown parameter and goes on."""
@@ -473,7 +518,8 @@ def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
     assert nine["memory_gb"]["kv_cache"] == pytest.approx(0.75 * alone["memory_gb"]["kv_cache"])
     assert nine["sizes"]["blocks_measured"] == alone["sizes"]["blocks_measured"]
     assert "local_attn_size: 2" in two["failure"]["reason"]
-    assert "other noise" in one_step["quality"]["psnr_db"]["reason"]
+    assert "denoising_steps is [1000] against [1000, 500]" in one_step["quality"]["psnr_db"]["reason"]
+    assert "local_attn_size is 9 against 12" in nine["quality"]["psnr_db"]["reason"]
     assert rolling["quality"]["identical"] is True  # the reference cache again
     assert list(table.index) == ["as is", "local_attn_size: 9", "local_attn_size: 2",
                                  "denoising_steps: [1000]", "use_static_kv: false",

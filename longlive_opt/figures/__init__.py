@@ -6,14 +6,14 @@ their lines, n is printed. Nothing touches pyplot, so neither a backend nor a di
 """
 
 from .chart import Chart
-from .facts import first_runs
+from .facts import first_runs, target_of, targets_of
 from .fidelity import pareto
-from .latency import TARGET_MS, latency_boxes, latency_by_block, latency_ecdf
+from .latency import latency_boxes, latency_by_block, latency_ecdf
 from .palette import PRESET_COLOURS, colour_of
 from .playback import buffer_words
 from .sets import campaign_figures, run_figures
 from .stages import stage_bars, waterfall
 
-__all__ = ["Chart", "PRESET_COLOURS", "TARGET_MS", "buffer_words", "campaign_figures", "colour_of",
+__all__ = ["Chart", "PRESET_COLOURS", "buffer_words", "campaign_figures", "colour_of",
            "first_runs", "latency_boxes", "latency_by_block", "latency_ecdf", "pareto", "run_figures",
-           "stage_bars", "waterfall"]
+           "stage_bars", "target_of", "targets_of", "waterfall"]

@@ -12,6 +12,19 @@ from .palette import STAGES, colour_of
 Result = Mapping[str, Any]
 
 
+TARGET_MS = 40.0  # per video frame: 25 FPS, for results that do not state a target
+
+
+def target_of(result: Result) -> float:
+    """The line that the run was to stay under, in ms per video frame: its `target_ms_per_frame`."""
+    return number(result, "latency.ss_over_target.target_ms") or TARGET_MS
+
+
+def targets_of(results: Iterable[Result]) -> list[float]:
+    """The targets of the runs, each once."""
+    return sorted({target_of(result) for result in results})
+
+
 def first_runs(results: Iterable[Result]) -> list[Result]:
     """One result per preset, the first: an A/A repeat measures noise and is no preset of its own."""
     kept: dict[str, Result] = {}

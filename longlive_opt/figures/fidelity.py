@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from ..results import is_finite, lookup, number
 from .chart import Chart, new_axes, not_drawn, note, told
-from .facts import Result, is_identical, mean_of, name_of, preset_of, result_colour
+from .facts import Result, is_identical, mean_of, name_of, preset_of, result_colour, targets_of
 from .labels import name_points
-from .latency import draw_target, latency_limits
+from .latency import draw_targets, latency_limits
 from .palette import GREY
 
 
@@ -33,14 +33,15 @@ def pareto(results: Sequence[Result]) -> Chart:
         ax.plot(*zip(*front, strict=True), color=GREY, lw=1.0, zorder=1)
     for x, y, _, colour in points:
         ax.scatter([x], [y], s=46, color=colour, zorder=3)
-    ax.set(xlim=latency_limits([x for x, _, _, _ in points], 0.15, 0.3),
+    targets = targets_of(timed.values())
+    ax.set(xlim=latency_limits([x for x, _, _, _ in points], targets, 0.15, 0.3),
            ylim=(bottom - 0.35 * span, top + 0.35 * span),
            xlabel="SS max, ms per video frame   (left is faster)", ylabel="mean PSNR to the baseline, dB")
     rows = {label: y for label, y in (("identical", top), ("n/a", bottom)) if y in [p[1] for p in points]}
     scale = [tick for tick in ax.get_yticks() if bottom + 0.12 * span < tick < top - 0.12 * span
              and any(psnr.values())]
     ax.set_yticks([*scale, *rows.values()], [*(f"{tick:g}" for tick in scale), *rows])
-    draw_target(ax)
+    draw_targets(ax, targets)
     name_points(ax, [((x, y), name, colour) for x, y, name, colour in points])
     words = {y: label for label, y in rows.items()}
     return told(figure, "SS max in ms per video frame, and PSNR to the baseline", (

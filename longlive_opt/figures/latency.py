@@ -9,11 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from ..metrics import percentile
 from ..results import numbers
 from .chart import FONT, Chart, name_rows, new_axes, not_drawn, note, told
-from .facts import Result, mean_of, ms_per_frame, name_of, result_colour, steady_blocks
+from .facts import Result, mean_of, ms_per_frame, name_of, result_colour, steady_blocks, targets_of
 from .labels import name_lines
 from .palette import DARK, GREY, RED
-
-TARGET_MS = 40.0  # per video frame: 25 FPS
 
 
 def latency_ecdf(results: Sequence[Result]) -> Chart:
@@ -33,10 +31,11 @@ def latency_ecdf(results: Sequence[Result]) -> Chart:
     lines, names = ax.get_legend_handles_labels()
     figure.legend(lines[::-1], names[::-1], loc="outside right upper", title="median, preset", frameon=False,
                   fontsize=FONT, title_fontsize=FONT, labelcolor="linecolor", alignment="left")
-    ax.set(xlim=latency_limits([value for _, values in series for value in values], 0.04, 0.04),
+    targets = targets_of(result for result, _ in series)
+    ax.set(xlim=latency_limits([value for _, values in series for value in values], targets, 0.04, 0.04),
            ylim=(0, 1.07), xlabel="ms per video frame")  # the target's name fits above the curves
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    draw_target(ax)
+    draw_targets(ax, targets)
     return told(figure, "One curve per preset; median in ms per video frame", (
         f"{name_of(result)} {percentile(values, 50):.1f}" for result, values in reversed(series)))
 
@@ -63,9 +62,10 @@ def latency_boxes(results: Sequence[Result]) -> Chart:
         words = f"mean {mean_of(values):.{digits}f}, max {max(values):.{digits}f}"
         note(ax, words, (1, row), (8, 0), va="center", xycoords=("axes fraction", "data"))
     name_rows(ax, [f"{name_of(result)} (n={len(values)})" for result, values in series])
-    ax.set(xlim=latency_limits([value for _, values in series for value in values], 0.05, 0.05),
+    targets = targets_of(result for result, _ in series)
+    ax.set(xlim=latency_limits([value for _, values in series for value in values], targets, 0.05, 0.05),
            xlabel="ms per video frame")
-    draw_target(ax)
+    draw_targets(ax, targets)
     return told(figure, "Every block is a point; mean and maximum in ms per video frame", (
         f"{name_of(result)} {mean_of(values):.1f} and {max(values):.1f}" for result, values in series))
 
@@ -87,11 +87,15 @@ def latency_by_block(results: Sequence[Result]) -> Chart:
         ax.plot(blocks, values, lw=1.0, color=result_colour(result), marker="." if len(values) < 40 else None)
     names = [(blocks[-1], mean_of(values), f"{name_of(result)} (n={len(values)})", result_colour(result))
              for result, blocks, values in series]
-    high = latency_limits([value for _, _, values in series for value in values], 0, 0.05)[1]
-    if high > TARGET_MS:
-        ax.axhline(TARGET_MS, color=RED, lw=1.0, ls="--", zorder=1)
-        names.append((math.inf, TARGET_MS, f"{TARGET_MS:.0f} ms target", RED))
-    far = "" if high > TARGET_MS else f"   ({TARGET_MS:.0f} ms target: far above)"
+    targets = targets_of(result for result, _, _ in series)
+    high = latency_limits([value for _, _, values in series for value in values], targets, 0, 0.05)[1]
+    far = ""
+    for target in targets:
+        if high > target:
+            ax.axhline(target, color=RED, lw=1.0, ls="--", zorder=1)
+            names.append((math.inf, target, f"{target:g} ms target", RED))
+        else:
+            far += f"   ({target:g} ms target: far above)"
     ax.set(ylim=(0, high), ylabel=f"ms per video frame{far}",
            xlabel="block" + ("   (dotted: prompt switches, not part of SS)" if switches else ""))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -102,23 +106,25 @@ def latency_by_block(results: Sequence[Result]) -> Chart:
         f"{name_of(result)} {mean_of(last) - mean_of(first):+.2f}" for result, first, last in halves))
 
 
-def latency_limits(values: Sequence[float], left: float, right: float) -> tuple[float, float]:
-    """Limits around latencies with margins in shares of their span, and around the target unless it is so far
-    away that it would squeeze them into a corner."""
+def latency_limits(values: Sequence[float], targets: Sequence[float], left: float, right: float
+                   ) -> tuple[float, float]:
+    """Limits around latencies with margins in shares of their span, and around each target unless it is so
+    far away that it would squeeze them into a corner."""
     low, high = min(values), max(values)
-    if TARGET_MS < 4 * high and low < 4 * TARGET_MS:
-        low, high = min(low, TARGET_MS), max(high, TARGET_MS)
+    near = [target for target in targets if target < 4 * high and low < 4 * target]
+    low, high = min([low, *near]), max([high, *near])
     span = max(high - low, 0.1 * high)
     return low - left * span, high + right * span
 
 
-def draw_target(ax: Axes) -> None:
-    """The target's line, or beside the axis' name on which side it lies outside."""
+def draw_targets(ax: Axes, targets: Sequence[float]) -> None:
+    """Each target's line, or beside the axis' name on which side it lies outside."""
     low, high = ax.get_xlim()
-    if low < TARGET_MS < high:
-        ax.axvline(TARGET_MS, color=RED, lw=1.0, ls="--", zorder=1)
-        note(ax, f"{TARGET_MS:.0f} ms target", (TARGET_MS, 1), (3, -2), xycoords=("data", "axes fraction"),
-             va="top", color=RED, fontsize=FONT - 1)
-    else:
-        side = "right" if high < TARGET_MS else "left"
-        ax.set_xlabel(f"{ax.get_xlabel()}   ({TARGET_MS:.0f} ms target: far to the {side})")
+    for target in targets:
+        if low < target < high:
+            ax.axvline(target, color=RED, lw=1.0, ls="--", zorder=1)
+            note(ax, f"{target:g} ms target", (target, 1), (3, -2), xycoords=("data", "axes fraction"),
+                 va="top", color=RED, fontsize=FONT - 1)
+        else:
+            side = "right" if high < target else "left"
+            ax.set_xlabel(f"{ax.get_xlabel()}   ({target:g} ms target: far to the {side})")

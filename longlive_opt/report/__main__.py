@@ -15,7 +15,7 @@ log = logging.getLogger("longlive_opt.report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a campaign's log, table and figures anew. Exit status 2 for wrong input."""
+    """Write a campaign's decisions, log, table and figures again. Exit status 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m longlive_opt.report", description=main.__doc__)
     parser.add_argument("campaign", type=Path, metavar="CAMPAIGN_DIR", help="such as outputs/demo")
     parser.add_argument("--log", type=Path, metavar="PATH", help=f"default: {LOG_NAME} in CAMPAIGN_DIR")

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_opt import metrics
-from longlive_opt.figures import TARGET_MS
+from longlive_opt.figures import target_of, targets_of
 from longlive_opt.results import lookup, number
 
 from .campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
+from .noise_record import over_campaigns
 from .notes import OTHERS, noise_sentence
 from .run import (
     SUMMARY_NAMES,
@@ -36,7 +37,7 @@ def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
     text = "\n".join(lines)
     if set(runs) <= {BASELINE}:
         return text
-    best, rationale = _recommend(runs)
+    best, rationale = recommend(runs)
     text = text.replace(f"**Preset**: {BLANK}", f"**Preset**: {best.name if best else 'none'}")
     text = text.replace("**Rationale**:\n-\n-\n-", f"**Rationale**:\n{bullets(rationale)}")
     for preset in ("quality", "speed"):
@@ -54,11 +55,11 @@ def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
 def _summary_row(line: str, run: Run) -> str:
     if within_target(run.result):
         line = line.replace("[ ]", "[x]")
-    return table_row(line, [*map(run.figure, ("SS Max", "FPS", "Memory")), quality_short(run)])
+    return table_row(line, [*map(run.cell, ("SS Max", "FPS", "Memory")), quality_short(run)])
 
 
-def _recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
-    """The recommended run, or None, and why."""
+def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
+    """The recommended run, or None, and why. A study, and a preset that is dropped or undecided, never is."""
     measured = [run for run in runs.values() if not run.failure]
     blocks = min((run.result["sizes"]["blocks_measured"] for run in measured), default=0)
     measured.sort(key=lambda run: worst_ms(run, blocks))
@@ -68,9 +69,9 @@ def _recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
                "nothing for LongLive-1.3B."] if small else []
     reasons.append(f"Rule: the lowest SS max, over the first {blocks} blocks of each, among the presets "
-                   f"that stay within {TARGET_MS:.0f} ms per video frame in all their blocks and whose "
+                   f"that stay within {_targets(measured)} ms per video frame in all their blocks and whose "
                    "decision is Keep (gain above the noise, quality gate passed); the baseline needs no "
-                   "decision.")
+                   "decision, and a study is never recommended.")
     if best:
         base = runs[BASELINE].result if BASELINE in runs else None
         change = percent(change_of(best.result, base, "SS Mean"))
@@ -88,8 +89,12 @@ def _recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
 
 def _why_not(run: Run) -> str:
     if is_kept(run):
-        return f"it misses the {TARGET_MS:.0f} ms target."
+        return f"it misses the {target_of(run.result):g} ms target."
     return sentence(run.result["decision"]["rationale"])
+
+
+def _targets(runs: Sequence[Run]) -> str:
+    return " or ".join(f"{target:g}" for target in targets_of(run.result for run in runs)) or "the target's"
 
 
 def _kept(runs: Mapping[str, Run]) -> list[Run]:
@@ -120,6 +125,8 @@ def _when(run: Run, other: Run | None) -> str:
         return "it is the recommended one"
     state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
     facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{state}"
+    if not is_kept(run):
+        return f"not recommended ({facts})"
     if other is None or other.failure:
         return f"nothing to compare it with ({facts})"
     if objective_of(run) != "latency":
@@ -129,7 +136,7 @@ def _when(run: Run, other: Run | None) -> str:
         facts = f"{name} {run.figure(label)} {unit}, {facts}"
         purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
     elif other.preset == BASELINE:
-        better, purpose = is_kept(run), "where the mean counts, which is below the baseline's"
+        better, purpose = True, "where the mean counts, which is below the baseline's"
     else:
         is_faster = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
         better = is_faster or fidelity_of(run) > fidelity_of(other)
@@ -140,12 +147,16 @@ def _when(run: Run, other: Run | None) -> str:
 
 
 def observations(results: Sequence[Result], runs: Mapping[str, Run],
-                 noise: Mapping[str, Any] | None) -> list[str]:
-    """What the campaign as a whole shows: noise, clocks, quick runs, runs that differ."""
+                 noise: Mapping[str, Mapping[str, Any]], record: Sequence[Mapping[str, Any]] = ()
+                 ) -> list[str]:
+    """What the campaign as a whole shows: noise, also that of recorded campaigns, clocks, quick runs, runs
+    that differ.
+    """
     if not results:
         return []
-    lines = [noise_sentence(noise) if noise else "Noise (A/A): unknown, no preset was run twice under equal "
-             "conditions; small changes mean nothing."]
+    lines = [noise_sentence(found) for found in noise.values()] or [
+        "Noise (A/A): unknown, no preset was run twice under equal conditions; small changes mean nothing."]
+    lines += over_campaigns(record, results)
     for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
                         ("environment.co_scheduled", "Not fit for comparison, since something else ran on "
                                                      "the machine meanwhile:"),

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from longlive_opt import decision
-from longlive_opt.errors import UserError
-from longlive_opt.figures import TARGET_MS
+from longlive_opt.config import BASELINE
+from longlive_opt.figures import target_of
 from longlive_opt.inputs import project_path
 from longlive_opt.results import is_na, lookup, number, read_campaign
 
@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 Result = Mapping[str, Any]
 
-BASELINE = "baseline"
 SUMMARY = "summary"  # folder of the campaign's figures
 FIGURES = {"SS Mean": "latency.ss_ms_per_frame.mean", "SS P99": "latency.ss_ms_per_frame.p99",
            "SS Max": "latency.ss_ms_per_frame.max", "PS Mean": "latency.ps_ms.mean", "FPS": "fps",
@@ -75,7 +74,7 @@ def load(campaign_dir: str | Path) -> Campaign:
 def _read_failure(path: Path) -> Failure:
     label = path.parent.name.removesuffix(".failed")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = _writable(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         report = None
     if not isinstance(report, dict):
@@ -85,15 +84,51 @@ def _read_failure(path: Path) -> Failure:
                    parameters if isinstance(parameters, dict) else {}, str(report.get("status", "failed")))
 
 
-def decided(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The results, each with the verdict that the whole campaign allows.
+def _writable(value: Any) -> Any:
+    """`value` with half a character, which a failure may be about and no log can hold, as its escape."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_writable(key): _writable(item) for key, item in value.items()}
+    return [_writable(item) for item in value] if isinstance(value, list) else value
 
-    While a preset runs, the A/A repeat that tells the noise may still lie ahead. So a decision that records
-    its `gate` is made anew with the baseline and the noise that are there now; others stay as they are.
+
+def decided(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The results, each with the verdict that the whole campaign allows, and without a metric of fidelity
+    where the run must not be compared with the baseline.
+
+    While a preset runs, the repetitions that tell the noise may still lie ahead. So a decision that records
+    its `gate` is made again with the baseline and the noise that are there now; others stay as they are.
     """
     baseline, noise = baseline_of(results), noise_of(results)
-    return [{**result, "decision": {**decision.decide(result, baseline, noise, gate), "gate": gate}}
-            if (gate := lookup(result, "decision.gate")) else dict(result) for result in results]
+    return [_decided(result, baseline, noise) for result in results]
+
+
+def _decided(result: Result, baseline: Result | None, noise: Mapping[str, Mapping[str, Any]]
+             ) -> dict[str, Any]:
+    if baseline is not None and result is not baseline and (
+            difference := decision.fidelity_reason(result, baseline)) and lookup(result, "quality.reference"):
+        result = {**result, "quality": decision.without_fidelity(result["quality"], difference)}
+    gate = lookup(result, "decision.gate")
+    if result["run"] > 1 and result["preset"] != BASELINE:
+        repeats = f"a repetition of {result['preset']}: it shows the noise and gets no verdict"
+        return {**result, "decision": {"keep": None, "rule": "repetition", "rationale": repeats,
+                                       "gate": gate}}
+    if not gate and not decision.is_study(result):
+        return dict(result)
+    spread = decision.noise_of_preset(result["preset"], noise)
+    found = decision.decide(result, baseline, spread, gate or {"level": "exact"})
+    return {**result, "decision": {**found, "gate": gate}}
+
+
+def verdict_of(result: Result) -> str:
+    """keep, drop or undecided; reference, repetition or study for a run that gets no verdict."""
+    found = result["decision"]
+    if result["preset"] == BASELINE:
+        return "reference" if result["run"] == 1 else "repetition"
+    if found["rule"] in ("repetition", "study"):
+        return found["rule"]
+    return {True: "keep", False: "drop"}.get(found["keep"], "undecided")
 
 
 def baseline_of(results: Iterable[Result]) -> Result | None:
@@ -101,13 +136,9 @@ def baseline_of(results: Iterable[Result]) -> Result | None:
     return next((result for result in results if result["preset"] == BASELINE), None)
 
 
-def noise_of(results: Sequence[Result]) -> dict[str, Any] | None:
-    """A/A noise of the campaign; None if nothing was run twice, or not on one kind of machine."""
-    try:
-        return decision.campaign_noise(results)
-    except UserError as error:
-        log.warning("%s", error)
-        return None
+def noise_of(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """A/A noise of the campaign, by preset; empty if nothing was run twice on one kind of machine."""
+    return decision.campaign_noise(results)
 
 
 def change_of(result: Result, baseline: Result | None, label: str) -> float | None:
@@ -119,9 +150,9 @@ def change_of(result: Result, baseline: Result | None, label: str) -> float | No
 
 
 def within_target(result: Result) -> bool:
-    """Whether no steady-state block took longer than the target."""
+    """Whether no steady-state block took longer than the target of the run."""
     worst = number(result, FIGURES["SS Max"])
-    return worst is not None and worst <= TARGET_MS
+    return worst is not None and worst <= target_of(result)
 
 
 def is_judged(result: Result) -> bool:

@@ -4,34 +4,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_opt import decision, metrics, slowest
-from longlive_opt.figures import TARGET_MS
-from longlive_opt.results import block_ms, is_na, lookup, number
+from longlive_opt.figures import target_of
+from longlive_opt.results import block_ms, is_na, lookup, number, numbers
 from longlive_opt.timeline import Event
 from longlive_opt.variations import variations_table
 
 from . import gpu
-from .campaign import BASELINE, NOISE, Result, change_of, within_target
+from .campaign import NOISE, Result, change_of, within_target
 from .run import QUALITY, Run, is_large, matched_runs, model_name, psnr_within_blocks
 from .text import digits, escape, percent, sentence, share_text
 
 OTHERS = {"PS Mean": ("PS mean", "ms"), "Memory": ("memory", "GB")}
 
 
-def run_notes(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> list[str]:
-    """Hypothesis and outcome, what the rooms did, and everything that qualifies the figures."""
+def run_notes(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Hypothesis and outcome, what the rooms did, and everything that qualifies the figures. `noise`: by
+    preset.
+    """
     result = run.result
     other = "" if is_large(result) else \
         f" (of LongLive-1.3B on an H100; this is the model {model_name(result)})"
     notes = [f"Hypothesis{other}: {sentence(result['hypothesis'])}"] if result.get("hypothesis") else []
     if run.failure:
-        return [*notes, f"Failed: {sentence(run.failure)}"]
+        return [*notes, f"{run.outcome.capitalize()}: {sentence(run.failure)}"]
     if base and not base.failure:
         parts = matched_runs(run, base)
         notes += [_outcome(run, *parts), *_lengths((run, base), parts), *_apart(run.result, base.result)]
     notes += [_room(room) for room in result["rooms"]]
     notes.append(f"Clocks: {sentence(lookup(result, 'latency.clock_disagreement.sentence'))}")
-    if noise and result["preset"] == BASELINE:
-        notes.append(noise_sentence(noise))
+    if run.preset in noise:
+        notes.append(noise_sentence(noise[run.preset]))
     notes += filter(None, [_sample(result), _switches(result), gpu.drift(result), slowest.sentence(result),
                            interruptions(result)])
     setup = {name: number(result, f"setup_s.{name}") for name in result["setup_s"]}
@@ -141,7 +143,7 @@ def _outcome(whole: Run, run: Run, base: Run) -> str:
     text = f"Outcome: SS mean {run.figure('SS Mean')} ms per video frame against {base.figure('SS Mean')}"
     if difference := decision.unfair(run.result, base.result):
         return f"{text}, not comparable: {escape(difference)}."
-    target = f" {verb} the {TARGET_MS:.0f} ms target" if is_large(run.result) else ""
+    target = f" {verb} the {target_of(whole.result):g} ms target" if is_large(run.result) else ""
     others = "; ".join(f"{name} {run.figure(label)} {unit} ({change})"
                        for label, (name, unit) in OTHERS.items()
                        if (change := percent(change_of(run.result, base.result, label))) != "n/a")
@@ -205,9 +207,14 @@ def _fact(key: str, value: Any) -> str:
 def noise_sentence(noise: Mapping[str, Any]) -> str:
     """The run-to-run noise of each figure, and over how much it was taken."""
     shares = {name: number(noise, key) for key, name in NOISE.items()}
-    words = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share is not None)
+    words = [f"{name} {share:.1%}" for name, share in shares.items() if share is not None]
+    times = "twice" if noise["runs"] == 2 else f"{noise['runs']} times"
     over = f"over {noise['blocks']} blocks and {noise['switches']} prompt switches"
-    return f"Noise (A/A, {escape(noise['preset'])} run twice, {over}): {words}."
+    worst = numbers(noise, "values.ss_max")
+    if worst:
+        words.append(f"the SS max of each {digits(min(worst))} to {digits(max(worst))} ms")
+    return (f"Noise (A/A, {escape(noise['preset'])} run {times}, {over}): {', '.join(words)}; a share is "
+            "(largest - smallest) / mean of the runs.")
 
 
 def _sample(result: Result) -> str:

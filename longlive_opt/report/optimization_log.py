@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from longlive_opt import decision, figures
+from longlive_opt import decision, figures, provenance
 from longlive_opt.inputs import project_path
 from longlive_opt.results import atomic_path, lookup, number
 
 from . import outside
-from .advice import closing, fill_summary, observations, troubles
+from .advice import closing, fill_summary, observations, recommend, troubles
 from .campaign import (
     BASELINE,
     FIGURES,
@@ -27,11 +27,12 @@ from .campaign import (
     decided,
     noise_of,
 )
+from .decisions import decisions_of, write_decisions
+from .noise_record import NOISE_FILE, read_record
 from .notes import missing_notes, run_notes
 from .run import Run, is_kept, is_large, matched_runs, quality_sentence, quality_text
 from .tables import to_csv
 from .text import BLANK, bullets, escape, first_cell, percent, sentence, table_row
-from .verdicts import settle_reports
 
 EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
@@ -55,17 +56,21 @@ def save_figures(campaign: Campaign) -> dict[str, figures.Chart]:
 
 
 def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
-    """Write summary/summary.csv, the log (default: into the campaign's folder) and the final verdicts of the
-    runs' reports; return the log's path.
+    """Write the verdicts, decisions.json, and what reads them: summary/summary.csv and the log (default: into
+    the campaign's folder); return the log's path.
     """
+    best, reasons = recommend(_runs(campaign.results, campaign.failures))
+    write_decisions(campaign.folder, decisions_of(campaign, best.preset if best else None, reasons))
     to_csv(campaign.results, campaign.folder / SUMMARY / "summary.csv")
-    settle_reports(campaign)
     path = project_path(log_path) if log_path else campaign.folder / LOG_NAME
     source = _shown(campaign.folder)
     if path != campaign.folder / LOG_NAME:
         source += f" --log {_shown(path)}"
     return write_log(campaign.results, path,
-                     failures=campaign.failures, problems=campaign.problems, source=source)
+                     failures=campaign.failures, problems=campaign.problems, source=source,
+                     record=read_record(campaign.folder.with_name(Path(NOISE_FILE).name)),
+                     code=provenance.code_since([lookup(run, "environment.git_commit")
+                                                 for run in campaign.results]))
 
 
 def _shown(path: Path) -> str:
@@ -74,38 +79,37 @@ def _shown(path: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
-def write_log(results: Sequence[Result], path: str | Path, *, failures: Sequence[Failure] = (),
-              problems: Sequence[tuple[str, str]] = (), source: str = "") -> Path:
+def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
     """Write OPTIMIZATION_LOG.md atomically; return its path.
 
     Args:
         results: valid results; of a preset that was run twice, the first gives the figures.
-        failures: runs without a result.
-        problems: (place, reason) of what could not be read.
-        source: what the log shall name as the arguments of the command that made it.
+        more: as for `render_log`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    text = render_log(results, failures=failures, problems=problems, source=source)
+    text = render_log(results, **more)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
 def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
-               problems: Sequence[tuple[str, str]] = (), source: str = "") -> str:
-    """The text of OPTIMIZATION_LOG.md; arguments as for `write_log`."""
+               problems: Sequence[tuple[str, str]] = (), source: str = "",
+               record: Sequence[Mapping[str, Any]] = (), code: Sequence[str] = ()) -> str:
+    """The text of OPTIMIZATION_LOG.md.
+
+    Args:
+        results: valid results; of a preset that was run more than once, the first gives the figures.
+        failures: runs without a result.
+        problems: (place, reason) of what could not be read.
+        source: what the log shall name as the arguments of the command that made it.
+        record: rows of the noise of recorded campaigns (`noise_record`).
+        code: sentences on how far the code that makes the log is from that of the runs.
+    """
     results = decided(results)
-    found = {run.preset: run for run in map(Run, figures.first_runs(results))}
-    for failure in failures:
-        if failure.label == failure.preset and failure.preset not in found:  # a repeat has no section
-            words = {key: failure.parameters.get(key) for key in ("title", "hypothesis")}
-            known = {"preset": failure.preset, **words, "parameters": failure.parameters}
-            found[failure.preset] = Run(known, failure.reason, failure.outcome)
-    order = [preset for preset in (BASELINE, *EXPERIMENTS) if preset in found]
-    runs = {preset: found[preset] for preset in [*order, *(p for p in found if p not in order)]}
-    noise = noise_of(results)
+    runs, noise = _runs(results, failures), noise_of(results)
 
     # Ten parts: head, baseline, experiments 1 to 6, summary with recommendation, notes.
     head, baseline, *sections, summary, notes = _TEMPLATE.read_text(encoding="utf-8").split("\n---\n")
@@ -122,11 +126,36 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
             sections.append(_fill_experiment(section, run, base, noise))
     sections, everywhere = _said_once(sections)
     compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
-    observed = [*observations(results, runs, noise), *map(escape, compared), *everywhere,
-                *troubles(failures, problems),
-                *closing(results, source)]
+    observed = [*observations(results, runs, noise, record), *map(escape, compared), *code,
+                *_other_target(runs), *everywhere, *troubles(failures, problems), *closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
+
+
+def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, Run]:
+    """preset -> its first run, in the order of the log, the failed ones among them."""
+    found = {}
+    for first in figures.first_runs(results):
+        again = tuple(run for run in results if run["preset"] == first["preset"] and run is not first
+                      and not decision.unfair(run, first))
+        found[first["preset"]] = Run(first, repeats=again)
+    for failure in failures:
+        if failure.label == failure.preset and failure.preset not in found:  # a repeat has no section
+            words = {key: failure.parameters.get(key) for key in ("title", "hypothesis")}
+            known = {"preset": failure.preset, **words, "parameters": failure.parameters}
+            found[failure.preset] = Run(known, failure.reason, failure.outcome)
+    order = [preset for preset in (BASELINE, *EXPERIMENTS) if preset in found]
+    return {preset: found[preset] for preset in [*order, *(p for p in found if p not in order)]}
+
+
+def _other_target(runs: Mapping[str, Run]) -> list[str]:
+    """That the template's 40 ms are not the target of these runs."""
+    targets = figures.targets_of(run.result for run in runs.values() if not run.failure)
+    if not targets or targets == [40.0]:
+        return []
+    words = ", ".join(f"{target:g}" for target in targets)
+    return [f"Target: {words} ms per video frame (target_ms_per_frame); the heading of the summary table is "
+            "the template's."]
 
 
 def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -138,14 +167,14 @@ def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
     return shortened, [line.removeprefix("- ") for line in repeated]
 
 
-def _fill_baseline(section: str, run: Run, noise: Mapping[str, Any] | None) -> str:
+def _fill_baseline(section: str, run: Run, noise: Mapping[str, Mapping[str, Any]]) -> str:
     settings, lines = _settings(run), []
     for line in section.rstrip("\n").split("\n"):
         label = first_cell(line)
         if label in settings:
             line = f"| {label} | {settings[label]} |"
         elif label in FIGURES:
-            text = run.figure(label)
+            text = run.cell(label)
             if label in run.missing and label == "SS P99":
                 n = lookup(run.result, "latency.ss_ms_per_frame.n")
                 text = f"n/a: n too small (n={n}), max {run.figure('SS Max')} ms"
@@ -184,7 +213,8 @@ def _provenance(run: Run) -> list[str]:
              "Python": "python", "attention": "attention_backend"}
     versions = ", ".join(f"{name} {escape(environment.get(key) or 'n/a')}" for name, key in names.items())
     commit = escape((environment.get("git_commit") or "unknown")[:12])
-    dirty = " with uncommitted changes" if environment.get("git_dirty") else ""
+    dirty = {True: " with uncommitted changes", False: ""}.get(
+        environment.get("git_dirty"), " (state of the tree unknown)")
     width, height = (lookup(result, f"parameters.{side}") or lookup(result, f"model.sizes.{side}") or "?"
                      for side in ("width", "height"))
     return [f"Weights: {weights}", f"Versions: {versions}",
@@ -209,7 +239,8 @@ def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
     return text.replace("| Balanced |", f"| {column} |")
 
 
-def _fill_experiment(section: str, run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> str:
+def _fill_experiment(section: str, run: Run, base: Run | None,
+                     noise: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     notes = [*run_notes(run, base, noise), *_configuration_notes(section, run),
              *_template_notes(section, run)]
@@ -217,33 +248,34 @@ def _fill_experiment(section: str, run: Run, base: Run | None, noise: Mapping[st
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
         label, metric = first_cell(line), re.match(rf"- (.+): {BLANK}(.*)", line)
         if label in FIGURES:
-            reference = base.figure(label) if base else "n/a (no baseline)"
+            reference = base.cell(label) if base else "n/a (no baseline)"
             change = percent(change_of(run.result, base.result if base else None, label))
-            line = table_row(line, [reference, run.figure(label), change.rstrip("%")])
+            line = table_row(line, [reference, run.cell(label), change.rstrip("%")])
         elif metric:
             line = f"- {metric[1]}: {quality_text(run, metric[1], metric[2])}"
         elif line.startswith("**Quality**") and f"- PSNR: {BLANK}" not in section:
             line += f"\n{quality_sentence(run)}"
         elif line.startswith("**Decision**"):
-            decision = run.result.get("decision") or {"keep": None}
-            keep, drop = ("x" if decision["keep"] is wanted else " " for wanted in (True, False))
+            found = run.result.get("decision") or {"keep": None}
+            keep, drop = ("x" if found["keep"] is wanted else " " for wanted in (True, False))
             reason = f"No decision: {run.outcome}." if run.failure else \
-                f"{sentence(decision['rationale'])}{_regressions(run, base, noise)} Rule: " \
-                f"{sentence(decision['rule'])}"
+                f"{sentence(found['rationale'])}{_regressions(run, base, noise)} Rule: " \
+                f"{sentence(found['rule'])}"
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
     notes += missing_notes(run)
     return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
 
 
-def _regressions(run: Run, base: Run | None, noise: Mapping[str, Any] | None) -> str:
+def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:
     """What a preset that is kept makes worse by more than the noise."""
     if base is None or not is_kept(run):
         return ""
     worse, keys = [], {name.lower(): key for key, name in NOISE.items()}
+    spreads = decision.noise_of_preset(run.preset, noise) or {}
     for label in (label for label in FIGURES if label.lower() in keys):
         change = change_of(run.result, base.result, label) or 0.0
-        spread = number(noise or {}, keys[label.lower()]) or 0.0
+        spread = number(spreads, keys[label.lower()]) or 0.0
         if (-change if label == "FPS" else change) > 100 * max(decision.NOISE_FLOOR, spread):
             worse.append(f"{label} {percent(change)}")
     return f" Against it: {', '.join(worse)}." if worse else ""

@@ -22,6 +22,7 @@ class Run:
     failure: str = ""
     outcome: str = ""
     missing: dict[str, str] = field(default_factory=dict)
+    repeats: tuple[Result, ...] = ()  # of the same preset, in processes of their own
 
     @property
     def preset(self) -> str:
@@ -34,6 +35,19 @@ class Run:
     def figure(self, label: str) -> str:
         """One of `FIGURES` as text."""
         return self.text(label, FIGURES[label])
+
+    def cell(self, label: str) -> str:
+        """One of `FIGURES` for a table: SS Max of a preset that was repeated comes with its range."""
+        if label != "SS Max" or (among := self.range()) is None:
+            return self.figure(label)
+        return f"{self.figure(label)} ({among})"
+
+    def range(self) -> str | None:
+        """Between which values SS Max lay in this run and its repetitions; None where there are none."""
+        values = [number(run, FIGURES["SS Max"]) for run in (self.result, *self.repeats)]
+        if len(values) < 2 or None in values:
+            return None
+        return f"{digits(min(values))} to {digits(max(values))} over {len(values)} runs"
 
     def text(self, label: str, path: str) -> str:
         """The number at `path` as text, or n/a with a short reason; the long one is kept for the notes."""
@@ -124,8 +138,10 @@ def objective_of(run: Run) -> str:
 
 
 def is_kept(run: Run) -> bool:
-    """Whether its decision is Keep; the baseline needs none."""
-    return run.preset == BASELINE or lookup(run.result, "decision.keep") is True
+    """Whether its decision is Keep; the baseline needs none, and a study is none to keep."""
+    if run.preset == BASELINE:
+        return True
+    return lookup(run.result, "decision.keep") is True and not decision.is_study(run.result)
 
 
 def is_large(result: Result) -> bool:

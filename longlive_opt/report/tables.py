@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from longlive_opt import figures
-from longlive_opt.results import atomic_path, lookup, na, number
+from longlive_opt import decision, figures
+from longlive_opt.results import atomic_path, lookup, na, number, numbers
 
 from .campaign import (
-    BASELINE,
     FIGURES,
     NOISE,
     Campaign,
@@ -18,6 +17,7 @@ from .campaign import (
     change_of,
     is_judged,
     noise_of,
+    verdict_of,
     within_target,
 )
 from .text import percent, share_text
@@ -53,9 +53,13 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
             row["startup_buffer_ms"] = None
         rows.append(row | {
             "change_ss_mean_pct": change_of(result, baseline, "SS Mean"),
-            "within_40_ms": within_target(result), "sustained": sustained,
+            "target_ms": figures.target_of(result), "within_target": within_target(result),
+            "sustained": sustained,
             "identical": lookup(result, "quality.identical"),
-            "keep": lookup(result, "decision.keep"), "quick": lookup(result, "sizes.quick"),
+            "keep": lookup(result, "decision.keep"), "verdict": verdict_of(result),
+            "not_comparable": "" if baseline is None or result is baseline
+                              else decision.fidelity_reason(result, baseline),
+            "quick": lookup(result, "sizes.quick"),
             "weights": lookup(result, "weights.kind"), "gpu": lookup(result, "environment.gpu"),
             "created_utc": result.get("created_utc")})
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run", *paths])
@@ -64,9 +68,7 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
 def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
     """The main columns of `summary_table` for readers: a row per run, and words where there is no number."""
     baseline, rows = baseline_of(results), []
-    verdicts = {True: "keep", False: "drop"}
     for result in results:
-        ours = result["preset"] == BASELINE
         rows.append({
             "preset": result["preset"], "run": result.get("run", 1),
             "SS mean, ms": _rounded(result, FIGURES["SS Mean"], 2),
@@ -79,7 +81,7 @@ def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
             "J per frame": _rounded(result, "energy.joules_per_frame", 1),
             "PSNR, dB": _fidelity_cell(result, baseline, "psnr_db", 1),
             "SSIM": _fidelity_cell(result, baseline, "ssim", 4),
-            "verdict": "reference" if ours else verdicts.get(lookup(result, "decision.keep"), "undecided"),
+            "verdict": verdict_of(result),
             "blocks": _rounded(result, "sizes.blocks_measured", 0)})
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run"])
 
@@ -120,12 +122,16 @@ def runs_table(campaign: Campaign) -> pd.DataFrame:
 
 
 def noise_table(results: Sequence[Result]) -> pd.DataFrame:
-    """A/A noise in percent of the preset that was run twice; no row if none was."""
-    noise = noise_of(results)
-    shares = {name: number(noise or {}, key) for key, name in NOISE.items()}
-    row = {name: None if share is None else round(100 * share, 2) for name, share in shares.items()}
-    rows = [{"preset": noise["preset"]} | row] if noise else []
-    return pd.DataFrame(rows, columns=["preset", *NOISE.values()])
+    """A/A noise in percent, a row for each preset that was run more than once, and the range of SS max."""
+    rows = []
+    for preset, noise in noise_of(results).items():
+        shares = {name: number(noise, key) for key, name in NOISE.items()}
+        worst = numbers(noise, "values.ss_max")
+        rows.append({"preset": preset, "runs": noise["runs"]}
+                    | {name: None if share is None else round(100 * share, 2)
+                       for name, share in shares.items()}
+                    | {"SS max, ms": f"{min(worst):.2f} to {max(worst):.2f}" if worst else "n/a"})
+    return pd.DataFrame(rows, columns=["preset", "runs", *NOISE.values(), "SS max, ms"])
 
 
 def world_table(results: Sequence[Result]) -> pd.DataFrame | None:

@@ -49,10 +49,14 @@ def first_cell(line: str) -> str:
 
 
 def table_row(line: str, values: Sequence[str]) -> str:
-    """A table row with its blanks filled in order; an n/a takes the place of both number and unit."""
+    """A table row with its blanks filled in order; an n/a takes the place of both number and unit, and what
+    stands in brackets behind a number comes behind the unit.
+    """
     cells, todo = line.split("|"), iter(values)
     for index, cell in enumerate(cells):
         if BLANK in cell:
             value = next(todo)
-            cells[index] = f" {value} " if value.startswith("n/a") else cell.replace(BLANK, value)
+            number, space, more = value.partition(" (")
+            cells[index] = f" {value} " if value.startswith("n/a") else \
+                cell.replace(BLANK, number).rstrip() + f"{space}{more} "
     return "|".join(cells)

@@ -1,0 +1,124 @@
+"""outputs/noise.json: what every recorded campaign measured of every preset, one row each.
+
+Two runs in one campaign are alike by luck more often than two campaigns are: another day, another card of the
+same kind, another state of the machine. So the runs of earlier campaigns are kept, also where their results
+were replaced. Machines, commits and presets differ between rows; each says its own.
+
+    schema_version  1
+    rows            [{campaign, preset, machine, torch, model, commit, date (created_utc of the first run),
+                    runs, blocks [one per run], switches [...], ss_mean, ss_max, ps_mean: [ms, one per run;
+                    null where it was not measured]}]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longlive_opt.errors import UserError
+from longlive_opt.inputs import project_path
+from longlive_opt.results import atomic_path, lookup, number
+
+from .campaign import BASELINE, NOISE, Campaign, Result
+from .text import digits, escape
+
+NOISE_FILE = "outputs/noise.json"
+SCHEMA_VERSION = 1
+_VALUES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_max": "latency.ss_ms_per_frame.max",
+           "ps_mean": "latency.ps_ms.mean"}
+
+
+def rows_of(results: Sequence[Result], campaign: str) -> list[dict[str, Any]]:
+    """A campaign's rows of the record, one for each preset, its runs in their order."""
+    runs: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result["run"]):
+        runs.setdefault(result["preset"], []).append(result)
+    rows = []
+    for preset, repeated in runs.items():
+        first = repeated[0]
+        rows.append({"campaign": campaign, "preset": preset,
+                     "machine": lookup(first, "environment.gpu") or lookup(first, "environment.cpu"),
+                     "torch": lookup(first, "environment.torch"), "model": lookup(first, "model.name"),
+                     "commit": lookup(first, "environment.git_commit"), "date": first["created_utc"],
+                     "runs": len(repeated),
+                     "blocks": [run["sizes"]["blocks_measured"] for run in repeated],
+                     "switches": [run["sizes"]["switches"] for run in repeated]}
+                    | {name: [_rounded(number(run, path)) for run in repeated]
+                       for name, path in _VALUES.items()})
+    return rows
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The rows of a record; none if there is no such file.
+
+    Raises:
+        UserError: the file is no record of this schema.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name}: cannot be read ({error}); git has it") from error
+    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path.name}: is no record of noise of schema {SCHEMA_VERSION}; git has it")
+    return found["rows"]
+
+
+def joined(record: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """`record` with `rows` at its end; those of the same run are replaced."""
+    own = {(row["preset"], row["date"]) for row in rows}
+    return [*(row for row in record if (row["preset"], row["date"]) not in own), *rows]
+
+
+def write_record(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a record atomically, a line per row, so that a diff shows what came.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    with atomic_path(path) as temporary:
+        temporary.write_text(f'{{"schema_version": {SCHEMA_VERSION}, "rows": [\n{lines}\n]}}\n',
+                             encoding="utf-8")
+
+
+def record_noise(campaign: Campaign, path: Path | None = None) -> int:
+    """Add a campaign's rows to the record; returns how many.
+
+    Raises:
+        UserError: the record cannot be read or written.
+    """
+    path = path or project_path(NOISE_FILE)
+    rows = rows_of(campaign.results, campaign.folder.name)
+    write_record(path, joined(read_record(path), rows))
+    return len(rows)
+
+
+def over_campaigns(record: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> list[str]:
+    """A sentence for each preset that was repeated here, and for the baseline: between which values its runs
+    lay over all recorded campaigns of this model on this kind of machine. None where this is the only one.
+    """
+    rows = joined(record, rows_of(results, ""))
+    own = {row["preset"]: row for row in rows_of(results, "")}
+    lines = []
+    for preset, row in own.items():
+        alike = [other for other in rows
+                 if all(other[key] == row[key] for key in ("preset", "machine", "model"))]
+        if len(alike) < 2 or (row["runs"] < 2 and preset != BASELINE):
+            continue
+        words = []
+        for name in _VALUES:
+            values = [value for other in alike for value in other[name] if value is not None]
+            if values:
+                words.append(f"{NOISE[name]} {digits(min(values))} to {digits(max(values))} ms")
+        total = sum(other["runs"] for other in alike)
+        lines.append(f"Over {len(alike)} campaigns on this kind of machine, {total} runs at several commits "
+                     f"({NOISE_FILE}): {escape(preset)} {', '.join(words)}.")
+    return lines
