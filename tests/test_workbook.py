@@ -390,7 +390,7 @@ class EvenPower(telemetry.Telemetry):
 
 
 def test_energy_is_that_of_the_measured_blocks_of_each_stream(tmp_path, monkeypatch):
-    """Warm-up in the energy per frame, the other stream's frames, the block that asynchronous decoding adds."""
+    """Warm-up in the energy per frame, the other stream's frames, the block that async decoding adds."""
     monkeypatch.setattr(measurement, "Telemetry", EvenPower)
     run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "use_async_vae": True})
     run.build()

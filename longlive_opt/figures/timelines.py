@@ -65,7 +65,7 @@ def _gantt(title: str, result: Result, stream: str, blocks: Sequence[int]) -> Ch
                  color=GREY, fontsize=FONT - 1)
     name_rows(ax, lanes)
     thin = "; thin bars: launching on the host" if launches else ""
-    ax.set(xlim=(-0.01 * width, 1.02 * width), xlabel=f"ms   (dashed: frames complete in pixels{thin})")
+    ax.set(xlim=(-0.01 * width, 1.02 * width), xlabel=f"ms   (dashed: frames complete{thin})")
     durations = {lane: ", ".join(in_ms(span.duration_ms) for span in spans if span.name == lane)
                  for lane in lanes}
     return told(figure, "One lane per stage; its spans in ms",

@@ -198,7 +198,8 @@ def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -
 
 def closing(results: Sequence[Result], source: str) -> list[str]:
     """What the figures mean, and how the log is made."""
-    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
+    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "PS at a random moment": "ps_random_ms",
+            "Energy": "energy", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
             "Clocks": "clocks", "Comparison": "comparison", "Quality": "quality"}
     lines = [f"{name}: {escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
