@@ -1,4 +1,4 @@
-"""Attention over an 8-bit cache scheduled by hand for Hopper, in Gluon (`triton.experimental`, Triton 3.6).
+"""Attention over an 8-bit cache scheduled by hand for Hopper, in Gluon (`gluon_api` lists the Tritons).
 
 Same arithmetic as `attention8_triton`, other schedule. A program has 128 queries: two consumer warpgroups of
 64 rows each, and one producer warp that fetches tiles of K and V for both, so the L2 cache is read half as
@@ -24,18 +24,19 @@ import math
 import torch
 import triton
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
+
+from longlive_opt.kernels.emulation import P_SHIFT
+from longlive_opt.kernels.gluon_api import (
+    TensorDescriptor,
+    barrier,
     fence_async_shared,
+    gl,
+    gluon,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from longlive_opt.kernels.emulation import P_SHIFT
 from longlive_opt.kernels.quantize import FP8
 
 CONSUMER_ROWS = 64
@@ -107,7 +108,7 @@ def _consume(INDEX: gl.constexpr, q_ptr, out_ptr, k_scale_ptr, v_scale_ptr, quer
         q_scale = absmax * (1.0 / 448.0) * qk_scale * gl.load(k_scale_ptr + batch_head)
         empty = gl.full([ROWS, KEYS], 0.0, gl.float32, scores)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     q_scale = gl.convert_layout(q_scale, gl.SliceLayout(1, scores))
     running = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, scores))
     total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, scores))
