@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from longlive_opt.kernels import fused
 from longlive_opt.kernels.quantize import FP8, quantize_fp8
+from longlive_opt.torch_internals import scaled_mm
 
 
 class Rows8(NamedTuple):
@@ -124,9 +125,8 @@ def _linear(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Ten
                          "scales [1,N] and a bias [N]")
     if values.is_cuda:
         # Fast accumulation keeps fewer bits than float32 does; without it Hopper loses much of the gain.
-        product = torch._scaled_mm(
-            values.flatten(0, -2), weight.t(), scale_a=row_scale.flatten(0, -2), scale_b=weight_scale,
-            bias=bias, out_dtype=bias.dtype, use_fast_accum=True)
+        product = scaled_mm(values.flatten(0, -2), weight.t(), row_scale.flatten(0, -2), weight_scale, bias,
+                            use_fast_accum=True)
         return product.unflatten(0, values.shape[:-1])
     product = values.float() @ weight.float().t()
     return (product * (row_scale * weight_scale) + bias.float()).to(bias.dtype)
