@@ -69,7 +69,7 @@ class QuantizedKV(Room):
         mode, rotation = MODES[self.quantization], rotation_for(config)
         tile = choose_tile(geometry, mode, device)
         if device.type == "cuda" and tile.gluon and self.read_path == "fused":
-            importlib.import_module("longlive_opt.kernels.gluon_api")  # refuses a Triton that it does not know
+            importlib.import_module("longlive_opt.kernels.gluon_api")  # refuses an unknown Triton
         read = (partial(attention8, tile=tile) if self.read_path == "fused"
                 else partial(dequantized_attention, make_attention(pipeline.attention_backend)))
 
