@@ -30,6 +30,7 @@ from .pipeline import Pipeline
 from .session import Chunk, StreamingSession
 from .telemetry import Samples, Telemetry
 from .timeline import GARBAGE, Event, Timeline
+from .torch_internals import compile_seconds, compiled_graphs
 
 PROGRESS_SECONDS = 10.0
 SWITCH_EVERY = 2
@@ -183,7 +184,7 @@ class Measurement:
     def _built(self) -> dict[str, int]:
         """How many CUDA graphs were captured and how many regions compiled so far."""
         return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
-                "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+                "compiled": compiled_graphs()}
 
     def _building_seconds(self) -> dict[str, float]:
         """What compilation and capture have taken so far; other experiments of this process included."""
@@ -199,9 +200,3 @@ class Measurement:
 def switch_blocks(config: ExperimentConfig) -> list[int]:
     """Blocks of the switch stream at which the prompt switches: every second one after warm-up."""
     return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]
-
-
-def compile_seconds() -> float:
-    """Seconds that torch.compile has spent in this process."""
-    times = torch._dynamo.utils.compilation_time_metrics
-    return sum(times.get("_compile.compile_inner", []))

@@ -23,6 +23,7 @@ from .models.vae import StreamingDecoder, WanVAE
 from .models.weights import load_dit, load_vae, open_text_encoder
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
+from .torch_internals import expand_segments
 from .weight_files import check_weights
 
 
@@ -116,7 +117,7 @@ def limit_memory(device: torch.device, limit_gb: float | None) -> None:
                         "less, or null for no limit.")
     if limit_gb is not None:
         # Fixed segments leave gaps, up to a tenth of so little memory.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        expand_segments()
     torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else limit_gb / total_gb,
                                               device.index or 0)
 

@@ -46,8 +46,6 @@ from .weight_files import check_weights
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
 warnings.filterwarnings("ignore", message="IProgress not found")
-# The function that this warning recommends instead is as private as the one that is called.
-warnings.filterwarnings("ignore", message="torch.cuda._set_allocator_settings is deprecated")
 # torch.compile on a machine with the CUDA toolkit but without a GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from longlive_opt.kernels import fused
 from longlive_opt.kernels.quantize import FP8, quantize_fp8, quantize_int8
+from longlive_opt.torch_internals import scaled_mm
 
 FORMATS = {"int8": torch.int8, "fp8": FP8}
 # Sums of so many int8 products are exact in float32 whatever their values.
@@ -165,8 +166,7 @@ def scaled_product(values: Tensor, row_scale: Tensor, weight: Tensor, weight_sca
     float32 one every few steps. Over the feed-forward's 8960 channels what is lost shows, so only the bench
     asks for it.
     """
-    return torch._scaled_mm(values, weight.t(), scale_a=row_scale, scale_b=weight_scale, bias=bias,
-                            out_dtype=bias.dtype, use_fast_accum=short_sums)
+    return scaled_mm(values, weight.t(), row_scale, weight_scale, bias, use_fast_accum=short_sums)
 
 
 def rows_reference(x: Tensor, form: str) -> Rows8:

@@ -24,7 +24,6 @@ in float32, and on CUDA GELU is applied before its input is rounded.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, ClassVar, NamedTuple, Protocol, Sequence, TypeVar
@@ -33,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import NotAvailable, UserError
+from .. import compilers, torch_internals
+from ..errors import UserError
 from ..kernels import fused
 from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, DiTBlock, TextContext
@@ -69,12 +69,10 @@ def check_triton(head_dim: int) -> None:
     """Check that the kernels can run on CUDA.
 
     Raises:
-        NotAvailable: Triton is missing.
+        NotAvailable: Triton is missing, or what it needs to start kernels.
         UserError: the model's heads are of a size that they do not take.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise NotAvailable("use_fused_kernels: its kernels need Triton, which is not installed here; install "
-                           "the one that belongs to this PyTorch, or switch use_fused_kernels off.")
+    compilers.check_triton("use_fused_kernels")
     if head_dim & (head_dim - 1):
         raise UserError(f"use_fused_kernels: the kernels take heads of 2^n channels, and this model has "
                         f"{head_dim}; switch use_fused_kernels off.")
@@ -260,5 +258,5 @@ def gelu_linear_cuda(x: Tensor, linear: nn.Linear) -> Tensor:
     """The same with GELU in the product's epilogue: 0.204 instead of 0.245 ms at full size on an H100. (On
     the CPU this operator has the other form of GELU.)
     """
-    rows = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+    rows = torch_internals.gelu_linear(x.flatten(0, -2), linear.weight, linear.bias)
     return rows.unflatten(0, x.shape[:-1])

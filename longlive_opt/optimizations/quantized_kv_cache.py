@@ -21,6 +21,7 @@ are emulated: the same arithmetic, slower than float32.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import weakref
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from typing import Any, Callable, ClassVar
 import torch
 from torch import Tensor
 
+from ..compilers import check_triton
 from ..errors import NotAvailable, UserError
 from ..kernels.attention8 import Tile, attention8, default_tile
 from ..kernels.fused import store_kv
@@ -69,6 +71,8 @@ class QuantizedKV(Room):
             check_kernels(geometry.head_dim, capability)
         mode, rotation = MODES[self.quantization], rotation_for(config)
         tile = choose_tile(geometry, mode, device)
+        if device.type == "cuda" and tile.gluon and self.read_path == "fused":
+            importlib.import_module("longlive_opt.kernels.gluon_api")  # refuses an unknown Triton
         read = (partial(attention8, tile=tile) if self.read_path == "fused"
                 else partial(dequantized_attention, make_attention(pipeline.attention_backend)))
 
@@ -122,15 +126,13 @@ def check_kernels(head_dim: int, capability: tuple[int, int]) -> None:
     """Check that the CUDA kernels take this model on a GPU of this compute capability.
 
     Raises:
-        NotAvailable: the GPU is older than Hopper, or Triton is missing.
+        NotAvailable: the GPU is older than Hopper, or Triton, or what it needs to start kernels, is missing.
         UserError: heads that the kernels do not take.
     """
     if capability < (9, 0):
         raise NotAvailable("use_quantized_kv: its kernels need compute capability 9.0 (H100) or newer, and "
                            f"this GPU has {capability[0]}.{capability[1]}; switch on use_static_kv instead.")
-    if importlib.util.find_spec("triton") is None:
-        raise NotAvailable("use_quantized_kv: its kernels need Triton, which is not installed here; install "
-                           "the one that belongs to this PyTorch, or switch on use_static_kv instead.")
+    check_triton("use_quantized_kv")
     if head_dim not in HEAD_DIMS:
         raise UserError(f"use_quantized_kv: the kernels take heads of {', '.join(map(str, HEAD_DIMS))} "
                         f"channels, and this model has {head_dim}; switch on use_static_kv instead.")

@@ -28,15 +28,14 @@ kernels keep float32 where eager rounds to bf16 between operations.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Any, ClassVar, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotAvailable
+from .. import torch_internals
+from ..compilers import check_cpp, check_triton
 from ..kv_cache import KVCache
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
 from ..models.vae import History, StageHistory, StreamingDecoder
@@ -60,7 +59,10 @@ class TorchCompile(Room):
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         config = pipeline.config
-        check_compiler(pipeline.device)
+        if pipeline.device.type == "cpu":
+            check_cpp("use_torch_compile")
+        else:
+            check_triton("use_torch_compile")
         options = AUTOTUNE if self.mode == "max-autotune" else {}
         stages = compiled_stages(pipeline)
         fused = config.use_fused_kernels
@@ -88,22 +90,11 @@ def compiled_stages(pipeline: Pipeline) -> list[nn.Module]:
             for stage in pipeline.vae.decoder.stages()]
 
 
-def check_compiler(device: torch.device) -> None:
-    """Inductor writes C++ for the CPU.
-
-    Raises:
-        NotAvailable: there is no C++ compiler.
-    """
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise NotAvailable("use_torch_compile: compiling for the CPU needs a C++ compiler; install g++ or "
-                           "clang++.")
-
-
 def many_recompiles() -> Any:
     """Room for all specialisations. Set around calls: a setting made in one notebook cell need not reach the
     next.
     """
-    return torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
+    return torch_internals.many_recompiles(RECOMPILE_LIMIT)
 
 
 class CompiledDecoder(StreamingDecoder):

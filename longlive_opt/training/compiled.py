@@ -14,6 +14,8 @@ from typing import Any, Callable, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .. import torch_internals
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -33,9 +35,7 @@ def use_compiler(backend: str | None) -> None:
             forget()
     _backend = backend
     if backend is not None:
-        import torch._dynamo
-
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        torch_internals.allow_recompiles(RECOMPILE_LIMIT)
 
 
 def compiling() -> bool:
@@ -79,4 +79,4 @@ def _open_first_axis(args: tuple[Any, ...]) -> None:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     for tensor in tensors:
         if len(tensor) == len(tensors[0]):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            torch_internals.leave_open(tensor, 0)

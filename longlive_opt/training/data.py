@@ -374,4 +374,4 @@ class ClipRing:
             slots = slice(turn % turns * len(clips), (turn % turns + 1) * len(clips))
             for f in fields(Clips):
                 getattr(self._pools[name], f.name)[slots] = getattr(clips, f.name)
-            self._valid[name][slots] = True
+            self._valid[name][slots].fill_(True)

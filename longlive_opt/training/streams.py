@@ -38,7 +38,7 @@ class Streams:
         count, size = len(latents), self.block_frames
         rows = (self.born + torch.arange(count, device=latents.device)) % len(self.ids)
         self.latents[rows] = torch.cat([latents[:, :size], latents[:, -CONTEXT_BLOCKS * size:]], dim=1)
-        self.position[rows] = latents.shape[1] - CONTEXT_BLOCKS * size
+        self.position.index_fill_(0, rows, latents.shape[1] - CONTEXT_BLOCKS * size)
         self.sink_ids[rows], self.ids[rows], self.next_ids[rows] = ids, ids, next_ids
         self.born += count
 

@@ -114,7 +114,8 @@ def init_text_(encoder: UMT5Encoder) -> None:
 def empty_prompt(like: Tensor) -> Tensor:
     """Ids [1, L] of the empty prompt, the one that guidance moves away from."""
     ids = torch.zeros_like(like[:1])
-    ids[:, 0] = END_ID
+    # Assigning a number makes a tensor on the host first (torch 2.14), which a CUDA graph cannot replay.
+    ids[:, 0].fill_(END_ID)
     return ids
 
 

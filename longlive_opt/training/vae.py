@@ -98,7 +98,7 @@ def init_vae_(vae: WanVAE) -> None:
         _pass_on_(conv, (-1, 1, 1))
     z = vae.conv2.in_channels
     vae.conv1.weight[z:] *= 0.1
-    vae.conv1.bias[z:] = FIRST_LOG_VARIANCE
+    vae.conv1.bias[z:].fill_(FIRST_LOG_VARIANCE)
 
 
 def _pass_on_(conv: nn.Conv2d | nn.Conv3d, taps: tuple[int | slice, ...]) -> None:
