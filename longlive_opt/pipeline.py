@@ -144,7 +144,8 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         check_gpu(device, dtype, model.dit.head_dim)
     attention = make_attention(backend)
     digests = files.sha256()
-    dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha)
+    dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha,
+                               window_tokens=model.window_tokens)
     vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
     if device.type == "cpu":
         vae.use_channels_last()  # norms over the channels take half of the time otherwise
