@@ -12,7 +12,7 @@ from longlive_opt.errors import UserError
 from longlive_opt.inputs import Script, spread_evenly
 from longlive_opt.metrics import measurements
 from longlive_opt.model_config import MODELS
-from longlive_opt.results import is_na, lookup, na
+from longlive_opt.results import is_finite, is_na, lookup, na
 from longlive_opt.timeline import Event
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,13 @@ _SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
 _DEFAULTS = ExperimentConfig().to_dict()
 _OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
                "memory": ("peak_allocated", "peak allocated memory", "GB")}
-_LIMITS = {"min_psnr_db": ("psnr_db", 1), "min_ssim": ("ssim", 1), "min_ms_ssim": ("ms_ssim", 1),
-           "max_lpips": ("lpips", -1), "min_clip_delta": ("clip_delta", 1)}
+_LEVELS = ("exact", "rounding", "lossy")  # from strict to loose
+MAX_ERROR_RATIO = 1.1
+"""The gate of a preset that states none: as exact as the baseline's own rounding, with room for the luck of
+one stream.
+"""
+_LIMIT = "max_error_ratio"
+_OLD_LIMITS = ("min_psnr_db", "min_ssim", "min_ms_ssim", "max_lpips", "min_clip_delta")
 
 
 def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
@@ -279,34 +284,42 @@ def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict
 
 
 def gate_of(config: ExperimentConfig, rooms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `decide`: bit-identical frames if every optimization is exact, else the preset's
-    limits.
+    """The quality gate of `decide`: the loosest level of the optimizations, and how many times the baseline's
+    own error a run may be away from the truth.
     """
-    limits: dict[str, float] = {}
-    if all(room["level"] == "exact" for room in rooms):
-        return {"level": "exact", "objective": config.objective}
-    return {"level": "lossy", "objective": config.objective, **(limits or {"min_psnr_db": 45.0})}
+    level = max((room["level"] for room in rooms), key=_LEVELS.index, default="exact")
+    limit = MAX_ERROR_RATIO if config.max_error_ratio is None else config.max_error_ratio
+    return {"level": level, "objective": config.objective, _LIMIT: limit}
+
+
+def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None:
+    """The least error ratio of the null rows of a campaign's baseline, and the row's title; None if there are
+    none. A gate at or above it would pass that stream.
+    """
+    rows = lookup(baseline or {}, "quality.nulls") or []
+    known = [(row["worst_ratio"], row["title"]) for row in rows if is_finite(row.get("worst_ratio"))]
+    return min(known, default=None)
 
 
 def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise: Mapping[str, Any] | None,
            gate: Mapping[str, Any]) -> dict[str, Any]:
     """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
 
-    Dropped is also what gains nothing, so that no change stays in for its own sake. Undecided: a run that is
-    not comparable with the baseline (`fidelity_reason`), one during which something else ran on the machine,
-    and a change within a noise of more than `NOISE_FLOOR`, for on such a machine it may be anything. A study
-    gets no verdict.
+    What fails its gate is dropped, however fast it is. Dropped is also what gains nothing, so that no change
+    stays in for its own sake. Undecided: a run that is not comparable with the baseline (`fidelity_reason`),
+    one during which something else ran on the machine, and a change within a noise of more than
+    `NOISE_FLOOR`, for on such a machine it may be anything. A study gets no verdict.
 
-    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`:
-    `{"level": "exact"}`, or `{"level": "lossy", ...}` with at least one of min_psnr_db, min_ssim,
-    min_ms_ssim, max_lpips, min_clip_delta, each a limit on the mean; optionally "objective": "latency" (the
-    default), "switch" or "memory".
+    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`: from `gate_of`,
+    {"level": "exact", "rounding" or "lossy", "max_error_ratio": number, optionally "objective": "latency"
+    (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what they let
+    pass is undecided, unless the frames are identical.
     """
-    objective, level, limits = _read_gate(gate)
+    objective, level, limit = _read_gate(gate)
     figure, words, unit = _OBJECTIVES[objective]
-    quality = ("the frames are bit-identical to the baseline's" if level == "exact"
-               else "the mean over the frames passes " + ", ".join(f"{key} {limit:g}"
-                                                                       for key, limit in limits.items()))
+    near = ("as near as a gate of an older kind asks" if limit is None else
+            f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
+    quality = f"the latents are {'the same bits as the baseline, or ' if level == 'exact' else ''}{near}"
     rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
             f"(at least {NOISE_FLOOR:.0%}) and {quality}; undecided if the change is within a larger noise")
 
@@ -322,6 +335,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return verdict(None, "undecided: the campaign has no baseline result")
     if difference := fidelity_reason(result, baseline):
         return verdict(None, f"undecided: not comparable with the baseline, {difference}")
+    passed, why = _passes(result["quality"], limit, baseline)
+    if passed is False:
+        return verdict(False, why)
     if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
         return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
                              "repeat the campaign when nothing else runs on it")
@@ -338,43 +354,55 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
                              "when nothing else runs on it")
     if gain <= threshold:
         return verdict(False, f"{compared}: no gain above the threshold")
-    passed, why = _passes(result["quality"], level, limits)
     return verdict(passed, f"{compared}; {why}")
 
 
-def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, dict[str, float]]:
-    objective, level = gate.get("objective", "latency"), gate.get("level")
-    limits = {key: gate[key] for key in _LIMITS if gate.get(key) is not None}
-    if unknown := sorted(set(gate) - {"objective", "level", *_LIMITS}):
-        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, "
-                        f"{', '.join(_LIMITS)}.")
+def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    """(objective, level, limit of the error ratio); no limit in a gate of an older kind."""
+    objective, level, limit = gate.get("objective", "latency"), gate.get("level"), gate.get(_LIMIT)
+    if unknown := sorted(set(gate) - {"objective", "level", _LIMIT, *_OLD_LIMITS}):
+        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, {_LIMIT}.")
     if objective not in _OBJECTIVES:
         raise UserError(f"quality gate: objective {objective!r} is unknown; choose one of "
                         f"{', '.join(_OBJECTIVES)}.")
-    if level not in ("exact", "lossy") or (level == "lossy") != bool(limits):
-        raise UserError(f"quality gate: level {level!r} with limits {sorted(limits)}; write 'exact' without "
-                        f"limits, or 'lossy' with at least one of {', '.join(_LIMITS)}.")
-    return objective, level, limits
+    if level not in _LEVELS:
+        raise UserError(f"quality gate: level {level!r} is unknown; choose one of {', '.join(_LEVELS)}.")
+    if limit is not None and not (is_finite(limit) and limit > 0):
+        raise UserError(f"quality gate: {_LIMIT} {limit!r} must be a number greater than 0.")
+    if limit is None and level != "exact" and not set(gate) & set(_OLD_LIMITS):
+        raise UserError(f"quality gate: level {level!r} without a limit; write {_LIMIT}.")
+    return objective, level, limit
 
 
-def _passes(quality: Mapping[str, Any], level: str, limits: Mapping[str, float]) -> tuple[bool | None, str]:
+def _passes(quality: Mapping[str, Any], limit: float | None,
+            baseline: Mapping[str, Any]) -> tuple[bool | None, str]:
     """(True, False, or None if it cannot be told; why)."""
-    identical = quality.get("identical")
     if quality.get("flags"):
         return False, f"quality check failed: {quality['flags'][0]}"
-    if identical is None:
-        return None, "undecided: the frames were not compared with the baseline's"
-    if identical:
-        return True, "the frames are identical"
-    if level == "exact":
-        return False, "declared exact, but the frames differ from the baseline's"
-    undecided = ""
-    for key, limit in limits.items():
-        name, sign = _LIMITS[key]
-        metric = quality[name]
-        if is_na(metric):
-            undecided = undecided or f"undecided: {name} is n/a, {metric['reason']}; {metric['how_to_fix']}"
-        # A null mean is a PSNR that is infinite: every compared frame was equal.
-        elif metric["mean"] is not None and sign * metric["mean"] < sign * limit:
-            return False, f"{name} {metric['mean']:.4g} misses {key} {limit:g}"
-    return (None, undecided) if undecided else (True, "the quality gate is passed")
+    if quality.get("identical"):
+        return True, "the latents and frames are the baseline's, bit for bit"
+    ratio = quality.get("worst_ratio", na("the result is older than this gate", "run the preset again"))
+    if quality.get("identical") is None or is_na(ratio):
+        reason = ratio if "worst_ratio" in quality else next(filter(is_na, (quality.get("psnr_db"),)), ratio)
+        return None, f"undecided: no error ratio, {reason['reason']}; {reason['how_to_fix']}"
+    if limit is None:
+        return None, "undecided: the gate is of an older kind; run the preset again"
+    null = mildest_null(baseline)
+    if null is None:
+        return None, ("undecided: the baseline has no null rows that would show what the gate is worth; run "
+                      "the baseline again")
+    if limit >= null[0]:
+        return None, (f"undecided: the gate, {limit:g}, would pass a stream with {null[1]} (error ratio "
+                      f"{null[0]:.3g}); set a lower {_LIMIT}")
+    found = f"error ratio {ratio:.3g}, limit {limit:g}, mildest null row {null[0]:.3g} ({null[1]})"
+    if ratio > limit:
+        return False, f"the quality gate is missed: {found}"
+    parts = [("teacher-forced", quality)]
+    if quality.get("free_running_counts", True):
+        parts.append(("free-running", quality["free_running"]))
+    for words, part in parts:
+        worst = lookup(part, "error_ratio.worst")
+        if worst is not None and worst > null[0]:
+            return False, (f"the quality gate is missed in block {part['error_ratio']['worst_block']} "
+                           f"({words}): {worst:.3g} times the baseline's error there; {found}")
+    return True, f"the quality gate is passed: {found}"

@@ -85,10 +85,18 @@ DEFINITIONS = {
         "driver), over the two measured streams, without loading and compiling; in use: all of the GPU's "
         "memory that is taken at the end, other processes' too.",
     "quality":
-        "Fidelity to the baseline's frames at the same noise and prompts, mean over the frames. The headline "
-        "is the one-block protocol: every block is denoised and decoded from the baseline's own past, so "
-        "that errors of one block cannot add up, and within a block a frame is the further off the further "
-        "it is from that past. Free-running: the preset's own past, where they do add up.",
+        "Closeness to the truth: the baseline in float32 with the same weights, noise and prompts, over a "
+        "stream with a prompt switch after the window is full. Latent error: root mean square of the "
+        "difference of the latents, divided by that of the truth's. Error ratio: that error divided by the "
+        "baseline's own in its own dtype; 1 is as exact as bfloat16, and less is closer to float32. "
+        "Teacher-forced: each block starts from the truth's past, so that errors do not add up over blocks. "
+        "Free-running: the preset's own past, where they do. PSNR, SSIM, LPIPS and ST-LPIPS compare the "
+        "uint8 frames with the truth's, teacher-forced and mean over the frames unless stated otherwise. "
+        "Null rows: the baseline's stream with something taken away (sink, a quarter of the window, the "
+        "recache, the switch) or with another seed, for scale. A preset's gate is a limit on the greater of "
+        "its two error ratios, and must lie below the mildest null row; with weights that magnify the "
+        "baseline's own rounding more than twofold, the teacher-forced ratio counts alone. Results from "
+        "before this protocol compare with the baseline's frames instead, one block at a time.",
     "energy":
         "Energy that the GPU's own counter (NVML) gained over the measured part of a stream / its video "
         "frames, and / its wall-clock time for the mean power. The counter is read several times per second "

@@ -11,6 +11,7 @@ from .errors import UserError
 
 VAE_SPATIAL_STRIDE = 8
 VAE_TEMPORAL_STRIDE = 4
+WINDOW_FRAMES = 12
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,13 @@ class ModelConfig:
         """Transformer tokens in one latent frame (1560 at 480x832)."""
         _, patch_height, patch_width = self.dit.patch_size
         return (self.latent_height // patch_height) * (self.latent_width // patch_width)
+
+    @property
+    def window_tokens(self) -> int:
+        """Keys of LongLive's attention window of 12 latent frames (18,720 at 480x832), whatever window a run
+        has.
+        """
+        return WINDOW_FRAMES * self.tokens_per_frame
 
     def with_size(self, height: int | None, width: int | None) -> ModelConfig:
         """The same model at another picture size in pixels; both must be positive multiples of 16."""

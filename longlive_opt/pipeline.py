@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import torch
@@ -20,11 +20,11 @@ from .models.attention import make_attention, resolve_backend
 from .models.dit import CausalDiT, TextContext
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder, WanVAE
-from .models.weights import load_dit, load_vae, open_text_encoder
+from .models.weights import WeightsReport, load_dit, load_vae, open_text_encoder
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
 from .torch_internals import expand_segments
-from .weight_files import check_weights
+from .weight_files import WeightFiles, check_weights
 
 
 @dataclass(frozen=True)
@@ -143,32 +143,17 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
     backend = resolve_backend(config.attention_backend, device, dtype)
     if backend == "gluon":
         check_gpu(device, dtype, model.dit.head_dim)
-    attention = make_attention(backend)
     digests = files.sha256()
-    dit, dit_report = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha)
-    vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
-    if device.type == "cpu":
-        vae.use_channels_last()  # norms over the channels take half of the time otherwise
+    (dit, dit_report), (vae, vae_report) = _load_networks(config, files, device, dtype)
     text_encoder = open_text_encoder(model.text, files, device, dtype, config.seed, digests.get("text"))
-    for block in dit.blocks:
-        block.attention = attention
-    geometry = cache_geometry(config, model)
-    height, width = model.latent_height, model.latent_width
     return Pipeline(
         config=config,
         model=model,
         device=device,
         dtype=dtype,
         attention_backend=backend,
-        dit=dit,
-        vae=vae,
         text_encoder=text_encoder,
-        embed_text=dit.embed_text,
-        encode_prompt=prompt_encoder(text_encoder, dit.embed_text),
-        sampler=Sampler(sampling_plan(config), EagerForward(dit)),
-        make_cache=lambda: RollingKVCache(geometry, attention, 1, device, dtype),
-        make_vae_decoder=lambda: StreamingDecoder(vae, 1, height, width),
-        make_decoder=InlineDecoder,
+        **_components(config, model, backend, dit, vae, text_encoder),
         weights={
             "kind": files.kind,
             "seed": config.seed if files.kind == "random" else None,
@@ -180,3 +165,48 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         },
         setup_s={"load": time.perf_counter() - started},
     )
+
+
+def float32_twin(pipeline: Pipeline) -> Pipeline:
+    """The baseline with the weights of `pipeline`'s files or seed in float32, without any optimization. Its
+    prompts are encoded by the text encoder of `pipeline`, which is not loaded twice, and widened.
+
+    Costs twice the memory of the bfloat16 transformer and VAE until it is let go.
+    """
+    config = replace(pipeline.config, model_dtype="float32", attention_backend="auto")
+    backend = resolve_backend(config.attention_backend, pipeline.device, torch.float32)
+    (dit, _), (vae, _) = _load_networks(config, check_weights(config), pipeline.device, torch.float32)
+    return replace(pipeline, config=config, dtype=torch.float32, attention_backend=backend, rooms=(),
+                   **_components(config, pipeline.model, backend, dit, vae, pipeline.text_encoder))
+
+
+def _load_networks(
+    config: ExperimentConfig, files: WeightFiles, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[CausalDiT, WeightsReport], tuple[WanVAE, WeightsReport]]:
+    """Transformer and VAE, each with the report of its weights."""
+    model = config.model_config()
+    dit = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha,
+                   window_tokens=model.window_tokens)
+    vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
+    if device.type == "cpu":
+        vae.use_channels_last()  # norms over the channels take half of the time otherwise
+    return dit, (vae, vae_report)
+
+
+def _components(config: ExperimentConfig, model: ModelConfig, backend: str, dit: CausalDiT, vae: WanVAE,
+                text_encoder: TextEncoder) -> dict[str, Any]:
+    """The networks and the reference parts around them, as fields of a pipeline."""
+    attention, geometry = make_attention(backend), cache_geometry(config, model)
+    for block in dit.blocks:
+        block.attention = attention
+    height, width = model.latent_height, model.latent_width
+    return {
+        "dit": dit,
+        "vae": vae,
+        "embed_text": dit.embed_text,
+        "encode_prompt": prompt_encoder(text_encoder, dit.embed_text),
+        "sampler": Sampler(sampling_plan(config), EagerForward(dit)),
+        "make_cache": lambda: RollingKVCache(geometry, attention, 1, dit.device, dit.dtype),
+        "make_vae_decoder": lambda: StreamingDecoder(vae, 1, height, width),
+        "make_decoder": InlineDecoder,
+    }

@@ -1,8 +1,10 @@
-"""How far a variant's frames are from the baseline's: PSNR, SSIM, MS-SSIM, LPIPS and change of CLIP score.
+"""How far a variant's frames are from a reference: PSNR, SSIM, MS-SSIM, LPIPS, ST-LPIPS and change of CLIP
+score.
 
 These measure deviation, not beauty: autoregressive video diverges chaotically, so per-frame curves say more
 than the mean, and with random weights they are numerical fidelity and nothing else. Weights of LPIPS and CLIP
-are only ever read from this machine; what is missing becomes n/a with the command that fetches it.
+are only ever read from this machine; what is missing becomes n/a with the command that fetches it. ST-LPIPS
+(shift-tolerant LPIPS, arXiv:2207.13686) has its weights in its package and needs no other file.
 
 All arithmetic is float32 on frames in 0..1 without TF32: SSIM subtracts nearly equal numbers.
 """
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-METRICS = ("psnr_db", "ssim", "ms_ssim", "lpips", "clip_delta")
+METRICS = ("psnr_db", "ssim", "ms_ssim", "lpips", "st_lpips", "clip_delta")
 CLIP_MODELS = ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32",
                "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336")
-_LEAST_SIZE = {"ssim": 11, "ms_ssim": 176, "lpips": 32}  # pixels: kernel, kernel 4 scales down, AlexNet
+# pixels: kernel, kernel 4 scales down, AlexNet
+_LEAST_SIZE = {"ssim": 11, "ms_ssim": 176, "lpips": 32, "st_lpips": 32}
+_FALLING = ("lpips", "st_lpips")  # distances: 0 is equal
+ST_LPIPS_WEIGHTS = "weights/vST0.0/alex_shift_tolerant.pth"
 LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"
 _FETCH_TRUNK = ('fetch it once: python -c "from torchvision.models import AlexNet_Weights as W; '
                 'W.DEFAULT.get_state_dict(check_hash=True)"')
@@ -35,13 +40,14 @@ _BATCH = 4
 def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.ndarray", *,
             weights_kind: str, reference_name: str = "baseline", max_frames: int | None = None,
             prompts: str | Sequence[str] | None = None, lpips_folder: str | Path | None = None,
-            clip_model: str = CLIP_MODELS[0], metrics: Sequence[str] = METRICS) -> dict[str, Any]:
+            clip_model: str = CLIP_MODELS[0], metrics: Sequence[str] = METRICS,
+            device: "torch.device | str | None" = None) -> dict[str, Any]:
     """The `quality` section of result.json for two clips [T,3,H,W] of one dtype: uint8, or float in 0..1.
 
-    Computed on the reference's device. `identical` is about all frames, the rest about at most `max_frames`
-    of them, evenly spaced (`frame_indices`). `prompts`: one for all frames or one per frame, for the CLIP
-    score. `lpips_folder`: where the AlexNet trunk lies, by default torch's hub cache. `metrics`: those that
-    are wanted; the others are left out of the section.
+    Computed on `device`, by default the reference's, a few frames at a time. `identical` is about all frames,
+    the rest about at most `max_frames` of them, evenly spaced (`frame_indices`). `prompts`: one for all
+    frames or one per frame, for the CLIP score. `lpips_folder`: where the AlexNet trunk lies, by default
+    torch's hub cache. `metrics`: those that are wanted; the others are left out of the section.
 
     A metric is {mean, min, max, per_frame, worst_frame}. A frame equal to its reference has PSNR null, and
     the mean is over the others; identical clips have no PSNR. `flags` holds what makes the numbers worthless,
@@ -55,12 +61,14 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
     if reference.shape != variant.shape or reference.dtype != variant.dtype:
         raise UserError(f"clips: the reference is {list(reference.shape)} {reference.dtype}, the variant "
                         f"{list(variant.shape)} {variant.dtype}; they must be equal.")
-    total, size = len(reference), min(reference.shape[2:])
+    total, size, device = len(reference), min(reference.shape[2:]), torch.device(device or reference.device)
     indices = _spread(total, max_frames)
     scorers: dict[str, Any] = {"psnr_db": _psnr, "ssim": _ssim, "ms_ssim": _ms_ssim}
     scorers = {name: scorer for name, scorer in scorers.items() if name in metrics}
     if "lpips" in metrics:
-        scorers["lpips"] = _load_lpips(lpips_folder, reference.device)
+        scorers["lpips"] = _load_lpips(lpips_folder, device)
+    if "st_lpips" in metrics:
+        scorers["st_lpips"] = _load_st_lpips(device)
     for name, least in _LEAST_SIZE.items():
         if name in scorers and size < least:
             scorers[name] = na(f"frames of {size} pixels are too small for it", f"use {least} or more")
@@ -68,7 +76,7 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
     identical = torch.equal(reference, variant.to(reference.device))
     constant = {"reference": 0, "variant": 0}
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for a, b in _batches(reference, variant, indices):
+        for a, b in _batches(reference, variant, indices, device):
             for side, frames in (("reference", a), ("variant", b)):
                 flat = frames.flatten(1)
                 constant[side] += int((flat.amax(1) - flat.amin(1) < 0.5 / 255).sum())
@@ -83,7 +91,8 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
            for name, scorer in scorers.items()},
     }
     if "clip_delta" in metrics:
-        section["clip_delta"] = _clip_delta(reference, variant, indices, prompts, clip_model, weights_kind)
+        section["clip_delta"] = _clip_delta(reference, variant, indices, prompts, clip_model, weights_kind,
+                                            device)
     return section
 
 
@@ -91,14 +100,6 @@ def not_compared(reason: str, how_to_fix: str, weights_kind: str) -> dict[str, A
     """The `quality` section where there is nothing to compare with, such as the baseline's own."""
     return {"reference": None, "label": _label(weights_kind), "identical": None, "flags": [],
             "frames_compared": 0, "frames_total": 0} | {name: na(reason, how_to_fix) for name in METRICS}
-
-
-def log_numbers(quality: dict[str, Any]) -> dict[str, Any]:
-    """The four numbers of the optimization log, psnr_db, ssim, lpips, clip_delta: the mean, or n/a."""
-    infinite = na("identical frames: the PSNR is infinite", "nothing to fix")
-    means = {name: quality[name] if is_na(quality[name]) else quality[name]["mean"]
-             for name in ("psnr_db", "ssim", "lpips", "clip_delta")}
-    return {name: infinite if mean is None else mean for name, mean in means.items()}
 
 
 def difference_heatmap(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.ndarray",
@@ -155,12 +156,14 @@ def _spread(total: int, most: int | None) -> list[int]:
 
 
 def _batches(reference: "torch.Tensor", variant: "torch.Tensor",
-             indices: Sequence[int]) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """The chosen frames of both clips as float32 in 0..1 on the reference's device, checked."""
+             indices: Sequence[int],
+             device: "torch.device | None" = None) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+    """The chosen frames of both clips as float32 in 0..1 on `device`, by default the reference's, checked."""
+    device = device or reference.device
     for start in range(0, len(indices), _BATCH):
         chosen = list(indices[start:start + _BATCH])
-        yield (_checked(reference[chosen], "reference", chosen),
-               _checked(variant[chosen].to(reference.device), "variant", chosen))
+        yield (_checked(reference[chosen].to(device), "reference", chosen),
+               _checked(variant[chosen].to(device), "variant", chosen))
 
 
 def _checked(frames: "torch.Tensor", side: str, indices: list[int]) -> "torch.Tensor":
@@ -200,12 +203,12 @@ def _ms_ssim(variant: "torch.Tensor", reference: "torch.Tensor") -> "torch.Tenso
 def _summarise(name: str, values: list[float], indices: list[int], identical: bool) -> dict[str, Any]:
     """Mean, extremes, worst frame. Equal clips score by definition, not by rounding; infinity is null."""
     if identical:
-        values = [{"psnr_db": math.inf, "lpips": 0.0}.get(name, 1.0)] * len(indices)
+        values = [{"psnr_db": math.inf, **dict.fromkeys(_FALLING, 0.0)}.get(name, 1.0)] * len(indices)
     finite = {index: value for index, value in zip(indices, values, strict=True) if value != math.inf}
     summary: dict[str, Any] = {"per_frame": [finite.get(index) for index in indices]}
     if not finite:
         return summary | dict.fromkeys(("mean", "min", "max", "worst_frame"))
-    pick = max if name == "lpips" else min
+    pick = max if name in _FALLING else min
     return summary | {"mean": math.fsum(finite.values()) / len(finite), "min": min(finite.values()),
                       "max": max(finite.values()), "worst_frame": pick(finite, key=finite.get)}
 
@@ -240,8 +243,47 @@ def _load_lpips(folder: str | Path | None,
     return lambda variant, reference: model(variant, reference, normalize=True).reshape(-1)
 
 
+def _load_st_lpips(device: "torch.device") -> "Callable[..., torch.Tensor] | dict[str, Any]":
+    """A scorer (variant, reference) -> ST-LPIPS per frame with the shift-tolerant AlexNet of its package, or
+    n/a without the package.
+
+    Only the network is taken from the package. Its class for the metric asks for a package that it does not
+    declare, and reads its weights with a `torch.load` that may run code.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from stlpips_pytorch import invariant_networks
+    except ImportError:
+        return na("the package stlpips_pytorch is not installed", "pip install stlpips_pytorch==0.0.2")
+    path = Path(invariant_networks.__file__).parent / ST_LPIPS_WEIGHTS
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    network = invariant_networks.alexnet(variant="shift_tolerant", filter_size=3)
+    network.load_state_dict({name.removeprefix("net."): value for name, value in stored.items()
+                             if name.startswith("net.")})
+    network = network.to(device).eval().requires_grad_(False)
+    shift, scale = (stored[f"scaling_layer.{name}"].to(device) for name in ("shift", "scale"))
+    weights = [stored[f"lin{layer}.model.1.weight"].to(device) for layer in range(5)]
+
+    def features(frame: "torch.Tensor") -> "list[torch.Tensor]":
+        return [F.normalize(part, dim=1, eps=1e-10) for part in network((2 * frame - 1 - shift) / scale)]
+
+    def score(variant: "torch.Tensor", reference: "torch.Tensor") -> "torch.Tensor":
+        # One frame at a time: the first layer keeps the picture's size, 64 channels of it.
+        return torch.stack([
+            sum(F.conv2d((a - b).square(), weight).mean()
+                for a, b, weight in zip(features(ours[None]), features(theirs[None]), weights, strict=True))
+            for ours, theirs in zip(variant, reference, strict=True)])
+
+    return score
+
+
 def _clip_delta(reference: "torch.Tensor", variant: "torch.Tensor", indices: list[int],
-                prompts: str | Sequence[str] | None, name: str, weights_kind: str) -> dict[str, Any]:
+                prompts: str | Sequence[str] | None, name: str, weights_kind: str,
+                device: "torch.device") -> dict[str, Any]:
     """{mean, reference, variant, model}: CLIP score (0 to 100), variant minus reference; or n/a."""
     if name not in CLIP_MODELS:  # other names can run code that comes with the model
         raise UserError(f"clip_model: {name!r} is not allowed; choose one of {', '.join(CLIP_MODELS)}.")
@@ -252,7 +294,7 @@ def _clip_delta(reference: "torch.Tensor", variant: "torch.Tensor", indices: lis
     texts = [prompts] * len(reference) if isinstance(prompts, str) else list(prompts)
     if len(texts) != len(reference):
         raise UserError(f"prompts: {len(texts)} for {len(reference)} frames; give one, or one per frame.")
-    loaded = _load_clip(name, reference.device)
+    loaded = _load_clip(name, device)
     if is_na(loaded):
         return loaded
     texts = [texts[index] for index in indices]

@@ -28,7 +28,10 @@ _AFTER_STAGES = {"PS mean, ms": "latency.ps_ms.mean", "PS max, ms": "latency.ps_
                  "energy per video frame, J": "energy.joules_per_frame",
                  "peak memory, GB": "memory_gb.peak_allocated", "KV cache, GB": "memory_gb.kv_cache"}
 _COLUMNS = ["this run", "baseline", "difference", "change"]
-_FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}
+_FIDELITY = {"error ratio, free-running": "quality.free_running.error_ratio.all",
+             "error ratio, teacher-forced": "quality.error_ratio.all",
+             "PSNR, teacher-forced, dB": "quality.psnr_db.mean", "SSIM, teacher-forced": "quality.ssim.mean"}
+_OLD_FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}
 
 
 def reading_html(result: Result, baseline: Result | None) -> str:
@@ -87,8 +90,11 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
              for name, path in (_BEFORE_STAGES | stages | _AFTER_STAGES).items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
     table = table if pair else table[_COLUMNS[:1]]
-    for name, path in _FIDELITY.items() if lookup(result, "quality.reference") else ():
-        value = "identical" if lookup(result, "quality.identical") else _text(number(result, path))
+    of_truth = lookup(result, "quality.protocol") == 2
+    fidelity = _FIDELITY if of_truth else _OLD_FIDELITY
+    for name, path in fidelity.items() if lookup(result, "quality.reference") else ():
+        same = lookup(result, "quality.identical") and not of_truth
+        value = "identical" if same else _text(number(result, path))
         table.loc[name] = [value, *[""] * (table.shape[1] - 1)]
     return table
 

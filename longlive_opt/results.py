@@ -54,9 +54,20 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     joules: METRIC, seconds, frames, switch_stream, optional, {the same}}
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
     quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
-                    frames_total, psnr_db, ssim, ms_ssim, lpips, clip_delta, ...}; psnr_db to lpips are n/a or
-                    {mean, min, max, per_frame [], worst_frame}; clip_delta is n/a or {mean, ...}.
-                    Identical frames: psnr_db has null for all of these and identical is true
+                    frames_total, psnr_db, ssim, ms_ssim, lpips, st_lpips, clip_delta, ...}: teacher-forced
+                    frames against those of the truth; psnr_db to st_lpips are n/a or {mean, min, max,
+                    per_frame [], worst_frame}; clip_delta is n/a or {mean, ...}. identical: the free-running
+                    latents and frames are the bits of the baseline. With protocol 2 (`fidelity`) also
+                    {protocol: 2, script {prompts [], blocks, switch_block: int or null},
+                    latent_error, error_ratio: n/a or {all, last, worst, worst_block, by_block []},
+                    psnr_by_block [], worst_ratio: METRIC, the greater `all` of the two error ratios or, where
+                    free_running_counts is false, the teacher-forced one,
+                    free_running {psnr_db, ssim, lpips, identical, latent_error, error_ratio, psnr_by_block,
+                    ...}}, and of the campaign's first baseline nulls [{name, title, first_block,
+                    free_running {...}, latent_error, error_ratio, worst_ratio: METRIC}]; a null that this
+                    baseline cannot have is {name, title, latent_error: n/a}. Without a protocol, or with one
+                    in words, the figures are against the baseline's own frames, and identical frames have
+                    null for all of psnr_db
     rooms           [{name, applied: bool, report {}}]
     events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
                     switch_events, optional, the same of a separate stream that gave the PS figures
@@ -86,7 +97,7 @@ from longlive_opt.checks import whole_text
 from longlive_opt.errors import UserError
 
 SCHEMA_VERSION = 1
-REFERENCE_FILE = "reference.safetensors"  # the baseline's video, beside its result.json
+REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, beside the baseline's result.json
 
 # Kind (see _KINDS) -> dotted paths of the fields that must be there, or may be missing (those with a question
 # mark); others are allowed.

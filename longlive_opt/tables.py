@@ -39,10 +39,48 @@ def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
 
 
-def quality_table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """The figures of `quality.log_numbers`, a row for each protocol."""
-    return pd.DataFrame({name: {key: plain(value) for key, value in row.items()}
-                         for name, row in rows.items()}).T
+def fidelity_table(quality: Mapping[str, Any], facts: Mapping[str, Any] | None) -> pd.DataFrame:
+    """Errors against the truth: this run, the campaign's baseline and its null rows, each free-running and,
+    where that says something, teacher-forced. Cells are numbers, n/a with the reason, or nothing.
+
+    Args:
+        quality: the section of the run.
+        facts: those of the campaign's truth, None if it has none.
+    """
+    free = quality.get("free_running") or {}
+    rows = {"this run, free-running": _fidelity_row(free or quality),
+            "this run, teacher-forced": _fidelity_row(quality)}
+    if facts is not None:
+        for name, title in (("free_running", "free-running"), ("forced", "teacher-forced")):
+            error = facts["baseline"][name]
+            rows[f"baseline, {title}"] = _fidelity_row({"latent_error": error})
+        for null in facts["nulls"]:
+            running = null.get("free_running") or null
+            rows[f"null: {null['title']}, free-running"] = {
+                name: cell for name, cell in _fidelity_row(running).items()
+                if running is null or not str(cell).startswith("n/a")}  # the run's own row says why
+            if "free_running" in null and not is_na(null["latent_error"]):
+                rows[f"null: {null['title']}, teacher-forced"] = _fidelity_row(null)
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+
+def _fidelity_row(section: Mapping[str, Any]) -> dict[str, Any]:
+    error, ratio = section.get("latent_error"), section.get("error_ratio")
+    row: dict[str, Any] = {}
+    for key, words in (("all", ""), ("last", ", last block"), ("worst", ", worst block")):
+        for values, name, scale in ((error, "latent error, %", 100), (ratio, "error ratio", 1)):
+            if values is not None:
+                row[name + words] = plain(values if is_na(values) else scale * values[key])
+    for key, name in (("psnr_db", "PSNR, dB"), ("ssim", "SSIM"), ("ms_ssim", "MS-SSIM"), ("lpips", "LPIPS"),
+                      ("st_lpips", "ST-LPIPS"), ("clip_delta", "CLIP delta")):
+        values = section.get(key)
+        if values is None:
+            continue
+        row[name] = plain(values if is_na(values) else "equal" if values["mean"] is None else values["mean"])
+        worst = "max" if "lpips" in key else "min"
+        if not is_na(values) and worst in values:
+            row[f"{name}, worst frame"] = "equal" if values[worst] is None else plain(values[worst])
+    return row
 
 
 def plain(value: Any) -> Any:

@@ -13,7 +13,8 @@ from .results import is_na, lookup, number
 COLUMNS = {"SS mean, ms": "latency.ss_ms_per_frame.mean", "SS max, ms": "latency.ss_ms_per_frame.max",
            "denoise, ms": "latency.stages_ms.denoise.mean", "decode, ms": "latency.stages_ms.decode.mean",
            "PS mean, ms": "latency.ps_ms.mean", "FPS": "fps", "peak, GB": "memory_gb.peak_allocated",
-           "KV cache, GB": "memory_gb.kv_cache", "PSNR, dB": "quality.psnr_db.mean"}
+           "KV cache, GB": "memory_gb.kv_cache", "PSNR, dB": "quality.psnr_db.mean",
+           "error ratio": "quality.error_ratio.all"}
 AS_IS = "as is"
 
 
@@ -47,5 +48,7 @@ def _cell(row: Mapping[str, Any], path: str) -> Any:
         return value
     if path.startswith("quality") and lookup(row, "quality.identical"):
         return "identical"
-    absent = next(filter(is_na, (lookup(row, path), lookup(row, path.rpartition(".")[0]))), None)
+    places = (lookup(row, path), lookup(row, path.rpartition(".")[0]),
+              lookup(row, "quality.psnr_db") if path.startswith("quality") else None)
+    absent = next(filter(is_na, places), None)
     return absent or {"value": None, "reason": "not recorded", "how_to_fix": "run it again"}

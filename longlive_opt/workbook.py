@@ -5,7 +5,7 @@
     run.measure()                      # rehearse, then measure the stream
     run.film()                         # a short video
     run.judge()                        # does it show its prompts? (of the small world; may be left out)
-    run.compare()                      # quality against the campaign's baseline
+    run.compare()                      # fidelity: errors against the baseline in float32
     run.save()                         # result.json, the only sign of success
     run.vary({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
     run.reading()                      # what was expected, what was measured, what follows
@@ -29,18 +29,18 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from . import decision, figures, judgement, provenance, quality, results, video
+from . import decision, fidelity, figures, judgement, provenance, quality, results, video
 from .checks import check_texts
 from .config import RUN_KEYS, ExperimentConfig, check_baseline
 from .errors import UserError
-from .fidelity import Reference, compare_blocks, difference_chart, variation_fidelity
+from .fidelity import FidelityScript, Truth, difference_chart, variation_fidelity
 from .inputs import notebook_parameters, project_path, script_of
 from .measurement import Measurement
 from .optimizations import build_pipeline
 from .optimizations.room import Stats
 from .reading import definitions_html, reading_html
 from .results import REFERENCE_FILE
-from .tables import headline_table, parameters_table, plain, quality_table, rooms_table
+from .tables import fidelity_table, headline_table, parameters_table, plain, rooms_table
 from .variations import variation_summary, variations_table
 from .weight_files import check_weights
 
@@ -153,8 +153,6 @@ class Experiment:
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )
-        if self.is_reference:
-            Reference.of(self.chunks).save(self.folder / REFERENCE_FILE)
         return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
 
     def judge(self) -> pd.DataFrame:
@@ -172,28 +170,27 @@ class Experiment:
         return judgement.table(self.world, prompts).map(plain)
 
     def compare(self) -> pd.DataFrame:
-        """Quality against the baseline of the same campaign, by two protocols; the headline is the one-block
-        protocol.
+        """Fidelity: errors against the baseline in float32 on the same noise and prompts (`fidelity`),
+        free-running and teacher-forced, beside the baseline's own and the null rows.
 
-        one block: every block is generated from the baseline's own past, so that differences cannot add up.
-        free-running: the video of `film` against the baseline's video, where differences do add up.
+        The campaign's first baseline makes the truth and the null rows. Where a campaign has no truth, or
+        that of something else, all of it is n/a with the reason.
         """
-        kind = self.pipeline.weights["kind"]
+        script, kind = FidelityScript.of(self.config, self.script), self.pipeline.weights["kind"]
         if self.is_reference:
-            self.quality = quality.not_compared(
-                "this is the reference itself", "look at the other presets", kind
-            )
-        elif (reference := self.reference) is None:
-            self.quality = quality.not_compared(
-                "the campaign has no baseline video", "run the baseline first", kind
-            )
+            truth, self.quality = fidelity.establish(self.pipeline, script, self.frames)
+            truth.save(self.folder / REFERENCE_FILE)
+            self.__dict__["reference"] = truth
+        elif (truth := self.reference) is None:
+            self.quality = quality.not_compared("the campaign has no truth: no run of its baseline kept one",
+                                                "run the baseline first", kind)
         elif reason := self.fidelity_reason():
             self.quality = quality.not_compared(
                 f"not comparable with the baseline, {reason}", "run both with the same settings", kind
             )
         else:
             try:
-                self.quality = self._compared(reference, kind)
+                self.quality = fidelity.measure(self.pipeline, self.session, script, truth)
             except Exception as error:  # what was measured before is none the worse for it
                 why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 why = (why.splitlines() or [""])[0]
@@ -201,22 +198,7 @@ class Experiment:
                 self.quality = quality.not_compared(
                     f"the comparison failed: {why}", "look at the notebook that was executed", kind
                 )
-        rows = {"one block": quality.log_numbers(self.quality)}
-        if "free_running" in self.quality:
-            rows["free-running"] = quality.log_numbers(self.quality["free_running"])
-        return quality_table(rows)
-
-    def _compared(self, reference: Reference, kind: str) -> dict[str, Any]:
-        """The `quality` section, by both protocols."""
-        found = compare_blocks(self.pipeline, self.session, self.script, reference, kind)
-        device = self.pipeline.device
-        found["free_running"] = quality.compare(
-            reference.frames.to(device),
-            self.frames.to(device),
-            weights_kind=kind,
-            prompts=reference.frame_prompts(self.script.prompts),
-        )
-        return found
+        return fidelity_table(self.quality, truth.facts if truth else None)
 
     def fidelity_reason(self) -> str:
         """Why the frames must not be compared with the campaign's baseline; empty if they may, or if there is
@@ -234,10 +216,10 @@ class Experiment:
         return self.config.name == "baseline" and self.number == 1
 
     @functools.cached_property
-    def reference(self) -> Reference | None:
-        """The video of the campaign's baseline, None if there is none."""
+    def reference(self) -> Truth | None:
+        """What the campaign's baseline kept for other runs, None if there is none."""
         path = self.folder.parent / "baseline" / REFERENCE_FILE
-        return Reference.load(path) if path.is_file() else None
+        return Truth.load(path) if path.is_file() else None
 
     def definitions(self) -> HTML:
         """What every figure means."""
@@ -254,11 +236,14 @@ class Experiment:
                         "with; run the baseline first.</p>")
         if reason := self.fidelity_reason():
             return HTML(f"<p>n/a: not comparable with the baseline, {html.escape(reason)}.</p>")
-        display(difference_chart(reference.frames, self.frames))
+        if reference.video.shape != self.frames.shape:
+            return HTML("<p>n/a: the baseline's video has another length or size; run both with the same."
+                        "</p>")
+        display(difference_chart(reference.video, self.frames))
         # Together 1.5 times as wide as the video alone: reports stay small.
         width = self.config.video_width and self.config.video_width * 3 // 4
         path = self.folder / "side_by_side.mp4"
-        video.write_mp4(path, quality.side_by_side(video.shrink(reference.frames, width),
+        video.write_mp4(path, quality.side_by_side(video.shrink(reference.video, width),
                                                    video.shrink(self.frames, width)),
                         self.pipeline.model.fps, crf=self.config.video_crf)
         caption = f"left: baseline, right: {self.config.title}"
@@ -311,13 +296,9 @@ class Experiment:
             variant = Experiment(config, self.campaign, self.number, self.folder)
             variant.build()
             variant.measure()
-            if reason := variant.fidelity_reason():
-                fidelity = {"psnr_db": results.na(f"not comparable with the baseline, {reason}",
-                                                  "compare latency and memory only")}
-            else:
-                fidelity = variation_fidelity(variant.pipeline, variant.session, variant.script,
-                                              variant.reference, variant.baseline())
-            return variation_summary(variant.measured, fidelity, variant.pipeline.setup_s)
+            script = FidelityScript.of(config, variant.script)
+            exactness = variation_fidelity(variant.pipeline, variant.session, script, variant.reference)
+            return variation_summary(variant.measured, exactness, variant.pipeline.setup_s)
         except (UserError, torch.OutOfMemoryError) as error:
             return {"failure": results.na(str(error).splitlines()[0], "see the message")}
 

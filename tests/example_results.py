@@ -35,29 +35,47 @@ def example_events(scale: float = 1.0, blocks: int = 308, switch_at: Collection[
     return events
 
 
-def _quality(preset: str, exact: bool, frames: int = 24) -> dict[str, Any]:
-    common = {"frames_compared": frames, "frames_total": 96, "flags": [],
-              "label": "numerical fidelity with random weights",
-              "clip_delta": na("random weights: prompt alignment has no meaning", "use official weights")}
+def latent_metric(whole: float, blocks: int = 12) -> dict[str, Any]:
+    """An error or a ratio that grows a little over the blocks."""
+    by_block = [whole * (0.9 + 0.2 * block / (blocks - 1)) for block in range(blocks)]
+    return {"all": whole, "last": by_block[-1], "worst": by_block[-1], "worst_block": blocks - 1,
+            "by_block": by_block}
+
+
+def frame_metric(worst: float, best: float, frames: int = 24) -> dict[str, Any]:
+    values = [best + (worst - best) * index / (frames - 1) for index in range(frames)]
+    return {"mean": sum(values) / frames, "min": min(values), "max": max(values), "per_frame": values,
+            "worst_frame": frames - 1}
+
+
+def example_quality(preset: str, exact: bool = False, ratio: float = 1.3) -> dict[str, Any]:
+    """A section of protocol 2: the baseline's with null rows, or one `ratio` times as far from the truth."""
+    ratio = 1.0 if exact or preset == "baseline" else ratio
+    psnr = 48.0 - 8.0 * (ratio - 1)
+
+    def errors(scale: float) -> dict[str, Any]:
+        return {"latent_error": latent_metric(0.0104 * scale), "error_ratio": latent_metric(scale)}
+
+    def running(scale: float, level: float) -> dict[str, Any]:
+        return {"psnr_db": frame_metric(level - 4, level), "ssim": frame_metric(0.93, 0.995),
+                "lpips": absent, "psnr_by_block": [level] * 12, **errors(scale)}
+
+    absent = na("the AlexNet trunk alexnet-owt-7be5be79.pth was not found", "fetch it, see README")
+    section = {
+        "reference": "the baseline in float32", "label": "numerical fidelity with random weights",
+        "identical": None if preset == "baseline" else exact, "flags": [], "frames_compared": 24,
+        "frames_total": 24, "protocol": 2, "ms_ssim": frame_metric(0.96, 0.998),
+        "script": {"prompts": ["a fox", "a whale"], "blocks": 12, "switch_block": 6},
+        **running(ratio, psnr), "st_lpips": frame_metric(0.004, 0.001), "worst_ratio": ratio,
+        "clip_delta": na("random weights: prompt alignment has no meaning", "use official weights"),
+        "free_running": running(ratio, psnr - 0.5)}
     if preset == "baseline":
-        reason = na("this is the reference itself", "look at the other presets")
-        return common | {"reference": None, "identical": None, "frames_compared": 0} | dict.fromkeys(
-            ("psnr_db", "ssim", "ms_ssim", "lpips", "clip_delta"), reason)
-
-    def metric(worst: float, best: float) -> dict[str, Any]:
-        values = [best + (worst - best) * index / (frames - 1) for index in range(frames)]
-        return {"mean": sum(values) / frames, "min": min(values), "max": max(values), "per_frame": values,
-                "worst_frame": 0 if exact else frames - 1}
-
-    psnr = metric(31.0, 44.0)
-    if exact:
-        psnr = {"mean": None, "min": None, "max": None, "per_frame": [None] * frames, "worst_frame": None,
-                "identical_frames": frames}
-    return common | {
-        "reference": "baseline", "identical": exact, "psnr_db": psnr,
-        "ssim": metric(1.0, 1.0) if exact else metric(0.93, 0.995),
-        "ms_ssim": metric(1.0, 1.0) if exact else metric(0.96, 0.998),
-        "lpips": na("the AlexNet trunk alexnet-owt-7be5be79.pth was not found", "fetch it, see README")}
+        section["nulls"] = [
+            {"name": name, "title": title, "first_block": 4, "worst_ratio": scale,
+             "free_running": running(scale, 30.0), **errors(scale)}
+            for name, title, scale in (("no_sink", "no sink", 14.0), ("smaller_window", "window 9", 6.0),
+                                       ("no_recache", "no recache at the switch", 5.0))]
+    return section
 
 
 def _gpu(end_ms: float, frames: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,7 +126,7 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
         **metrics.measurements(events, first_measured_block=first, switch_events=switch_events),
         "memory_gb": memory,
         "setup_s": {"load": 12.5, "compile": 0.0, "capture": 0.0, "first_block": 1.9},
-        "quality": _quality(preset, exact),
+        "quality": example_quality(preset, exact),
         "rooms": [] if preset == "baseline" else [{"name": preset, "applied": True, "report": {}}],
         "events": [event.to_row() for event in events],
         "switch_events": [event.to_row() for event in switch_events],
@@ -122,7 +140,7 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
                                                                     found[1])}
         elif gpu:
             result["gpu_samples"]["switch_stream"], result["energy"]["switch_stream"] = found
-    gate = {"level": "exact"} if exact else {"level": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9}
+    gate = {"level": "exact", "max_error_ratio": 1.1} if exact else {"level": "lossy", "max_error_ratio": 1.6}
     baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
     noise = dict.fromkeys(decision.FIGURES, 0.004)
     return result | {"decision": decision.decide(result, baseline, noise, gate)}

@@ -3,6 +3,7 @@ frames."""
 
 import hashlib
 import json
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -257,14 +258,43 @@ def test_clip_score_runs_on_a_real_clip_model(clip):
     assert 0 <= score <= 100
 
 
-def test_log_numbers_are_numbers_or_reasons(clip):
-    """Would catch: a dict or a bare None in the optimization log."""
-    numbers = quality.log_numbers(compare(clip, noisy(clip, 4)))
-    assert set(numbers) == {"psnr_db", "ssim", "lpips", "clip_delta"}
-    assert isinstance(numbers["psnr_db"], float) and is_na(numbers["lpips"])
-    assert "infinite" in quality.log_numbers(compare(clip, clip))["psnr_db"]["reason"]
-    baseline = quality.not_compared("the reference itself", "look at the others", "random")
-    assert all(map(is_na, quality.log_numbers(baseline).values())) and baseline["identical"] is None
+def test_nothing_to_compare_with_gives_reasons():
+    """Would catch: a bare None where a table wants a number or a reason."""
+    found = quality.not_compared("no truth", "run the baseline first", "random")
+    assert all(is_na(found[name]) for name in quality.METRICS) and found["identical"] is None
+
+
+def test_st_lpips_is_that_of_its_package(clip, monkeypatch):
+    """Would catch: another scale of the input, layers mixed up, or weights that were not loaded."""
+    pytest.importorskip("stlpips_pytorch")
+    monkeypatch.setitem(sys.modules, "torchsummary", SimpleNamespace(summary=None))  # imported and not used
+    from stlpips_pytorch import stlpips
+
+    variant = noisy(clip, 20)
+    found = compare(clip, variant)["st_lpips"]
+    theirs = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+    with torch.no_grad():
+        expected = theirs(variant.float() / 255, clip.float() / 255, normalize=True).flatten().tolist()
+    assert found["per_frame"] == pytest.approx(expected, rel=1e-4)
+    assert found["worst_frame"] == int(np.argmax(expected)) and found["max"] == max(found["per_frame"])
+    assert compare(clip, clip)["st_lpips"]["mean"] == 0.0
+
+
+def test_st_lpips_without_its_package_is_na_with_a_command(clip, monkeypatch):
+    """Would catch: a run that ends because an optional package is missing."""
+    monkeypatch.setitem(sys.modules, "stlpips_pytorch", None)
+    missing = compare(clip, noisy(clip, 4))["st_lpips"]
+    assert is_na(missing) and "pip install stlpips_pytorch" in missing["how_to_fix"]
+
+
+def test_st_lpips_unpickles_nothing(clip, monkeypatch):
+    """Would catch: weights read the way the package reads them, which runs whatever the file says."""
+    pytest.importorskip("stlpips_pytorch")
+    load, seen = torch.load, []
+    monkeypatch.setattr(torch, "load",
+                        lambda *given, **keys: seen.append(keys["weights_only"]) or load(*given, **keys))
+    compare(clip, noisy(clip, 4), metrics=("st_lpips",))
+    assert seen == [True]
 
 
 def test_pictures_show_where_clips_differ(clip):

@@ -1,5 +1,7 @@
 """Claims about the last words of an experiment: nothing compared that must not be, no verdict too early."""
 
+import html
+
 import pytest
 from example_results import example_result
 
@@ -19,11 +21,16 @@ def test_hypothesis_stands_beside_what_was_measured(baseline):
     assert table.loc["block interval, SS mean, ms", "this run"].startswith("36")
     assert table.loc["denoise, ms per block", "change"].startswith("-50.")
     assert table.loc["KV cache, GB", "difference"] == "+0"
-    assert table.loc["PSNR, one block, dB"].tolist() == ["37.5", "", "", ""]
+    assert table.loc["PSNR, teacher-forced, dB"].tolist() == ["43.6", "", "", ""]
+    assert table.loc["error ratio, free-running", "this run"] == "1.3"
+    exact = measured(example_result("speed", exact=True), None)
+    assert exact.loc["error ratio, teacher-forced", "this run"] == "1"
+    old = result | {"quality": result["quality"] | {"protocol": "one block", "identical": True}}
+    assert measured(old, baseline).loc["PSNR, one block, dB", "this run"] == "identical"
     text = reading_html(result, baseline)
     assert "366 ms a block, &lt;40 ms a frame" in text
     assert result["latency"]["clock_disagreement"]["sentence"] in text
-    assert f"{result['decision']['rule']}." in text
+    assert html.escape(result["decision"]["rule"]) in text
 
 
 def test_runs_of_two_lengths_are_compared_over_the_shorter(baseline):

@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from example_results import example_result
+from example_results import example_quality, example_result
 from PIL import Image
 
 from longlive_opt import decision, figures, report
@@ -118,13 +118,13 @@ def test_numbers_changes_and_ticks(seven):
 def test_says_when_to_take_another_preset():
     """Would catch presets beyond the template left without a word, and one recommended that another beats."""
     runs = [make("baseline", steady=30)]
-    for name, scale, psnr in (("balanced", 0.5, 47.0), ("speed", 0.45, 40.0), ("realtime", 0.4, 40.0),
-                              ("static_kv", 0.9, 47.0), ("low_memory", 1.0, 38.0)):
+    for name, scale, ratio in (("balanced", 0.5, 1.05), ("speed", 0.45, 1.5), ("realtime", 0.4, 1.5),
+                              ("static_kv", 0.9, 1.05), ("low_memory", 1.0, 1.6)):
         run = make(name, scale, exact=False, steady=30)
-        run["quality"]["psnr_db"] |= {"mean": psnr}
+        run["quality"] = example_quality(name, ratio=ratio)
         objective = "memory" if name == "low_memory" else "latency"
         run["memory_gb"] |= {"peak_allocated": 3.0 if objective == "memory" else 9.0}
-        run["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0, "objective": objective}}
+        run["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0, "objective": objective}}
         runs.append(run)
     text = report.render_log([*runs, make("baseline", run=2, steady=30)])
     part = text[text.index("**When to use"):text.index("## Notes")]
@@ -141,11 +141,11 @@ def test_a_preset_is_not_advised_where_another_beats_it():
     latency; and 'no reason' for speed, where it is the more faithful one.
     """
     runs = [make("baseline", steady=30)]
-    for name, scale, psnr in (("static_kv", 0.8, 48.0), ("quality", 0.85, 48.0), ("speed", 0.5, 41.0),
-                              ("realtime", 0.4, 40.0)):
+    for name, scale, ratio in (("static_kv", 0.8, 1.05), ("quality", 0.85, 1.05), ("speed", 0.5, 1.4),
+                              ("realtime", 0.4, 1.5)):
         run = make(name, scale, exact=False, steady=30)
-        run["quality"]["psnr_db"] |= {"mean": psnr}
-        run["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0}}
+        run["quality"] = example_quality(name, ratio=ratio)
+        run["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0}}
         runs.append(run)
     text = report.render_log([*runs, make("baseline", run=2, steady=30)])
     assert "- Quality: by SS max and fidelity no reason to prefer it to Static" in text
@@ -190,14 +190,41 @@ def test_where_the_templates_words_do_not_fit_the_run_says_so(seven):
 
 
 def test_the_fall_of_psnr_within_a_block_is_told():
-    """Would catch a mean of 40 dB that hides 34 at the end of every block."""
+    """Would catch a mean of 40 dB that hides 34 at the end of every block, in a result of the old kind."""
     run = make("speed", exact=False)
-    run["quality"] |= {"frames_compared": 33, "frames_total": 33}
+    run["quality"] |= {"protocol": "one block from the baseline's own past", "frames_compared": 33,
+                       "frames_total": 33}
     run["quality"]["psnr_db"]["per_frame"] = [30.0] * 9 + [46.0, *[40.0] * 10, 34.0] * 2
     text = report.render_log([make("baseline"), run])
     assert "33 of 33 frames. PSNR goes from 46.0 dB in a block's first frame to 34.0 in its last." in text
     run["quality"]["frames_total"] = 40
     assert "PSNR goes from" not in report.render_log([make("baseline"), run])
+
+
+def test_fidelity_is_told_with_its_scale():
+    """Would catch a ratio without the free-running one or the worst block, null rows told below every preset
+    or nowhere, and a template line that stays blank."""
+    text = report.render_log([make("baseline"), make("speed"), make("static_kv")])
+    part = section(text, "### Experiment 6")
+    assert "- PSNR: 43.6 dB (worst frame 41.6 dB)" in part
+    assert ("Error ratio free-running 1.3 (worst block 1.43; latent error 1.35 %), teacher-forced 1.3 (worst "
+            "block 1.43; latent error 1.35 %). Against the baseline in float32 over 12 blocks with a prompt "
+            "switch at block 6") in part
+    assert text.count("Null rows, ") == 1
+    assert "no recache at the switch 5 (PSNR 28.0 dB, worst frame 26.0)" in section(text, "## Baseline")
+    exact = section(text, "### Experiment 2")
+    assert "Exact: the baseline's latents and frames, bit for bit. Error ratio free-running 1 (" in exact
+
+
+def test_errors_by_block_are_drawn_beside_the_null_rows():
+    """Would catch an error without its scale, or a chart that a result of the old kind ends."""
+    baseline, speed = make("baseline"), make("speed")
+    chart = figures.run_figures(speed, baseline)["error_by_block"]
+    for name in ("free-running 1.5", "teacher-forced 1.5", "baseline 1.1", "null: window 9 6.9"):
+        assert name in chart.alt
+    assert "null: no sink" in figures.run_figures(baseline)["error_by_block"].alt
+    speed["quality"] = {"psnr_db": na("no truth", "run the baseline"), "identical": None, "flags": []}
+    assert "no truth" in figures.run_figures(speed, baseline)["error_by_block"].alt
 
 
 def test_a_figure_that_is_missing_everywhere_is_explained_once(seven):
@@ -214,7 +241,7 @@ def test_verdicts_stand_in_one_place(tmp_path):
             "speed.repeat2": make("speed", run=2), "ablation": make("ablation")}
     for label in ("speed", "speed.repeat2", "ablation"):
         runs[label]["decision"] = {"keep": None, "rule": "r", "rationale": "undecided: no A/A noise",
-                                   "gate": {"level": "lossy", "min_psnr_db": 30.0}}
+                                   "gate": {"level": "lossy", "max_error_ratio": 2.0}}
     for label, run in runs.items():
         write_result(tmp_path / label / "result.json", run)
     text = report.write_campaign_log(report.load(tmp_path)).read_text()
@@ -244,7 +271,7 @@ def test_runs_that_are_not_alike_have_no_fidelity_anywhere():
     base, other = make("baseline"), make("speed")
     other["seed"] = 1
     other["quality"]["free_running"] = {"psnr_db": {"mean": 14.1}, "identical": False}
-    other["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0}}
+    other["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0}}
     text = report.render_log([base, other, make("baseline", run=2)])
     part = section(text, "### Experiment 6")
     assert "- PSNR: n/a (not comparable with the baseline, seed is 1 against 0)" in part
@@ -331,8 +358,8 @@ def test_studies_and_what_is_not_kept_are_never_advised():
     of a preset that was dropped for its fidelity."""
     runs = [make("baseline"), make("baseline", run=2), make("realtime", 0.5), make("ablation", 0.45),
             make("speed", 0.4)]
-    for run, least in zip(runs[2:], (30.0, 30.0, 50.0)):
-        run["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": least}}
+    for run, limit in zip(runs[2:], (2.0, 2.0, 1.2)):
+        run["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": limit}}
     text = report.render_log(runs)
     assert "**Preset**: Realtime" in text and "Not Ablation, SS max" in text and "this is a study" in text
     part = text[text.index("**When to use"):text.index("## Notes")]
@@ -373,7 +400,7 @@ def test_a_kept_preset_that_misses_the_target_is_better_than_the_baseline():
     """Would catch 'no reason to prefer it to Baseline' of a preset that is kept for its gain, and a passed
     gate told as the reason against it."""
     quality = make("quality", 0.9, exact=False)
-    quality["decision"] |= {"gate": {"level": "lossy", "min_psnr_db": 30.0}}
+    quality["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0}}
     runs = [make("baseline"), make("baseline", run=2), quality]
     text = report.render_log(runs)
     assert re.search(r"Not Quality, SS max [\d.]+ ms: it misses the 40 ms", text)
@@ -445,7 +472,7 @@ def test_decision_is_made_anew_once_the_noise_is_known():
     """Would catch verdicts that stay undecided because the baseline's repeat ran after the preset."""
     baseline, again, speed = make("baseline"), make("baseline", run=2), make("speed")
     speed["decision"] = {"keep": None, "rule": "r", "rationale": "undecided",
-                         "gate": {"level": "lossy", "min_psnr_db": 30.0}}
+                         "gate": {"level": "lossy", "max_error_ratio": 2.0}}
     assert report.decided([baseline, speed])[1]["decision"]["keep"] is None
     assert report.decided([baseline, again, speed])[2]["decision"]["keep"] is True
     text = report.render_log([baseline, again, speed])
@@ -467,7 +494,7 @@ def test_missing_values_say_why():
     result["quality"]["ssim"] = na("frames differ in size (<b>8x8</b>)", "set `___` | *size*")
     part = section(report.render_log([make("baseline", gpu=None), result]), "### Experiment 4")
     assert "| Memory | n/a (no CUDA device) | n/a (no CUDA device) | n/a |" in part
-    assert "- SSIM: n/a (frames differ in size)" in part and "- PSNR: infinite" in part
+    assert "- SSIM: n/a (frames differ in size)" in part and "- PSNR: 46.0 dB (worst" in part
     assert r"Frames differ in size (&lt;b&gt;8x8&lt;/b&gt;); set \`\_\_\_\` \| \*size\*." in part
     assert "None" not in part and "___" not in part
 
@@ -728,15 +755,18 @@ def test_numbers_for_readers_say_what_is_no_number(seven):
     slow["playback"] |= {"sustained": False, "startup_buffer_ms": 13760.4}
     slow["playback"]["switch_stream"] = dict(slow["playback"])
     near = make("speed", scale=0.1)
-    near["quality"] |= {"identical": False, "ssim": {"mean": 0.99999}}
+    old = make("cuda_graphs", exact=True)
+    old["quality"] |= {"protocol": "one block"}
     near["playback"] |= {"sustained": True, "startup_buffer_ms": 0.0,
                          "switch_stream": {"sustained": True, "startup_buffer_ms": 271.0}}
-    table = report.numbers_table([seven[0], slow, near]).set_index("preset")
-    assert table.loc["static_kv", ["PSNR, dB", "SSIM", "start-up buffer"]].tolist() == \
-        ["identical", "identical", "too slow"]
-    assert table.loc["speed", "SSIM"] == "0.9999"
+    table = report.numbers_table([seven[0], slow, near, old]).set_index("preset")
+    assert table.loc["static_kv", ["error ratio", "PSNR, dB", "start-up buffer"]].tolist() == \
+        ["identical", "46.0", "too slow"]
+    assert table.loc["speed", ["error ratio", "PSNR, dB"]].tolist() == ["1.30", "43.6"]
+    assert table.loc["cuda_graphs", "PSNR, dB"] == "identical"
     assert table.loc["speed", "start-up buffer"] == "0 s / 0.27 s"
-    assert table.loc["baseline", "PSNR, dB"] == "reference" and table.shape[1] <= 13
+    assert table.loc["baseline", ["error ratio", "PSNR, dB"]].tolist() == ["reference", "46.0"]
+    assert table.shape[1] <= 13
     assert not table.map(str).isin(["nan", "None"]).any(axis=None)
     assert report.numbers_table([]).set_index(["preset", "run"]).empty
 

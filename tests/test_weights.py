@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from longlive_opt import weight_files
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.model_config import DiTConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
+from longlive_opt.model_config import MODELS, DiTConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.models import weights
+from longlive_opt.models.attention import make_attention
 from longlive_opt.models.checkpoint import Checkpoint, Header, open_checkpoint
 from longlive_opt.models.dit import CausalDiT
 from longlive_opt.models.text import UMT5Encoder
 from longlive_opt.models.vae import WanVAE
 from longlive_opt.models.weights import (
+    attention_norm,
     fill_,
     load_dit,
     load_vae,
@@ -33,6 +37,7 @@ from longlive_opt.models.weights import (
     open_text_encoder,
     random_init_,
 )
+from longlive_opt.sampler import EagerForward, Sampler, SamplingPlan
 from longlive_opt.weight_files import (
     TINY_WEIGHTS,
     WeightFiles,
@@ -464,14 +469,105 @@ def test_random_weights_depend_on_seed_and_name_only():
     assert (report["kind"], report["seed"], report["files"]) == ("random", 1, {})
 
 
-def test_random_scales():
-    """Norms near 0 or linears near 1 would silence the network or blow it up; nor may values repeat."""
-    state = random_state(UMT5Encoder(replace(TEXT, dim=64, dim_attn=64, num_layers=2)))
-    assert state["blocks.0.norm1.weight"].mean() == pytest.approx(1, abs=0.05)
-    assert state["blocks.0.attn.k.weight"].std() == pytest.approx(64 ** -0.5, rel=0.1)
-    assert state["blocks.0.attn.q.weight"].std() == pytest.approx(64 ** -0.5 / 8, rel=0.1)
-    assert state["token_embedding.weight"].std() == pytest.approx(1, rel=0.1)
-    assert not torch.equal(state["blocks.0.attn.k.weight"], state["blocks.1.attn.k.weight"])
+def test_random_weights_are_one_model_in_every_dtype(monkeypatch):
+    """Values drawn in bfloat16, or in other pieces, make the float32 model another one: nothing could be
+    called the truth of the other."""
+    wide, _ = load_dit(DIT, WeightFiles(), "cpu", torch.float32, seed=1)
+    narrow, _ = load_dit(DIT, WeightFiles(), "cpu", torch.bfloat16, seed=1)
+    for name, tensor in wide.state_dict().items():
+        assert torch.equal(tensor.bfloat16(), narrow.state_dict()[name]), name
+    assert wide.head.head.weight.bfloat16().float().ne(wide.head.head.weight).any()
+    monkeypatch.setattr(weights, "_DRAWN_AT_ONCE", 100)
+    first, second = (random_state(UMT5Encoder(TEXT))["token_embedding.weight"] for _ in range(2))
+    assert torch.equal(first, second) and first.std() == pytest.approx(1, rel=0.1)
+    assert not torch.equal(first.view(-1)[:100], first.view(-1)[100:200])
+
+
+@pytest.mark.parametrize("name, mean, std", [
+    ("blocks.0.self_attn.q.weight", 0, 192**-0.5), ("blocks.1.self_attn.o.weight", 0, 2 * 192**-0.5),
+    ("blocks.0.cross_attn.o.weight", 0, 2 * 192**-0.5), ("blocks.0.self_attn.o.bias", 0, 0.02),
+    ("time_projection.1.weight", 0, 0.4 * 192**-0.5), ("time_embedding.2.weight", 0, 192**-0.5),
+    ("blocks.0.cross_attn.norm_k.weight", 1.593, 0.1593), ("blocks.1.self_attn.norm_q.weight", 1.593, 0.1593),
+    ("blocks.0.norm3.weight", 1, 0.1), ("blocks.0.norm3.bias", 0, 0.02), ("head.modulation", 0, 0.1),
+    ("patch_embedding.weight", 0, 0.125), ("blocks.0.ffn.2.weight", 0, 256**-0.5)])
+def test_random_scales_of_the_transformer(name, mean, std):
+    """Attention that is uniform, or whose output is lost beside the residual stream, hides what a preset
+    breaks in it."""
+    found = random_state(CausalDiT(replace(DIT, dim=192, num_heads=4, ffn_dim=256)))[name]
+    assert found.mean() == pytest.approx(mean, abs=4 * std * found.numel()**-0.5)
+    assert found.std() == pytest.approx(std, rel=0.15)
+
+
+def test_random_modulation_opens_the_gates():
+    """Gates around 0 switch both branches of a block off: the picture is noise that all presets share."""
+    rows = random_state(CausalDiT(replace(DIT, dim=192, num_heads=4)))["blocks.1.modulation"][0]
+    for row, (mean, std) in zip(rows, [(0, 0.1), (0, 0.1), (0.25, 0.05)] * 2, strict=True):
+        assert (row.mean().item(), row.std().item()) == (pytest.approx(mean, abs=0.03),
+                                                         pytest.approx(std, rel=0.2))
+
+
+@pytest.mark.parametrize("module, name, mean, std", [
+    (WanVAE(VAE), "decoder.middle.0.residual.6.weight", 0, 0.5 * (27 * 24)**-0.5),
+    (WanVAE(VAE), "decoder.middle.0.residual.2.weight", 0, (27 * 24)**-0.5),
+    (WanVAE(VAE), "decoder.middle.1.proj.weight", 0, 0.5 * 24**-0.5),
+    (WanVAE(VAE), "decoder.head.2.weight", 0, 0.7 * (27 * 6)**-0.5),
+    (WanVAE(VAE), "encoder.head.2.weight", 0, (27 * 24)**-0.5),
+    (WanVAE(VAE), "decoder.middle.1.norm.gamma", 1, 0.1),
+    (UMT5Encoder(TEXT), "token_embedding.weight", 0, 1), (UMT5Encoder(TEXT), "blocks.0.norm1.weight", 1, 0.1),
+    (UMT5Encoder(TEXT), "blocks.0.pos_embedding.embedding.weight", 0, 0.5),
+    (UMT5Encoder(TEXT), "blocks.0.attn.q.weight", 0, (16 * 12)**-0.5),
+    (UMT5Encoder(TEXT), "blocks.0.attn.k.weight", 0, 16**-0.5)])
+def test_random_scales_around_the_transformer(module, name, mean, std):
+    """Norms near 0 or linears near 1 would silence a network or blow it up."""
+    found = random_state(module)[name]
+    assert found.mean() == pytest.approx(mean, abs=5 * std * found.numel()**-0.5)
+    assert found.std() == pytest.approx(std, rel=0.4)
+
+
+def test_norms_of_queries_and_keys_follow_the_window():
+    """With one constant a small picture's attention would look at a single key, a large one's at all."""
+    assert attention_norm(18_720) == pytest.approx(1.593, abs=5e-4)
+    assert attention_norm(768) == pytest.approx(1.341, abs=1e-3)
+    assert attention_norm(12) == attention_norm(1) == 1  # 30 e and less
+    assert MODELS["longlive-1.3b"].window_tokens == 18_720
+    assert MODELS["tiny"].with_size(64, 64).window_tokens == 192
+    norms = [load_dit(DIT, WeightFiles(), "cpu", torch.float32, window_tokens=tokens)[0]
+             .blocks[0].self_attn.norm_q.weight for tokens in (12, 18_720)]
+    assert norms[1].mean() / norms[0].mean() == pytest.approx(1.593, abs=0.01)
+
+
+@torch.no_grad()
+def test_random_weights_are_demanding(one_thread):
+    """With weights that are all drawn alike a stream without recache was as near as one in bfloat16, and no
+    gate could tell them apart."""
+    config = DiTConfig(dim=128, num_heads=2, num_layers=6, ffn_dim=512, freq_dim=32, text_dim=32, text_len=32)
+    rows, frames, device = 4, 12, torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.randn(2, 1, 24, 32, generator=generator)
+    noisy, other_first, *past = torch.randn(6, 1, 3, 16, 2 * rows, 2 * rows, generator=generator)
+
+    def flow(past, prompts, dtype=torch.float32):
+        """Of the block after a full window; `prompts`: of the past, and of the block."""
+        dit, _ = load_dit(config, WeightFiles(), device, dtype, window_tokens=frames * rows * rows)
+        geometry = CacheGeometry(config.num_layers, config.num_heads, config.head_dim, rows, rows, frames, 3)
+        cache = RollingKVCache(geometry, make_attention("cpu"), 1, device, dtype)
+        sampler = Sampler(SamplingPlan(), EagerForward(dit))
+        texts = [dit.embed_text(prompt.to(dtype)) for prompt in prompts]
+        for i, latents in enumerate(past):
+            sampler.run_pass(cache, texts[0], 3 * i, latents.to(dtype), 0, keys_only=True)
+        return sampler.run_pass(cache, texts[1], 3 * len(past), noisy.to(dtype), 937.5).float()
+
+    truth = flow(past, (new, new))
+
+    def error(found):
+        return ((found - truth).norm() / truth.norm()).item()
+
+    rounding = error(flow(past, (new, new), torch.bfloat16))
+    assert truth.square().mean().sqrt() == pytest.approx(1.1, abs=0.3)
+    assert error(flow(past, (old, old))) > 0.4
+    assert error(flow(past, (old, new))) > 10 * rounding  # no recache
+    assert error(flow([other_first, *past[1:]], (new, new))) > 5 * rounding  # another sink
+    assert 0.002 < rounding < 0.02
 
 
 def test_random_text_encoder_uses_the_stand_in():

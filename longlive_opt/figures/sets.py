@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .chart import Chart
 from .facts import Result, first_runs, preset_of
-from .fidelity import pareto, quality_by_frame
+from .fidelity import error_by_block, pareto, quality_by_frame
 from .gpu import gpu_load
 from .latency import latency_boxes, latency_by_block, latency_ecdf
 from .playback import playback_buffer
@@ -29,4 +29,5 @@ def run_figures(result: Result, baseline: Result | None = None) -> dict[str, Cha
     functions = (latency_ecdf, latency_by_block, stage_bars, switch_bars, playback_buffer, gpu_load)
     own = (stage_blocks, block_timeline, switch_timeline, quality_by_frame)
     return {function.__name__: function(pair) for function in functions} | {
-        function.__name__: function(result) for function in own}
+        function.__name__: function(result) for function in own} | {
+        "error_by_block": error_by_block(result, baseline)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ from .vae import WanVAE
 logger = logging.getLogger(__name__)
 
 LORA_ALPHA = 256.0
+WINDOW_TOKENS = 18_720
+"""Keys of the full window of LongLive-1.3B at 480 x 832: 12 latent frames of 1,560 tokens."""
+KEYS_THAT_COUNT = 30
+_DRAWN_AT_ONCE = 2**24
 LORA_NAME = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
 
 
@@ -143,38 +148,88 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype: torch.dtype,
-                 keep_on: str | None = None) -> None:
-    """Give `module`, wherever it is (meta included), seeded random values drawn on `device` in `dtype`; each
-    goes to the device `keep_on`, if one is given, before the next is drawn.
+                 keep_on: str | None = None, window_tokens: int = WINDOW_TOKENS) -> None:
+    """Give `module`, wherever it is (meta included), seeded random values on `device`; each tensor goes to
+    the device `keep_on`, if one is given, before the next is drawn.
 
-    Every tensor has a stream of its own, seeded by `seed` and its name, so that order does not matter. CPU
-    and CUDA draw different values. The scales keep activations sane through the depth of all three networks.
+    Values are drawn in float32 and rounded to `dtype`, so that modules of one seed in float32 and in bfloat16
+    hold the same model. Every tensor has a stream of its own, seeded by `seed` and its name, so that order
+    does not matter. CPU and CUDA draw different values.
+
+    The weights are demanding: attention looks at a few dozen of its keys and not at all of them alike, and
+    what it finds matters. So a change of the prompt, of the attention sink or of the recache shows in the
+    frames, as it would with trained weights, and the error of an optimization is not hidden by noise that
+    all variants share.
+
+    Args:
+        window_tokens: keys of a full attention window. The norms of queries and keys grow with it.
     """
     generator = torch.Generator(device=device)
+    config = getattr(module, "config", None)
+    text_head_dim = config.dim_attn // config.num_heads if isinstance(module, UMT5Encoder) else 1
     tensors = {}
     for name, shape in _shapes(module).items():
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:7], "big"))
-        mean, std = _random_scale(name, shape)
         tensor = torch.empty(shape, device=device, dtype=dtype)
-        tensors[name] = tensor.normal_(mean, std, generator=generator).to(keep_on or device)
+        scales = _random_scales(name, shape, window_tokens, text_head_dim)
+        for part, (mean, std) in zip(tensor.view(-1).chunk(len(scales)), scales, strict=True):
+            for piece in part.split(_DRAWN_AT_ONCE):
+                drawn = torch.empty(piece.shape, device=device, dtype=torch.float32)
+                piece.copy_(drawn.normal_(mean, std, generator=generator))
+        tensors[name] = tensor.to(keep_on or device)
     _assign(module, tensors, keep_on or device)
 
 
-def _random_scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a random tensor, by its role."""
+def attention_norm(window_tokens: int) -> float:
+    """Mean of the random weights of the norms of queries and keys, q: normalised, both have elements of size
+    q, so that their logits have the standard deviation s = q^2. Of n keys about n exp(-s^2) then count;
+    q = ln(n / 30)^(1/4) leaves 30 whatever n is. Fewer than 30 e keys are treated as 30 e: q is never below
+    1, the weight of a norm that was not trained.
+    """
+    return math.log(max(window_tokens / KEYS_THAT_COUNT, math.e)) ** 0.25
+
+
+def _random_scales(name: str, shape: tuple[int, ...], window_tokens: int,
+                   text_head_dim: int) -> list[tuple[float, float]]:
+    """Mean and standard deviation of a random tensor by its role, or of its equal parts, one after the other.
+    """
+    fan = torch.Size(shape[1:]).numel()
     if name.endswith(".bias"):
-        return 0.0, 0.02
+        return [(0.0, 0.02)]
+    if name == "head.modulation":
+        return [(0.0, 0.1)]
+    if name.endswith(".modulation"):  # shift, scale and gate of self-attention, and of the feed-forward
+        return [(0.0, 0.1), (0.0, 0.1), (0.25, 0.05)] * 2
+    if name.endswith((".norm_q.weight", ".norm_k.weight")):
+        q = attention_norm(window_tokens)
+        return [(q, 0.1 * q)]
     if name.endswith(".gamma") or len(shape) == 1:
-        return 1.0, 0.05
-    if name.endswith("modulation"):
-        return 0.0, shape[-1] ** -0.5
-    if name.endswith("embedding.weight") and len(shape) == 2:
-        return 0.0, 1.0
-    std = torch.Size(shape[1:]).numel() ** -0.5
-    if ".attn.q." in name:  # UMT5 does not divide its logits by sqrt(D), 8 at full size
-        std /= 8
-    return 0.0, std
+        return [(1.0, 0.1)]
+    if name == "token_embedding.weight":
+        return [(0.0, 1.0)]
+    if name.endswith(".pos_embedding.embedding.weight"):
+        return [(0.0, 0.5)]
+    if name.endswith(".attn.q.weight"):  # UMT5 does not divide its logits by sqrt(D)
+        return [(0.0, (fan * text_head_dim) ** -0.5)]
+    return [(0.0, _GAINS.get(_role(name), 1.0) * fan**-0.5)]
+
+
+_GAINS = {"time_projection": 0.4, "attention output": 2.0, "vae branch": 0.5, "vae head": 0.7}
+"""Of matrices and convolutions: standard deviation times the root of the fan-in; all others 1. What attention
+returns is an average and small, and its output has to matter.
+"""
+
+
+def _role(name: str) -> str:
+    """The key of `_GAINS` for a matrix or convolution, empty for most."""
+    if name.startswith("time_projection."):
+        return "time_projection"
+    if name.endswith((".self_attn.o.weight", ".cross_attn.o.weight")):
+        return "attention output"
+    if name.endswith((".residual.6.weight", ".proj.weight")):
+        return "vae branch"
+    return "vae head" if name.startswith("decoder.head.") else ""
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device | str) -> None:
@@ -188,11 +243,12 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device 
 
 
 def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
-             seed: int = 0, lora_alpha: float = LORA_ALPHA,
-             use_ema: bool = False) -> tuple[CausalDiT, WeightsReport]:
+             seed: int = 0, lora_alpha: float = LORA_ALPHA, use_ema: bool = False,
+             window_tokens: int = WINDOW_TOKENS) -> tuple[CausalDiT, WeightsReport]:
     """The transformer for inference on `device`: from `files`, the LoRA merged, or random from `seed`.
 
     `use_ema` takes the averaged weights under `generator_ema`; LongLive runs with the plain ones.
+    `window_tokens` is for random weights (`random_init_`).
 
     Raises:
         UserError: a file is missing, unreadable, unsafe, or does not fit the config.
@@ -200,7 +256,8 @@ def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, 
     with torch.device("meta"):
         module = CausalDiT(config)
     containers = ("generator_ema",) if use_ema else ("generator", "model", None)
-    return module, _load(module, "dit", files, device, dtype, seed, containers, lora_alpha)
+    return module, _load(module, "dit", files, device, dtype, seed, containers, lora_alpha,
+                         window_tokens=window_tokens)
 
 
 def load_vae(config: VAEConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
@@ -236,14 +293,14 @@ def open_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: tor
 
 def _load(module: nn.Module, part: str, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
           seed: int, containers: tuple[str | None, ...] = (None,), lora_alpha: float = LORA_ALPHA,
-          keep_on: str | None = None) -> WeightsReport:
+          keep_on: str | None = None, window_tokens: int = WINDOW_TOKENS) -> WeightsReport:
     """Fill `module` from `files` or, where they are random, from `seed`; it ends up on `device` or `keep_on`.
     """
     started = time.perf_counter()
     used: dict[str, Path] = {}
     lora = None
     if files.root is None:
-        random_init_(module, seed, device, dtype, keep_on)
+        random_init_(module, seed, device, dtype, keep_on, window_tokens)
     else:
         path = getattr(files, part)
         if path is None:

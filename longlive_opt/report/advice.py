@@ -78,7 +78,8 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
         reasons += [f"{best.name}: SS max {best.figure('SS Max')} ms, FPS {best.figure('FPS')}, SS mean "
                     f"{best.figure('SS Mean')} ms ({change} against the baseline).",
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
-        if lookup(best.result, "weights.kind") == "random" and fidelity_of(best) < float("inf"):
+        is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
+        if lookup(best.result, "weights.kind") == "random" and not is_exact:
             reasons.append("The gates were passed with random weights. Fidelity depends on the weights: run "
                            "the preset with the official ones before relying on it.")
     else:

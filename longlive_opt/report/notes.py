@@ -11,7 +11,17 @@ from longlive_opt.variations import variations_table
 
 from . import gpu
 from .campaign import NOISE, Result, change_of, within_target
-from .run import QUALITY, Run, is_large, matched_runs, model_name, psnr_within_blocks
+from .run import (
+    QUALITY,
+    Run,
+    is_large,
+    matched_runs,
+    model_name,
+    null_notes,
+    of_truth,
+    psnr_within_blocks,
+    ratio_text,
+)
 from .text import digits, escape, percent, sentence, share_text
 
 OTHERS = {"PS Mean": ("PS mean", "ms"), "Memory": ("memory", "GB")}
@@ -47,11 +57,12 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]
     if lookup(result, "quality.free_running"):
         free = {name: number(result, f"quality.free_running.{key}.mean") for name, key in QUALITY.items()}
         words = ", ".join(f"{name} {digits(value)}" for name, value in free.items() if value is not None)
-        same = lookup(result, "quality.free_running.identical") is True
+        same = lookup(result, "quality.free_running.identical") is True and not of_truth(result)
         notes.append("Free-running, where differences add up from block to block: "
                      f"{'identical frames' if same else words or 'n/a'}.")
     if lookup(result, "quality.reference"):
         notes.append(_quality(result))
+    notes += null_notes(result)
     notes += _world(result)
     notes += _variations(result)
     notes += [sentence(note) for note in result.get("notes") or []]
@@ -61,6 +72,13 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]
 def _quality(result: Result) -> str:
     """What the quality figures are, and over how many frames."""
     quality, within = result["quality"], psnr_within_blocks(result)
+    if of_truth(result):
+        switch = lookup(quality, "script.switch_block")
+        where = "without a prompt switch" if switch is None else f"with a prompt switch at block {switch}"
+        st_lpips = number(result, "quality.st_lpips.mean")
+        return (f"{ratio_text(result)}. Against {escape(quality['reference'])} over "
+                f"{lookup(quality, 'script.blocks')} blocks {where}; {escape(quality.get('label'))}, not how "
+                f"good the frames look{'' if st_lpips is None else f'; ST-LPIPS {digits(st_lpips)}'}.")
     text = (f"Quality is {escape(quality.get('label'))}: how far the frames are from those of "
             f"{escape(quality['reference'])}, not how good they look; one-block protocol, "
             f"{quality.get('frames_compared')} of {quality.get('frames_total')} frames.")

@@ -12,6 +12,7 @@ from .text import digits, escape, sentence
 
 SUMMARY_NAMES = {BASELINE: "Baseline", "quality": "Quality", "balanced": "Balanced", "speed": "Speed"}
 QUALITY = {"PSNR": "psnr_db", "SSIM": "ssim", "LPIPS": "lpips", "CLIP Delta": "clip_delta"}
+_DISTANCES = ("LPIPS", "ST-LPIPS")
 
 
 @dataclass
@@ -73,11 +74,11 @@ def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
 
 def quality_text(run: Run, label: str, unit: str) -> str:
     """What follows "PSNR: " and its siblings: the mean, and the worst frame where it is recorded."""
-    if label == "PSNR" and lookup(run.result, "quality.identical") is True:
+    if label == "PSNR" and lookup(run.result, "quality.identical") is True and not of_truth(run.result):
         return "infinite, all compared frames are identical"
-    name = QUALITY[label]
+    name = QUALITY.get(label, "st_lpips")
     text = run.text(label, f"quality.{name}.mean")
-    worst = number(run.result, f"quality.{name}.{'max' if label == 'LPIPS' else 'min'}")
+    worst = number(run.result, f"quality.{name}.{'max' if label in _DISTANCES else 'min'}")
     if text.startswith("n/a") or worst is None:
         return text if text.startswith("n/a") else text + unit
     return f"{text}{unit} (worst frame {digits(worst)}{unit})"
@@ -91,11 +92,52 @@ def quality_sentence(run: Run) -> str:
     if not quality.get("reference"):
         return f"Not compared: {sentence(lookup(quality, 'psnr_db.reason') or 'no reference')}"
     compared = f"{quality.get('frames_compared')} of {quality.get('frames_total')} frames compared"
+    if of_truth(run.result):
+        same = "Exact: the baseline's latents and frames, bit for bit. " if quality.get("identical") else ""
+        return f"{same}{ratio_text(run.result)}; {', '.join(_frame_values(run))}, against " \
+               f"{escape(quality['reference'])} ({compared}); {escape(quality.get('label'))}."
     if quality.get("identical") is True:
         return f"Exact: bit-identical to the baseline ({compared}); {escape(quality.get('label'))}."
-    values = ", ".join(f"{name} {quality_text(run, name, ' dB' if name == 'PSNR' else '')}"
-                       for name in QUALITY)
-    return f"{values}, against the baseline ({compared}); {escape(quality.get('label'))}."
+    return (f"{', '.join(_frame_values(run))}, against the baseline ({compared}); "
+            f"{escape(quality.get('label'))}.")
+
+
+def _frame_values(run: Run) -> list[str]:
+    return [f"{name} {quality_text(run, name, ' dB' if name == 'PSNR' else '')}" for name in QUALITY]
+
+
+def of_truth(result: Result) -> bool:
+    """Whether its fidelity is that of protocol 2, against the baseline in float32."""
+    return lookup(result, "quality.protocol") == 2
+
+
+def ratio_text(result: Result) -> str:
+    """The error ratios over all blocks and of the worst block, free-running and teacher-forced."""
+    parts = []
+    for name, path in (("free-running", "quality.free_running"), ("teacher-forced", "quality")):
+        ratio, error = lookup(result, f"{path}.error_ratio"), number(result, f"{path}.latent_error.all")
+        if error is None:
+            parts.append(f"{name} n/a")
+        elif is_na(ratio):
+            parts.append(f"{name} n/a (latent error {error:.2g})")
+        else:
+            parts.append(f"{name} {ratio['all']:.3g} (worst block {ratio['worst']:.3g}; latent error "
+                         f"{100 * error:.3g} %)")
+    return f"Error ratio {', '.join(parts)}"
+
+
+def null_notes(result: Result) -> list[str]:
+    """What the null rows of a campaign's baseline show: the scale of every error ratio."""
+    rows = lookup(result, "quality.nulls") or []
+    told = []
+    for row in rows:
+        if (ratio := number(row, "worst_ratio")) is None:
+            told.append(f"{row['title']} n/a")
+            continue
+        psnr, worst = (number(row, f"free_running.psnr_db.{key}") for key in ("mean", "min"))
+        told.append(f"{row['title']} {ratio:.3g} (PSNR {digits(psnr)} dB, worst frame {digits(worst)})")
+    return [f"Null rows, the baseline's stream with something taken away, by the greater of their two error "
+            f"ratios: {escape('; '.join(told))}."] if told else []
 
 
 def psnr_within_blocks(result: Result) -> tuple[float, float] | None:
@@ -121,11 +163,19 @@ def quality_short(run: Run) -> str:
     if lookup(run.result, "quality.identical") is True:
         return "exact"
     text = run.text("PSNR", "quality.psnr_db.mean")
-    return text if text.startswith("n/a") else f"PSNR {text} dB"
+    ratio = number(run.result, "quality.worst_ratio")
+    return text if text.startswith("n/a") else f"PSNR {text} dB" if ratio is None else \
+        f"error ratio {ratio:.3g}, PSNR {text} dB"
 
 
 def fidelity_of(run: Run) -> float:
-    """PSNR to the baseline: infinite if identical, below all else if unknown."""
+    """The higher the closer: minus the error ratio, which is 1 of what has the baseline's bits; for results
+    from before protocol 2 the PSNR to the baseline, infinite if identical. Below all else if unknown.
+    """
+    if of_truth(run.result):
+        same = run.preset == BASELINE or lookup(run.result, "quality.identical") is True
+        ratio = 1.0 if same else number(run.result, "quality.worst_ratio")
+        return float("-inf") if ratio is None else -ratio
     if run.preset == BASELINE or lookup(run.result, "quality.identical") is True:
         return float("inf")
     psnr = number(run.result, "quality.psnr_db.mean")

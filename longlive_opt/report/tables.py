@@ -42,7 +42,8 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
              "mean_power_w": "energy.mean_power_w", "peak_gb": FIGURES["Memory"],
              "kv_cache_gb": "memory_gb.kv_cache", "startup_buffer_ms": "playback.startup_buffer_ms",
              "psnr_db": "quality.psnr_db.mean", "ssim": "quality.ssim.mean", "lpips": "quality.lpips.mean",
-             "clip_delta": "quality.clip_delta.mean", "blocks": "sizes.blocks_measured",
+             "clip_delta": "quality.clip_delta.mean", "error_ratio": "quality.worst_ratio",
+             "st_lpips": "quality.st_lpips.mean", "blocks": "sizes.blocks_measured",
              "switches": "sizes.switches"} | (_WORLD if any(map(is_judged, results)) else {})
     baseline, rows = baseline_of(results), []
     for result in results:
@@ -79,8 +80,8 @@ def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
             "start-up buffer": figures.buffer_words(result),
             "memory, GB": _rounded(result, FIGURES["Memory"], 2),
             "J per frame": _rounded(result, "energy.joules_per_frame", 1),
-            "PSNR, dB": _fidelity_cell(result, baseline, "psnr_db", 1),
-            "SSIM": _fidelity_cell(result, baseline, "ssim", 4),
+            "error ratio": _ratio_cell(result, baseline),
+            "PSNR, dB": _fidelity_cell(result, baseline),
             "verdict": verdict_of(result),
             "blocks": _rounded(result, "sizes.blocks_measured", 0)})
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["preset", "run"])
@@ -91,14 +92,22 @@ def _rounded(result: Result, path: str, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def _fidelity_cell(result: Result, baseline: Result | None, metric: str, digits: int) -> str:
-    """A figure of fidelity, or why there is no need of one; what is not identical must not look like it."""
+def _ratio_cell(result: Result, baseline: Result | None) -> str:
+    """The error ratio, or why there is no need of one."""
     if result is baseline:
         return "reference"
     if lookup(result, "quality.identical") is True:
         return "identical"
-    text = _rounded(result, f"quality.{metric}.mean", digits)
-    return "0.9999" if metric == "ssim" and text == "1.0000" else text
+    return _rounded(result, "quality.worst_ratio", 2)
+
+
+def _fidelity_cell(result: Result, baseline: Result | None) -> str:
+    """PSNR to the truth; for results from before protocol 2 that to the baseline, or why there is no need of
+    it.
+    """
+    cell = _ratio_cell(result, baseline)
+    old = lookup(result, "quality.protocol") != 2
+    return cell if old and cell in ("reference", "identical") else _rounded(result, "quality.psnr_db.mean", 1)
 
 
 def to_csv(results: Sequence[Result], path: str | Path) -> Path:
