@@ -29,6 +29,7 @@ _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timeste
 # What fidelity depends on besides: both videos have to be equally long.
 _SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
 _DEFAULTS = ExperimentConfig().to_dict()
+PLANNED = "planned"  # status of what is known of a run before it
 _OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
                "memory": ("peak_allocated", "peak allocated memory", "GB")}
 _LIMITS = {"min_psnr_db": ("psnr_db", 1), "min_ssim": ("ssim", 1), "min_ms_ssim": ("ms_ssim", 1),
@@ -40,8 +41,8 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
     Compared is everything that a figure depends on and that no optimization may change: GPU (or CPU, for runs
     on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
-    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. A run that is only
-    planned (`planned`) lacks sections: what it cannot know yet is not compared.
+    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. Where one is only
+    `planned`, what one of the two does not say is not compared.
     """
     for name, ours, theirs in _facts(a, b):
         if ours != theirs:
@@ -70,21 +71,22 @@ def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] 
     """
     model = config.model_config()
     weights = {"kind": "random" if config.weights == "random" else "files"}
-    return {"preset": config.name, "parameters": config.to_dict(), "script": script.to_dict(),
+    return {"status": PLANNED, "preset": config.name, "parameters": config.to_dict(), "script": script.to_dict(),
             "seed": config.seed,
             "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
             "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
 
 
 def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """(name, value of `a`, value of `b`) of everything in which the two have to agree, as far as both say."""
+    """(name, value of `a`, value of `b`) of everything in which the two have to agree."""
+    partial = PLANNED in (a.get("status"), b.get("status"))
     paths = ["environment.gpu", "environment.torch", "model.name", "weights.kind", "seed",
              "sizes.frames_per_block"]
     if lookup(a, "environment.gpu") is None:
         paths.insert(1, "environment.cpu")
     for path in paths:
         section = path.partition(".")[0]
-        if section in a and section in b:
+        if not partial or section in a and section in b:
             yield path, lookup(a, path), lookup(b, path)
     ours, theirs = (lookup(run, "weights.sha256") for run in (a, b))
     if ours is not None and theirs is not None:
