@@ -102,6 +102,8 @@ def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, An
     scripts = [script_of_result(run) for run in (a, b)]
     yield "prompts", *(prompts for prompts, _ in scripts)
     yield "switch frames", *(frames for _, frames in scripts)
+    if _key(a, "prompts_file") is None and _key(b, "prompts_file") is None:
+        yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video leaves out
 
 
 def _key(result: Mapping[str, Any], key: str) -> Any:
