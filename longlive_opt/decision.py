@@ -71,8 +71,8 @@ def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] 
     """
     model = config.model_config()
     weights = {"kind": "random" if config.weights == "random" else "files"}
-    return {"status": PLANNED, "preset": config.name, "parameters": config.to_dict(), "script": script.to_dict(),
-            "seed": config.seed,
+    return {"status": PLANNED, "preset": config.name, "seed": config.seed,
+            "parameters": config.to_dict(), "script": script.to_dict(),
             "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
             "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
 

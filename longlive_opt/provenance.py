@@ -238,7 +238,8 @@ def code_since(commits: Iterable[str | None]) -> list[str]:
                              "this log is newer is unknown.")
             continue
         if count == "0":
-            sentences.append(f"Code: this log was written by the runs' code, {shown}, with uncommitted changes.")
+            sentences.append(f"Code: this log was written by the runs' code, {shown}, with uncommitted "
+                             "changes.")
             continue
         changes = ", with uncommitted changes" if dirty else ""
         sentences.append(f"Code: this log was written by code that is {count} commits newer than that of the "
