@@ -29,6 +29,7 @@ _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timeste
 # What fidelity depends on besides: both videos have to be equally long.
 _SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
 _DEFAULTS = ExperimentConfig().to_dict()
+PLANNED = "planned"  # status of what is known of a run before it
 _OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
                "memory": ("peak_allocated", "peak allocated memory", "GB")}
 _LEVELS = ("exact", "rounding", "lossy")  # from strict to loose
@@ -45,8 +46,8 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
     Compared is everything that a figure depends on and that no optimization may change: GPU (or CPU, for runs
     on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
-    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. A run that is only
-    planned (`planned`) lacks sections: what it cannot know yet is not compared.
+    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. Where one is only
+    `planned`, what one of the two does not say is not compared.
     """
     for name, ours, theirs in _facts(a, b):
         if ours != theirs:
@@ -75,21 +76,22 @@ def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] 
     """
     model = config.model_config()
     weights = {"kind": "random" if config.weights == "random" else "files"}
-    return {"preset": config.name, "parameters": config.to_dict(), "script": script.to_dict(),
-            "seed": config.seed,
+    return {"status": PLANNED, "preset": config.name, "seed": config.seed,
+            "parameters": config.to_dict(), "script": script.to_dict(),
             "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
             "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
 
 
 def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """(name, value of `a`, value of `b`) of everything in which the two have to agree, as far as both say."""
+    """(name, value of `a`, value of `b`) of everything in which the two have to agree."""
+    partial = PLANNED in (a.get("status"), b.get("status"))
     paths = ["environment.gpu", "environment.torch", "model.name", "weights.kind", "seed",
              "sizes.frames_per_block"]
     if lookup(a, "environment.gpu") is None:
         paths.insert(1, "environment.cpu")
     for path in paths:
         section = path.partition(".")[0]
-        if section in a and section in b:
+        if not partial or section in a and section in b:
             yield path, lookup(a, path), lookup(b, path)
     ours, theirs = (lookup(run, "weights.sha256") for run in (a, b))
     if ours is not None and theirs is not None:
@@ -105,6 +107,8 @@ def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, An
     scripts = [script_of_result(run) for run in (a, b)]
     yield "prompts", *(prompts for prompts, _ in scripts)
     yield "switch frames", *(frames for _, frames in scripts)
+    if _key(a, "prompts_file") is None and _key(b, "prompts_file") is None:
+        yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video leaves out
 
 
 def _key(result: Mapping[str, Any], key: str) -> Any:

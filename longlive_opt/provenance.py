@@ -237,6 +237,10 @@ def code_since(commits: Iterable[str | None]) -> list[str]:
             sentences.append(f"Code: the runs' commit is {shown}; by how many commits the code that wrote "
                              "this log is newer is unknown.")
             continue
+        if count == "0":
+            sentences.append(f"Code: this log was written by the runs' code, {shown}, with uncommitted "
+                             "changes.")
+            continue
         changes = ", with uncommitted changes" if dirty else ""
         sentences.append(f"Code: this log was written by code that is {count} commits newer than that of the "
                          f"runs at {shown}{changes}: words and rules are its own, the numbers are the runs'.")

@@ -94,6 +94,7 @@ def changed(result, path, value):
 @pytest.mark.parametrize(("path", "value", "named"), [
     ("script.prompts", ["a fox", "a wolf"], "prompts[1] is 'a wolf' against 'a whale'"),
     ("script.prompts", ["a fox"], "prompts is ['a fox'] against"),
+    ("parameters.prompts", ["a fox"], "prompts is ['a fox'] against"),
     ("script.switch_frames", [6], "switch frames[0] is 6 against 9"),
     ("weights.sha256", {"dit": "b" * 64}, "weights.sha256 of dit is 'bbb"),
     ("weights.kind", "files", "weights.kind"), ("seed", 1, "seed is 1 against 0"),

@@ -322,6 +322,17 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     assert "cell_code" not in report.read_text(encoding="utf-8")
 
 
+def test_report_opens_with_its_card(tmp_path: Path) -> None:
+    """A verdict below ten screens of charts, or one that is patched into finished HTML."""
+    notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
+    write_notebook(notebook, "# Heading of the notebook")
+    export_html(notebook, report, title="x", card='<section id="verdict">a &lt; b</section>')
+    html = report.read_text(encoding="utf-8")
+    assert 0 < html.index('<section id="verdict">a &lt; b</section>') < html.index("Heading of the notebook")
+    export_html(notebook, report, title="x")
+    assert 'id="verdict"' not in report.read_text(encoding="utf-8")
+
+
 def test_parameters_are_folded(tmp_path: Path) -> None:
     """A report whose first two screens are eighty lines of parameters, or one that lacks them."""
     notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"

@@ -371,10 +371,12 @@ def test_studies_and_what_is_not_kept_are_never_advised():
 
 def test_what_this_machine_lacks_is_no_failure():
     """Would catch 'Failed:' of a preset that needs a GPU, on a laptop."""
-    missing = report.Failure("cuda_graphs", "use_cuda_graphs needs CUDA", {}, "not available")
+    parameters = {**make("baseline")["parameters"], "prompts": ["a fox", "a whale"]}
+    missing = report.Failure("cuda_graphs", "use_cuda_graphs needs CUDA", parameters, "not available")
     part = section(report.render_log([make("baseline")], failures=[missing]), "### Experiment 1")
     assert "Not available: Use_cuda_graphs" in part or "Not available: use_cuda_graphs" in part
     assert "Failed:" not in part
+    assert re.search(r"\| SS Mean \| [\d.]+ ms \| n/a \(not available\) \| n/a \|", part)
 
 
 def test_unknown_state_of_the_tree_is_told():

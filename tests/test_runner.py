@@ -365,7 +365,7 @@ def finish(project: Path, **settings: object) -> None:
     job = job_of(project, **settings)
     known = dict(job.known) | {"weights": {"kind": "files", "sha256": job.weights.sha256()}}
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "result.json").write_text(json.dumps({"status": "ok", **known}))
+    (job.folder / "result.json").write_text(json.dumps({**known, "status": "ok"}))
     for name in ("report.html", planning.REFERENCE_FILE):
         (job.folder / name).touch()
 
