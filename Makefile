@@ -18,10 +18,10 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint lab summary training-report wheelhouse install-offline campaign-h100 extras-h100 clean
+.PHONY: help install demo test test-gpu lint lab summary training-report wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 install: ## set up the environment (.venv, or the active one where it has torch already)
 	@$(SETUP); echo "environment ready: $$py"
@@ -57,6 +57,11 @@ extras-h100: CAMPAIGN ?= h100_extras
 extras-h100: ## measure realtime in 8 GB, low memory, and the studies, which change one thing at a time: outputs/h100_extras
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
 		--presets baseline $(EXTRAS) low_memory $(NOISE) $(ARGS)
+
+campaign-h100-tiny: CAMPAIGN ?= h100_tiny
+campaign-h100-tiny: ## the trained tiny model through the kernels of an H100: adherence, drift, fidelity: outputs/h100_tiny
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100_tiny.yaml --repeat-baseline 1 \
+		--presets baseline static_kv balanced speed realtime $(ARGS)
 
 wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
 	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse

@@ -65,6 +65,9 @@ def judge(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weights_
         adherence_after   METRIC, mean over the later prompts, each from the second block on
         delay_blocks      METRIC, mean over the switches whose new scene came: 1 is within the first block
         switches, never   switches whose delay was looked for, and those whose new scene did not come
+        drift             n/a or {prompt, seconds, first, last, change}: of the prompt with the longest time,
+                          if that is three spans and more, adherence in the spans of its first and of its last
+                          third, and the second minus the first; below 0 the video gets worse
         permanence        METRIC, share of the judged frames in which every object is there
         wrong, not_judged [str], such as "red circle: motion", of all prompts
         segments          [{prompt, first_frame, frames, judged_from, judged_frames, adherence: METRIC,
@@ -150,6 +153,12 @@ def _judge_segment(frames: Tensor | np.ndarray, segment: _Segment,
         row["permanence"] = float(np.average([permanence(span, segment.scene) for span in judged],
                                              weights=lengths))
         row |= _attributes(checks, segment.scene)
+        third = len(checks) // 3
+        if third:
+            first, last = (
+                float(np.average([one.adherence for one in checks[part]], weights=lengths[part]))
+                for part in (slice(third), slice(-third, None)))
+            row["thirds"] = {"first": first, "last": last, "change": last - first}
     if before is not None:
         row |= _delay(spans[0], segment.scene, before, checks[:1])
     if count >= 2 * DRIFT_SECONDS * FPS:
@@ -208,6 +217,14 @@ def _delay(after: Reading, scene: SceneSpec, before: SceneSpec, later: Sequence[
     return {"delay_blocks": delay, "delay_limit_blocks": limit}
 
 
+def _drift(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the row with the longest judged time among those that have thirds."""
+    long = max((row for row in rows if "thirds" in row), key=lambda row: row["judged_frames"], default=None)
+    if long is None:
+        return na(f"no prompt lasts three spans of {SPAN_FRAMES} frames", "film more latent frames")
+    return {"prompt": long["prompt"], "seconds": long["judged_frames"] / FPS, **long["thirds"]}
+
+
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     later = rows[1:]
     no_switch = na("the video has no prompt switch", "give the preset two prompts")
@@ -225,7 +242,8 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "adherence_before": rows[0]["adherence"],
         "adherence_after": float(np.mean(after)) if after else later[0]["adherence"] if later else no_switch,
-        "delay_blocks": delay, "switches": len(delays), "never": len(delays) - len(came),
+        "delay_blocks": delay, "drift": _drift(rows),
+        "switches": len(delays), "never": len(delays) - len(came),
         "permanence": float(np.average([row["permanence"] for row in judged],
                                        weights=[row["judged_frames"] for row in judged]))
         if judged else rows[0]["permanence"],

@@ -76,8 +76,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     decisions.json (see `report.decisions`)
     world           optional: whether the video shows its prompts, if they are of the small world; METRIC as a
                     whole (n/a) if they are not, else {label, adherence_before, adherence_after, delay_blocks,
-                    permanence: METRIC, switches, never: int, wrong [str], not_judged [str], segments [{}]};
-                    `judgement.judge` says what each means
+                    permanence: METRIC, drift, switches, never: int, wrong [str], not_judged [str], segments
+                    [{}]}; `judgement.judge` says what each means
     variations      optional, the preset with one key changed at a time: [{changed {key: value}, latency
                     {ss_ms_per_frame, ps_ms, stages_ms}, fps, memory_gb, sizes, quality {psnr_db, ...},
                     setup_s}]; one that could not run is {changed, failure: METRIC}

@@ -61,7 +61,9 @@ def fidelity_table(quality: Mapping[str, Any], facts: Mapping[str, Any] | None) 
                 if running is null or not str(cell).startswith("n/a")}  # the run's own row says why
             if "free_running" in null and not is_na(null["latent_error"]):
                 rows[f"null: {null['title']}, teacher-forced"] = _fidelity_row(null)
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    return pd.DataFrame([[row.get(name, "") for name in columns] for row in rows.values()],
+                        index=list(rows), columns=columns, dtype=object)
 
 
 def _fidelity_row(section: Mapping[str, Any]) -> dict[str, Any]:

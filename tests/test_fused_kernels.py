@@ -240,8 +240,7 @@ def test_gpu_kernels_equal_the_plain_forward(model, keys):
     fused, plain = (gpu_pipeline(model=model, **{**keys, **flags})
                     for flags in ({}, {"use_quantized_linears": False}))
     found, expected = latents_of(fused), latents_of(unfused(plain))
-    assert relative_error(found[0], expected[0]) < 0.05
-    assert all(latents.isfinite().all() for latents in found)
+    assert relative_error(found[0], expected[0]) < 0.05  # all others: test_every_block
 
 
 @pytest.mark.gpu

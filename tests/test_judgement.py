@@ -152,6 +152,11 @@ def test_long_times_are_read_in_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     other = replace(SCENE, ground="teal")
     section = judged(video((0, SCENE), (48, other), frames=72), (SCENE, 72))
     assert section["wrong"] == ["ground: colour (1 of 3 spans)"]
+    drift = section["drift"]
+    assert drift["first"] == 1 > drift["last"] and drift["change"] == drift["last"] - 1
+    assert (drift["prompt"], drift["seconds"]) == (describe(SCENE), 4.5)
+    short = judged(video((0, SCENE), frames=48), (SCENE, 48))
+    assert "three spans" in short["drift"]["reason"] and "thirds" not in short["segments"][0]
     assert [len(span) for span in judgement._spans(torch.zeros((60, 3, 128, 128), dtype=torch.uint8))] == \
         [24, 36]
     monkeypatch.setattr(judgement, "DRIFT_SECONDS", 1)

@@ -1005,6 +1005,5 @@ def test_gpu_compiled_is_within_rounding(mode):
         chunks = list(session.play(Script(("a", "b"), (18,)), 9))
     expected = list(eager.play(Script(("a", "b"), (18,)), 9))
     ours, theirs = chunks[0].latents.float(), expected[0].latents.float()
-    assert (ours - theirs).norm() / theirs.norm() < 0.05
-    assert all(chunk.latents.isfinite().all() for chunk in chunks)
+    assert (ours - theirs).norm() / theirs.norm() < 0.05  # all others: test_every_block
     torch._dynamo.reset()

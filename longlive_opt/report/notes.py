@@ -107,6 +107,10 @@ def _world(result: Result) -> list[str]:
             f"blocks {share_text(world['delay_blocks'], 1)}{never}, object permanence "
             f"{share_text(world['permanence'])}; {world['label']}")
     told = [sentence(text)]
+    drift = world.get("drift")
+    if drift and not is_na(drift):
+        told.append(f"Drift over {drift['seconds']:.0f} s of one prompt: adherence {drift['first']:.3f} in "
+                    f"the first third, {drift['last']:.3f} in the last.")
     told += [f"{name}: {escape(', '.join(world[key]))}."
              for name, key in (("Wrong", "wrong"), ("Not judged", "not_judged")) if world[key]]
     return [" ".join(told)]

@@ -24,7 +24,7 @@ from .text import percent, share_text
 
 _WORLD = {"world_before": "world.adherence_before", "world_after": "world.adherence_after",
           "world_delay_blocks": "world.delay_blocks", "world_never": "world.never",
-          "world_permanence": "world.permanence"}
+          "world_permanence": "world.permanence", "world_drift": "world.drift.change"}
 
 
 def summary_table(results: Sequence[Result]) -> pd.DataFrame:
