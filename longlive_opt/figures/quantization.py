@@ -43,7 +43,7 @@ def error_against_time(rows: Sequence[Mapping[str, Any]]) -> Chart:
     ax.minorticks_off()
     ax.set_ylim(0.85 * low, 1.3 * high)
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    ax.set_xlim(left - 0.2 * (right - left) - 0.1, right + 0.2 * (right - left) + 0.1)
+    ax.set_xlim(left - 0.2 * (right - left) - 0.1, right + 0.5 * (right - left) + 0.1)  # room for the legend
     ax.set(xlabel="denoising, ms per video frame   (left is faster)",
            ylabel="error / the reference's own   (1: as exact)")
     for name, colour in _COLOURS.items():
