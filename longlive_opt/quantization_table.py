@@ -30,6 +30,7 @@ from torch import Tensor
 from . import provenance
 from .config import LINEAR_LAYERS, ExperimentConfig
 from .errors import UserError
+from .fidelity import full_float32, release
 from .figures.chart import Chart
 from .figures.quantization import error_against_time
 from .inputs import notebook_parameters, project_path
@@ -44,7 +45,7 @@ from .optimizations.fused_kernels import FusedForward, PlainProducts
 from .optimizations.quantized_kv_cache import QuantizedKVCache, check_kernels, choose_tile
 from .optimizations.quantized_linears import QuantizedProducts, check_linears, linears_of
 from .optimizations.static_kv_cache import StaticKVCache, rotate_complex
-from .pipeline import Pipeline, build_reference, cache_geometry
+from .pipeline import Pipeline, build_reference, cache_geometry, float32_twin
 from .results import atomic_path, plain_json
 
 KV_FORMATS = {"bf16": "K and V as they are", "int8_bf16": "K int8, V bf16", "int8_fp8": "K int8, V e4m3",
@@ -191,8 +192,8 @@ class QuantizationStudy:
 
     @torch.no_grad()
     def build(self) -> pd.DataFrame:
-        """Load the model in both dtypes, make the truth and measure the reference against it. The weights in
-        the model's dtype are those in float32, rounded once.
+        """Load the model, make the truth with its twin in float32 (`fidelity` has the same), which is let go
+        again, and measure the reference against it.
 
         Raises:
             UserError: weights are missing, or the kernels do not run here; says why.
@@ -204,11 +205,12 @@ class QuantizationStudy:
             check_kernels(dit.head_dim, capability)
             for form in linear8.FORMATS:
                 check_linears(form, dit.dim, dit.ffn_dim, capability)
-        exact = build_reference(dataclasses.replace(config, model_dtype="float32", attention_backend="auto"))
-        pipeline.dit.load_state_dict(exact.dit.state_dict())
         self.stream = Stream.of(pipeline, config.prompts, self.blocks)
-        self.truth = [latents.clone() for latents in play(exact, exact.make_cache(), self.stream)]
-        del exact
+        twin = float32_twin(pipeline)
+        with full_float32():
+            self.truth = [latents.clone() for latents in play(twin, twin.make_cache(), self.stream)]
+        del twin
+        release(pipeline.device)
         self.pipeline = pipeline
         self.own_errors = forced_errors(pipeline, pipeline.make_cache(), self.stream, self.truth)
         if not statistics.mean(self.own_errors):
