@@ -18,7 +18,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint lab summary training-report wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
+.PHONY: help install demo test test-gpu lint lab summary training-report quantization wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ summary: ## compare the finished runs of one campaign again (CAMPAIGN=demo)
 
 training-report: ## explain how the tiny model was trained and how well it does: outputs/training
 	@$(RUNNER) training $(ARGS)
+
+quantization: ## error against time of every 8-bit format: outputs/quantization (ARGS="--profile params/profiles/h100.yaml")
+	@$(RUNNER) quantization $(ARGS)
 
 campaign-h100: CAMPAIGN ?= h100
 campaign-h100: ## measure what is not yet in outputs/h100 (or CAMPAIGN) on an H100, all presets but the extras

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 SUMMARY_NOTEBOOK = "99_summary.ipynb"
 TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
+QUANTIZATION = "quantization"
+QUANTIZATION_NOTEBOOK = "91_quantization.ipynb"
 MIN_FREE_BYTES = 2**30
 # Words about a run: written anew, they leave what was measured as it is.
 WORDS = ("title", "hypothesis")
@@ -72,11 +74,14 @@ class Layout:
         if name == TRAINING:
             raise UserError(f"--campaign: outputs/{TRAINING} holds the report on training; choose another "
                             "name")
+        if name == QUANTIZATION:
+            raise UserError(f"--campaign: outputs/{QUANTIZATION} holds the study of 8-bit formats; choose "
+                            "another name")
         return self.root / "outputs" / name
 
     def presets(self) -> dict[str, Path]:
         """Preset -> notebook, in the order of the notebooks' numbers, without those that run no preset."""
-        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK)
+        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK)
         paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in others]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
@@ -281,6 +286,27 @@ def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:
         raise UserError(f"outputs/{TRAINING}: is a campaign, and would be replaced by the report; rename it")
     return Job(TRAINING, notebook, folder, {"weights_dir": weights}, "Training of the tiny model",
                needs_result=False)
+
+
+def plan_quantization(layout: Layout, profile: Path | None = None,
+                      settings: Mapping[str, Any] | None = None) -> Job:
+    """The study of 8-bit formats, on the model and the machine of a profile. Of the profile it takes what its
+    notebook declares; a setting that the notebook does not declare is refused.
+
+    Raises:
+        UserError: a profile that cannot be read, a setting that the study does not have, or a campaign that
+            lies in the study's folder.
+    """
+    notebook, folder = layout.notebooks / QUANTIZATION_NOTEBOOK, layout.root / "outputs" / QUANTIZATION
+    declared, settings = declared_parameters(notebook), settings or {}
+    _require_declared(notebook, declared, ["output_dir", *settings])
+    values = load_yaml(profile) if profile else {}
+    if any(folder.glob("*/result.json")):
+        raise UserError(f"outputs/{QUANTIZATION}: is a campaign, and would be replaced by the study; rename "
+                        "it")
+    parameters = {key: value for key, value in values.items() if key in declared} | dict(settings)
+    return Job(QUANTIZATION, notebook, folder, parameters | {"output_dir": f"outputs/{QUANTIZATION}"},
+               "8-bit formats", needs_result=False)
 
 
 def has_cuda() -> bool:

@@ -31,6 +31,7 @@ from longlive_opt.planning import (
     is_finished,
     parse_settings,
     plan,
+    plan_quantization,
     plan_summary,
     plan_training,
     require_reference,
@@ -115,6 +116,14 @@ def run_training(layout: Layout, arguments: argparse.Namespace) -> int:
         return 0 if done and export_report(layout.root, job.folder, job.title, hide_code=True) else 1
 
 
+def run_quantization(layout: Layout, arguments: argparse.Namespace) -> int:
+    """The command `quantization`."""
+    job = plan_quantization(layout, arguments.profile, parse_settings(arguments.set))
+    check_machine(job.folder, [job])
+    with locked([job]):
+        return 1 if run_jobs(layout.root, [job]) else 0
+
+
 def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `list`."""
     for preset, notebook in layout.presets().items():
@@ -126,7 +135,7 @@ def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m longlive_opt.runner", description="Run presets as notebooks.")
-    commands = parser.add_subparsers(required=True, metavar="run | summary | training | list")
+    commands = parser.add_subparsers(required=True, metavar="run | summary | training | quantization | list")
     run = commands.add_parser("run", help="run presets, then the summary")
     run.add_argument("--campaign", required=True, metavar="NAME", help="results go to outputs/NAME")
     run.add_argument("--profile", type=Path, metavar="FILE", help="goes over each preset's values")
@@ -153,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--weights", metavar="DIR", help="a folder of trained weights, seen from the "
                           f"project's folder (default: {TINY_WEIGHTS})")
     training.set_defaults(command=run_training)
+    quantization = commands.add_parser("quantization", help="the study of 8-bit formats: error against time")
+    quantization.add_argument("--profile", type=Path, metavar="FILE", help="model and machine (default: the "
+                              "tiny model on the CPU)")
+    quantization.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                              help="over the profile")
+    quantization.set_defaults(command=run_quantization)
     commands.add_parser("list", help="list the presets").set_defaults(command=list_presets)
     return parser
 

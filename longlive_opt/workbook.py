@@ -127,6 +127,7 @@ class Experiment:
         """
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
+        self._room_reports()  # what optimizations count in a cache is gone after the next reset
         print(self.measured["sizes"]["note"])
         print(self.measured["latency"]["clock_disagreement"]["sentence"])
         if self.company["co_scheduled"]:

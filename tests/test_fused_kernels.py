@@ -227,6 +227,24 @@ def gpu_pipeline(**keys: Any) -> Pipeline:
     return quantized_gpu_pipeline(**{"use_quantized_kv": False, "use_fused_kernels": True, **keys})
 
 
+@torch.no_grad()
+def gpu_flows(pipeline: Pipeline) -> list[Tensor]:
+    """Flows of passes over given latents, so that differences do not add up: growth, a recache, turns."""
+    sampler, cache, block = pipeline.sampler, pipeline.make_cache(), pipeline.sampler.plan.block_frames
+    generator, texts = torch.Generator().manual_seed(0), [pipeline.encode_prompt(text) for text in "ab"]
+    shape = (1, 8 * block, *pipeline.latent_shape)
+    video = torch.randn(shape, generator=generator).to("cuda", pipeline.dtype)
+    flows, text = [], texts[0]
+    for start in range(0, 8 * block, block):
+        if start == 6 * block:
+            text = texts[1]
+            sampler.recache(cache, text, start, video[:, max(0, start - sampler.plan.window):start])
+        for timestep in (sampler.timesteps[0], 0):
+            flow = sampler.run_pass(cache, text, start, video[:, start:start + block], timestep)
+            flows.append(flow.float().cpu())
+    return flows
+
+
 GPU_CASES = [STATIC, INT8, FP8, {**STATIC, "relative_rope": True}, {**INT8, "relative_rope": True},
              {**FP8, "global_sink": False}, {**INT8, "kv_read_path": "dequantize"},
              {**STATIC, **LINEARS}, {**FP8, "relative_rope": True, **LINEARS}]
@@ -236,11 +254,12 @@ GPU_CASES = [STATIC, INT8, FP8, {**STATIC, "relative_rope": True}, {**INT8, "rel
 @pytest.mark.parametrize("model", ["wide", "tiny"])
 @pytest.mark.parametrize("keys", GPU_CASES, ids=str)
 def test_gpu_kernels_equal_the_plain_forward(model, keys):
-    """A kernel at a size that its own tests do not have; GELU in the wrong form."""
+    """A kernel at a size that its own tests do not have; GELU in the wrong form; a slot, a rotation or a sink
+    that is wrong once the ring has turned, or after a switch."""
     fused, plain = (gpu_pipeline(model=model, **{**keys, **flags})
                     for flags in ({}, {"use_quantized_linears": False}))
-    found, expected = latents_of(fused), latents_of(unfused(plain))
-    assert relative_error(found[0], expected[0]) < 0.05  # all others: test_every_block
+    found, expected = gpu_flows(fused), gpu_flows(unfused(plain))
+    assert max(map(relative_error, found, expected)) < 0.05
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ import yaml
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.html import export_html, network_references
-from longlive_opt.planning import Layout, plan, plan_summary, plan_training
+from longlive_opt.planning import Layout, plan, plan_quantization, plan_summary, plan_training
 from longlive_opt.runner import QUICK
 from longlive_opt.styles import drop_unused_styles
 
@@ -116,6 +116,7 @@ def test_notebooks_presets_and_profiles_fit(profile: Path) -> None:
     assert presets - {"smoke"} == {job.label for job in jobs} - {"baseline.repeat2"}
     plan_summary(layout, "house")
     plan_training(layout)
+    plan_quantization(layout, profile)
 
 
 # ---- tracked files

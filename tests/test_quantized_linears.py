@@ -14,7 +14,17 @@ import weakref
 import pytest
 import torch
 from micro import micro_config, micro_pipeline
-from test_fused_kernels import CACHES, INT8, SIZES, SMALL, STATIC, flows_of, gpu_pipeline, unfused
+from test_fused_kernels import (
+    CACHES,
+    INT8,
+    SIZES,
+    SMALL,
+    STATIC,
+    flows_of,
+    gpu_flows,
+    gpu_pipeline,
+    unfused,
+)
 from test_quantized_kv import latents_of, models, relative_error
 from test_rooms import EXACT_FLAGS, scripted
 from test_session import same_video
@@ -343,21 +353,3 @@ def test_gpu_every_block_stays_near_that_in_bfloat16(layers, form):
     rounded = gpu_pipeline(**keys, **LINEARS[form], linear_layers=list(layers))
     errors = list(map(relative_error, gpu_flows(rounded), gpu_flows(plain)))
     assert 0 < max(errors) < FLOW_TOLERANCE[form] + 2**-7  # and where bfloat16 rounds another way
-
-
-@torch.no_grad()
-def gpu_flows(pipeline) -> list[Tensor]:
-    """Flows of passes over given latents, so that differences do not add up: growth, a recache, turns."""
-    sampler, cache, block = pipeline.sampler, pipeline.make_cache(), pipeline.sampler.plan.block_frames
-    generator, texts = torch.Generator().manual_seed(0), [pipeline.encode_prompt(text) for text in "ab"]
-    shape = (1, 8 * block, *pipeline.latent_shape)
-    video = torch.randn(shape, generator=generator).to("cuda", pipeline.dtype)
-    flows, text = [], texts[0]
-    for start in range(0, 8 * block, block):
-        if start == 6 * block:
-            text = texts[1]
-            sampler.recache(cache, text, start, video[:, max(0, start - sampler.plan.window):start])
-        for timestep in (sampler.timesteps[0], 0):
-            flow = sampler.run_pass(cache, text, start, video[:, start:start + block], timestep)
-            flows.append(flow.float().cpu())
-    return flows

@@ -93,10 +93,13 @@ class QuantizedKV(Room):
 
 
 class CodeCounts:
-    """A `Stats` of the cache that was made last, as its last stream has left it."""
+    """A `Stats` of the cache that was made last, as its last stream has left it. Once that is forgotten, what
+    was found when it was last asked for stays.
+    """
 
     def __init__(self) -> None:
         self._cache: Callable[[], QuantizedKVCache | None] = lambda: None
+        self._found: dict[str, Any] = {}
 
     def watch(self, cache: QuantizedKVCache) -> QuantizedKVCache:
         """Count this one from now on; it is not kept alive."""
@@ -104,12 +107,12 @@ class CodeCounts:
         return cache
 
     def summary(self) -> dict[str, Any]:
-        """Parts of what is stored in e4m3, in percent, and the head of which it is most; empty without a
-        cache that holds anything."""
+        """Parts of what is stored in e4m3, in percent, and the head of which it is most; empty where no
+        cache ever held anything."""
         cache = self._cache()
         counts = {} if cache is None or not cache.pointers[1] else cache.count_codes()
         if not counts:
-            return {}
+            return self._found
         names, by_head = list(counts), torch.stack(list(counts.values()))  # [K and V of layers, kinds, heads]
         values = cache.values_per_head
         found: dict[str, Any] = {}
@@ -119,6 +122,7 @@ class CodeCounts:
             if key != "nan":
                 row, head = divmod(int(part.argmax()), part.shape[1])
                 found[f"worst_{key}"] = f"{names[row]}, head {head}: {part[row, head].item():.2f} %"
+        self._found = found
         return found
 
 

@@ -118,8 +118,8 @@ def check_linears(quantization: str, dim: int, ffn_dim: int, capability: tuple[i
                            "install the one that belongs to this PyTorch, or switch use_quantized_linears "
                            "off.")
     if dim % CHANNEL_GROUP or ffn_dim % CHANNEL_GROUP:
-        raise UserError(f"use_quantized_linears: the products take multiples of {CHANNEL_GROUP} channels, and "
-                        f"this model has {dim} and, in the feed-forward, {ffn_dim}; switch "
+        raise UserError(f"use_quantized_linears: the products take multiples of {CHANNEL_GROUP} channels, "
+                        f"and this model has {dim} and, in the feed-forward, {ffn_dim}; switch "
                         "use_quantized_linears off.")
 
 
