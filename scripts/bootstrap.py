@@ -1,14 +1,19 @@
-"""Set up the environment once and print its Python: python3 scripts/bootstrap.py [--offline WHEELS]
+"""Set up the environment once and print its Python: python3 scripts/bootstrap.py [--newest]
 
 Standard library only. Messages go to stderr, so that `py="$(python3 scripts/bootstrap.py)"` works. Where to:
 
-1. the calling Python is a virtual environment with torch >= 2.10 (GPU hosts): into that environment;
-2. otherwise into .venv, which sees the caller's packages if the caller has torch >= 2.10 (containers, conda).
+1. the calling Python is a virtual environment with a torch that pyproject.toml allows (GPU hosts): into that
+   environment;
+2. otherwise into .venv, which sees the caller's packages if these have such a torch (containers, conda).
 
-A torch that is there is never changed: pip gets the constraint torch==<its version>. (Without it `pip install
-lpips` upgrades torch, because the newest torchvision wants the newest torch.) A second call finds
-.bootstrap/stamp.json and does nothing until the dependencies in pyproject.toml change. The syntax is that of
-Python 3.6, so that an old Python can read this file and say that it is too old.
+What: the versions of constraints.txt, or, with --newest, the newest that pyproject.toml allows. What an
+environment brings keeps its version where that is allowed. Its torch is never changed: pip gets the
+constraint torch==<its version>. (Without it `pip install lpips` upgrades torch, because the newest
+torchvision wants the newest torch.) What the set-up itself has put into .venv follows constraints.txt.
+
+A second call finds .bootstrap/stamp.json and does nothing until the dependencies in pyproject.toml, the
+constraints or the mode change. The syntax is that of Python 3.6, so that an old Python can read this file and
+say that it is too old.
 """
 
 import argparse
@@ -20,13 +25,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import List, NoReturn, Optional
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STATE = ROOT / ".bootstrap"
+CONSTRAINTS = ROOT / "constraints.txt"
 MIN_PYTHON = (3, 11)
-MIN_TORCH = (2, 10)
+# What has to fit a torch that is there, and so has no tested version where that is another.
+WITH_TORCH = ("torch", "torchvision", "triton", "cuda-bindings", "cuda-pathfinder")
 GIB = 2**30
 # Free disk space asked for: with torch and its CUDA libraries to install, and without.
 NEED_FULL, NEED_REST = 8 * GIB, 1 * GIB
@@ -46,15 +53,43 @@ def stop(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def dependency_digest() -> str:
-    """A hash of what pyproject.toml asks to be installed; it changes when the environment has to."""
+def read_project() -> Dict[str, Any]:
+    """The content of pyproject.toml."""
     import tomllib
 
     with open(str(ROOT / "pyproject.toml"), "rb") as file:
-        content = tomllib.load(file)
+        return tomllib.load(file)
+
+
+def dependency_digest(newest: bool) -> str:
+    """A hash of what is to be installed; it changes when the environment has to."""
+    content = read_project()
     project = content["project"]
-    wanted = [content["build-system"], project["dependencies"], project["optional-dependencies"]]
+    wanted = [content["build-system"], project["dependencies"], project["optional-dependencies"],
+              "newest" if newest else CONSTRAINTS.read_text(encoding="utf-8")]
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+
+
+def torch_bounds() -> Tuple[str, Tuple[int, int], Tuple[int, int]]:
+    """Which torch pyproject.toml allows: as it is written there, the first release, and the first too new."""
+    for requirement in read_project()["project"]["dependencies"]:
+        found = re.match(r"torch(>=(\d+)\.(\d+),<(\d+)\.(\d+))$", requirement)
+        if found:
+            low, high = found.group(2, 3), found.group(4, 5)
+            return found.group(1), (int(low[0]), int(low[1])), (int(high[0]), int(high[1]))
+    stop("pyproject.toml has no line torch>=A.B,<C.D")
+
+
+def tested_versions() -> Dict[str, str]:
+    """Name -> version, from constraints.txt; names as pip normalises them."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").split("\n")
+    pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return {normal(name): version.strip() for name, version in pairs}
+
+
+def normal(name: str) -> str:
+    """The name of a package as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def finished_python(digest: str) -> Optional[str]:
@@ -67,35 +102,61 @@ def finished_python(digest: str) -> Optional[str]:
         return None
 
 
-def installed_torch(python: str) -> Optional[str]:
-    """The version, as pip knows it, of a torch >= 2.10 that `python` can import, or None.
+def brought_packages(python: str) -> Dict[str, str]:
+    """Name -> version of what `python` sees and the set-up has not put into .venv itself."""
+    code = """if True:
+        import importlib.metadata, json, sys
+        print(json.dumps([(one.metadata["Name"], one.version, str(one.locate_file("")))
+                          for one in importlib.metadata.distributions() if one.metadata["Name"]]))
+    """
+    done = subprocess.run([python, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    found = json.loads(done.stdout.decode()) if not done.returncode else []
+    own = VENV.resolve()
+    # The first of a name is the one that is imported.
+    return {normal(name): version for name, version, place in reversed(found)
+            if own not in Path(place).resolve().parents}
+
+
+def brought_torch(python: str) -> Optional[str]:
+    """The version, as pip knows it, of a torch that `python` can import and the set-up has not installed, or
+    None.
 
     It is read from the package's metadata: `torch.__version__` may say 2.11.0+cu130 where pip says 2.11.0.
     """
-    code = "import importlib.metadata as m; v = m.version('torch'); import torch; print(v)"
-    done = subprocess.run([python, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    version = done.stdout.decode().strip()
-    found = re.match(r"(\d+)\.(\d+)(\.\d+)*(a|b|rc|\.dev)?", version)
-    if done.returncode or not found:
+    version = brought_packages(python).get("torch")
+    if version is None or subprocess.call([python, "-P", "-c", "import torch"], stdout=subprocess.DEVNULL,
+                                          stderr=subprocess.DEVNULL):
         return None
+    return version
+
+
+def is_allowed(torch: str) -> bool:
+    """Whether pyproject.toml allows this version of torch, and pip agrees: 2.10.0a0 sorts before 2.10."""
+    _, low, high = torch_bounds()
+    found = re.match(r"(\d+)\.(\d+)(\.\d+)*(a|b|rc|\.dev)?", torch)
+    if not found:
+        return False
     release = (int(found.group(1)), int(found.group(2)))
-    # 2.10.0a0 sorts before 2.10, so pip would not accept it.
-    return version if release > MIN_TORCH or (release == MIN_TORCH and not found.group(4)) else None
+    return low <= release < high and not (release == low and found.group(4))
 
 
 def choose_environment(offline: bool) -> str:
     """Decide where to install, make .venv if that is the place, and return the environment's Python."""
     own = str(VENV / "bin" / "python")
     is_venv = sys.prefix != sys.base_prefix
-    if is_venv and Path(sys.prefix).resolve() == VENV:
+    if is_venv and Path(sys.prefix).resolve() == VENV.resolve():
         return own
-    torch = installed_torch(sys.executable)
+    torch = brought_torch(sys.executable)
+    if torch and not is_allowed(torch):
+        say("torch %s of %s is not used: the project works with torch%s, and .venv gets one of its own"
+            % (torch, sys.prefix, torch_bounds()[0]))
+        torch = None
     if torch and is_venv:
         say("torch %s found; installing the rest into the active environment %s" % (torch, sys.prefix))
         return sys.executable
     if offline and not torch:
-        stop("no torch >= 2.10 in %s; offline set-up adds the rest to a Python that has torch: name it with "
-             "PYTHON=/path/to/python" % sys.executable)
+        stop("no torch%s in %s; offline set-up adds the rest to a Python that has torch: name it with "
+             "PYTHON=/path/to/python" % (torch_bounds()[0], sys.executable))
     if os.path.exists(own) and has_pip(own):
         return own
     make_venv(own, torch)
@@ -134,13 +195,33 @@ def check_disk(need: int) -> None:
              "project elsewhere" % (free / GIB, ROOT.name, need // GIB))
 
 
-def install(python: str, torch: Optional[str], wheels: Optional[Path]) -> None:
-    """Install the project and its dependencies with pip, under one constraints file."""
+def write_constraints(path: Path, brought: Dict[str, str], torch: Optional[str], newest: bool) -> None:
+    """What pip is held to: the torch that is there and, unless `newest`, the tested version of all else that
+    the environment does not bring.
+    """
+    pins = {} if newest else tested_versions()
+    fits = not torch or torch.split("+")[0] == pins.get("torch")
+    there = set(brought) if torch else set(brought) - set(WITH_TORCH)
+    kept = {name: version for name, version in pins.items()
+            if name not in there and (fits or name not in WITH_TORCH)}
+    if torch:
+        kept["torch"] = torch
+    path.write_text("".join("%s==%s\n" % pair for pair in sorted(kept.items())), encoding="utf-8")
+
+
+def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: bool = False) -> None:
+    """Install the project and its dependencies with pip, under one constraints file.
+
+    Args:
+        torch: version of the one that the environment brings and that stays.
+    """
     constraints = STATE / "constraints.txt"
-    constraints.write_text("torch==%s\n" % torch if torch else "", encoding="utf-8")
+    write_constraints(constraints, brought_packages(python), torch, newest)
     # An offline host runs and tests; JupyterLab and ruff would add half again to what is carried there.
     extras = "test" if wheels else "lab,test,lint"
     options = ["--no-index", "--find-links", str(wheels)] if wheels else []
+    if newest and not torch:
+        options += ["--upgrade", "--upgrade-strategy", "eager"]
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     command += options + ["--constraint", str(constraints), "--editable", ".[%s]" % extras]
     tail = []  # type: List[str]
@@ -180,21 +261,27 @@ def main() -> int:
         stop("this is Python %d.%d, the project needs 3.11 or newer; name one, such as PYTHON=python3.12"
              % sys.version_info[:2])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--offline", type=Path, metavar="WHEELS", help="install from these wheels")
-    wheels = parser.parse_args().offline
-    digest = dependency_digest()
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--offline", type=Path, metavar="WHEELS", help="install from these wheels")
+    which.add_argument("--newest", action="store_true",
+                       help="the newest versions that pyproject.toml allows, not those of constraints.txt")
+    arguments = parser.parse_args()
+    wheels, newest = arguments.offline, arguments.newest
+    digest = dependency_digest(newest)
     python = finished_python(digest)
     if python is None:
         if wheels and not list(wheels.glob("*.whl")):
             stop("%s holds no wheels; run 'make wheelhouse' where there is a network and copy the folder here"
                  % wheels)
         python = choose_environment(offline=bool(wheels))
-        torch = installed_torch(python)
+        torch = brought_torch(python)
+        if torch and not is_allowed(torch):
+            torch = None
         check_disk(NEED_REST if torch else NEED_FULL)
         if not torch:
-            say("the first set-up downloads several GB, takes about 6 GB of disk and 2 to 3 minutes")
+            say("where .venv lacks torch this downloads 3 GB, takes 6 GB of disk and 2 to 3 minutes")
         STATE.mkdir(exist_ok=True)
-        install(python, torch, wheels.resolve() if wheels else None)
+        install(python, torch, wheels.resolve() if wheels else None, newest)
         stamp = json.dumps({"digest": digest, "root": str(ROOT), "python": python})
         (STATE / "stamp.json").write_text(stamp, encoding="utf-8")
         say("done")

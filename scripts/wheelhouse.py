@@ -3,7 +3,7 @@
 Run it where there is a network, copy FOLDER into the clone on the host, and run `make install-offline` there.
 The host is taken to have torch and torchvision, or, with `--have LIST`, whatever LIST names (the host's own
 `pip list --format=freeze`): the resolver sees an empty stand-in wheel for each of these, so it keeps their
-versions and downloads none of them.
+versions and downloads none of them. The others come in the versions of constraints.txt.
 """
 
 import argparse
@@ -15,7 +15,16 @@ import zipfile
 from pathlib import Path
 from typing import Dict, List
 
-from bootstrap import MIN_PYTHON, ROOT, stop
+from bootstrap import (
+    MIN_PYTHON,
+    WITH_TORCH,
+    is_allowed,
+    normal,
+    read_project,
+    stop,
+    tested_versions,
+    torch_bounds,
+)
 
 # pip takes a platform tag literally: manylinux_2_28 does not imply the older ones.
 OLDEST_GLIBC, OLD_TAGS = 5, ("manylinux2014", "manylinux2010", "manylinux1")
@@ -32,8 +41,9 @@ host = dict(python_version=version, python_full_version=version + ".0", implemen
 markers.default_environment = lambda: {**here, **host}
 sys.exit(main(sys.argv[1:]))
 """
-# Stand-ins for a host of which nothing more is known than that it has torch and torchvision.
-ASSUMED = {"torch": "999", "torchvision": "999"}
+# Stand-ins for a host of which nothing more is known than that it has a torch and torchvision that
+# pyproject.toml allows.
+ASSUMED = {"torch": "2.14.999", "torchvision": "0.29.999"}
 # No dependencies to keep: the project itself, and what the set-up brings or every Python has.
 NOT_KEPT = ("longlive_opt", "pip", "setuptools", "wheel")
 
@@ -46,8 +56,9 @@ def read_have(path: Path) -> Dict[str, str]:
         stop(f"{path}: {error}; make it on the host: python3 -m pip list --format=freeze > {path.name}")
     pairs = [line.split("==") for line in lines if line.count("==") == 1]
     have = {re.sub(r"[-_.]+", "_", name).lower(): version for name, version in pairs}
-    if "torch" not in have:
-        stop(f"{path} names no torch==VERSION; the host needs torch >= 2.10, wheels for it are not collected")
+    if not is_allowed(have.get("torch", "")):
+        stop(f"{path} names {'torch ' + have['torch'] if 'torch' in have else 'no torch'}; the host needs "
+             f"torch{torch_bounds()[0]}, wheels for it are not collected")
     return {name: version for name, version in have.items() if name not in NOT_KEPT}
 
 
@@ -64,9 +75,7 @@ def write_stand_in(folder: Path, name: str, version: str) -> str:
 
 def requirements() -> List[str]:
     """What an offline set-up installs: the dependencies, what runs the tests, and what builds the project."""
-    import tomllib
-
-    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    content = read_project()
     project, build = content["project"], content["build-system"]
     return project["dependencies"] + project["optional-dependencies"]["test"] + build["requires"]
 
@@ -81,7 +90,10 @@ def download(folder: Path, python: str, glibc: int, have: Dict[str, str]) -> Non
     with tempfile.TemporaryDirectory() as temporary:
         stand_ins = Path(temporary)
         constraints = stand_ins / "constraints.txt"
-        constraints.write_text("".join(write_stand_in(stand_ins, *item) for item in have.items()), "utf-8")
+        lines = [write_stand_in(stand_ins, *item) for item in have.items()]
+        missing = set(tested_versions()) - set(map(normal, have)) - set(WITH_TORCH)
+        lines += [f"{name}=={tested_versions()[name]}\n" for name in sorted(missing)]
+        constraints.write_text("".join(lines), "utf-8")
         command = [sys.executable, "-c", PIP_FOR_HOST, python, "download", "--quiet"]
         command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
         command += [option for platform in platforms for option in ("--platform", platform)]
