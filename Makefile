@@ -2,6 +2,8 @@
 # PYTHON   the Python that makes the environment       make demo PYTHON=python3.12
 # ARGS     more arguments for the runner or for pytest make campaign-h100 ARGS="--overwrite"
 # CAMPAIGN the folder of the results, below outputs/   make campaign-h100 CAMPAIGN=mine
+# NEWEST   1: the newest versions that pyproject.toml allows instead of the tested ones of constraints.txt; say
+#          it with every command, or export it         make test NEWEST=1
 
 PYTHON ?= python3
 ARGS ?=
@@ -14,11 +16,11 @@ NOISE = $(if $(filter h100 h100_extras,$(CAMPAIGN)),--record-noise)
 # Two campaigns, each with a baseline of its own: together they take longer than many a GPU is lent for.
 EXTRAS = realtime_8gb ablation compile_parts
 
-SETUP = py="$$($(PYTHON) scripts/bootstrap.py)" || exit 1
+SETUP = py="$$($(PYTHON) scripts/bootstrap.py $(if $(filter-out 0,$(NEWEST)),--newest))" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint lab summary training-report quantization wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
+.PHONY: help install demo test test-versions test-gpu lint lab summary training-report quantization wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +34,9 @@ demo: ## run every preset but the studies on the tiny model (CPU, minutes): outp
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest $(ARGS)
+
+test-versions: ## run the tests that touch torch's internals with the oldest and the newest torch allowed
+	@$(PYTHON) scripts/test_versions.py $(ARGS)
 
 test-gpu: ## run the tests that need a GPU, and record their output: outputs/h100/gpu_tests.txt
 	@$(SETUP); "$$py" scripts/gpu_tests.py outputs/h100/gpu_tests.txt $(ARGS)

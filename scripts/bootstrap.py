@@ -33,7 +33,7 @@ STATE = ROOT / ".bootstrap"
 CONSTRAINTS = ROOT / "constraints.txt"
 MIN_PYTHON = (3, 11)
 # What has to fit a torch that is there, and so has no tested version where that is another.
-WITH_TORCH = ("torch", "torchvision", "triton")
+WITH_TORCH = ("torch", "torchvision", "triton", "cuda-bindings", "cuda-pathfinder")
 GIB = 2**30
 # Free disk space asked for: with torch and its CUDA libraries to install, and without.
 NEED_FULL, NEED_REST = 8 * GIB, 1 * GIB

@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
@@ -28,6 +29,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROFILES = sorted((ROOT / "params/profiles").glob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIREMENTS = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
+# What the project takes the insides of, or draws and reports with.
+CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib", "transformers",
+         "torchmetrics", "numpy", "ipykernel", "jupyterlab", "huggingface-hub", "av", "pillow"}
 
 # Import name -> package, where they differ.
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
@@ -35,7 +39,7 @@ PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
 NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
 NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow",
-                "ipywidgets", "pynvml"}
+                "ipywidgets"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
@@ -49,12 +53,30 @@ def name_of(requirement: str) -> str:
 
 
 def test_conda_and_pip_ask_for_the_same() -> None:
-    """A dependency added to one of the two files only: the other way to install is broken from then on."""
+    """The conda way lacks the project itself, or an extra, or installs versions that nobody tested."""
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     pip = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    assert sorted(pip[0]) == sorted(REQUIREMENTS)
+    extras = ",".join(PROJECT["optional-dependencies"])
+    assert pip == [["-c constraints.txt", f"-e .[{extras}]"]]
     assert conda == ["python" + PROJECT["requires-python"], "pip"]
+
+
+def test_close_dependencies_have_both_bounds() -> None:
+    """The next release of one of them breaks every fresh clone, as torch 2.14 and Triton 3.8 did."""
+    bounds = {name_of(one): one for one in REQUIREMENTS}
+    assert CLOSE <= bounds.keys()
+    open_ended = [bounds[name] for name in CLOSE if not re.search(r">=[\d.]+,<[\d.]+$", bounds[name])]
+    assert not open_ended
+
+
+def test_tested_versions_are_allowed_ones(bootstrap: ModuleType) -> None:
+    """Constraints that pip cannot meet, or that leave a dependency to what was released last night."""
+    pins = bootstrap.tested_versions()
+    for requirement in map(Requirement, REQUIREMENTS):
+        assert requirement.specifier.contains(pins[name_of(requirement.name)]), requirement
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) == len(pins) and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
 
 
 def test_imports_are_declared() -> None:
@@ -202,30 +224,59 @@ def test_too_old_python(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
     assert "Python 3.9, the project needs 3.11" in stopped(capsys, bootstrap.main)
 
 
+def put_package(folder: Path, name: str, version: str, code: str = "") -> None:
+    """A package that pip takes to be installed in `folder`."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(code)
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 @pytest.mark.parametrize(("version", "reused"), [
-    ("2.11.0+cu130", True), ("2.10.0", True), ("2.12.0a0+git1", True), ("2.10.0a0+nv25", False),
-    ("2.9.1", False),
+    ("2.11.0+cu130", True), ("2.10.0", True), ("2.12.0a0+git1", True), ("2.14.1", True),
+    ("2.10.0a0+nv25", False), ("2.9.1", False), ("2.15.0", False), ("2.15.0.dev20261101+cu130", False),
+    ("3.0.0", False),
 ])
-def test_only_a_recent_torch_is_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
-                                       tmp_path: Path, version: str, reused: bool) -> None:
-    """A torch below 2.10 (unsafe to load weights with) is kept, or a good one of 3 GB is installed again."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch/__init__.py").touch()
-    (tmp_path / f"torch-{version}.dist-info").mkdir()
-    (tmp_path / f"torch-{version}.dist-info/METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+def test_only_a_torch_within_the_bounds_is_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                  tmp_path: Path, version: str, reused: bool) -> None:
+    """A torch that nobody tested is kept, or a good one of 3 GB is installed again."""
+    put_package(tmp_path, "torch", version)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert bootstrap.installed_torch(sys.executable) == (version if reused else None)
+    assert bootstrap.brought_torch(sys.executable) == version
+    assert bootstrap.is_allowed(version) == reused
+    specifier = Requirement("torch" + bootstrap.torch_bounds()[0]).specifier
+    assert specifier.contains(version, prereleases=True) == reused
+
+
+def test_a_torch_outside_the_bounds_is_named(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture) -> None:
+    """The torch of the GPU host is left aside without a word, and 3 GB come down."""
+    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: "2.9.1")
+    made = []
+    monkeypatch.setattr(bootstrap, "make_venv", lambda python, torch: made.append(torch))
+    assert bootstrap.choose_environment(offline=False) == str(bootstrap.VENV / "bin/python")
+    assert made == [None]
+    assert re.search(r"torch 2.9.1 of .* is not used: .* torch>=2.10,<2.15", capsys.readouterr().err)
+    assert "torch>=2.10,<2.15" in stopped(capsys, bootstrap.choose_environment, True)
 
 
 def test_broken_torch_is_not_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
                                     tmp_path: Path) -> None:
     """A torch whose libraries are missing: everything is installed around it and nothing runs."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch/__init__.py").write_text("raise OSError('libcudnn.so.9: cannot open shared object')")
-    (tmp_path / "torch-2.11.0.dist-info").mkdir()
-    (tmp_path / "torch-2.11.0.dist-info/METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
+    put_package(tmp_path, "torch", "2.11.0", "raise OSError('libcudnn.so.9: cannot open shared object')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert bootstrap.installed_torch(sys.executable) is None
+    assert bootstrap.brought_torch(sys.executable) is None
+
+
+def test_what_the_set_up_installed_is_not_brought(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                  tmp_path: Path) -> None:
+    """`make test` after `make install NEWEST=1` keeps the newest torch, as if it were the GPU host's own."""
+    put_package(bootstrap.VENV / "lib", "torch", "2.14.77")
+    put_package(tmp_path / "system", "numpy", "2.1.0")
+    monkeypatch.setenv("PYTHONPATH", f"{bootstrap.VENV / 'lib'}:{tmp_path / 'system'}")
+    brought = bootstrap.brought_packages(sys.executable)
+    assert brought["numpy"] == "2.1.0" and brought.get("torch") != "2.14.77"
 
 
 def test_stamp(bootstrap: ModuleType, tmp_path: Path) -> None:
@@ -254,11 +305,47 @@ def test_installation_never_changes_torch(bootstrap: ModuleType, monkeypatch: py
         return SimpleNamespace(stdout=[], wait=lambda: 0)
 
     monkeypatch.setattr(bootstrap.subprocess, "Popen", popen)
+    monkeypatch.setattr(bootstrap, "brought_packages", lambda python: {"torch": "2.12.1"})
     bootstrap.STATE.mkdir()
-    bootstrap.install("python", "2.11.0", tmp_path)
-    assert (bootstrap.STATE / "constraints.txt").read_text() == "torch==2.11.0\n"
+    bootstrap.install("python", "2.12.1", tmp_path)
+    held = (bootstrap.STATE / "constraints.txt").read_text().splitlines()
+    assert [line for line in held if line.startswith(("torch", "triton"))] == [
+        "torch==2.12.1", f"torchmetrics=={bootstrap.tested_versions()['torchmetrics']}"]
     assert commands[0][commands[0].index("--constraint") + 1] == str(bootstrap.STATE / "constraints.txt")
-    assert {"--no-index", "--find-links", str(tmp_path)} < set(commands[0])
+    assert {"--no-index", "--find-links", str(tmp_path)} < set(commands[0]) and "--upgrade" not in commands[0]
+    bootstrap.install("python", "2.12.1", None, newest=True)
+    assert (bootstrap.STATE / "constraints.txt").read_text() == "torch==2.12.1\n"
+    assert "--upgrade" not in commands[1], "it is not the set-up's own environment"
+
+
+def test_fresh_machine_gets_the_tested_versions(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                tmp_path: Path) -> None:
+    """What was released last night decides whether the README's two commands work."""
+    path, pins = tmp_path / "held.txt", bootstrap.tested_versions()
+
+    def held(*arguments: object) -> dict[str, str]:
+        bootstrap.write_constraints(path, *arguments)
+        return dict(line.split("==") for line in path.read_text().splitlines())
+
+    assert held({}, None, False) == pins
+    assert held({}, None, True) == {}
+    # What an environment brings stays, and what goes with the tested torch goes with no other.
+    beside = held({"numpy": "2.1.0", "torch": "2.12.0"}, "2.12.0", False)
+    assert beside["torch"] == "2.12.0"
+    assert beside.keys() == pins.keys() - {"numpy", *bootstrap.WITH_TORCH} | {"torch"}
+    assert held({"torch": "2.11.0"}, "2.11.0+cu126", False)["torchvision"] == pins["torchvision"]
+    # One that is not allowed is replaced by the tested one.
+    assert held({"torch": "2.15.0", "torchvision": "0.30.0"}, None, False) == pins
+
+
+def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                   tmp_path: Path) -> None:
+    """A changed constraints file, or NEWEST=1, that leaves the old environment as it is."""
+    digests = [bootstrap.dependency_digest(newest) for newest in (False, True)]
+    changed = tmp_path / "constraints.txt"
+    changed.write_text(bootstrap.CONSTRAINTS.read_text() + "one-more==1\n")
+    monkeypatch.setattr(bootstrap, "CONSTRAINTS", changed)
+    assert len({*digests, bootstrap.dependency_digest(False)}) == 3
 
 
 @pytest.mark.parametrize(("line", "words"), [
@@ -282,6 +369,54 @@ def test_missing_ensurepip_and_full_disk(bootstrap: ModuleType, capsys: pytest.C
     assert "needs 8 GB" in stopped(capsys, bootstrap.check_disk, bootstrap.NEED_FULL)
 
 
+@pytest.fixture
+def versions(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """scripts/test_versions.py, which makes no environment and runs nothing."""
+    module = importlib.import_module("test_versions")
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "versions")
+    monkeypatch.setattr(module, "check_disk", lambda need: None)
+    monkeypatch.setattr(module, "describe", lambda python: "torch of a test")
+    return module
+
+
+def test_tests_of_versions_are_there(versions: ModuleType) -> None:
+    """A test file that was renamed, or a name of -k that leaves nothing out any more."""
+    sources = [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in versions.TESTS]
+    for part in (*versions.LONG, *versions.TRAINING.split(" or ")):
+        assert any(re.search(rf"def test_\w*{part}", source) for source in sources), part
+    assert [versions.requirement(which) for which in ("oldest", "newest", "2.13", "2.12.1")] == [
+        "torch==2.10.*", "torch>=2.10,<2.15", "torch==2.13.*", "torch==2.12.1"]
+
+
+@pytest.mark.parametrize(("pip_says", "passed", "status"), [
+    ("ERROR: No matching distribution found for torch==2.10.*", True, 0),
+    ("    The user requested (constraint) torch<=2.9", True, 0),
+    ("NewConnectionError: Network is unreachable", True, 2),
+    (None, True, 0),
+    (None, False, 1),
+])
+def test_what_becomes_of_a_version(versions: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture, pip_says: str | None, passed: bool,
+                                   status: int) -> None:
+    """CI is red because an index has no old torch, or green though a test failed or nothing was installed."""
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        if "venv" in command:
+            Path(command[-1]).mkdir()
+        return SimpleNamespace(returncode=int("pip" in command and pip_says is not None), stdout=pip_says)
+
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    monkeypatch.setattr(versions, "run_tests", lambda python, more: passed)
+    monkeypatch.setattr(sys, "argv", ["test_versions.py", "oldest"])
+    try:
+        found = versions.main()
+    except SystemExit as caught:
+        found = caught.code
+    assert found == status
+    skipped = "is skipped: the package index" in capsys.readouterr().out
+    assert skipped == (pip_says is not None and not status)
+    assert not list(versions.FOLDER.iterdir()), "5 GB are left behind"
+
+
 def test_stand_ins_hold_the_versions_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """pip does not accept the stand-in, and the wheelhouse grows by torch and 3 GB of CUDA libraries."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -297,6 +432,9 @@ def test_stand_ins_hold_the_versions_of_the_host(monkeypatch: pytest.MonkeyPatch
                "--constraint", "constraints.txt", "torch>=2.10", "typing-extensions>=4"]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     assert len(list((tmp_path / "out").glob("*.whl"))) == 2
+    for name, version in wheelhouse.ASSUMED.items():
+        requirement = next(one for one in map(Requirement, REQUIREMENTS) if one.name == name)
+        assert requirement.specifier.contains(f"{version}+host"), "a host with an allowed torch is assumed"
     with zipfile.ZipFile(next((tmp_path / "out").glob("torch-*.whl"))) as wheel:
         assert not any(name.endswith(".py") for name in wheel.namelist())
 

@@ -198,8 +198,10 @@ def test_endless_stream_has_constant_memory():
         if block in (12, 29):
             sizes.append((session.cache.nbytes, len(session._history), len(session._undelivered),
                           len(session._requests), live_tensors()))
-    assert sizes[0] == sizes[1]
-    assert sizes[0][1:4] == (4, 0, 0)
+    *first, tensors_first = sizes[0]
+    *last, tensors_last = sizes[1]
+    assert first == last and first[1:] == [4, 0, 0]
+    assert tensors_last <= tensors_first, "fewer is what earlier tests left behind"
     stream.close()
 
 

@@ -1,0 +1,157 @@
+"""Test the oldest and the newest torch that pyproject.toml allows: python3 scripts/test_versions.py
+
+    python3 scripts/test_versions.py newest                # one of the two
+    python3 scripts/test_versions.py 2.13 --keep           # a release; its environment stays
+    python3 scripts/test_versions.py oldest -- -x -k gelu  # more for pytest
+
+Each torch gets an environment of its own in .bootstrap/versions (5 GB, removed afterwards; the second is
+made while the first is tested), with the tested versions of constraints.txt in all that torch does not
+decide. What runs are the tests that touch PyTorch's and Triton's internals: kernels (compiled for GPUs,
+too), caches, optimizations, session, what training records and compiles. A torch that the package index at
+hand does not serve is skipped with a sentence. The exit status is 0, or 1 if a test failed, or 2 if an
+environment could not be made.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Iterator, List, Optional, Tuple
+
+from bootstrap import (
+    MIN_PYTHON,
+    NEED_FULL,
+    ROOT,
+    STATE,
+    WITH_TORCH,
+    check_disk,
+    explain,
+    read_project,
+    stop,
+    tested_versions,
+    torch_bounds,
+)
+
+FOLDER = STATE / "versions"
+TESTS = ("test_compile_kernels.py", "test_compilers.py", "test_kernels.py", "test_fused_kernels.py",
+         "test_fp8_linears.py", "test_quantized_kv.py", "test_rooms.py", "test_session.py", "test_vae.py",
+         "test_training.py")
+# Of test_training.py only what is recorded or compiled.
+TRAINING = "asks_the_host or compiled_"
+# Minutes of combinations of optimizations, each of which is tested by itself.
+LONG = ("every_combination", "early_decode_leaves_out", "compiled_with", "together_with_others",
+        "can_be_captured", "exact_rooms_beside", "stay_near_those", "under_the_interpreter")
+# What pip says where the index has no such version, or does not hand it out.
+NOT_SERVED = re.compile(r"(No matching distribution found for|satisfies the requirement) torch\b|"
+                        r"The user requested \(constraint\) torch\b|HTTP error 40[34]")
+
+
+def say(text: str) -> None:
+    print("test-versions: " + text, flush=True)
+
+
+def requirement(which: str) -> str:
+    """`oldest`, `newest` or a release such as 2.13 -> what pip is asked for."""
+    bounds, low, _ = torch_bounds()
+    if which == "newest":
+        return "torch" + bounds
+    release = "%d.%d" % low if which == "oldest" else which
+    if not re.match(r"\d+\.\d+(\.\d+)?$", release):
+        stop("%s is no release of torch; write oldest, newest or one such as 2.13" % which)
+    return "torch==%s%s" % (release, ".*" if release.count(".") == 1 else "")
+
+
+def make_environment(folder: Path, torch: str) -> Optional[str]:
+    """A virtual environment with this torch and the project's dependencies; None, said why, if the torch is
+    not to be had.
+    """
+    shutil.rmtree(str(folder), ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    constraints = folder / "constraints.txt"
+    constraints.write_text("".join("%s==%s\n" % pair for pair in tested_versions().items()
+                                   if pair[0] not in WITH_TORCH), encoding="utf-8")
+    project = read_project()["project"]
+    wanted = [torch] + project["dependencies"] + project["optional-dependencies"]["test"]
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
+               "--constraint", str(constraints)] + wanted
+    started = time.time()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+                          errors="replace")
+    if done.returncode == 0:
+        say("the environment for %s took %.0f s" % (torch, time.time() - started))
+        return python
+    refused = [line for line in done.stdout.splitlines() if NOT_SERVED.search(line)]
+    if refused:
+        say("%s is skipped: the package index at hand does not serve it (%s)"
+            % (torch, refused[0].strip()[:200]))
+        return None
+    stop("the environment for %s: %s" % (torch, explain(done.stdout.splitlines()[-30:], None)))
+
+
+def environments(which: List[str], keep: bool) -> Iterator[Tuple[str, str]]:
+    """(which, Python of its environment) one after the other; the next is made while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(make_environment, FOLDER / one, requirement(one)) for one in which[:1]]
+        for number, one in enumerate(which):
+            try:
+                python = coming[number].result()
+                coming += [pool.submit(make_environment, FOLDER / other, requirement(other))
+                           for other in which[number + 1:number + 2]]
+                if python:
+                    yield one, python
+            finally:
+                if not keep:
+                    shutil.rmtree(str(FOLDER / one), ignore_errors=True)
+
+
+def describe(python: str) -> str:
+    code = "import torch, importlib.util as u; v = 'no Triton'\n" \
+           "if u.find_spec('triton'): import triton; v = 'Triton ' + triton.__version__\n" \
+           "print('torch', torch.__version__ + ',', v)"
+    return subprocess.run([python, "-c", code], stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+
+
+def run_tests(python: str, more: List[str]) -> bool:
+    """Run pytest with its output on ours; whether all passed."""
+    names = ["tests/" + name for name in TESTS]
+    choose = "not (%s) and (not test_training or %s)" % (" or ".join(LONG), TRAINING)
+    workers = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
+    command = [python, "-m", "pytest", "-q", "-r", "fE", "-k", choose] + workers + names + more
+    return subprocess.call(command, cwd=str(ROOT), env=dict(os.environ, PYTHONPATH=str(ROOT))) == 0
+
+
+def main() -> int:
+    if sys.version_info < MIN_PYTHON:
+        stop("this is Python %d.%d, the project needs 3.11 or newer" % sys.version_info[:2])
+    given = sys.argv[1:]
+    more = given[given.index("--") + 1:] if "--" in given else []
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", nargs="*", help="oldest, newest, or a release such as 2.13")
+    parser.add_argument("--keep", action="store_true", help="leave the environments in .bootstrap/versions")
+    arguments = parser.parse_args(given[:given.index("--")] if "--" in given else given)
+    which = arguments.which or ["oldest", "newest"]
+    check_disk(NEED_FULL * min(len(which), 2))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for one, python in environments(which, arguments.keep):
+        found, started = describe(python), time.time()
+        say("%s is %s" % (one, found))
+        if not run_tests(python, more):
+            failed.append(found)
+        say("the tests with %s took %.0f s" % (found, time.time() - started))
+    if failed:
+        print("error: tests failed with " + "; ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        stop("interrupted; run the command again")
