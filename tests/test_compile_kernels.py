@@ -112,8 +112,8 @@ def multiply(tile: gemm8.Tile) -> None:
     """The feed-forward's first product, with and without GELU."""
     for gelu in (False, True):
         arguments = (meta(TOKENS, CHANNELS, dtype=torch.int8), meta(TOKENS, 1, dtype=torch.float32),
-                     meta(FFN, CHANNELS, dtype=torch.int8), meta(1, FFN, dtype=torch.float32), meta(FFN), gelu,
-                     tile.block_m, tile.block_n)
+                     meta(FFN, CHANNELS, dtype=torch.int8), meta(1, FFN, dtype=torch.float32), meta(FFN),
+                     gelu, tile.block_m, tile.block_n)
         if tile.gluon:
             gemm8_gluon.launch(*arguments, tile.stages, tile.group)
         else:

@@ -210,7 +210,8 @@ def test_blocks_that_are_not_measured_must_fit_too(keys):
     ("attention_backend", {"attention_backend": "flash"}),
     ("attention_backend", {"attention_backend": "cudnn"}),
     ("kv_read_path", {"use_quantized_kv": True}),
-    ("use_quantized_linears", {"use_static_kv": True, "use_fused_kernels": True, "use_quantized_linears": True}),
+    ("use_quantized_linears",
+     {"use_static_kv": True, "use_fused_kernels": True, "use_quantized_linears": True}),
 ])
 def test_half_precision_kernels_are_refused_in_float32(key, keys):
     """PyTorch's own message says "No available kernel" and no more; Triton's is an assertion."""

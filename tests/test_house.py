@@ -34,7 +34,7 @@ CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib
          "torchmetrics", "numpy", "ipykernel", "jupyterlab", "huggingface-hub", "av", "pillow"}
 
 # Import name -> package, where they differ.
-PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py"}
 # Declared, but not imported: torchvision is for lpips, ipykernel for papermill, the rest are commands.
 NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.

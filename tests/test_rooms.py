@@ -160,7 +160,8 @@ def test_kernels_without_triton_are_not_available(monkeypatch):
 
 def test_rooms_apply_in_a_fixed_order_and_report():
     """Captured code cannot be compiled: the order is the table's, not that of the flags in a file."""
-    flags = ["use_static_kv", "use_fused_kernels", "use_quantized_linears", "use_torch_compile", "use_cuda_graphs",
+    flags = ["use_static_kv", "use_fused_kernels", "use_quantized_linears", "use_torch_compile",
+             "use_cuda_graphs",
              *EXACT_FLAGS]
     keys = dict.fromkeys(reversed(flags), True)
     names = [room.name for room in rooms_of(micro_config(vae_chunk_latents=1, **keys))]
@@ -883,7 +884,8 @@ def test_compiled_with_exact_rooms_keeps_every_bit(cheap_compile, others):
 
 
 @pytest.mark.parametrize("keys", [{"use_static_kv": True, "use_fused_kernels": True},
-                                  {"use_static_kv": True, "use_fused_kernels": True, "use_quantized_linears": True},
+                                  {"use_static_kv": True, "use_fused_kernels": True,
+                                   "use_quantized_linears": True},
                                   {"use_quantized_kv": True},
                                   {"use_quantized_kv": True, "kv_read_path": "dequantize"},
                                   {"use_quantized_kv": True, "use_fused_kernels": True}], ids=str)
