@@ -318,7 +318,7 @@ class ExperimentConfig:
             if getattr(self, key) and not any(getattr(self, other) for other in others):
                 raise UserError(f"{key}: {reason}; switch on {' or '.join(others)} as well.")
         backend, on_cpu, half = self.attention_backend, self.device == "cpu", self.model_dtype != "float32"
-        if on_cpu and backend not in ("auto", "math"):
+        if on_cpu and backend not in ("auto", "math", "gluon"):
             raise UserError(f"attention_backend: {backend!r} runs on CUDA only; use auto with device: cpu.")
         if backend in ("cudnn", "gluon", "flash") and not half:
             raise UserError(

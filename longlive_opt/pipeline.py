@@ -141,7 +141,7 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
     limit_memory(device, config.gpu_memory_limit_gb)
     model, dtype = config.model_config(), getattr(torch, config.model_dtype)
     backend = resolve_backend(config.attention_backend, device, dtype)
-    if backend == "gluon":
+    if backend == "gluon" and device.type == "cuda":
         check_gpu(device, dtype, model.dit.head_dim)
     digests = files.sha256()
     (dit, dit_report), (vae, vae_report) = _load_networks(config, files, device, dtype)

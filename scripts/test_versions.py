@@ -39,13 +39,13 @@ from bootstrap import (
 
 FOLDER = STATE / "versions"
 TESTS = ("test_compile_kernels.py", "test_compilers.py", "test_kernels.py", "test_fused_kernels.py",
-         "test_fp8_linears.py", "test_quantized_kv.py", "test_rooms.py", "test_session.py", "test_vae.py",
-         "test_training.py")
+         "test_quantized_linears.py", "test_quantized_kv.py", "test_rooms.py", "test_session.py",
+         "test_vae.py", "test_training.py")
 # Of test_training.py only what is recorded or compiled.
 TRAINING = "asks_the_host or compiled_"
 # Minutes of combinations of optimizations, each of which is tested by itself.
 LONG = ("every_combination", "early_decode_leaves_out", "compiled_with", "together_with_others",
-        "can_be_captured", "exact_rooms_beside", "stay_near_those", "under_the_interpreter")
+        "can_be_captured", "exact_optimizations_with_it", "stay_near_those", "under_the_interpreter")
 # What pip says where the index has no such version, or does not hand it out.
 NOT_SERVED = re.compile(r"(No matching distribution found for|satisfies the requirement) torch\b|"
                         r"The user requested \(constraint\) torch\b|HTTP error 40[34]")

@@ -162,7 +162,7 @@ def test_room_comes_before_what_wraps_passes():
     """A compiled or captured forward that the fused one then replaces."""
     flags = {"use_cuda_graphs": True, "use_torch_compile": True, "use_fused_kernels": True}
     assert [room.name for room in rooms_of(micro_config(**flags, **INT8))] == [
-        "quantized_kv", "fused_kernels", "torch_compile", "cuda_graphs"]
+        "quantized_kv", "fused_kernels", "vae_chunk", "torch_compile", "cuda_graphs"]
     with pytest.raises(UserError, match="heads of 2\\^n channels, and this model has 24"):
         check_triton(24)
 

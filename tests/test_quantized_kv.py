@@ -42,9 +42,10 @@ CPU = torch.device("cpu")
 SMALL = {"height": 16, "width": 32}  # two tokens a frame
 MODES = ["int8_fp8", "fp8_fp8"]
 TILE = Tile(block_n=16)  # several tiles even in a small window
-# Relative RMS error of a block's latents against float32, of the worst block: 3.5e-3, 2.9e-3, 5.0e-3, 3.6e-3.
-LATENT_TOLERANCE = {("int8", "fused"): 0.005, ("int8", "dequantize"): 0.004,
-                    ("fp8", "fused"): 0.007, ("fp8", "dequantize"): 0.005}
+# Relative RMS error of a block's latents against float32 on the demanding random weights, of the worst block:
+# 7.6e-3, 7.4e-3, 10.5e-3, 8.5e-3.
+LATENT_TOLERANCE = {("int8", "fused"): 0.009, ("int8", "dequantize"): 0.009,
+                    ("fp8", "fused"): 0.013, ("fp8", "dequantize"): 0.010}
 
 
 @contextlib.contextmanager

@@ -43,8 +43,10 @@ LINEARS = {form: {"use_quantized_linears": True, "linear_quantization": form} fo
 # Relative RMS error that the format gives a product of normal rows of C channels. int8: the row's largest is
 # about sqrt(2 ln 2C) standard deviations, a step 1/127 of it, an error 1/sqrt(12) of a step. e4m3: a step is
 # 2^-3 of a binade's start; over a binade's values that is 2^-3 / sqrt(12) / 1.4. Two factors, so times 1.41.
-FLOW_TOLERANCE = {"int8": 0.012, "fp8": 0.03}
-"""Of the flow that one pass predicts; most of a block does not come out of these products."""
+FLOW_TOLERANCE = {"int8": 0.017, "fp8": 0.037}
+"""Of the flow that one pass predicts: what the format gives one product, since on demanding weights a block
+hangs on its products. The linear layers of an 8-bit cache also round what attention made of it.
+"""
 
 
 def product_error(form: str, channels: int) -> float:
@@ -300,7 +302,7 @@ def test_it_comes_after_the_kernels_and_before_what_wraps_passes():
     flags = {"use_cuda_graphs": True, "use_torch_compile": True, **FUSED, **LINEARS["fp8"], **INT8}
     rooms = rooms_of(micro_config(**flags, linear_layers=["qkv", "up"]))
     assert [room.name for room in rooms] == [
-        "quantized_kv", "fused_kernels", "quantized_linears", "torch_compile", "cuda_graphs"]
+        "quantized_kv", "fused_kernels", "quantized_linears", "vae_chunk", "torch_compile", "cuda_graphs"]
     assert (rooms[2].quantization, rooms[2].layers) == ("fp8", ("qkv", "up"))
 
 

@@ -1,4 +1,5 @@
-"""Attention in bf16 as one PyTorch operator: the Gluon kernel on Hopper for many keys, cuDNN for few.
+"""Attention in bf16 as one PyTorch operator: the Gluon kernel on Hopper for many keys, cuDNN for few. On the
+CPU it is PyTorch's own attention, as the other kernels are plain PyTorch there.
 
     out = attention_bf16(q, k, v)
 
@@ -23,15 +24,18 @@ FEWEST_KEYS = 1024
 
 @torch.library.custom_op("longlive::attention_bf16", mutates_args=())
 def attention_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of q [B,L,N,128] over k, v [B,T,N,128], all bf16 on a Hopper GPU -> [B,L,N,128], contiguous.
+    """Attention of q [B,L,N,D] over k, v [B,T,N,D] -> [B,L,N,D], contiguous.
 
-    No mask, scale 1/sqrt(128). Raises ValueError for other dtypes, shapes or devices.
+    No mask, scale 1/sqrt(D). On CUDA, a Hopper GPU, all are bf16 and D is 128: raises ValueError for others.
     """
+    if not q.is_cuda:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).contiguous()
     shapes = [tuple(t.shape) for t in (q, k, v)]
     fits = shapes[1] == shapes[2] and shapes[0][::2] == shapes[1][::2] and shapes[0][3] == HEAD_DIM
-    if not fits or any(t.dtype != torch.bfloat16 or not t.is_cuda for t in (q, k, v)):
-        raise ValueError(f"q {shapes[0]} {q.dtype}, k {shapes[1]}, v {shapes[2]} on {q.device}: the operator "
-                         f"takes bf16 on CUDA, q [B,L,N,{HEAD_DIM}] with k and v [B,T,N,{HEAD_DIM}]")
+    if not fits or any(t.dtype != torch.bfloat16 for t in (q, k, v)):
+        raise ValueError(f"q {shapes[0]} {q.dtype}, k {shapes[1]}, v {shapes[2]}: the operator takes bf16 on "
+                         f"CUDA, q [B,L,N,{HEAD_DIM}] with k and v [B,T,N,{HEAD_DIM}]")
     if k.shape[1] < FEWEST_KEYS:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

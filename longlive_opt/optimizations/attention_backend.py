@@ -24,5 +24,6 @@ class GluonAttention(Room):
     backend: ClassVar[str] = "gluon"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
-        return self.report(pipeline, "self-attention in bf16 on the Gluon kernel; cross-attention on cuDNN, "
-                                     "which is faster with few keys")
+        where = "the Gluon kernel; cross-attention on cuDNN, which is faster with few keys"
+        return self.report(pipeline, "attention in bf16 on " + (
+            where if pipeline.device.type == "cuda" else "PyTorch's own (CPU)"))
