@@ -33,7 +33,7 @@ demo: ## run every preset but the studies on the tiny model (CPU, minutes): outp
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation compile_parts $(ARGS)
 
 test: ## run the tests
-	@$(SETUP); "$$py" -m pytest $(ARGS)
+	@$(SETUP); "$$py" -m pytest -n auto $(ARGS)
 
 test-versions: ## run the tests that touch torch's internals with the oldest and the newest torch allowed
 	@$(PYTHON) scripts/test_versions.py $(ARGS)

@@ -110,11 +110,17 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
             if error.report["status"] == "not available":
                 log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
                 continue
-            failed[job.label] = re.split(r"[.;]\s|\n", error.report["meaning"])[0].rstrip(".")
-            log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
+            meaning = _printable(error.report["meaning"])
+            failed[job.label] = re.split(r"[.;]\s|\n", meaning)[0].rstrip(".")
+            log.error("[%s] FAILED: %s (%s)", job.label, meaning, error.report["hint"])
             continue
         log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
     return failed
+
+
+def _printable(text: str) -> str:
+    """`text` as any stream takes it: half of a surrogate pair becomes its code."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[str, str]:
