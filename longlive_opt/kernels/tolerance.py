@@ -22,6 +22,10 @@ from longlive_opt.kernels.quantize import FP8_MAX, INT8_MAX, MODES
 MANTISSA = {"fp8": 3, "bf16": 7, "fp16": 10}
 FP8_SUBNORMAL = 2.0**-9
 """The step of e4m3 below its smallest normal number, 2^-6."""
+FP8_SUMS = 2.0**-9
+"""What may be cut off a sum of one tile of e4m3 products, whose accumulators keep about 14 bits on Hopper: as
+much as half a step of bf16. Tiles are added in float32, so it does not grow with their number.
+"""
 P_UNIT = 2.0**-8
 """e4m3 probabilities: the largest of a row is 256."""
 
@@ -98,4 +102,6 @@ def attention_limit(q: Tensor, k: Tensor, v: Tensor, mode: str) -> AttentionLimi
     v_error = row_rounding(v, "int8") if v_form == "int8" else plain_rounding(v, v_form)
     error += p.square() @ v_error.square()
     error += (exact * rounding("bf16")).square()
+    if v_form == "fp8":
+        error += (exact * FP8_SUMS).square()
     return AttentionLimit(exact.transpose(1, 2), error.clamp_min(0).sqrt().transpose(1, 2))
