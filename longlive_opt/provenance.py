@@ -208,17 +208,17 @@ def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
     """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`. What runs write,
     outputs/ and the log, does not count as a change: it is no input of a run.
 
-    Without git history, as on a GPU host that got a copy of the files, LONGLIVE_OPT_GIT_COMMIT and
-    LONGLIVE_OPT_GIT_DIRTY (0 or 1) say it.
+    On a GPU host that got a copy of the files, LONGLIVE_OPT_GIT_COMMIT and LONGLIVE_OPT_GIT_DIRTY (0 or 1)
+    say it; they go before a git history that was there already and knows nothing of the copy.
     """
-    commit = _run("git", "-C", str(folder), "rev-parse", "HEAD")
+    given = variables.get("LONGLIVE_OPT_GIT_COMMIT") or None
+    commit = None if given else _run("git", "-C", str(folder), "rev-parse", "HEAD")
     if commit:
         changes = _run("git", "-C", str(folder), "status", "--porcelain", "--", ":(top)", *_WRITTEN)
         return commit, None if changes is None else bool(changes), None
-    commit = variables.get("LONGLIVE_OPT_GIT_COMMIT") or None
     dirty = {"0": False, "false": False, "1": True, "true": True}.get(
         variables.get("LONGLIVE_OPT_GIT_DIRTY", "").lower())
-    return commit, dirty, None if commit else "no git history here and LONGLIVE_OPT_GIT_COMMIT is not set"
+    return given, dirty, None if given else "no git history here and LONGLIVE_OPT_GIT_COMMIT is not set"
 
 
 def code_since(commits: Iterable[str | None]) -> list[str]:

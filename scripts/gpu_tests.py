@@ -35,7 +35,7 @@ def main(record: str, *arguments: str) -> int:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
             for line in tests.stdout:
                 print(line, end="", flush=True)
-                lines.append(line.rstrip())
+                lines.append(line.rstrip().replace(str(Path.cwd()), "."))  # a record names no machine's paths
         status = tests.returncode
     except KeyboardInterrupt:
         tests.kill()

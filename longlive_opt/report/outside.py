@@ -38,7 +38,7 @@ MEASURED = (
 )
 WHY_OURS_DIFFER = (
     "Ours include the VAE, end with the frames in host memory, and are read from the host clock, "
-    "synchronised at each block; our LoRA is merged, and our attention is cuDNN's.")
+    "synchronised at each block; our LoRA is merged, and our baseline's attention is cuDNN's.")
 
 
 def sentences() -> list[str]:
