@@ -121,7 +121,8 @@ def run_quantization(layout: Layout, arguments: argparse.Namespace) -> int:
     job = plan_quantization(layout, arguments.profile, parse_settings(arguments.set))
     check_machine(job.folder, [job])
     with locked([job]):
-        return 1 if run_jobs(layout.root, [job]) else 0
+        done = not run_jobs(layout.root, [job])
+        return 0 if done and export_report(layout.root, job.folder, job.title, hide_code=True) else 1
 
 
 def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
