@@ -9,9 +9,9 @@ PYTHON ?= python3
 ARGS ?=
 PYTHON_TARGET ?= 3.12
 # The project's log, and its record of noise, are of the campaigns that come with it.
-LOG = $(if $(filter h100 h200,$(CAMPAIGN)),--log OPTIMIZATION_LOG.md)
+LOG = $(if $(filter h100,$(CAMPAIGN)),--log OPTIMIZATION_LOG.md)
 
-NOISE = $(if $(filter h100 h100_extras h200,$(CAMPAIGN)),--record-noise)
+NOISE = $(if $(filter h100 h100_extras,$(CAMPAIGN)),--record-noise)
 
 # Two campaigns, each with a baseline of its own: together they take longer than many a GPU is lent for.
 EXTRAS = realtime_8gb ablation compile_parts

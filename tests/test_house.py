@@ -178,7 +178,7 @@ def test_gitignore() -> None:
         "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,
         "outputs/h100/baseline/result.json": False, "outputs/h100/baseline/video.mp4": True,
         "outputs/h100/baseline/report.html": False, "outputs/h100/summary/waterfall.png": False,
-        "outputs/h200/speed/result.json": False,
+        "outputs/h200/speed/result.json": True,
         "outputs/h100_tiny/speed/result.json": False, "outputs/h100_tiny/speed/frames.png": True,
         "outputs/h100_tiny/baseline/reference.safetensors": True,
         "outputs/h100_extras/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
