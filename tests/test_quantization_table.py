@@ -98,7 +98,8 @@ def test_the_command_runs_one_job_and_exports_its_report(monkeypatch):
     """A command that nobody can call, or whose result only its notebook shows."""
     ran, exported = [], []
     monkeypatch.setattr(runner, "run_jobs", lambda root, jobs: ran.extend(jobs) or {})
-    monkeypatch.setattr(runner, "export_report", lambda root, folder, *_, **__: exported.append(folder) or True)
+    monkeypatch.setattr(runner, "export_report",
+                        lambda root, folder, *_, **__: exported.append(folder) or True)
     monkeypatch.setattr(runner, "check_machine", lambda *_: None)
     assert runner.main(["quantization", "--set", "blocks=7"], ROOT) == 0
     assert [(job.label, job.parameters["blocks"]) for job in ran] == [("quantization", 7)]
