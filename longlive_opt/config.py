@@ -9,15 +9,16 @@ once.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
-from .checks import check_switches, check_switches_fit, coerce, unknown_key
 from .errors import UserError
-from .model_config import MODELS, ModelConfig
+from .files import whole_text
+from .models.specs import MODELS, ROPE_POSITIONS, ModelConfig
 
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
@@ -30,7 +31,6 @@ LINEAR_LAYERS = ("qkv", "query", "up", "down")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "cudnn", "gluon", "flash", "efficient", "math")
 OBJECTIVES = ("latency", "switch", "memory")
-ROPE_POSITIONS = 1024
 REHEARSED_BLOCKS = 4
 """After warm-up, in the rehearsal: two prompt switches, each with the block behind it."""
 _FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
@@ -357,3 +357,105 @@ def check_baseline(config: ExperimentConfig) -> None:
         raise UserError(f"{', '.join(switched_on)}: {' and '.join(given)} under the name {BASELINE!r}, with "
                         "which all other runs are compared; leave it out, run presets without the baseline "
                         "and its repetitions, or choose another name (papermill: -p name mine).")
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """What to say of `key`, with the known key that it resembles most."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (
+        f" (did you mean {close[0]!r}?)" if close else " (README lists the keys)"
+    )
+
+
+def coerce(key: str, value: Any, kind: str) -> Any:
+    """Check `value` against the annotation `kind`; lists become tuples, integers are accepted for floats.
+
+    Raises:
+        UserError: naming `key`, the value and, for a wrong type, what to write.
+    """
+    base = kind.removesuffix(" | None")
+    if value is None:
+        if kind != base:
+            return None
+        raise UserError(f"{key}: it is empty; write a value of type {base}.")
+    if base.startswith("tuple["):
+        element = base[len("tuple["):].split(",")[0]
+        if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+            raise UserError(f"{key}: {value!r} is not a list; write [a, b, ...].")
+        return tuple(coerce(f"{key}[{i}]", item, element) for i, item in enumerate(value))
+    if base == "float" and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**53:
+            raise UserError(f"{key}: {str(value)[:24]}... is too large; it must be at most {2**53}.")
+        return float(value)
+    expected = {"int": int, "float": float, "str": str, "bool": bool}[base]
+    if type(value) is not expected:
+        hint = _type_hint(value, base)
+        raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}; {hint}.")
+    if base == "str":
+        return whole_text(value, key)
+    if base == "float" and (value != value or value in (float("inf"), float("-inf"))):
+        raise UserError(f"{key}: {value} is not a finite number.")
+    return value
+
+
+def _type_hint(value: Any, base: str) -> str:
+    """What to write in place of `value`, which is not of type `base`."""
+    if base == "bool":
+        return "write true or false"
+    if base == "str":
+        booleans = "YAML reads bare yes, no, on and off as booleans: " if isinstance(value, bool) else ""
+        return f"{booleans}put quotes around it"
+    text = value.strip() if isinstance(value, str) else str(value)
+    number = re.fullmatch(r"([+-]?\d+)(\.\d*)?(?:[eE]([+-]?)(\d{1,2}))?", text, re.ASCII)
+    if not number or isinstance(value, bool):
+        return "write a whole number, such as 4" if base == "int" else "write a number, such as 2.5"
+    if base == "int":
+        whole = float(text).is_integer() and abs(float(text)) < 2**53
+        return f"write {int(float(text))}" if whole else "write a whole number"
+    digits, fraction, sign, exponent = number.groups()
+    plain = digits + (fraction or ".0") + (f"e{sign or '+'}{exponent}" if exponent else "")
+    return f"write {text} without quotes" if plain == text else f"YAML reads {text} as text: write {plain}"
+
+
+def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
+    """Check that `indices` (latent frames) rise and are one fewer than the prompts.
+
+    Raises:
+        UserError: naming `where`, the value and the remedy.
+    """
+    if len(indices) != prompts - 1:
+        raise UserError(
+            f"{where}: {len(indices)} switch frames for {prompts} prompts; {prompts} prompts need "
+            f"{prompts - 1}."
+        )
+    if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
+        raise UserError(f"{where}: {list(indices)} must rise strictly and not be negative.")
+
+
+def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
+    """Check that a video of `blocks` blocks serves every switch: each takes effect at the next block
+    boundary, at most one a boundary.
+
+    Raises:
+        UserError: naming the first latent frame that comes too late.
+    """
+    boundary = -1
+    for frame in indices:
+        boundary = max(boundary + 1, -(-frame // block_frames))
+        if boundary >= blocks:
+            raise UserError(
+                f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
+                f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
+                "video longer (video_latent_frames)."
+            )
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a notebook's globals: every public name with a plain value.
+
+    papermill injects unknown names with no more than a warning; here they reach the config, which refuses
+    them.
+    """
+    shell = {"In", "Out"}
+    return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
+            and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}

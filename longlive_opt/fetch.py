@@ -1,6 +1,6 @@
 """Download the official weights: `python -m longlive_opt.fetch DIR [--what all|dit|vae|text] [--dry-run]`.
 
-Lays out what `longlive_opt.weight_files.resolve_weights(DIR)` reads:
+Lays out what `longlive_opt.models.weight_files.resolve_weights(DIR)` reads:
 
     DIR/longlive_base.pt  DIR/lora.pt
     DIR/Wan2.1-T2V-1.3B/  config.json  Wan2.1_VAE.pth  models_t5_umt5-xxl-enc-bf16.pth  google/umt5-xxl/
@@ -12,7 +12,6 @@ and only then take their place. A file that is already there is checked, never o
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import os
 import shutil
@@ -22,15 +21,15 @@ from pathlib import Path
 from typing import Protocol, Sequence
 
 from .errors import UserError
+from .files import file_sha256
+from .models.specs import FETCH_COMMAND, WAN_FOLDER
 
 logger = logging.getLogger(__name__)
 
-FETCH_COMMAND = "python -m longlive_opt.fetch"
 STAGING = ".fetch"
 SPARE_BYTES = 1 << 30
 LONGLIVE_REPO = "Efficient-Large-Model/LongLive-1.3B"
 WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
-WAN_FOLDER = "Wan2.1-T2V-1.3B"
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,6 @@ def _hub_error(what: str, error: Exception) -> UserError:
     return UserError(f"fetch: could not get {what} from the Hugging Face hub ({reason}); check the network "
                      "and the free space and run again to resume, or place the files by hand as shown by "
                      f"'{FETCH_COMMAND} --help'.")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal; reads all of it (about a second per GB)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan(hub: Hub, what: str = "all") -> list[Download]:

@@ -29,20 +29,38 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from . import decision, fidelity, figures, judgement, provenance, quality, results, video
-from .checks import check_texts
-from .config import RUN_KEYS, ExperimentConfig, check_baseline
+from .config import RUN_KEYS, ExperimentConfig, check_baseline, notebook_parameters
 from .errors import UserError
-from .fidelity import FidelityScript, Truth, difference_chart, variation_fidelity
-from .inputs import notebook_parameters, project_path, script_of
-from .measurement import Measurement
+from .files import check_texts, project_path
+from .measurement import decision, environment, fidelity, quality
+from .measurement.fidelity import FidelityScript, Truth, variation_fidelity
+from .measurement.protocol import Measurement
+from .measurement.result import (
+    REFERENCE_FILE,
+    SCHEMA_VERSION,
+    lookup,
+    na,
+    plain_json,
+    read_campaign,
+    read_result,
+    write_result,
+)
+from .models.weight_files import check_weights
 from .optimizations import build_pipeline
-from .optimizations.room import Stats
-from .reading import definitions_html, reading_html
-from .results import REFERENCE_FILE
-from .tables import fidelity_table, headline_table, parameters_table, plain, rooms_table
-from .variations import variation_summary, variations_table
-from .weight_files import check_weights
+from .optimizations.base import Stats
+from .prompts import script_of
+from .report import charts, video
+from .report.conclusion import definitions_html, reading_html
+from .report.tables import (
+    fidelity_table,
+    headline_table,
+    parameters_table,
+    plain,
+    rooms_table,
+    variation_summary,
+    variations_table,
+)
+from .tiny.shapes import adherence
 
 # torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -100,7 +118,9 @@ class Experiment:
         """
         if self.is_reference or (baseline := self.baseline()) is None:
             return
-        digests = check_weights(self.config).sha256() if results.lookup(baseline, "weights.sha256") else None
+        digests = None
+        if lookup(baseline, "weights.sha256"):
+            digests = check_weights(self.config.weights, self.config.model_config()).sha256()
         if reason := decision.fidelity_reason(decision.planned(self.config, self.script, digests), baseline):
             raise UserError(f"campaign: this run could not be compared with the baseline of {self.campaign}, "
                             f"since {reason}; run the baseline with the same settings, or choose another "
@@ -123,7 +143,7 @@ class Experiment:
 
     def measure(self) -> pd.DataFrame:
         """Rehearse, so that compilation and capture stay out of every latency, then measure a stream without
-        and one with prompt switches (see `measurement`); returns the headline figures.
+        and one with prompt switches (see `measurement.protocol`); returns the headline figures.
         """
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
@@ -167,8 +187,8 @@ class Experiment:
             raise UserError("judge: the result was put together already; call judge() before charts() and "
                             "save().")
         prompts = [chunk.prompt for chunk in self.chunks for _ in range(chunk.frames.shape[1])]
-        self.world = judgement.judge(self.frames, prompts, weights_kind=self.pipeline.weights["kind"])
-        return judgement.table(self.world, prompts).map(plain)
+        self.world = adherence.judge(self.frames, prompts, weights_kind=self.pipeline.weights["kind"])
+        return adherence.table(self.world, prompts).map(plain)
 
     def compare(self) -> pd.DataFrame:
         """Fidelity: errors against the baseline in float32 on the same noise and prompts (`fidelity`),
@@ -208,7 +228,7 @@ class Experiment:
         if self.is_reference or (baseline := self.baseline()) is None:
             return ""
         known = decision.planned(self.config, self.script)
-        known |= {"weights": self.pipeline.weights, "environment": provenance.machine(self.pipeline.device)}
+        known |= {"weights": self.pipeline.weights, "environment": environment.machine(self.pipeline.device)}
         return decision.fidelity_reason(known, baseline)
 
     @property
@@ -240,24 +260,24 @@ class Experiment:
         if reference.video.shape != self.frames.shape:
             return HTML("<p>n/a: the baseline's video has another length or size; run both with the same."
                         "</p>")
-        display(difference_chart(reference.video, self.frames))
+        display(video.difference_chart(reference.video, self.frames))
         # Together 1.5 times as wide as the video alone: reports stay small.
         width = self.config.video_width and self.config.video_width * 3 // 4
         path = self.folder / "side_by_side.mp4"
-        video.write_mp4(path, quality.side_by_side(video.shrink(reference.video, width),
-                                                   video.shrink(self.frames, width)),
+        video.write_mp4(path, video.side_by_side(video.shrink(reference.video, width),
+                                                 video.shrink(self.frames, width)),
                         self.pipeline.model.fps, crf=self.config.video_crf)
         caption = f"left: baseline, right: {self.config.title}"
         return HTML(video.video_html(path, caption, min_width=512))
 
     def charts(self) -> None:
         """Show every figure of this run, beside the campaign's baseline where there is one."""
-        for chart in figures.run_figures(self.result, self.baseline()).values():
+        for chart in charts.run_figures(self.result, self.baseline()).values():
             display(chart)
 
     def save(self) -> None:
         """Write result.json, last of all and atomically."""
-        results.write_result(self.folder / RESULT_FILE, self.result)
+        write_result(self.folder / RESULT_FILE, self.result)
         print(f"{RESULT_FILE} is written")
 
     def reading(self) -> HTML:
@@ -287,8 +307,8 @@ class Experiment:
                 # Settings of torch's compiler belong to a context, and a new thread has a new one.
                 context = contextvars.copy_context()
                 measured = thread.submit(context.run, self._variation, changed).result()
-            rows.append(results.plain_json({"changed": dict(changed)} | measured))
-            results.write_result(self.folder / RESULT_FILE, self.result)
+            rows.append(plain_json({"changed": dict(changed)} | measured))
+            write_result(self.folder / RESULT_FILE, self.result)
         return variations_table(self.result).map(plain)
 
     def _variation(self, changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,17 +321,17 @@ class Experiment:
             exactness = variation_fidelity(variant.pipeline, variant.session, script, variant.reference)
             return variation_summary(variant.measured, exactness, variant.pipeline.setup_s)
         except (UserError, torch.OutOfMemoryError) as error:
-            return {"failure": results.na(str(error).splitlines()[0], "see the message")}
+            return {"failure": na(str(error).splitlines()[0], "see the message")}
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
         """What `save` writes; everything before must have been called."""
         config, pipeline = self.config, self.pipeline
-        environment = provenance.environment(pipeline.device, attention_backend=pipeline.attention_backend,
+        machine = environment.environment(pipeline.device, attention_backend=pipeline.attention_backend,
                                              company=self.company)
-        result = results.plain_json(
+        result = plain_json(
             {
-                "schema_version": results.SCHEMA_VERSION,
+                "schema_version": SCHEMA_VERSION,
                 "status": "ok",
                 "campaign": self.campaign,
                 "preset": config.name,
@@ -320,7 +340,7 @@ class Experiment:
                 "hypothesis": config.hypothesis,
                 "parameters": config.to_dict(),
                 "script": self.script.to_dict(),
-                "environment": environment | self.clocks,
+                "environment": machine | self.clocks,
                 "model": {
                     "name": pipeline.model.name,
                     "parameters": pipeline.weights["dit"]["parameters"],
@@ -347,12 +367,12 @@ class Experiment:
     def baseline(self) -> dict[str, Any] | None:
         """The finished baseline of this campaign, None if there is none."""
         path = self.folder.parent / "baseline" / RESULT_FILE
-        return results.read_result(path) if path.is_file() else None
+        return read_result(path) if path.is_file() else None
 
     @functools.cached_property
     def _noise(self) -> dict[str, dict[str, Any]]:
         """What repetitions in this campaign said of the noise, by preset, before this run was saved."""
-        campaign, _ = results.read_campaign(self.folder.parent)
+        campaign, _ = read_campaign(self.folder.parent)
         return decision.campaign_noise(campaign)
 
     def _room_reports(self) -> list[dict[str, Any]]:

@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longlive_opt.kernels import emulation, fused, gemm8, linear8
+from longlive_opt.kernels import attention8_reference, fused, gemm8, linear8
 from longlive_opt.kernels.attention8 import TILES, Tile, attention8
 from longlive_opt.kernels.quantize import MODES, QuantizedKV, allocate_kv, write_kv
 from longlive_opt.kernels.tolerance import attention_limit, product_limit
-from longlive_opt.torch_internals import gelu_linear
+from longlive_opt.kernels.torch_internals import gelu_linear
 
 DEVICE = "cuda"
 FRAME, WINDOW, HEADS, DIM, FFN = 1560, 12, 12, 128, 8960
@@ -170,8 +170,8 @@ class Attention:
         cache, good = self.cache(mode), []
         limit = attention_limit(self.q[:, self.sample], self.k, self.v, mode)
         for tile in tiles:
-            emulated = emulation.attention8_emulated(self.q[:, self.sample], cache.k, cache.v, cache.k_scale,
-                                                     cache.v_scale, SLOTS, tile.block_n)
+            emulated = attention8_reference.attention8_emulated(
+                self.q[:, self.sample], cache.k, cache.v, cache.k_scale, cache.v_scale, SLOTS, tile.block_n)
 
             def check(out: Tensor) -> dict[str, float]:
                 if not out.isfinite().all():

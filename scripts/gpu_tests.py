@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from longlive_opt import provenance
-from longlive_opt.results import atomic_path
+from longlive_opt.files import atomic_path
+from longlive_opt.measurement import environment
 
 FACTS = ("gpu", "driver", "cuda", "torch", "cudnn", "triton", "python", "git_commit", "git_dirty")
 
@@ -27,8 +27,8 @@ def main(record: str, *arguments: str) -> int:
         print(f"error: PyTorch {torch.__version__} sees no CUDA GPU here; run this on a machine with one.",
               file=sys.stderr)
         return 2
-    environment = provenance.environment(torch.device("cuda"), attention_backend=None)
-    lines = [json.dumps({fact: environment[fact] for fact in FACTS}, indent=1)]
+    machine = environment.environment(torch.device("cuda"), attention_backend=None)
+    lines = [json.dumps({fact: machine[fact] for fact in FACTS}, indent=1)]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--color=no", *arguments]
     status = 130
     try:

@@ -39,7 +39,7 @@ from bootstrap import (
 
 FOLDER = STATE / "versions"
 TESTS = ("test_compile_kernels.py", "test_compilers.py", "test_kernels.py", "test_fused_kernels.py",
-         "test_quantized_linears.py", "test_quantized_kv.py", "test_rooms.py", "test_session.py",
+         "test_quantized_linears.py", "test_quantized_kv.py", "test_optimizations.py", "test_session.py",
          "test_vae.py", "test_training.py")
 # Of test_training.py only what is recorded or compiled.
 TRAINING = "asks_the_host or compiled_"

@@ -5,9 +5,9 @@ import random
 from collections.abc import Collection
 from typing import Any
 
-from longlive_opt import decision, metrics
-from longlive_opt.results import SCHEMA_VERSION, na
-from longlive_opt.timeline import Event
+from longlive_opt.measurement import decision, metrics
+from longlive_opt.measurement.result import SCHEMA_VERSION, na
+from longlive_opt.streaming.timeline import Event
 
 # ms per block on an H100 (see MEASURED.md), scaled by the caller
 _STAGES = {"denoise": 466.0, "decode": 266.0}

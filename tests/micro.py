@@ -11,9 +11,9 @@ import torch
 
 from longlive_opt import config
 from longlive_opt.config import ExperimentConfig
-from longlive_opt.model_config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.models.specs import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.optimizations import build_pipeline
-from longlive_opt.pipeline import Pipeline
+from longlive_opt.streaming.pipeline import Pipeline
 
 _TEXT = TextEncoderConfig(vocab_size=384, dim=16, dim_attn=16, dim_ffn=16, num_heads=2, num_layers=1,
                           text_len=32)

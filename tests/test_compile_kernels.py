@@ -23,12 +23,12 @@ from longlive_opt.errors import NotAvailable
 from longlive_opt.kernels import (
     attention8_triton,
     attention_bf16,
+    attention_gluon,
     fused_triton,
     gemm8,
     gemm8_gluon,
     gemm8_triton,
     gluon_api,
-    gluon_attention,
     linear8_triton,
 )
 from longlive_opt.kernels.attention8 import GLUON_TILES, TILES, default_tile
@@ -36,7 +36,7 @@ from longlive_opt.kernels.quantize import MODES, QuantizedKV, allocate_kv
 from longlive_opt.optimizations import quantized_kv_cache
 
 # A block and a full window of LongLive-1.3B at 832x480: latent frames of 1560 tokens, 12 heads of 128.
-MODULES = (attention8_triton, fused_triton, gemm8_gluon, gemm8_triton, gluon_attention, linear8_triton)
+MODULES = (attention8_triton, fused_triton, gemm8_gluon, gemm8_triton, attention_gluon, linear8_triton)
 FRAME, FRAMES, WINDOW = 1560, 3, 12
 TOKENS, SLOTS, HEADS, DIM, CHANNELS, FFN = FRAME * FRAMES, FRAME * WINDOW, 12, 128, 1536, 8960
 
@@ -56,13 +56,13 @@ def cache(mode: str) -> QuantizedKV:
 def attend_gluon(mode: str) -> None:
     kv = cache(mode)
     tile = GLUON_TILES[kv.k.dtype, kv.v.dtype]
-    gluon_attention.launch(meta(1, TOKENS, HEADS, DIM), kv.k, kv.v, kv.k_scale, kv.v_scale, SLOTS,
+    attention_gluon.launch(meta(1, TOKENS, HEADS, DIM), kv.k, kv.v, kv.k_scale, kv.v_scale, SLOTS,
                            tile.block_n, tile.num_stages)
 
 
 def attend_bf16() -> None:
     q, k, v = (meta(1, tokens, HEADS, DIM) for tokens in (TOKENS, SLOTS, SLOTS))
-    gluon_attention.launch(q, k, v, None, None, SLOTS, attention_bf16.KEY_TILE, attention_bf16.STAGES)
+    attention_gluon.launch(q, k, v, None, None, SLOTS, attention_bf16.KEY_TILE, attention_bf16.STAGES)
 
 
 def attend_triton(mode: str, dim: int = DIM) -> None:

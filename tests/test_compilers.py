@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longlive_opt import torch_internals
-from longlive_opt.compilers import build_fault, check_cpp, check_triton
 from longlive_opt.errors import NotAvailable
+from longlive_opt.kernels import torch_internals
+from longlive_opt.kernels.compilers import build_fault, check_cpp, check_triton
 
 NO_HEADERS = "echo 'probe.src:1:10: fatal error: Python.h: No such file or directory' >&2; exit 1"
 # Leaves a file that is no library, as one is none where nothing may be executed.

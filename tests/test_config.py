@@ -14,8 +14,8 @@ import yaml
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.model_config import MODELS, ModelConfig
-from longlive_opt.yaml_file import load_yaml
+from longlive_opt.files import load_yaml
+from longlive_opt.models.specs import MODELS, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
@@ -341,6 +341,6 @@ def test_profiles_leave_the_experiment_alone():
 
 def test_importing_the_config_needs_no_torch():
     """`longlive_opt.config` must refuse a preset at once; torch takes seconds."""
-    code = ("import sys, longlive_opt.config, longlive_opt.inputs, longlive_opt.errors; "
+    code = ("import sys, longlive_opt.config, longlive_opt.prompts, longlive_opt.errors; "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

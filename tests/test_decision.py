@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from example_results import example_quality, example_result
 
-from longlive_opt import decision, metrics
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.results import lookup, na, read_result
-from longlive_opt.timeline import Event
+from longlive_opt.measurement import decision, metrics
+from longlive_opt.measurement.result import lookup, na, read_result
+from longlive_opt.streaming.timeline import Event
 
-ROOT = Path(decision.__file__).resolve().parents[1]
+ROOT = Path(decision.__file__).resolve().parents[2]
 NOISE = {"ss_mean": 0.004, "ps_mean": 0.03, "peak_allocated": 0.0}
 EXACT = {"level": "exact", "max_error_ratio": 1.1}
 LOSSY = {"level": "lossy", "max_error_ratio": 1.6}

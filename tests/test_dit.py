@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_opt.config import ROPE_POSITIONS
 from longlive_opt.errors import UserError
-from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
-from longlive_opt.model_config import MODELS, DiTConfig
 from longlive_opt.models.attention import make_attention, resolve_backend
 from longlive_opt.models.dit import CausalDiT, RMSNorm, TextContext, add_gated, modulate
 from longlive_opt.models.rope import Rotary, check_positions, rope_angles
+from longlive_opt.models.specs import MODELS, ROPE_POSITIONS, DiTConfig
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.parity.transformer import build_dit, make_rolling_cache
+from longlive_opt.streaming.kv_cache import CacheGeometry, RollingKVCache
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

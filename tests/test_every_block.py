@@ -16,12 +16,12 @@ import torch
 from micro import micro_config
 from test_quantized_kv import models
 
-from longlive_opt import fidelity
-from longlive_opt.fidelity import FidelityScript, error_ratios, latent_errors
-from longlive_opt.inputs import script_of
+from longlive_opt.measurement import fidelity
+from longlive_opt.measurement.fidelity import FidelityScript, error_ratios, latent_errors
 from longlive_opt.optimizations import build_pipeline
-from longlive_opt.pipeline import Pipeline, float32_twin
-from longlive_opt.session import StreamingSession
+from longlive_opt.prompts import script_of
+from longlive_opt.streaming.pipeline import Pipeline, float32_twin
+from longlive_opt.streaming.session import StreamingSession
 
 # The error of a block, in those of bfloat16, whose mantissa has 8 bits. Another order of the same sums may be
 # half as much again in one block. 8-bit keys and values: e4m3 keeps 4 bits, but of the 30 keys that count

@@ -60,7 +60,7 @@ def names(folder: Path) -> list[str]:
 
 def test_layout_is_what_the_loader_reads(hub, tmp_path):
     """A file put elsewhere than `resolve_weights` looks for it would be fetched and never found."""
-    from longlive_opt.weight_files import resolve_weights
+    from longlive_opt.models.weight_files import resolve_weights
 
     fetch(tmp_path, hub, plan(hub))
     assert names(tmp_path) == [

@@ -8,15 +8,15 @@ import pytest
 import torch
 from micro import micro_config, micro_model, micro_pipeline
 
-from longlive_opt import fidelity
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.fidelity import FidelityScript, Truth, error_ratios, latent_errors
-from longlive_opt.inputs import Script, script_of
-from longlive_opt.pipeline import _components, float32_twin
-from longlive_opt.results import is_na, plain_json
-from longlive_opt.session import StreamingSession
-from longlive_opt.tables import fidelity_table
+from longlive_opt.measurement import fidelity
+from longlive_opt.measurement.fidelity import FidelityScript, Truth, error_ratios, latent_errors
+from longlive_opt.measurement.result import is_na, plain_json
+from longlive_opt.prompts import Script, script_of
+from longlive_opt.report.tables import fidelity_table
+from longlive_opt.streaming.pipeline import _components, float32_twin
+from longlive_opt.streaming.session import StreamingSession
 
 KEYS = {"model_dtype": "bfloat16", "denoising_steps": [1000, 500], "fidelity_blocks": 8,
         "prompts": ["a red fox walks", "some blue whale"]}

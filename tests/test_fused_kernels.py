@@ -1,7 +1,6 @@
 """The fused forward against the plain one: the same numbers in fewer steps, into every kind of ring.
 
-Its kernels are tested in test_kernels.py; what it does together with other optimizations, in test_rooms.py
-too.
+Its kernels are tested in test_kernels.py, its combinations with other optimizations in test_optimizations.py.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from typing import Any
 import pytest
 import torch
 from micro import micro_config, micro_pipeline
+from test_optimizations import video, without_pixels
 from test_quantized_kv import gpu_pipeline as quantized_gpu_pipeline
 from test_quantized_kv import latents_of, models, relative_error
-from test_rooms import video, without_pixels
 from test_session import same_video
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from longlive_opt.errors import UserError
-from longlive_opt.inputs import Script
-from longlive_opt.kv_cache import KVCache
 from longlive_opt.models.dit import TextContext
 from longlive_opt.optimizations import rooms_of
 from longlive_opt.optimizations.cuda_graphs import GraphedForward
 from longlive_opt.optimizations.fused_kernels import FusedForward, check_triton, gelu_linear
-from longlive_opt.optimizations.static_kv_cache import RingKVCache
+from longlive_opt.optimizations.ring_cache import RingKVCache
 from longlive_opt.optimizations.torch_compile import CompiledDecoder
-from longlive_opt.pipeline import Pipeline
-from longlive_opt.sampler import EagerForward, Forward
-from longlive_opt.session import StreamingSession
+from longlive_opt.prompts import Script
+from longlive_opt.streaming.kv_cache import KVCache
+from longlive_opt.streaming.pipeline import Pipeline
+from longlive_opt.streaming.sampler import EagerForward, Forward
+from longlive_opt.streaming.session import StreamingSession
 
 STATIC, INT8, FP8 = ({"use_static_kv": True}, {"use_quantized_kv": True},
                      {"use_quantized_kv": True, "kv_quantization": "fp8"})

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels import emulation, fused, linear8, quantize
+from longlive_opt.kernels import attention8_reference, fused, linear8, quantize
 from longlive_opt.kernels.attention8 import Tile, attention8, default_tile
 from longlive_opt.kernels.quantize import FP8, MODES, QuantizedKV, allocate_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_CUDA else "cpu"
-# Relative error against float32 attention on random normal data; `emulation` gives 0.9, 1.1, 3.8 and 5.3 %.
+# Relative error against float32 attention on random normal data; the reference form gives 0.9, 1.1, 3.8 and
+# 5.3 %.
 TOLERANCE = {"int8_bf16": 0.013, "int8_int8": 0.016, "int8_fp8": 0.045, "fp8_fp8": 0.062}
 
 NO_KERNELS = pytest.mark.skipif(not INTERPRETED, reason="needs CUDA or the interpreter")
@@ -52,9 +53,9 @@ def test_error_against_float32_stays_within_its_named_tolerance(mode):
     cache, k, v = random_cache(mode, 192, 2, 64, 24)
     q = torch.randn(1, 64, 2, 64, device=DEVICE)
     for num_keys in (192, 130, 1):
-        expected = emulation.attention_reference(q, k[:, :num_keys], v[:, :num_keys])
+        expected = attention8_reference.attention_reference(q, k[:, :num_keys], v[:, :num_keys])
         arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys)
-        out = emulation.attention8_emulated(*arguments, block_n=64)
+        out = attention8_reference.attention8_emulated(*arguments, block_n=64)
         assert relative_error(out, expected) < TOLERANCE[mode]
 
 
@@ -64,9 +65,9 @@ def test_the_error_is_the_formats_and_not_the_softmax():
     cache, k, v = random_cache("int8_int8", 192, 2, 64, 24)
     q = 3 * torch.randn(1, 32, 2, 64, device=DEVICE)
     arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, 192)
-    outs = [emulation.attention8_emulated(*arguments, block_n=n) for n in (16, 64, 256)]
+    outs = [attention8_reference.attention8_emulated(*arguments, block_n=n) for n in (16, 64, 256)]
     assert relative_error(outs[0], outs[2]) < 1e-3 and relative_error(outs[1], outs[2]) < 1e-3
-    assert relative_error(outs[0], emulation.attention8_dequantized(*arguments)) < 0.025
+    assert relative_error(outs[0], attention8_reference.attention8_dequantized(*arguments)) < 0.025
 
 
 def test_large_values_survive_where_the_format_promises_it():
@@ -327,7 +328,7 @@ def test_triton_attention_equals_its_emulation(mode, exact_interpreter):
     q = torch.randn(1, block_m + 8, heads, dim, device=DEVICE, dtype=torch.bfloat16)
     for num_keys in (tokens, tokens // 2, block_n):
         arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys)
-        expected = emulation.attention8_emulated(*arguments, block_n=block_n)
+        expected = attention8_reference.attention8_emulated(*arguments, block_n=block_n)
         out = attention8_triton.launch(*arguments, block_m, block_n, 4, 2, 0)
         # Sums of e4m3 products depend on their order, and Hopper keeps fewer bits of them.
         tolerance = 5e-3 if mode.startswith("int8") and "fp8" not in mode else 0.02 if ON_CUDA else 2e-3
@@ -338,7 +339,7 @@ def test_triton_attention_equals_its_emulation(mode, exact_interpreter):
 @pytest.mark.parametrize("mode", ["int8_bf16", "int8_fp8", "fp8_fp8"])
 def test_gluon_attention_equals_its_emulation(mode):
     """A barrier's phase off by one (a stale or half-filled tile), registers reused while a product reads."""
-    from longlive_opt.kernels import gluon_attention
+    from longlive_opt.kernels import attention_gluon
 
     torch.manual_seed(6)
     cache, _, _ = random_cache(mode, 1040, 3, 128, 520)
@@ -347,8 +348,9 @@ def test_gluon_attention_equals_its_emulation(mode):
     q = torch.randn(1, 200, 3, 128, device="cuda", dtype=torch.bfloat16)
     for num_keys in (1040, 520, 256, 128, 100):
         arguments = (q, cache.k, cache.v, cache.k_scale, cache.v_scale, num_keys)
-        outs = [gluon_attention.launch(*arguments, 128, 3) for _ in range(3)]
-        assert_agrees(outs[0], emulation.attention8_emulated(*arguments), 0.02 if "fp8" in mode else 5e-3)
+        outs = [attention_gluon.launch(*arguments, 128, 3) for _ in range(3)]
+        emulated = attention8_reference.attention8_emulated(*arguments)
+        assert_agrees(outs[0], emulated, 0.02 if "fp8" in mode else 5e-3)
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
@@ -357,8 +359,8 @@ def test_gluon_attention_equals_its_emulation(mode):
     (111, 147, 132, (111, 1))])
 def test_last_wave_is_split_where_that_takes_less_time(blocks, key_tiles, multiprocessors, expected):
     """A part without keys, which would divide by an empty sum; whole waves that are merged for nothing."""
-    gluon_attention = pytest.importorskip("longlive_opt.kernels.gluon_attention")
-    whole, parts = gluon_attention.split_last_wave(blocks, key_tiles, multiprocessors)
+    attention_gluon = pytest.importorskip("longlive_opt.kernels.attention_gluon")
+    whole, parts = attention_gluon.split_last_wave(blocks, key_tiles, multiprocessors)
     assert (whole, parts) == expected
     firsts = [part * key_tiles // parts for part in range(parts + 1)]
     assert min(b - a for a, b in zip(firsts, firsts[1:])) >= 1
@@ -371,7 +373,7 @@ def test_attention_bf16_says_where_it_runs():
 
     torch.manual_seed(9)
     q, k, v = (torch.randn(1, tokens, 2, 24) for tokens in (5, 9, 9))
-    assert relative_error(attention_bf16(q, k, v), emulation.attention_reference(q, k, v)) < 1e-6
+    assert relative_error(attention_bf16(q, k, v), attention8_reference.attention_reference(q, k, v)) < 1e-6
     with pytest.raises(NotAvailable, match="Hopper"):
         check_gpu(torch.device("cpu"), torch.bfloat16, 128)
 
@@ -398,13 +400,13 @@ def test_attention_bf16_equals_float64(queries, keys, heads):
 @pytest.mark.parametrize("mode", ["int8_fp8", "fp8_fp8"])
 def test_gluon_attention_keeps_nan(mode):
     """A broken layer that gives finite numbers, since a maximum or a conversion to 8 bit drops NaN."""
-    from longlive_opt.kernels import gluon_attention
+    from longlive_opt.kernels import attention_gluon
 
     torch.manual_seed(8)
     cache, _, _ = random_cache(mode, 1040, 2, 128, 520)
     q = torch.randn(1, 200, 2, 128, device="cuda", dtype=torch.bfloat16)
     q[0, 3, 1, 5], q[0, 150, 0, 0] = float("nan"), float("inf")
-    out = gluon_attention.launch(q, cache.k, cache.v, cache.k_scale, cache.v_scale, 1040, 128, 3)
+    out = attention_gluon.launch(q, cache.k, cache.v, cache.k_scale, cache.v_scale, 1040, 128, 3)
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 3, 1], [0, 150, 0]]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longlive_opt.errors import UserError
-from longlive_opt.kv_cache import CacheGeometry, PassPlan, RollingKVCache, plan_pass
+from longlive_opt.streaming.kv_cache import CacheGeometry, PassPlan, RollingKVCache, plan_pass
 
 TOKENS, HEADS, DEPTH = 2, 1, 6
 CPU = torch.device("cpu")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from example_results import example_events, example_result
 
-from longlive_opt import metrics
 from longlive_opt.errors import UserError
-from longlive_opt.results import is_na
-from longlive_opt.timeline import Event
+from longlive_opt.measurement import metrics
+from longlive_opt.measurement.result import is_na
+from longlive_opt.streaming.timeline import Event
 
 
 def stream(intervals, switches=(), stages=None, clock="cuda"):

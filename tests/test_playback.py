@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from longlive_opt.errors import UserError
-from longlive_opt.playback import playback
+from longlive_opt.measurement.metrics import playback
 
 
 def test_playback_by_hand():

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from longlive_opt import quality
 from longlive_opt.errors import UserError
-from longlive_opt.results import is_na
+from longlive_opt.measurement import quality
+from longlive_opt.measurement.result import is_na
+from longlive_opt.report import video
 
 
 @pytest.fixture
@@ -301,12 +302,12 @@ def test_pictures_show_where_clips_differ(clip):
     """Would catch: a heat map scaled by its own maximum, so that every preset looks equally bad."""
     variant = clip.clone()
     variant[:, :, 10:20, 10:20] = 255 - variant[:, :, 10:20, 10:20]
-    heat = quality.difference_heatmap(clip, variant)
+    heat = video.difference_heatmap(clip, variant)
     assert heat.shape == (40, 48, 3) and heat.dtype == np.uint8
     assert heat[10:20, 10:20].mean() > heat[25:, 25:].mean()
-    assert (quality.difference_heatmap(clip, clip) == quality.difference_heatmap(clip, clip)[0, 0]).all()
-    assert quality.difference_heatmap(clip, variant, full_scale=100.0).sum() < heat.sum()
-    pair = quality.side_by_side(clip, variant)
+    assert (video.difference_heatmap(clip, clip) == video.difference_heatmap(clip, clip)[0, 0]).all()
+    assert video.difference_heatmap(clip, variant, full_scale=100.0).sum() < heat.sum()
+    pair = video.side_by_side(clip, variant)
     assert pair.shape == (5, 40, 100, 3) and (pair[:, :, :48] == clip.permute(0, 2, 3, 1).numpy()).all()
     with pytest.raises(UserError, match="differ"):
-        quality.side_by_side(clip, clip[:3])
+        video.side_by_side(clip, clip[:3])

@@ -1,7 +1,8 @@
 """The 8-bit ring cache: against an attention that quantises what it reads, in the model, compiled and
 captured.
 
-What it shares with the ring in the model's dtype is tested in test_rooms.py, the kernels in test_kernels.py.
+What it shares with the ring in the model's dtype is tested in test_optimizations.py, its kernels in
+test_kernels.py.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from typing import Any, Iterator
 import pytest
 import torch
 from micro import micro_config, micro_model, micro_pipeline
-from test_rooms import Traces, geometry, random_passes, video, without_pixels
+from test_optimizations import Traces, geometry, random_passes, video, without_pixels
 from test_session import same_video
 from torch import Tensor
 
 from longlive_opt import config
-from longlive_opt.inputs import Script
 from longlive_opt.kernels.attention8 import Tile, attention8
 from longlive_opt.kernels.quantize import allocate_kv, write_kv
-from longlive_opt.kv_cache import CacheGeometry
 from longlive_opt.models.attention import make_attention
 from longlive_opt.optimizations import build_pipeline, rooms_of
 from longlive_opt.optimizations.quantized_kv_cache import (
@@ -33,10 +32,13 @@ from longlive_opt.optimizations.quantized_kv_cache import (
     dequantized_attention,
     kernel_name,
 )
-from longlive_opt.optimizations.static_kv_cache import RingKVCache, StaticKVCache
+from longlive_opt.optimizations.ring_cache import RingKVCache
+from longlive_opt.optimizations.static_kv_cache import StaticKVCache
 from longlive_opt.optimizations.torch_compile import CompiledForward
-from longlive_opt.pipeline import Pipeline
-from longlive_opt.session import StreamingSession
+from longlive_opt.prompts import Script
+from longlive_opt.streaming.kv_cache import CacheGeometry
+from longlive_opt.streaming.pipeline import Pipeline
+from longlive_opt.streaming.session import StreamingSession
 
 CPU = torch.device("cpu")
 SMALL = {"height": 16, "width": 32}  # two tokens a frame

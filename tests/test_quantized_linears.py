@@ -25,8 +25,8 @@ from test_fused_kernels import (
     gpu_pipeline,
     unfused,
 )
+from test_optimizations import EXACT_FLAGS, scripted
 from test_quantized_kv import latents_of, models, relative_error
-from test_rooms import EXACT_FLAGS, scripted
 from test_session import same_video
 from torch import Tensor, nn
 

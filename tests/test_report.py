@@ -15,19 +15,21 @@ import pytest
 from example_results import example_quality, example_result
 from PIL import Image
 
-from longlive_opt import decision, figures, report
+from longlive_opt import report
 from longlive_opt.errors import UserError
-from longlive_opt.figures.labels import along, spread
-from longlive_opt.reading import reading_html
-from longlive_opt.report import outside
+from longlive_opt.measurement import decision
+from longlive_opt.measurement.result import na, write_result
+from longlive_opt.report import charts
 from longlive_opt.report.__main__ import main
-from longlive_opt.report.decisions import write_decisions
+from longlive_opt.report.charts.labels import along, spread
+from longlive_opt.report.conclusion import reading_html
+from longlive_opt.report.log import outside
+from longlive_opt.report.log.markdown import sentence
 from longlive_opt.report.noise_record import read_record
-from longlive_opt.report.text import sentence
-from longlive_opt.results import na, write_result
+from longlive_opt.report.verdicts import write_decisions
 
 ROOT = Path(report.__file__).resolve().parents[2]
-TEMPLATE = (ROOT / "longlive_opt" / "report" / "log_template.md").read_text(encoding="utf-8")
+TEMPLATE = (ROOT / "longlive_opt" / "report" / "log" / "template.md").read_text(encoding="utf-8")
 SCALES = {"baseline": 1.0, "cuda_graphs": 0.97, "static_kv": 0.9, "async_vae": 1.02, "quality": 0.85,
           "balanced": 0.63, "speed": 0.45}
 EXACT = {"cuda_graphs", "static_kv", "async_vae", "quality"}
@@ -219,12 +221,12 @@ def test_fidelity_is_told_with_its_scale():
 def test_errors_by_block_are_drawn_beside_the_null_rows():
     """Would catch an error without its scale, or a chart that a result of the old kind ends."""
     baseline, speed = make("baseline"), make("speed")
-    chart = figures.run_figures(speed, baseline)["error_by_block"]
+    chart = charts.run_figures(speed, baseline)["error_by_block"]
     for name in ("free-running 1.5", "teacher-forced 1.5", "baseline 1.1", "null: window 9 6.9"):
         assert name in chart.alt
-    assert "null: no sink" in figures.run_figures(baseline)["error_by_block"].alt
+    assert "null: no sink" in charts.run_figures(baseline)["error_by_block"].alt
     speed["quality"] = {"psnr_db": na("no truth", "run the baseline"), "identical": None, "flags": []}
-    assert "no truth" in figures.run_figures(speed, baseline)["error_by_block"].alt
+    assert "no truth" in charts.run_figures(speed, baseline)["error_by_block"].alt
 
 
 def test_a_figure_that_is_missing_everywhere_is_explained_once(seven):
@@ -348,7 +350,7 @@ def test_targets_are_those_of_the_runs():
     assert "Target: 62.5 ms per video frame" in text and "40 ms target" not in text
     table = report.summary_table(runs)
     assert set(table["target_ms"]) == {62.5} and bool(table["within_target"][2])
-    chart = figures.latency_boxes(runs)
+    chart = charts.latency_boxes(runs)
     assert "62.5 ms target" in [text.get_text() for text in chart.axes[0].texts]
     assert "Target: " not in report.render_log([make("baseline")])
 
@@ -559,7 +561,7 @@ def test_results_from_before_the_new_figures_are_read(tmp_path):
     assert "not yet in host memory" not in report.render_log([make("baseline")])
     assert re.search(r"every second block is a switch: \d+\.\d FPS, mean", text)
     assert report.summary_table(campaign.results)["joules_per_frame"].isna().all()
-    assert figures.run_figures(old)["gpu_load"].alt.endswith("Not drawn: no readings in these results.")
+    assert charts.run_figures(old)["gpu_load"].alt.endswith("Not drawn: no readings in these results.")
     assert "n/a" in reading_html(old, None)
 
 
@@ -581,13 +583,13 @@ def test_the_gpus_chart_takes_what_is_there(seven):
     silent, none = copy.deepcopy(seven[1]), copy.deepcopy(seven[2])
     silent["gpu_samples"]["sm_mhz"] = [None] * 51
     none["gpu_samples"] = na("the run was on cpu", "run on a GPU")
-    chart = figures.run_figures(silent, seven[0])["gpu_load"]
+    chart = charts.run_figures(silent, seven[0])["gpu_load"]
     assert chart.alt.endswith("baseline 1800, 650, 38.5; cuda_graphs n/a, 650, 38.5.")
     clock, power = chart.axes
     assert len([text for text in clock.texts if text.arrow_patch]) == 1
     assert len([text for text in power.texts if text.arrow_patch]) == 2
     assert "dashed: the limit of 700 W" in power.get_xlabel()
-    assert "the run was on cpu" in figures.run_figures(none)["gpu_load"].alt
+    assert "the run was on cpu" in charts.run_figures(none)["gpu_load"].alt
 
 
 def test_incomparable_runs_have_no_change():
@@ -721,7 +723,7 @@ def test_command_line_writes_log_table_and_figures(tmp_path, capsys):
     first = (folder / report.LOG_NAME).read_bytes()
     again = report.write_campaign_log(report.load(folder), tmp_path / "x" / "LOG.md")
     assert again.read_bytes() == first.replace(b"report c`", b"report c --log LOG.md`") != first
-    assert {path.stem for path in (folder / "summary").glob("*.png")} == set(figures.campaign_figures([]))
+    assert {path.stem for path in (folder / "summary").glob("*.png")} == set(charts.campaign_figures([]))
     header = (folder / "summary" / "summary.csv").read_text().splitlines()[0]
     assert header.startswith("preset,run,ss_mean_ms,")
     assert main([str(tmp_path / "nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
@@ -777,30 +779,30 @@ def test_figures_take_any_number_of_presets(seven):
     """Would catch a chart that needs the baseline, a second preset or a known name."""
     strange = make("costs $5 and $")
     for results in ([], [*seven, strange, make("fp8"), make("low_memory")]):
-        for name, chart in figures.campaign_figures(results).items():
+        for name, chart in charts.campaign_figures(results).items():
             picture, metadata = chart._repr_png_()
             assert picture.startswith(b"\x89PNG"), name
             assert metadata["alt"].endswith(".") and ". " in metadata["alt"].replace("? ", ". "), name
-    assert len({figures.colour_of(preset) for preset in SCALES}) == len(SCALES)
+    assert len({charts.colour_of(preset) for preset in SCALES}) == len(SCALES)
 
 
 def test_every_preset_keeps_its_colour():
     """Would catch a palette that gives a thin line the colour of another preset, presets without a colour of
     their own, and colours of presets that are gone."""
     presets = [path.stem for path in (ROOT / "params").glob("*.yaml") if path.stem != "smoke"]
-    assert set(figures.PRESET_COLOURS) == set(presets)
+    assert set(charts.PRESET_COLOURS) == set(presets)
     results = [make(preset, scale=1 - 0.08 * index) for index, preset in enumerate(presets)]
-    for draw in (figures.latency_ecdf, figures.pareto, figures.latency_by_block):
+    for draw in (charts.latency_ecdf, charts.pareto, charts.latency_by_block):
         picture = Image.open(io.BytesIO(draw(results)._repr_png_()[0]))
         found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-        assert {tuple(bytes.fromhex(colour[1:])) for colour in figures.PRESET_COLOURS.values()} <= found
+        assert {tuple(bytes.fromhex(colour[1:])) for colour in charts.PRESET_COLOURS.values()} <= found
 
 
 def test_stages_that_overlap_stay_within_the_interval():
     """Would catch bars longer than the block they are part of."""
     result = make("async_vae")
     result["latency"]["ss_block_ms"] = [500.0] * 300
-    bars = figures.stage_bars([make("baseline"), result]).axes[0].patches
+    bars = charts.stage_bars([make("baseline"), result]).axes[0].patches
     decode = [bar for bar in bars if bar.get_height() < 0.5]
     assert len(decode) == 1 and decode[0].get_x() + decode[0].get_width() == pytest.approx(500)
 
@@ -812,7 +814,7 @@ def test_waterfall_shows_every_level(preset, stages):
     results = [make("baseline"), make("speed")]
     for name, mean in stages.items():
         results[preset == "speed"]["latency"]["stages_ms"][name]["mean"] = mean
-    figure = figures.waterfall(results)
+    figure = charts.waterfall(results)
     figure.draw_without_rendering()
     ax = figure.axes[0]
     (low, high), inside = ax.get_ylim(), ax.get_window_extent()
@@ -825,7 +827,7 @@ def test_waterfall_shows_every_level(preset, stages):
 def test_names_of_points_keep_off_lines_and_one_another():
     """Would catch a name under a line that joins the points."""
     results = [make("baseline"), make("speed", scale=0.5), make("quality", scale=0.8)]
-    figure = figures.pareto(results)
+    figure = charts.pareto(results)
     ax = figure.axes[0]
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in ax.texts if "target" not in text.get_text()]
@@ -839,7 +841,7 @@ def test_names_of_curves_keep_off_them():
     legend leaves out for its underscore."""
     results = [make("speed", scale=0.51), make("baseline"), make("realtime", scale=0.41, steady=300),
                make("_balanced", scale=0.54), make("quality", scale=0.68), make("low_memory", scale=0.8)]
-    figure = figures.latency_ecdf(results)
+    figure = charts.latency_ecdf(results)
     figure.draw_without_rendering()
     ax, names = figure.axes[0], [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [text.get_window_extent() for text in (*ax.texts, *names)]
@@ -853,7 +855,7 @@ def test_names_of_curves_keep_off_them():
 def test_playback_compares_streams_of_unequal_length():
     """Would catch the fastest preset named below a slower one whose stream was longer."""
     slower, fastest = make("speed", scale=0.5, steady=60), make("realtime", scale=0.4, steady=20, switches=1)
-    chart = figures.campaign_figures([slower, fastest])["playback_buffer"]
+    chart = charts.campaign_figures([slower, fastest])["playback_buffer"]
     ax = chart.axes[0]
     chunks = [(line.get_linestyle(), len(line.get_xdata())) for line in ax.get_lines()[:4]]
     assert chunks == [("-", 21)] * 2 + [("--", 3)] * 2
@@ -867,7 +869,7 @@ def test_playback_compares_streams_of_unequal_length():
 def test_leaders_begin_beside_their_name():
     """Would catch a leader that starts in the middle of its name and strikes the names above and below."""
     results = [make("baseline"), make("speed", scale=0.99), make("quality", scale=0.98)]
-    chart = figures.latency_by_block(results)
+    chart = charts.latency_by_block(results)
     named = [text for text in chart.axes[0].texts if text.arrow_patch]
     assert len(named) >= 3 and all(text._arrow_relpos == (0, 0.5) for text in named)
 
@@ -889,9 +891,9 @@ def test_figures_survive_missing_parts(seven, path):
     for key in parents:
         place = place[key]
     del place[last]
-    assert figures.run_figures(null).keys() == figures.run_figures(whole).keys()
-    for draw in (figures.pareto, figures.latency_boxes, figures.waterfall):
-        assert isinstance(draw([seven[0], absent]), figures.Chart)
+    assert charts.run_figures(null).keys() == charts.run_figures(whole).keys()
+    for draw in (charts.pareto, charts.latency_boxes, charts.waterfall):
+        assert isinstance(draw([seven[0], absent]), charts.Chart)
 
 
 def test_names_of_lines_never_overlap():

@@ -17,10 +17,11 @@ import nbformat
 import pytest
 import yaml
 
-from longlive_opt import batch, planning, runner
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.html import network_references
+from longlive_opt.report.html_export import network_references
+from longlive_opt.runner import __main__ as runner
+from longlive_opt.runner import execute, plan
 
 PARAMETERS = """campaign: str = "x"
 run: int = 1
@@ -141,8 +142,8 @@ HEED_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_in
 def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
     """After Ctrl-C: an orphaned kernel that holds the GPU, or a traceback instead of one line."""
     make_project(tmp_path, {"baseline": [TELL_PID, "import time; time.sleep(60)"]})
-    code = "import sys, pathlib; from longlive_opt import runner; " + HEED_INTERRUPTS + "; " \
-           "sys.exit(runner.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+    code = "import sys, pathlib; from longlive_opt.runner import __main__ as runner; " \
+           + HEED_INTERRUPTS + "; sys.exit(runner.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "run", "--campaign", "c"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     pid_file = tmp_path / "outputs/c/baseline/pid"
@@ -158,7 +159,7 @@ def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
 
 def test_swallowed_interrupt_comes_again() -> None:
     """Ctrl-C while a weak reference is cleaned up: Python prints it, and the campaign runs on."""
-    code = "import signal, time, weakref; from longlive_opt import runner\n" \
+    code = "import signal, time, weakref; from longlive_opt.runner import __main__ as runner\n" \
            "class Gone: pass\n" \
            f"{HEED_INTERRUPTS}; gone = Gone()\n" \
            "reference = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))\n" \
@@ -191,7 +192,7 @@ def pretend_finished(root: Path, seed: int = 3) -> Path:
     folder.mkdir(parents=True)
     result = {"status": "ok", "parameters": {"name": "baseline", "seed": seed}, "mark": "old"}
     (folder / "result.json").write_text(json.dumps(result))
-    for name in ("report.html", planning.REFERENCE_FILE):
+    for name in ("report.html", plan.REFERENCE_FILE):
         (folder / name).touch()
     return folder / "result.json"
 
@@ -200,21 +201,21 @@ def stub_kernel(monkeypatch: pytest.MonkeyPatch, act: object) -> list[str]:
     """Replace the execution of a notebook by `act(job, folder)`; returns the labels that were executed."""
     executed: list[str] = []
 
-    def execute(root: Path, job: batch.Job, folder: Path, stderr: object) -> None:
+    def pretend(root: Path, job: execute.Job, folder: Path, stderr: object) -> None:
         executed.append(job.label)
         act(job, folder)
 
-    monkeypatch.setattr(batch, "_execute", execute)
-    monkeypatch.setattr(batch, "export_html", lambda notebook, html, **options: html.touch())
+    monkeypatch.setattr(execute, "_execute", pretend)
+    monkeypatch.setattr(execute, "export_html", lambda notebook, html, **options: html.touch())
     return executed
 
 
-def write_new(job: batch.Job, folder: Path) -> None:
+def write_new(job: execute.Job, folder: Path) -> None:
     result = {"status": "ok", "parameters": dict(job.parameters), "mark": "new"}
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def write_run(job: batch.Job, folder: Path) -> None:
+def write_run(job: execute.Job, folder: Path) -> None:
     write_new(job, folder)
     (folder / "notebook.ipynb").touch()
 
@@ -230,7 +231,7 @@ def test_reports_are_made_once_the_verdicts_are_there(project: Path, monkeypatch
         exported.append((notebook.parent.name, card))
         html.write_text(f"<main>{card}")
 
-    monkeypatch.setattr(batch, "export_html", export)
+    monkeypatch.setattr(execute, "export_html", export)
     shown = {"baseline": "reference"}
     monkeypatch.setattr("longlive_opt.report.cards", lambda folder: shown)
     assert runner.main(["run", "--campaign", "c"], project) == 0
@@ -249,21 +250,21 @@ def test_reports_are_made_once_the_verdicts_are_there(project: Path, monkeypatch
 
 def test_repetition_is_shorter_than_a_long_baseline(project: Path) -> None:
     """The noise of a mean needs no 300 blocks a second time; a short baseline is repeated as it is."""
-    layout = planning.Layout(Path(__file__).parents[1])
+    layout = plan.Layout(Path(__file__).parents[1])
     for key, asked, repeated in (("measure_blocks", 300, 40), ("measure_blocks", 8, 8),
                                  ("num_switches", 20, 6), ("num_switches", 2, 2)):
-        jobs = planning.plan(layout, "c", ["baseline"], settings={key: asked}, repeats=1)
+        jobs = plan.plan(layout, "c", ["baseline"], settings={key: asked}, repeats=1)
         assert [job.parameters[key] for job in jobs] == [asked, repeated]
 
 
 def test_skipped_presets_are_left_out_of_all_and_of_nothing_else(project: Path) -> None:
     """A typo in --skip that runs what was to be left out, or --skip overriding what was asked for by name."""
-    layout = planning.Layout(Path(__file__).parents[1])
-    assert "ablation" in planning.choose_presets(layout, ["all"])
-    assert "ablation" not in planning.choose_presets(layout, ["all"], ["ablation"])
-    assert list(planning.choose_presets(layout, ["ablation"], ["ablation"])) == ["ablation"]
+    layout = plan.Layout(Path(__file__).parents[1])
+    assert "ablation" in plan.choose_presets(layout, ["all"])
+    assert "ablation" not in plan.choose_presets(layout, ["all"], ["ablation"])
+    assert list(plan.choose_presets(layout, ["ablation"], ["ablation"])) == ["ablation"]
     with pytest.raises(UserError, match="did you mean 'ablation'"):
-        planning.plan(layout, "c", skipped=["ablaton"])
+        plan.plan(layout, "c", skipped=["ablaton"])
 
 
 def test_finished_run_is_skipped(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +288,8 @@ def test_only_what_is_there_is_repeated(project: Path) -> None:
     add_preset(project, "other")
 
     def labels(*presets: str, repeats: object = 1) -> list[str]:
-        layout = planning.Layout(project)
-        return [job.label for job in planning.plan(layout, "c", presets, repeats=repeats)]
+        layout = plan.Layout(project)
+        return [job.label for job in plan.plan(layout, "c", presets, repeats=repeats)]
 
     assert labels("other") == ["other"]
     assert labels("other", "baseline") == ["baseline", "other", "baseline.repeat2"]
@@ -301,7 +302,7 @@ def test_only_what_is_there_is_repeated(project: Path) -> None:
 
 def test_repetitions_are_spread_over_the_campaign() -> None:
     """Three runs in a row at the end, which show nothing of an hour's drift."""
-    jobs = planning.plan(planning.Layout(Path(__file__).parents[1]), "c", ["all"],
+    jobs = plan.plan(plan.Layout(Path(__file__).parents[1]), "c", ["all"],
                          repeats={"baseline": 2, "realtime": 2}, skipped=["ablation"])
     labels = [job.label for job in jobs]
     assert labels[:2] == ["baseline", "realtime"]
@@ -326,7 +327,7 @@ def test_baseline_without_its_video_is_told(project: Path, monkeypatch: pytest.M
     """In a clone a finished baseline is figures alone: hours of presets whose fidelity is n/a."""
     from longlive_opt.workbook import REFERENCE_FILE
 
-    assert planning.REFERENCE_FILE == REFERENCE_FILE
+    assert plan.REFERENCE_FILE == REFERENCE_FILE
     (pretend_finished(project).parent / REFERENCE_FILE).unlink()
     executed = stub_kernel(monkeypatch, write_new)
     message = error_of(project, capsys, "--repeat-baseline", "1")
@@ -350,13 +351,13 @@ def test_other_words_are_no_other_parameters(project: Path) -> None:
     result["parameters"] |= {"title": "Old", "hypothesis": "1 ms"}
     path.write_text(json.dumps(result))
     asked = {"name": "baseline", "seed": 3, "title": "New", "hypothesis": "2 ms"}
-    assert planning.is_finished(batch.Job("baseline", Path(), path.parent, asked, "New"))
+    assert plan.is_finished(execute.Job("baseline", Path(), path.parent, asked, "New"))
     with pytest.raises(UserError, match=r"parameters \(seed: 3, not 4\)"):
-        planning.is_finished(batch.Job("baseline", Path(), path.parent, asked | {"seed": 4}, "New"))
+        plan.is_finished(execute.Job("baseline", Path(), path.parent, asked | {"seed": 4}, "New"))
 
 
-def job_of(project: Path, **settings: object) -> batch.Job:
-    job, = planning.plan(planning.Layout(project), "c", settings=settings)
+def job_of(project: Path, **settings: object) -> execute.Job:
+    job, = plan.plan(plan.Layout(project), "c", settings=settings)
     return job
 
 
@@ -366,7 +367,7 @@ def finish(project: Path, **settings: object) -> None:
     known = dict(job.known) | {"weights": {"kind": "files", "sha256": job.weights.sha256()}}
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "result.json").write_text(json.dumps({**known, "status": "ok"}))
-    for name in ("report.html", planning.REFERENCE_FILE):
+    for name in ("report.html", plan.REFERENCE_FILE):
         (job.folder / name).touch()
 
 
@@ -402,9 +403,9 @@ def test_finished_is_judged_by_the_weights_in_a_folder(whole: Path, tmp_path: Pa
                                                        capsys: pytest.CaptureFixture) -> None:
     """Weights that were trained again in place: two models in one campaign under one name."""
     weights = tmp_path / "weights"
-    shutil.copytree(planning.TINY_WEIGHTS, weights)
+    shutil.copytree(plan.TINY_WEIGHTS, weights)
     finish(whole, weights=str(weights))
-    assert planning.is_finished(job_of(whole, weights=str(weights)))
+    assert plan.is_finished(job_of(whole, weights=str(weights)))
     changed = weights / "lora.safetensors"
     assert changed.exists()
     content = bytearray(changed.read_bytes())
@@ -441,7 +442,7 @@ def test_what_could_not_be_compared_is_refused_before_it_runs(whole: Path, capsy
 def test_a_failure_is_recorded_whatever_its_text(project: Path, monkeypatch: pytest.MonkeyPatch,
                                                  text: object) -> None:
     """A prompt in a message that no file can hold: the second failure ends the campaign."""
-    def fail(job: batch.Job, folder: Path) -> None:
+    def fail(job: execute.Job, folder: Path) -> None:
         raise ValueError(text)
 
     executed = stub_kernel(monkeypatch, fail)
@@ -452,9 +453,9 @@ def test_a_failure_is_recorded_whatever_its_text(project: Path, monkeypatch: pyt
 
 def test_failed_json_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A full disk, or a value that JSON does not know, that ends the campaign."""
-    batch._write_failure(tmp_path, {"meaning": "x", "parameters": {(1, 2): "a"}})
+    execute._write_failure(tmp_path, {"meaning": "x", "parameters": {(1, 2): "a"}})
     assert "(1, 2)" in json.loads((tmp_path / "failed.json").read_text())["parameters"]
-    batch._write_failure(tmp_path / "absent", {"meaning": "x"})
+    execute._write_failure(tmp_path / "absent", {"meaning": "x"})
     assert "failed.json cannot be written" in caplog.text
 
 
@@ -485,7 +486,7 @@ def test_failed_overwrite_keeps_the_old_result(project: Path, monkeypatch: pytes
 
 def test_stale_result_is_a_failure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result.json copied in from an earlier run passes as this run's."""
-    def copy_old(job: batch.Job, folder: Path) -> None:
+    def copy_old(job: execute.Job, folder: Path) -> None:
         write_new(job, folder)
         os.utime(folder / "result.json", (0, 0))
 
@@ -497,14 +498,14 @@ def test_stale_result_is_a_failure(project: Path, monkeypatch: pytest.MonkeyPatc
 def test_failed_report_keeps_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours of measuring thrown away because the HTML export failed."""
     stub_kernel(monkeypatch, write_run)
-    monkeypatch.setattr(batch, "export_html", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(execute, "export_html", lambda *args, **kwargs: 1 / 0)
     assert runner.main(["run", "--campaign", "c"], project) == 1
-    assert batch.finished_result(project / "outputs/c/baseline") is not None
+    assert execute.finished_result(project / "outputs/c/baseline") is not None
 
 
 def test_second_runner_is_refused(project: Path, capsys: pytest.CaptureFixture) -> None:
     """Two processes write into one folder, and time each other's work."""
-    with batch.locked(planning.plan(planning.Layout(project), "c")):
+    with execute.locked(plan.plan(plan.Layout(project), "c")):
         assert f"process {os.getpid()} is running it" in error_of(project, capsys)
 
 
@@ -515,11 +516,11 @@ def test_optimizations_make_no_baseline(project: Path, capsys: pytest.CaptureFix
     """`--set use_static_kv=true` meant for one preset: the others are compared with an optimized baseline."""
     assert "preset baseline: use_static_kv: true" in error_of(project, capsys, "--set", "use_static_kv=true")
     assert not (project / "outputs").exists()
-    layout, settings = planning.Layout(Path(__file__).parents[1]), {"use_prompt_cache": True}
+    layout, settings = plan.Layout(Path(__file__).parents[1]), {"use_prompt_cache": True}
     for presets in (["baseline"], ["static_kv", "baseline", "speed"], ["all"]):
         with pytest.raises(UserError, match="^preset baseline: use_prompt_cache: .* without the baseline"):
-            planning.plan(layout, "c", presets, settings=settings)
-    job, = planning.plan(layout, "c", ["static_kv"], settings=settings)
+            plan.plan(layout, "c", presets, settings=settings)
+    job, = plan.plan(layout, "c", ["static_kv"], settings=settings)
     assert job.parameters["use_prompt_cache"] is True
 
 
@@ -528,9 +529,9 @@ def test_optimizations_make_no_baseline(project: Path, capsys: pytest.CaptureFix
 
 def test_training_report_is_no_preset(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A campaign that runs the notebook on the training as a preset, or a summary without parameters."""
-    layout = planning.Layout(project)
+    layout = plan.Layout(project)
     assert list(layout.presets()) == ["baseline"]
-    job = planning.plan_training(layout, "weights/other")
+    job = plan.plan_training(layout, "weights/other")
     assert job.parameters == {"weights_dir": "weights/other"} and not job.needs_result
     executed = stub_kernel(monkeypatch, lambda job, folder: (folder / "notebook.ipynb").touch())
     assert runner.main(["training"], project) == 0 and executed == ["training"]
@@ -551,7 +552,7 @@ def test_training_report_replaces_no_campaign(project: Path, capsys: pytest.Capt
 def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) -> None:
     """A typo in --weights that ends in a report of sentences."""
     assert runner.main(["training", "--weights", "weights/tiyn"], project) == 2
-    assert "longlive_opt.training --out weights/tiyn" in capsys.readouterr().err
+    assert "longlive_opt.tiny.training --out weights/tiyn" in capsys.readouterr().err
 
 
 # ---- refused before anything runs
@@ -609,32 +610,32 @@ def test_notebook_needs_one_parameters_cell(project: Path, capsys: pytest.Captur
 
 def test_order_of_precedence(project: Path) -> None:
     """A profile that hides --set, or a default of the notebook (seed 99) that hides everything."""
-    layout = planning.Layout(project)
+    layout = plan.Layout(project)
     profile = project / "profile.yaml"
     profile.write_text("seed: 5\n")
-    assert planning.plan(layout, "c")[0].parameters["seed"] == 3
-    assert planning.plan(layout, "c", profile=profile)[0].parameters["seed"] == 5
-    assert planning.plan(layout, "c", profile=profile, settings={"seed": 6})[0].parameters["seed"] == 6
+    assert plan.plan(layout, "c")[0].parameters["seed"] == 3
+    assert plan.plan(layout, "c", profile=profile)[0].parameters["seed"] == 5
+    assert plan.plan(layout, "c", profile=profile, settings={"seed": 6})[0].parameters["seed"] == 6
     (project / "params/baseline.yaml").write_text("name: baseline\n")
-    assert planning.plan(layout, "c")[0].parameters["seed"] == 0
+    assert plan.plan(layout, "c")[0].parameters["seed"] == 0
 
 
 def test_no_gpu_is_noticed_before_anything_runs(project: Path) -> None:
     """A campaign that dies in its first kernel, after minutes, for want of a GPU."""
-    jobs = planning.plan(planning.Layout(project), "c", settings={"device": "cuda"})
+    jobs = plan.plan(plan.Layout(project), "c", settings={"device": "cuda"})
     with pytest.raises(UserError, match="laptop.yaml"):
-        planning.check_machine(project / "outputs/c", jobs, cuda=lambda: False)
-    planning.check_machine(project / "outputs/c", jobs, cuda=lambda: True)
+        plan.check_machine(project / "outputs/c", jobs, cuda=lambda: False)
+    plan.check_machine(project / "outputs/c", jobs, cuda=lambda: True)
 
 
 def test_unwritable_folder_and_full_disk(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that cannot be written at the end of a run. (A file in the way: root may write anywhere.)"""
     (project / "outputs").touch()
     with pytest.raises(UserError, match="cannot write"):
-        planning.check_machine(project / "outputs/c", [])
-    monkeypatch.setattr(planning, "MIN_FREE_BYTES", 2**62)
+        plan.check_machine(project / "outputs/c", [])
+    monkeypatch.setattr(plan, "MIN_FREE_BYTES", 2**62)
     with pytest.raises(UserError, match="free some space"):
-        planning.check_machine(project / "results", [])
+        plan.check_machine(project / "results", [])
 
 
 def test_start_is_cheap() -> None:

@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
-from longlive_opt.model_config import DiTConfig
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import CausalDiT, TextContext
-from longlive_opt.noise import StreamNoise
-from longlive_opt.sampler import EagerForward, Sampler, SamplingPlan, block_noise_shapes
-from longlive_opt.scheduler import FlowSchedule
+from longlive_opt.models.specs import DiTConfig
+from longlive_opt.streaming.kv_cache import CacheGeometry, RollingKVCache
+from longlive_opt.streaming.sampler import (
+    EagerForward,
+    FlowSchedule,
+    Sampler,
+    SamplingPlan,
+    StreamNoise,
+    block_noise_shapes,
+)
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longlive_opt.scheduler import TRAIN_STEPS, FlowSchedule
+from longlive_opt.streaming.sampler import TRAIN_STEPS, FlowSchedule
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = (1000, 750, 500, 250)

@@ -15,17 +15,16 @@ from micro import micro_model, micro_pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longlive_opt.decoder import HOST_BUFFERS, Delivery
 from longlive_opt.errors import UserError
-from longlive_opt.inputs import Script
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
-from longlive_opt.noise import StreamNoise
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampling_plan
-from longlive_opt.pipeline import Pipeline
-from longlive_opt.sampler import EagerForward, Sampler
-from longlive_opt.session import Chunk, StreamingSession
-from longlive_opt.timeline import Timeline
+from longlive_opt.prompts import Script
+from longlive_opt.streaming.decoder import HOST_BUFFERS, Delivery
+from longlive_opt.streaming.pipeline import Pipeline
+from longlive_opt.streaming.sampler import EagerForward, Sampler, StreamNoise
+from longlive_opt.streaming.session import Chunk, StreamingSession
+from longlive_opt.streaming.timeline import Timeline
 
 GOLDEN = Path(__file__).parent / "golden"
 POINT = {"height": 16, "width": 16}  # one token a frame
@@ -409,7 +408,7 @@ def test_host_frames_on_the_cpu_are_left_alone(point):
                                   {"use_cuda_graphs": True, "use_async_vae": True}], ids=str)
 def test_gpu_host_frames_are_the_frames(keys):
     """A chunk handed out before its copy has come, or whose memory on the GPU was used again before."""
-    from test_rooms import gpu_pipeline
+    from test_optimizations import gpu_pipeline
 
     torch._dynamo.reset()
     pipeline = gpu_pipeline(use_static_kv=True, **keys)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from longlive_opt.errors import UserError
-from longlive_opt.model_config import MODELS, TextEncoderConfig
+from longlive_opt.models.specs import MODELS, TextEncoderConfig
 from longlive_opt.models.text import (
     TextEncoder,
     Tokenizer,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longlive_opt.timeline import GARBAGE, GARBAGE_MS, Event, NullTimeline, Timeline
+from longlive_opt.streaming.timeline import GARBAGE, GARBAGE_MS, Event, NullTimeline, Timeline
 
 
 def test_spans_and_marks_come_out_sorted_with_their_blocks():

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from longlive_opt.config import ExperimentConfig
-from longlive_opt.inputs import Script, project_path
-from longlive_opt.pipeline import build_reference
-from longlive_opt.session import StreamingSession
-from longlive_opt.weight_files import resolve_weights
-from longlive_opt.world.checker import check
-from longlive_opt.world.prompts import describe, parse
-from longlive_opt.world.scene import change_scene, sample_scene
+from longlive_opt.files import project_path
+from longlive_opt.models.weight_files import resolve_weights
+from longlive_opt.prompts import Script
+from longlive_opt.streaming.pipeline import build_reference
+from longlive_opt.streaming.session import StreamingSession
+from longlive_opt.tiny.shapes.captions import describe, parse
+from longlive_opt.tiny.shapes.evaluator import check
+from longlive_opt.tiny.shapes.scene import change_scene, sample_scene
 
 BLOCKS, SWITCH = 6, 3
 

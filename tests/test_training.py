@@ -22,25 +22,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
-from longlive_opt.model_config import MODELS, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import CausalDiT, TextContext
+from longlive_opt.models.specs import MODELS, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.models.text import TextEncoder, UMT5Encoder, load_tokenizer
 from longlive_opt.models.vae import LATENT_MEAN, LATENT_STD, StreamingDecoder, WanVAE
+from longlive_opt.models.weight_files import resolve_weights
 from longlive_opt.models.weights import load_dit, load_vae, open_text_encoder, random_init_
-from longlive_opt.pipeline import build_reference
-from longlive_opt.sampler import EagerForward, Sampler, SamplingPlan
-from longlive_opt.session import StreamingSession
-from longlive_opt.training import __main__ as command
-from longlive_opt.training import bench
-from longlive_opt.training import check as check_module
-from longlive_opt.training.bench import budget, times_of
-from longlive_opt.training.check import SWITCH_BLOCK, NoRecache, check_weights, judge_long, judge_switch
-from longlive_opt.training.checkpoints import checkpoints
-from longlive_opt.training.clipwise import decode_clip, moments
-from longlive_opt.training.compiled import use_compiler
-from longlive_opt.training.data import (
+from longlive_opt.streaming.kv_cache import CacheGeometry, RollingKVCache
+from longlive_opt.streaming.pipeline import build_reference
+from longlive_opt.streaming.sampler import EagerForward, Sampler, SamplingPlan
+from longlive_opt.streaming.session import StreamingSession
+from longlive_opt.tiny import evaluate as check_module
+from longlive_opt.tiny.evaluate import SWITCH_BLOCK, NoRecache, check_weights, judge_long, judge_switch
+from longlive_opt.tiny.shapes.render import render, simulate, to_uint8
+from longlive_opt.tiny.shapes.scene import ObjectSpec, SceneSpec, change_scene, sample_scene
+from longlive_opt.tiny.training import __main__ as command
+from longlive_opt.tiny.training import bench
+from longlive_opt.tiny.training.attribute_head import CLASSES, scene_labels, text_features
+from longlive_opt.tiny.training.bench import budget, times_of
+from longlive_opt.tiny.training.block_attention import attend_blocks
+from longlive_opt.tiny.training.checkpoints import checkpoints
+from longlive_opt.tiny.training.clips import (
     CLIP_BLOCKS,
     OPENING,
     ClipMaker,
@@ -51,10 +54,13 @@ from longlive_opt.training.data import (
     layouts,
     plan_chunk,
 )
-from longlive_opt.training.export import export_weights, fold_statistics
-from longlive_opt.training.gather import attend_blocks
-from longlive_opt.training.loop import Budget, run_stage
-from longlive_opt.training.parallel import (
+from longlive_opt.tiny.training.compiling import use_compiler
+from longlive_opt.tiny.training.export import export_weights, fold_statistics
+from longlive_opt.tiny.training.graphs import Recorder
+from longlive_opt.tiny.training.loop import Budget, run_stage
+from longlive_opt.tiny.training.student import StudentSettings, StudentStage, Task
+from longlive_opt.tiny.training.teacher import ReadingStage, TeacherSettings, TeacherStage
+from longlive_opt.tiny.training.teacher_forcing import (
     ClipLayout,
     Context,
     Denoiser,
@@ -64,13 +70,10 @@ from longlive_opt.training.parallel import (
     predict_clips,
     window_past,
 )
-from longlive_opt.training.pictures import VideoRing, plan_videos, render_fast, unpack_tracks
-from longlive_opt.training.record import Recorder
-from longlive_opt.training.run import QUICK, Settings
-from longlive_opt.training.student import StudentSettings, StudentStage, Task
-from longlive_opt.training.teacher import ReadingStage, TeacherSettings, TeacherStage
-from longlive_opt.training.text import CLASSES, scene_labels, text_features
-from longlive_opt.training.vae import (
+from longlive_opt.tiny.training.trainer import QUICK, Settings
+from longlive_opt.tiny.training.vae_clips import VideoRing, plan_videos, render_fast, unpack_tracks
+from longlive_opt.tiny.training.vae_parallel import decode_clip, moments
+from longlive_opt.tiny.training.vae_stage import (
     VAESettings,
     VAEStage,
     encode_video,
@@ -78,10 +81,7 @@ from longlive_opt.training.vae import (
     reconstruction_losses,
     statistics,
 )
-from longlive_opt.training.workers import Planner, start_workers
-from longlive_opt.weight_files import resolve_weights
-from longlive_opt.world.render import render, simulate, to_uint8
-from longlive_opt.world.scene import ObjectSpec, SceneSpec, change_scene, sample_scene
+from longlive_opt.tiny.training.workers import Planner, start_workers
 
 PLAN = SamplingPlan()
 TEXT = TextEncoderConfig(
@@ -338,13 +338,13 @@ def test_cut_latents_are_those_of_the_whole_video(maker, vae):
     """Frame for frame: a clip cut out at a position shows what the whole video, encoded from 0, shows there;
     only the encoder's memory is shorter.
     """
-    from longlive_opt.training import data
+    from longlive_opt.tiny.training import clips
 
     plan = plan_chunk(3, 2, maker.mix, 30)
     far = maker.make(plan)["plain"][1]
     video = plan.pools["plain"][1]
-    first = 4 * (video.position - data.WARM_LATENTS)
-    tracks = data.simulate([video.timeline], first + 81, 0)
+    first = 4 * (video.position - clips.WARM_LATENTS)
+    tracks = clips.simulate([video.timeline], first + 81, 0)
     assert plan.clip.frames == 81 and plan.sink.frames == 9 and tracks.frames == first + 81
     frames = render(plan.clip[1:2], slice(None), CPU, 32)
     torch.testing.assert_close(encode_video(vae, frames)[0, 3:], far.latents[3:], rtol=0, atol=1e-5)
@@ -400,7 +400,7 @@ def divide_one(index: int) -> float:
 
 SCRIPT = """
 import os, sys, time
-from longlive_opt.training.workers import Planner, start_workers
+from longlive_opt.tiny.training.workers import Planner, start_workers
 
 def pid(index):
     return os.getpid()
@@ -417,7 +417,7 @@ def test_workers_end_with_their_parent(tmp_path, then, status):
     """However it ends: killed, by an exit, by an error; and a script of any name can start them."""
     path = tmp_path / "some script.py"
     path.write_text(SCRIPT.format(then=then), encoding="utf-8")
-    root = Path(command.__file__).parents[2]
+    root = Path(command.__file__).parents[3]
     process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": str(root)})
     worker = int(process.stdout.readline())

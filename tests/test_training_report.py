@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from IPython.display import HTML
 
-from longlive_opt import training_report
 from longlive_opt.errors import UserError
-from longlive_opt.figures import Chart
-from longlive_opt.training_report import (
+from longlive_opt.report.charts import Chart
+from longlive_opt.tiny import training_report
+from longlive_opt.tiny.training_report import (
     TrainingReport,
     ablation_chart,
     ablation_table,
@@ -29,7 +29,7 @@ from longlive_opt.training_report import (
     stage_table,
 )
 
-ROOT = Path(training_report.__file__).resolve().parents[2]
+ROOT = Path(training_report.__file__).resolve().parents[3]
 CURVES = {"vae": {"loss": 1.0, "l1": 0.6, "kl": 2.0}, "text": {"reading": 1.5, "read_right": 0.3},
           "teacher": {"flow": 2.0, "switch_flow": 2.1, "read_right": 0.5},
           "student": {"true": 0.05, "stream": 0.09}}
@@ -50,7 +50,7 @@ def part(after: float, last: float, videos: int = 12) -> dict[str, Any]:
 
 
 def checked(**more: Any) -> dict[str, Any]:
-    """A check as `training.check.check_weights` writes it."""
+    """A check as `evaluate.check_weights` writes it."""
     variants = {"no_sink": part(0.88, 0.4), "no_recache": part(0.5, 0.94), "window_6": part(0.85, 0.8)}
     return {"weights": "tiny", "device": "cuda", "model": "tiny", "dtype": "bfloat16", "seed": 0,
             "sizes": {"plain": 32}, "plain": {"videos": 32, "adherence": 0.93, "permanence": 1.0},
@@ -215,7 +215,7 @@ def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
 def test_damaged_log_names_its_line(tmp_path: Path, line: str) -> None:
     """A line that was cut off by a kill: a traceback, or a curve that silently lacks it."""
     write(tmp_path / "w", json.dumps(row("vae", 50, 1.0)) + f"\n{line}\n" + json.dumps(row("vae", 100, 1.0)))
-    with pytest.raises(UserError, match=r"log.jsonl: line 2 is damaged.*longlive_opt.training --out w "):
+    with pytest.raises(UserError, match=r"log.jsonl: line 2 is damaged.*longlive_opt.tiny.training --out w "):
         read_log(tmp_path / "w", "w")
 
 
@@ -293,7 +293,7 @@ def test_an_effect_of_half_the_size_is_not_confirmed() -> None:
 
 def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
     """A FileNotFoundError where a command would help; a notebook that stops there."""
-    with pytest.raises(UserError, match=r"longlive_opt.training --out w --device cuda$"):
+    with pytest.raises(UserError, match=r"longlive_opt.tiny.training --out w --device cuda$"):
         read_log(tmp_path, "w")
     with pytest.raises(UserError, match="--stage check"):
         read_check(tmp_path, "w")
@@ -304,7 +304,7 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
     shown = [report.losses("vae"), report.stages(), report.about(), report.check(), report.ablation(),
              report.ablation_figure(), report.conclusions()]
     assert all(isinstance(one, HTML) for one in shown)
-    assert "python -m longlive_opt.training --out" in shown[0].data and "--stage check" in shown[3].data
+    assert "python -m longlive_opt.tiny.training --out" in shown[0].data and "--stage check" in shown[3].data
 
 
 def test_the_notebook_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +325,6 @@ def test_the_notebook_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_importing_needs_no_torch() -> None:
     """Seconds of waiting, and gigabytes, to look at a table."""
-    code = "import sys, longlive_opt.training_report; print('torch' in sys.modules)"
+    code = "import sys, longlive_opt.tiny.training_report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from longlive_opt.errors import UserError
-from longlive_opt.model_config import VAEConfig
+from longlive_opt.models.specs import VAEConfig
 from longlive_opt.models.vae import (
     LATENT_MEAN,
     LATENT_STD,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from longlive_opt import video
 from longlive_opt.errors import UserError
+from longlive_opt.report import video
 
 
 @pytest.fixture

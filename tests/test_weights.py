@@ -18,17 +18,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from longlive_opt import weight_files
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.kv_cache import CacheGeometry, RollingKVCache
-from longlive_opt.model_config import MODELS, DiTConfig, TextEncoderConfig, VAEConfig
-from longlive_opt.models import weights
+from longlive_opt.models import weight_files, weights
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.checkpoint import Checkpoint, Header, open_checkpoint
 from longlive_opt.models.dit import CausalDiT
+from longlive_opt.models.specs import MODELS, DiTConfig, TextEncoderConfig, VAEConfig
 from longlive_opt.models.text import UMT5Encoder
 from longlive_opt.models.vae import WanVAE
+from longlive_opt.models.weight_files import (
+    TINY_WEIGHTS,
+    WeightFiles,
+    check_weights,
+    resolve_weights,
+    safetensors_header,
+)
 from longlive_opt.models.weights import (
     attention_norm,
     fill_,
@@ -38,14 +43,8 @@ from longlive_opt.models.weights import (
     open_text_encoder,
     random_init_,
 )
-from longlive_opt.sampler import EagerForward, Sampler, SamplingPlan
-from longlive_opt.weight_files import (
-    TINY_WEIGHTS,
-    WeightFiles,
-    check_weights,
-    resolve_weights,
-    safetensors_header,
-)
+from longlive_opt.streaming.kv_cache import CacheGeometry, RollingKVCache
+from longlive_opt.streaming.sampler import EagerForward, Sampler, SamplingPlan
 
 GOLDEN = Path(__file__).parent / "golden"
 DIT = DiTConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=40, freq_dim=16, text_dim=20, text_len=6)
@@ -53,6 +52,10 @@ VAE = VAEConfig(dim=6)
 TEXT = TextEncoderConfig(vocab_size=259, dim=16, dim_attn=24, dim_ffn=20, num_heads=2, num_layers=1,
                          text_len=6)
 RANK, ALPHA = 4, 8.0
+
+
+def check(config: ExperimentConfig) -> None:
+    check_weights(config.weights, config.model_config())
 
 
 def random_state(module: nn.Module, seed: int = 5) -> dict[str, Tensor]:
@@ -401,16 +404,16 @@ def tiny(tmp_path, monkeypatch) -> Path:
                                   "Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json"])
 def test_tiny_weights_are_restored_by_git(tiny, name):
     """20 GB of official files fetched on top of the tiny model, for a file that git has."""
-    check_weights(ExperimentConfig())
+    check(ExperimentConfig())
     (tiny / name).write_bytes((tiny / name).read_bytes()[:-9] if name.endswith("s") else b"")
     with pytest.raises(UserError, match=f"weights: .*{name} is .*; run 'git checkout weights/tiny'"):
-        check_weights(ExperimentConfig())
+        check(ExperimentConfig())
     (tiny / name).unlink()
     with pytest.raises(UserError, match=f"{name}.*; run 'git checkout weights/tiny'"):
-        check_weights(ExperimentConfig())
+        check(ExperimentConfig())
     shutil.rmtree(tiny)
     with pytest.raises(UserError, match="nor a folder.*git checkout weights/tiny"):
-        check_weights(ExperimentConfig())
+        check(ExperimentConfig())
 
 
 @pytest.mark.parametrize("inside", ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-1.3B/google/umt5-xxl", "training",
@@ -420,10 +423,10 @@ def test_folder_inside_the_weights_folder_names_its_parent(tiny, tmp_path, insid
     copy = shutil.copytree(tiny, tmp_path / "copy")
     for folder in (tiny, copy):
         with pytest.raises(UserError, match=f"weights: '{folder / inside}' .*; name its parent, {folder}.$"):
-            check_weights(ExperimentConfig(weights=str(folder / inside)))
+            check(ExperimentConfig(weights=str(folder / inside)))
     (copy / "longlive_base.safetensors").unlink()
     with pytest.raises(UserError, match=f"; name its parent, {copy}.$"):
-        check_weights(ExperimentConfig(weights=str(copy / inside)))
+        check(ExperimentConfig(weights=str(copy / inside)))
 
 
 def test_folder_inside_longlives_folders_names_the_whole_one(folder):
@@ -441,20 +444,20 @@ def test_copy_of_the_tiny_weights_is_restored_by_copying(tiny, tmp_path, name):
     """20 GB of official files fetched beside the tiny model's, which they do not fit."""
     copy = shutil.copytree(tiny, tmp_path / "copy")
     config = ExperimentConfig(weights=str(copy))
-    check_weights(config)
+    check(config)
     (copy / name).write_bytes((copy / name).read_bytes()[:-9] if name.endswith("s") else b"")
     with pytest.raises(UserError, match=f"{name} is .*; copy it again from .* weights/tiny.$"):
-        check_weights(config)
+        check(config)
     (copy / name).unlink()
     with pytest.raises(UserError, match=f"{name}.*; copy it again from .* weights/tiny.$"):
-        check_weights(config)
+        check(config)
 
 
 def test_weights_of_another_model_are_refused():
     """A list of 825 shapes that do not fit, and neither `model` nor `weights` in it."""
     with pytest.raises(UserError, match="weights: 'weights/tiny' .* model: 'longlive-1.3b' .*use"):
-        check_weights(ExperimentConfig(model="longlive-1.3b"))
-    check_weights(ExperimentConfig(model="longlive-1.3b", weights="random"))
+        check(ExperimentConfig(model="longlive-1.3b"))
+    check(ExperimentConfig(model="longlive-1.3b", weights="random"))
 
 
 def test_random_weights_depend_on_seed_and_name_only():

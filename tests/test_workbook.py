@@ -17,13 +17,16 @@ import pytest
 import torch
 from micro import micro_config, micro_model
 
-from longlive_opt import measurement, metrics, provenance, results, telemetry, video, workbook
-from longlive_opt.decoder import Delivery
+from longlive_opt import workbook
 from longlive_opt.errors import NotAvailable, UserError
-from longlive_opt.inputs import Script, notebook_parameters, script_of
-from longlive_opt.measurement import SWITCH_EVERY, switch_blocks
-from longlive_opt.timeline import GARBAGE, GARBAGE_MS
-from longlive_opt.workbook import RESULT_FILE, Experiment
+from longlive_opt.measurement import environment, metrics, protocol, telemetry
+from longlive_opt.measurement.protocol import SWITCH_EVERY, switch_blocks
+from longlive_opt.measurement.result import is_na, na, read_result
+from longlive_opt.prompts import Script, script_of
+from longlive_opt.report import video
+from longlive_opt.streaming.decoder import Delivery
+from longlive_opt.streaming.timeline import GARBAGE, GARBAGE_MS
+from longlive_opt.workbook import RESULT_FILE, Experiment, notebook_parameters
 
 SMALLEST = {"model": "micro", "weights": "random", "model_dtype": "bfloat16", "fidelity_blocks": 6,
             "denoising_steps": [1000, 500], "warmup_blocks": 4, "measure_blocks": 2,
@@ -33,7 +36,7 @@ SMALLEST = {"model": "micro", "weights": "random", "model_dtype": "bfloat16", "f
 @pytest.fixture(autouse=True, scope="module")
 def micro():
     with micro_model(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provenance, "cpu_seconds", lambda: None)  # other tests may run beside these
+        patch.setattr(environment, "cpu_seconds", lambda: None)  # other tests may run beside these
         yield
 
 
@@ -49,7 +52,7 @@ def execute(folder: Path, **parameters: Any) -> dict[str, Any]:
     run.film()
     run.compare()
     run.save()
-    return results.read_result(folder / RESULT_FILE)
+    return read_result(folder / RESULT_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def campaign(micro, tmp_path_factory) -> Path:
 
 def test_baseline_from_parameters_to_result(campaign):
     """A key forgotten, a figure of the wrong stream, a reference that later presets do not find."""
-    result = results.read_result(campaign / "baseline" / RESULT_FILE)
+    result = read_result(campaign / "baseline" / RESULT_FILE)
     assert [result[key] for key in ("status", "preset", "run", "campaign")] == ["ok", "baseline", 1, "test"]
     assert result["parameters"] == micro_config(**SMALLEST).to_dict()
     assert result["sizes"]["blocks_measured"] == 2 and result["sizes"]["switches"] == 1
@@ -86,7 +89,7 @@ def test_baseline_from_parameters_to_result(campaign):
 
 def test_repetition_is_compared_with_the_first_run(campaign):
     """A repetition that overwrites the reference, or is compared with itself."""
-    result = results.read_result(campaign / "baseline.repeat2" / RESULT_FILE)
+    result = read_result(campaign / "baseline.repeat2" / RESULT_FILE)
     assert result["run"] == 2 and result["quality"]["identical"] is True
     assert result["quality"]["free_running"]["identical"] is True
     assert not (campaign / "baseline.repeat2" / "reference.safetensors").exists()
@@ -117,9 +120,9 @@ def test_judged_video_stands_in_the_result(campaign, monkeypatch):
 
     def judge(frames: torch.Tensor, frame_prompts: list[str], *, weights_kind: str) -> dict[str, Any]:
         seen.update(frames=len(frames), prompts=frame_prompts, weights=weights_kind)
-        return results.na("a prompt is none of the small world: 'a fox'", "write another")
+        return na("a prompt is none of the small world: 'a fox'", "write another")
 
-    monkeypatch.setattr(workbook.judgement, "judge", judge)
+    monkeypatch.setattr(workbook.adherence, "judge", judge)
     folder = campaign / "judged"
     run = open_run(folder, name="judged", use_static_kv=True)
     run.build()
@@ -131,8 +134,8 @@ def test_judged_video_stands_in_the_result(campaign, monkeypatch):
     assert seen == {"frames": 21, "prompts": ["a fox"] * 9 + ["a whale"] * 12, "weights": "random"}
     assert list(table["prompt"]) == ["a fox", "a whale"]
     assert set(table["adherence"]) == {"n/a: a prompt is none of the small world: 'a fox'"}
-    assert results.read_result(folder / RESULT_FILE)["world"] == run.world
-    assert "world" not in results.read_result(campaign / "baseline" / RESULT_FILE)
+    assert read_result(folder / RESULT_FILE)["world"] == run.world
+    assert "world" not in read_result(campaign / "baseline" / RESULT_FILE)
     with pytest.raises(UserError, match="before charts"):
         run.judge()
     run.film()
@@ -398,7 +401,7 @@ class EvenPower(telemetry.Telemetry):
 
 def test_energy_is_that_of_the_measured_blocks_of_each_stream(tmp_path, monkeypatch):
     """Warm-up in the energy per frame, the other stream's frames, the block that async decoding adds."""
-    monkeypatch.setattr(measurement, "Telemetry", EvenPower)
+    monkeypatch.setattr(protocol, "Telemetry", EvenPower)
     run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "use_async_vae": True})
     run.build()
     run.measure()
@@ -423,7 +426,7 @@ def test_frames_come_to_host_memory_while_they_are_measured_and_only_then(tmp_pa
     blocks = run.config.warmup_blocks
     assert wanted == [True] * (blocks + 4 + blocks + 2 + blocks + 2)
     assert run.measured["frames_on"] == "host" and not run.session.host_frames
-    assert results.is_na(run.measured["gpu_samples"]) and "mean_power_w" in run.measured["energy"]
+    assert is_na(run.measured["gpu_samples"]) and "mean_power_w" in run.measured["energy"]
     assert run.measured["latency"]["stages_ms"]["copy_to_host"]["n"] == 2
     assert run.measured["latency"]["ps_random_ms"]["n"] == 1
     assert headline.loc["PS mean at a random moment, ms", "value"] > headline.loc["PS mean, ms", "value"]
@@ -435,7 +438,7 @@ def test_frames_come_to_host_memory_while_they_are_measured_and_only_then(tmp_pa
 def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypatch, capsys):
     """A rehearsal of 3.4 s, "of it compiling 7.7 s": those of the preset that was measured before."""
     spent = iter([7.0, 7.5])
-    monkeypatch.setattr(measurement, "compile_seconds", lambda: next(spent))
+    monkeypatch.setattr(protocol, "compile_seconds", lambda: next(spent))
     run = open_run(tmp_path / "run")
     run.build()
     run.measure()
@@ -446,7 +449,7 @@ def test_what_others_of_this_process_compiled_is_not_counted(tmp_path, monkeypat
 def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
     """Latencies of a machine that somebody else used as well, with nothing said."""
     clocks = iter([(0.0, 0.0, 0.0), (10.0, 18.0, 9.0)])
-    monkeypatch.setattr(provenance, "cpu_seconds", lambda: next(clocks))
+    monkeypatch.setattr(environment, "cpu_seconds", lambda: next(clocks))
     run = open_run(tmp_path / "run", target_ms_per_frame=0.001)
     run.build()
     headline = run.measure()
@@ -498,7 +501,7 @@ def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
     run.film()
     run.compare()
     run.save()
-    alone = results.read_result(folder / RESULT_FILE)
+    alone = read_result(folder / RESULT_FILE)
     threads = []
     measure = Experiment.measure
     monkeypatch.setattr(Experiment, "measure",
@@ -506,7 +509,7 @@ def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
     table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]},
                      together=[{"sink_size": 0, "vae_chunk_latents": 3}])
     assert threading.get_ident() not in threads, "cuDNN remembers the kernels of a shape per thread"
-    result = results.read_result(folder / RESULT_FILE)
+    result = read_result(folder / RESULT_FILE)
     assert {key: value for key, value in result.items() if key != "variations"} == alone
     nine, two, one_step, rolling, both = result["variations"]
     assert both["changed"] == {"sink_size": 0, "vae_chunk_latents": 3} and "failure" not in both

@@ -5,6 +5,6 @@ attention8   `attention8(q, cache, num_keys)`, attention that eats them; `Tile`,
 fused        LayerNorm + modulation, gated residuals, RMS norm + RoPE + cache write, cache write alone
 emulation    the arithmetic of the attention kernels, and float32 attention
 
-The kernels are in `attention8_triton`, `gluon_attention` and `fused_triton`: these import Triton, and are
+The kernels are in `attention8_triton`, `attention_gluon` and `fused_triton`: these import Triton, and are
 imported at the first call on a CUDA tensor, so that everything else loads without it.
 """

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels.emulation import attention8_emulated
-from longlive_opt.kernels.quantize import FP8, V_GROUP, QuantizedKV
+from .attention8_reference import attention8_emulated
+from .quantize import FP8, V_GROUP, QuantizedKV
 
 
 class Tile(NamedTuple):
     """How the kernel is launched.
 
     `max_registers` caps a thread's registers (168 lets three programs of 4 warps share a multiprocessor, for
-    a few spills); 0 is no cap. `gluon` takes the kernel of `gluon_attention` instead, which reads `block_n`
+    a few spills); 0 is no cap. `gluon` takes the kernel of `attention_gluon` instead, which reads `block_n`
     and `num_stages` only. Either adds each tile's P V to the sum in float32 where V is e4m3: the FP8
     accumulators of the tensor core keep about 14 bits, and over 147 tiles a part common to all of V would
     shrink by a tenth.
@@ -82,11 +82,11 @@ def _attention8(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tenso
                 gluon: bool) -> Tensor:
     _check(q, k, v, k_scale, v_scale, num_keys)
     if q.is_cuda and gluon:
-        from longlive_opt.kernels import gluon_attention
+        from . import attention_gluon
 
-        return gluon_attention.launch(q, k, v, k_scale, v_scale, num_keys, block_n, num_stages)
+        return attention_gluon.launch(q, k, v, k_scale, v_scale, num_keys, block_n, num_stages)
     if q.is_cuda:
-        from longlive_opt.kernels import attention8_triton
+        from . import attention8_triton
 
         return attention8_triton.launch(q, k, v, k_scale, v_scale, num_keys, block_m, block_n, num_warps,
                                         num_stages, max_registers)

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longlive_opt.kernels.emulation import P_SHIFT
-from longlive_opt.kernels.quantize import FP8
+from .attention8_reference import P_SHIFT
+from .quantize import FP8
 
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)

@@ -3,7 +3,7 @@ CPU it is PyTorch's own attention, as the other kernels are plain PyTorch there.
 
     out = attention_bf16(q, k, v)
 
-The kernel of `gluon_attention` leads over cuDNN where the keys are those of a window (645 against 521 TFLOP/s
+The kernel of `attention_gluon` leads over cuDNN where the keys are those of a window (645 against 521 TFLOP/s
 with 18,720 keys on an H100); cross-attention's 512 keys are too few tiles to fill its pipeline, so they stay
 with cuDNN. The operator can be captured in a CUDA graph and is one node of a compiled region.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longlive_opt.errors import NotAvailable, UserError
+from ..errors import NotAvailable, UserError
 
 HEAD_DIM = 128
 KEY_TILE, STAGES = 128, 2
@@ -40,9 +40,9 @@ def attention_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2).contiguous()
-    from longlive_opt.kernels import gluon_attention
+    from . import attention_gluon
 
-    return gluon_attention.launch(q.contiguous(), k.contiguous(), v.contiguous(), None, None, k.shape[1],
+    return attention_gluon.launch(q.contiguous(), k.contiguous(), v.contiguous(), None, None, k.shape[1],
                                   KEY_TILE, STAGES)
 
 

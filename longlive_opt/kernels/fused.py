@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longlive_opt.kernels.quantize import QuantizedKV, write_kv
+from .quantize import QuantizedKV, write_kv
 
 
 @torch.library.custom_op("longlive::layernorm_modulate", mutates_args=())
@@ -29,7 +29,7 @@ def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: in
     for vector in (shift, scale):
         check_frames(x, vector, frame_tokens)
     if x.is_cuda:
-        from longlive_opt.kernels import fused_triton
+        from . import fused_triton
 
         return fused_triton.norm(x, None, None, scale, shift, frame_tokens, True, eps)[1]
     return layernorm_modulate_reference(x, shift, scale, frame_tokens, eps)
@@ -42,7 +42,7 @@ def gate_residual_layernorm_modulate(x: Tensor, y: Tensor, gate: Tensor | None, 
     for vector in (gate, shift, scale):
         check_frames(x, vector, frame_tokens)
     if x.is_cuda:
-        from longlive_opt.kernels import fused_triton
+        from . import fused_triton
 
         return fused_triton.norm(x, y.contiguous(), gate, scale, shift, frame_tokens, True, eps)
     residual = gate_residual_reference(x, y, gate, frame_tokens)
@@ -55,7 +55,7 @@ def gate_residual_layernorm_affine(x: Tensor, y: Tensor, gate: Tensor | None, we
     """r = x + gate * y (gate None: x + y) and LayerNorm(r) * weight + bias, both [C] -> (r, normed)."""
     check_frames(x, gate, frame_tokens)
     if x.is_cuda:
-        from longlive_opt.kernels import fused_triton
+        from . import fused_triton
 
         return fused_triton.norm(x, y.contiguous(), gate, weight, bias, frame_tokens, False, eps)
     residual = gate_residual_reference(x, y, gate, frame_tokens)
@@ -66,7 +66,7 @@ def gate_residual_layernorm_affine(x: Tensor, y: Tensor, gate: Tensor | None, we
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """RMS norm over the last dimension of x, weight [C]: the norm of cross-attention's queries."""
     if x.is_cuda:
-        from longlive_opt.kernels import fused_triton
+        from . import fused_triton
 
         return fused_triton.rms_norm(x.contiguous(), weight, eps)
     return rms_norm_reference(x, weight, eps)
@@ -96,7 +96,7 @@ def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Ten
     if not (qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel takes no strides")
     if qkv.is_cuda:
-        from longlive_opt.kernels import fused_triton
+        from . import fused_triton
 
         return fused_triton.qk_norm_rope_write(qkv, q_weight, k_weight, cos, sin, slots, k_cache, v_cache,
                                                k_scale, v_scale, frame_tokens, eps)
@@ -131,7 +131,7 @@ def _store_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Ten
         raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)}; {slots.shape[0]} frames of {frame_tokens} "
                          f"tokens need {expected}")
     if k.is_cuda:
-        from longlive_opt.kernels import fused_triton
+        from . import fused_triton
 
         fused_triton.store_kv(k.contiguous(), v.contiguous(), slots, k_cache, v_cache, k_scale, v_scale,
                               frame_tokens)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longlive_opt.kernels.quantize import FP8, V_GROUP
+from .quantize import FP8, V_GROUP
 
 ROUND = tl.constexpr(12582912.0)
 V_TOKENS = 64

@@ -69,11 +69,11 @@ def launch(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tens
     tile = tile or choose_tile(flat.shape[0], columns, hopper)
     arguments = (flat, row_scale, weight, weight_scale, bias, gelu, tile.block_m, tile.block_n)
     if tile.gluon:
-        from longlive_opt.kernels import gemm8_gluon
+        from . import gemm8_gluon
 
         out = gemm8_gluon.launch(*arguments, tile.stages, tile.group)
     else:
-        from longlive_opt.kernels import gemm8_triton
+        from . import gemm8_triton
 
         out = gemm8_triton.launch(*arguments, tile.block_k, tile.stages, tile.group, tile.num_warps)
     return out.view(*values.shape[:-1], columns)

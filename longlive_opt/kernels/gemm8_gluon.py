@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longlive_opt.kernels.gluon_api import (
+from .gluon_api import (
     TensorDescriptor,
     barrier,
     fence_async_shared,

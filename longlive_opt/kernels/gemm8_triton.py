@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longlive_opt.kernels.linear8_triton import tanh_gelu
+from .linear8_triton import tanh_gelu
 
 
 @triton.jit(do_not_specialize=["rows"])

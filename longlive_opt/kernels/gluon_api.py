@@ -14,7 +14,7 @@ import re
 
 import triton
 
-from longlive_opt.errors import NotAvailable
+from ..errors import NotAvailable
 
 KNOWN = ((3, 6), (3, 7), (3, 8))
 _REMEDY = ("The Gluon kernels of use_quantized_kv are known to work with Triton 3.6 to 3.8; install a "

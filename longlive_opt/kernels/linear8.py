@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longlive_opt.kernels import fused
-from longlive_opt.kernels.quantize import FP8, quantize_fp8, quantize_int8
-from longlive_opt.torch_internals import scaled_mm
+from . import fused
+from .quantize import FP8, quantize_fp8, quantize_int8
+from .torch_internals import scaled_mm
 
 FORMATS = {"int8": torch.int8, "fp8": FP8}
 # Sums of so many int8 products are exact in float32 whatever their values.
@@ -90,7 +90,7 @@ def _layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: i
     for vector in (shift, scale):
         fused.check_frames(x, vector, frame_tokens)
     if x.is_cuda:
-        from longlive_opt.kernels import linear8_triton
+        from . import linear8_triton
 
         return linear8_triton.norm(x, None, None, scale, shift, frame_tokens, True, eps, form)[1:]
     return rows_reference(fused.layernorm_modulate_reference(x, shift, scale, frame_tokens, eps), form)
@@ -103,7 +103,7 @@ def _gate_residual_layernorm_modulate(x: Tensor, y: Tensor, gate: Tensor | None,
     for vector in (gate, shift, scale):
         fused.check_frames(x, vector, frame_tokens)
     if x.is_cuda:
-        from longlive_opt.kernels import linear8_triton
+        from . import linear8_triton
 
         return linear8_triton.norm(x, y.contiguous(), gate, scale, shift, frame_tokens, True, eps, form)
     residual = fused.gate_residual_reference(x, y, gate, frame_tokens)
@@ -117,7 +117,7 @@ def _gate_residual_layernorm_affine(x: Tensor, y: Tensor, gate: Tensor | None, w
                                     form: str) -> tuple[Tensor, Tensor, Tensor]:
     fused.check_frames(x, gate, frame_tokens)
     if x.is_cuda:
-        from longlive_opt.kernels import linear8_triton
+        from . import linear8_triton
 
         return linear8_triton.norm(x, y.contiguous(), gate, weight, bias, frame_tokens, False, eps, form)
     residual = fused.gate_residual_reference(x, y, gate, frame_tokens)
@@ -127,7 +127,7 @@ def _gate_residual_layernorm_affine(x: Tensor, y: Tensor, gate: Tensor | None, w
 @torch.library.custom_op("longlive::quantize_rows8", mutates_args=())
 def _quantize_rows(x: Tensor, form: str, gelu: bool) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
-        from longlive_opt.kernels import linear8_triton
+        from . import linear8_triton
 
         return linear8_triton.quantize_rows(x.contiguous(), form, gelu)
     return rows_reference(F.gelu(x, approximate="tanh") if gelu else x, form)
@@ -138,7 +138,7 @@ def _linear_int8(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale
                  gelu: bool) -> Tensor:
     _check(values, row_scale, weight, weight_scale, bias, torch.int8)
     if values.is_cuda:
-        from longlive_opt.kernels import gemm8
+        from . import gemm8
 
         return gemm8.launch(values, row_scale, weight, weight_scale, bias, gelu)
     wide = torch.float32 if weight.shape[1] <= EXACT_IN_FLOAT32 else torch.float64

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longlive_opt.kernels.fused_triton import largest, norm_into, rounded_row, scale_of
-from longlive_opt.kernels.linear8 import empty_rows
+from .fused_triton import largest, norm_into, rounded_row, scale_of
+from .linear8 import empty_rows
 
 # -2 sqrt(2 / pi) log2(e), and that times GELU's 0.044715.
 GELU_LINEAR = tl.constexpr(-2.302208198144325)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels.quantize import FP8_MAX, INT8_MAX, MODES
+from .quantize import FP8_MAX, INT8_MAX, MODES
 
 MANTISSA = {"fp8": 3, "bf16": 7, "fp16": 10}
 FP8_SUBNORMAL = 2.0**-9

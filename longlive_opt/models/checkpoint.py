@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..weight_files import check_start, remedy
+from .weight_files import check_start, remedy
 
 LISTED_NAMES = 20
 # The dtypes that can be weights, as safetensors and as torch call them.

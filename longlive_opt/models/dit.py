@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model_config import DiTConfig
 from .attention import Attention, make_attention
+from .specs import DiTConfig
 
 Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
 """An embedded prompt [B, L, dim] -> a cross-attention's keys and values, [B, L, N, D] each."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import ROPE_POSITIONS
 from ..errors import UserError
+from .specs import ROPE_POSITIONS
 
 THETA = 10000.0
 

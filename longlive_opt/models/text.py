@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..fetch import FETCH_COMMAND
-from ..model_config import TextEncoderConfig
 from .dit import RMSNorm
+from .specs import FETCH_COMMAND, TextEncoderConfig
 
 logger = logging.getLogger(__name__)
 

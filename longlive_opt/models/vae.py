@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..model_config import VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, VAEConfig
+from .specs import VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, VAEConfig
 
 History = tuple[Tensor, ...]
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..model_config import DiTConfig, TextEncoderConfig, VAEConfig
-from ..weight_files import WeightFiles, remedy
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
 from .dit import CausalDiT
+from .specs import DiTConfig, TextEncoderConfig, VAEConfig
 from .text import TextEncoder, UMT5Encoder, load_tokenizer
 from .vae import WanVAE
+from .weight_files import WeightFiles, remedy
 
 logger = logging.getLogger(__name__)
 

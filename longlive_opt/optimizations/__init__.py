@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 
 from ..config import ExperimentConfig
-from ..pipeline import Pipeline, build_reference
+from ..streaming.pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .attention_backend import GluonAttention
+from .base import Room
 from .cuda_graphs import CudaGraphs
 from .early_decode import EarlyDecode
 from .fused_kernels import FusedKernels
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
-from .room import Room
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
 from .torch_compile import TorchCompile

@@ -21,11 +21,11 @@ from typing import Callable, ClassVar
 import torch
 from torch import Tensor
 
-from ..decoder import Decoder, Delivery, InlineDecoder
 from ..models.vae import StreamingDecoder
-from ..pipeline import Pipeline
-from ..timeline import NullTimeline, Timeline
-from .room import Level, Room
+from ..streaming.decoder import Decoder, Delivery, InlineDecoder
+from ..streaming.pipeline import Pipeline
+from ..streaming.timeline import NullTimeline, Timeline
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

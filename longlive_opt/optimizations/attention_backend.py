@@ -1,6 +1,6 @@
 """Attention in bf16 by the project's own kernel.
 
-Idea: with 18,720 keys the Gluon kernel of `kernels.gluon_attention` is a quarter faster than cuDNN's on an
+Idea: with 18,720 keys the Gluon kernel of `kernels.attention_gluon` is a quarter faster than cuDNN's on an
 H100, since it fills the last wave of programs and overlaps the exponentials with the products.
 
 Replaces: the attention function of the reference, where it is built, so that every cache and every pass of a
@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..pipeline import Pipeline
-from .room import Level, Room
+from ..streaming.pipeline import Pipeline
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

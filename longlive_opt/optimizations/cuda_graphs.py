@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NotAvailable
-from ..kv_cache import KVCache
 from ..models.dit import TextContext
-from ..pipeline import Pipeline
-from ..sampler import Forward
-from .room import Level, Room
+from ..streaming.kv_cache import KVCache
+from ..streaming.pipeline import Pipeline
+from ..streaming.sampler import Forward
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..pipeline import Pipeline
-from .room import Level, Room
+from ..streaming.pipeline import Pipeline
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import compilers, torch_internals
 from ..errors import UserError
-from ..kernels import fused
-from ..kv_cache import KVCache
+from ..kernels import compilers, fused, torch_internals
 from ..models.dit import CausalDiT, DiTBlock, TextContext
-from ..pipeline import Pipeline
-from ..sampler import uniform_timesteps
-from .room import Level, Room
-from .static_kv_cache import RingKVCache, RingLayer
+from ..streaming.kv_cache import KVCache
+from ..streaming.pipeline import Pipeline
+from ..streaming.sampler import uniform_timesteps
+from .base import Level, Room
+from .ring_cache import RingKVCache, RingLayer
 
 Operand = TypeVar("Operand")
 """What a product takes: activations [B, L, dim] in the model's dtype, or something made of them."""

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import atomic_path
 from ..models.dit import TextContext
-from ..pipeline import Pipeline
-from ..results import atomic_path
-from .room import Level, Room
+from ..streaming.pipeline import Pipeline
+from .base import Level, Room
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Quantized KV cache: the ring of `static_kv_cache` in 8 bit, attended as it is stored.
+"""Quantized KV cache: the ring of `ring_cache` in 8 bit, attended as it is stored.
 
 Idea: keys and values are quantised once, when they are written, to what Hopper's 8-bit matrix products eat,
 and attention multiplies in 8 bit. Reading the cache is 1 ms of a 55 ms pass: the gain is in the products,
@@ -31,17 +31,17 @@ from typing import Any, Callable, ClassVar
 import torch
 from torch import Tensor
 
-from ..compilers import check_triton
 from ..errors import NotAvailable, UserError
 from ..kernels.attention8 import Tile, attention8, default_tile
+from ..kernels.compilers import check_triton
 from ..kernels.fused import store_kv
 from ..kernels.quantize import FP8, allocate_kv, count_codes, dequantize_kv, gather_v, write_keys
 from ..kernels.quantize import QuantizedKV as Stored
-from ..kv_cache import CacheGeometry
 from ..models.attention import Attention, make_attention
-from ..pipeline import Pipeline, cache_geometry
-from .room import Level, Room
-from .static_kv_cache import RingKVCache, RingLayer, Rotation, rotate_complex, rotation_for
+from ..streaming.kv_cache import CacheGeometry
+from ..streaming.pipeline import Pipeline, cache_geometry
+from .base import Level, Room
+from .ring_cache import RingKVCache, RingLayer, Rotation, rotate_complex, rotation_for
 
 MODES = {"int8": "int8_fp8", "fp8": "fp8_fp8"}
 """`kv_quantization` -> mode of `kernels.quantize`."""

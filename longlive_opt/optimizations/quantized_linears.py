@@ -38,9 +38,9 @@ from ..config import LINEAR_LAYERS
 from ..errors import NotAvailable, UserError
 from ..kernels import linear8
 from ..models.dit import DiTBlock
-from ..pipeline import Pipeline
+from ..streaming.pipeline import Pipeline
+from .base import Level, Room
 from .fused_kernels import FusedForward, Operand, PlainProducts
-from .room import Level, Room
 
 # Multiples that the 8-bit products take, in channels.
 CHANNEL_GROUP = 16

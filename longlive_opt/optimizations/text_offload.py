@@ -25,8 +25,8 @@ from torch.func import functional_call
 
 from ..models.dit import AttentionProjections, CausalDiT, TextContext
 from ..models.text import UMT5Encoder
-from ..pipeline import Pipeline, prompt_encoder
-from .room import Level, Room
+from ..streaming.pipeline import Pipeline, prompt_encoder
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,16 @@ from typing import Any, ClassVar, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import torch_internals
-from ..compilers import check_cpp, check_triton
-from ..kv_cache import KVCache
+from ..kernels import torch_internals
+from ..kernels.compilers import check_cpp, check_triton
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
 from ..models.vae import History, StageHistory, StreamingDecoder
-from ..pipeline import Pipeline
-from ..sampler import uniform_timesteps
+from ..streaming.kv_cache import KVCache
+from ..streaming.pipeline import Pipeline
+from ..streaming.sampler import uniform_timesteps
+from .base import Level, Room
 from .cuda_graphs import graphed
-from .room import Level, Room
-from .static_kv_cache import RingKVCache, RingLayer
+from .ring_cache import RingKVCache, RingLayer
 
 # A residual block of the VAE is specialised for each size, halves of a transformer block for each recache's.
 RECOMPILE_LIMIT = 64

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..models.vae import History, StreamingDecoder
-from ..pipeline import Pipeline
-from .room import Level, Room
+from ..streaming.pipeline import Pipeline
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ import torch
 
 from ..errors import NotAvailable
 from ..models.vae import StreamingDecoder
-from ..pipeline import Pipeline
-from .room import Level, Room
+from ..streaming.pipeline import Pipeline
+from .base import Level, Room
 
 
 @dataclass(frozen=True)

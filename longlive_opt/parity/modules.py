@@ -9,11 +9,11 @@ from typing import Any, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..model_config import DiTConfig, TextEncoderConfig, VAEConfig
 from ..models.dit import CausalDiT
+from ..models.specs import DiTConfig, TextEncoderConfig, VAEConfig
 from ..models.text import UMT5Encoder, distance_bucket
 from ..models.vae import StreamingDecoder, WanVAE, decode_chunked, latent_statistics
-from ..scheduler import FlowSchedule
+from ..streaming.sampler import FlowSchedule
 from .comparison import Comparison, Tensors, below
 
 LORA_RANK = 256

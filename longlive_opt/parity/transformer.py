@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..kv_cache import CacheGeometry, RollingKVCache
-from ..model_config import DiTConfig
 from ..models.attention import make_attention
 from ..models.dit import CausalDiT, TextContext
+from ..models.specs import DiTConfig
 from ..models.weights import open_lora
-from ..sampler import EagerForward, Sampler, SamplingPlan
+from ..streaming.kv_cache import CacheGeometry, RollingKVCache
+from ..streaming.sampler import EagerForward, Sampler, SamplingPlan
 from .comparison import Comparison, Tensors, below
 
 

@@ -2,7 +2,7 @@
 
     python -m longlive_opt.report outputs/demo [--log OPTIMIZATION_LOG.md]
 
-The log has the form of `log_template.md`: headings, tables and configuration blocks stay, blanks are filled.
+The log has the form of `log/template.md`: headings, tables and configuration blocks stay, blanks are filled.
 An experiment that was not run keeps its blanks; one that was run keeps none: what could not be measured reads
 `n/a (reason)`. Words come from presets, numbers from result.json, verdicts from rules that the log states;
 decisions.json holds them.
@@ -10,10 +10,10 @@ The same results give the same bytes.
 """
 
 from .campaign import Campaign, Failure, decided, load
-from .decisions import DECISIONS_FILE, cards, read_decisions
+from .log.document import LOG_NAME, render_log, save_figures, write_campaign_log, write_log
 from .noise_record import NOISE_FILE, record_noise
-from .optimization_log import LOG_NAME, render_log, save_figures, write_campaign_log, write_log
 from .tables import noise_table, numbers_table, runs_table, summary_table, to_csv, world_table
+from .verdicts import DECISIONS_FILE, cards, read_decisions
 
 __all__ = ["DECISIONS_FILE", "LOG_NAME", "NOISE_FILE", "Campaign", "Failure", "cards", "decided", "load",
            "noise_table", "numbers_table", "read_decisions", "record_noise", "render_log", "runs_table",

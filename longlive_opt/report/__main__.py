@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from longlive_opt.errors import UserError
-
+from ..errors import UserError
 from .campaign import load
-from .optimization_log import LOG_NAME, save_figures, write_campaign_log
+from .log.document import LOG_NAME, save_figures, write_campaign_log
 
 log = logging.getLogger("longlive_opt.report")
 

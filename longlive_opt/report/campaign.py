@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from longlive_opt import decision
-from longlive_opt.config import BASELINE
-from longlive_opt.figures import target_of
-from longlive_opt.inputs import project_path
-from longlive_opt.results import is_na, lookup, number, read_campaign
+from ..config import BASELINE
+from ..files import project_path
+from ..measurement import decision
+from ..measurement.result import is_na, lookup, number, read_campaign
+from .charts import target_of
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longlive_opt.errors import UserError
-from longlive_opt.inputs import project_path
-from longlive_opt.results import atomic_path, lookup, number
-
+from ..errors import UserError
+from ..files import atomic_path, project_path
+from ..measurement.result import lookup, number
 from .campaign import BASELINE, NOISE, Campaign, Result
-from .text import digits, escape
+from .log.markdown import digits, escape
 
 NOISE_FILE = "outputs/noise.json"
 SCHEMA_VERSION = 1

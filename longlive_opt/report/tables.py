@@ -1,13 +1,21 @@
-"""A campaign's results as tables, for readers and as CSV."""
+"""Results as tables: those of an experiment's notebook, one for each step of a run; its ablations; and those
+of a campaign, for readers and as CSV. No torch.
+"""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from longlive_opt import decision, figures
-from longlive_opt.results import atomic_path, lookup, na, number, numbers
-
+from ..config import ExperimentConfig
+from ..files import atomic_path
+from ..measurement import decision
+from ..measurement.result import is_na, lookup, na, number, numbers
+from . import charts
 from .campaign import (
     FIGURES,
     NOISE,
@@ -20,7 +28,7 @@ from .campaign import (
     verdict_of,
     within_target,
 )
-from .text import percent, share_text
+from .log.markdown import percent, share_text
 
 _WORLD = {"world_before": "world.adherence_before", "world_after": "world.adherence_after",
           "world_delay_blocks": "world.delay_blocks", "world_never": "world.never",
@@ -54,7 +62,7 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
             row["startup_buffer_ms"] = None
         rows.append(row | {
             "change_ss_mean_pct": change_of(result, baseline, "SS Mean"),
-            "target_ms": figures.target_of(result), "within_target": within_target(result),
+            "target_ms": charts.target_of(result), "within_target": within_target(result),
             "sustained": sustained,
             "identical": lookup(result, "quality.identical"),
             "keep": lookup(result, "decision.keep"), "verdict": verdict_of(result),
@@ -77,7 +85,7 @@ def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
             "SS max, ms": _rounded(result, FIGURES["SS Max"], 2),
             "PS mean, ms": _rounded(result, FIGURES["PS Mean"], 0),
             "FPS": _rounded(result, FIGURES["FPS"], 1),
-            "start-up buffer": figures.buffer_words(result),
+            "start-up buffer": charts.buffer_words(result),
             "memory, GB": _rounded(result, FIGURES["Memory"], 2),
             "J per frame": _rounded(result, "energy.joules_per_frame", 1),
             "error ratio": _ratio_cell(result, baseline),
@@ -162,3 +170,128 @@ def world_table(results: Sequence[Result]) -> pd.DataFrame | None:
                  "not judged": ", ".join(world.get("not_judged", ()))}
         rows.append({"preset": result["preset"], "run": result.get("run", 1)} | cells)
     return pd.DataFrame(rows)
+
+
+def parameters_table(config: ExperimentConfig) -> pd.DataFrame:
+    """The parameters that are not the baseline's on the laptop."""
+    default, own = ExperimentConfig().to_dict(), config.to_dict()
+    rows = {key: {"value": own[key], "default": default[key]} for key in own if own[key] != default[key]}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default"])
+
+
+def rooms_table(rooms: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What each optimization did."""
+    rows = [(room["name"], room["level"], room["report"]["done"]) for room in rooms]
+    return pd.DataFrame(rows, columns=["optimization", "level", "what it did"])
+
+
+def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
+    """The figures that a reader looks for first, of the sections that `measurement.protocol` makes."""
+    latency, memory = measured["latency"], measured["memory_gb"]
+    steady, switch = latency["ss_ms_per_frame"], latency["ps_ms"]
+    rows = {f"SS {key}, ms per frame": steady[key] for key in ("mean", "p50", "p95", "p99", "max")}
+    over = latency["ss_over_target"]
+    rows[f"SS blocks over {over['target_ms']:g} ms per frame, %"] = 100 * over["share"]
+    rows |= {f"PS {key}, ms": switch[key] for key in ("mean", "max")}
+    rows |= {f"PS {key} at a random moment, ms": latency["ps_random_ms"][key] for key in ("mean", "p95")}
+    rows |= {"first frame, ms": latency["first_frame_ms"], "FPS": measured["fps"],
+             "FPS with prompt switches": measured["fps_with_switches"],
+             "peak memory, GB": memory["peak_allocated"], "KV cache, GB": memory["kv_cache"]}
+    return pd.DataFrame({"value": {name: plain(value) for name, value in rows.items()}})
+
+
+def fidelity_table(quality: Mapping[str, Any], facts: Mapping[str, Any] | None) -> pd.DataFrame:
+    """Errors against the truth: this run, the campaign's baseline and its null rows, each free-running and,
+    where that says something, teacher-forced. Cells are numbers, n/a with the reason, or nothing.
+
+    Args:
+        quality: the section of the run.
+        facts: those of the campaign's truth, None if it has none.
+    """
+    free = quality.get("free_running") or {}
+    rows = {"this run, free-running": _fidelity_row(free or quality),
+            "this run, teacher-forced": _fidelity_row(quality)}
+    if facts is not None:
+        for name, title in (("free_running", "free-running"), ("forced", "teacher-forced")):
+            error = facts["baseline"][name]
+            rows[f"baseline, {title}"] = _fidelity_row({"latent_error": error})
+        for null in facts["nulls"]:
+            running = null.get("free_running") or null
+            rows[f"null: {null['title']}, free-running"] = {
+                name: cell for name, cell in _fidelity_row(running).items()
+                if running is null or not str(cell).startswith("n/a")}  # the run's own row says why
+            if "free_running" in null and not is_na(null["latent_error"]):
+                rows[f"null: {null['title']}, teacher-forced"] = _fidelity_row(null)
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    return pd.DataFrame([[row.get(name, "") for name in columns] for row in rows.values()],
+                        index=list(rows), columns=columns, dtype=object)
+
+
+def _fidelity_row(section: Mapping[str, Any]) -> dict[str, Any]:
+    error, ratio = section.get("latent_error"), section.get("error_ratio")
+    row: dict[str, Any] = {}
+    for key, words in (("all", ""), ("last", ", last block"), ("worst", ", worst block")):
+        for values, name, scale in ((error, "latent error, %", 100), (ratio, "error ratio", 1)):
+            if values is not None:
+                row[name + words] = plain(values if is_na(values) else scale * values[key])
+    for key, name in (("psnr_db", "PSNR, dB"), ("ssim", "SSIM"), ("ms_ssim", "MS-SSIM"), ("lpips", "LPIPS"),
+                      ("st_lpips", "ST-LPIPS"), ("clip_delta", "CLIP delta")):
+        values = section.get(key)
+        if values is None:
+            continue
+        row[name] = plain(values if is_na(values) else "equal" if values["mean"] is None else values["mean"])
+        worst = "max" if "lpips" in key else "min"
+        if not is_na(values) and worst in values:
+            row[f"{name}, worst frame"] = "equal" if values[worst] is None else plain(values[worst])
+    return row
+
+
+def plain(value: Any) -> Any:
+    """A figure for a table: rounded, or 'n/a: reason'."""
+    if is_na(value):
+        return f"n/a: {value['reason']}"
+    return round(value, 3) if isinstance(value, float) else value
+
+
+COLUMNS = {"SS mean, ms": "latency.ss_ms_per_frame.mean", "SS max, ms": "latency.ss_ms_per_frame.max",
+           "denoise, ms": "latency.stages_ms.denoise.mean", "decode, ms": "latency.stages_ms.decode.mean",
+           "PS mean, ms": "latency.ps_ms.mean", "FPS": "fps", "peak, GB": "memory_gb.peak_allocated",
+           "KV cache, GB": "memory_gb.kv_cache", "PSNR, dB": "quality.psnr_db.mean",
+           "error ratio": "quality.error_ratio.all"}
+AS_IS = "as is"
+
+
+def variation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], setup_s: Mapping[str, Any]
+                      ) -> dict[str, Any]:
+    """What is kept of a variation: the measured figures without events and single samples, and its quality.
+    """
+    latency = measured["latency"]
+    return {"latency": {key: latency[key] for key in ("ss_ms_per_frame", "ps_ms", "stages_ms")},
+            "fps": measured["fps"], "memory_gb": measured["memory_gb"], "sizes": measured["sizes"],
+            "quality": fidelity, "setup_s": setup_s}
+
+
+def variations_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """One row for the preset as it is and one for each variation; a cell is a number, or n/a and why."""
+    rows = {AS_IS: result} | {name_of(row): row for row in result.get("variations", [])}
+    return pd.DataFrame.from_dict({name: {column: _cell(row, path) for column, path in COLUMNS.items()}
+                                   for name, row in rows.items()}, orient="index", columns=list(COLUMNS))
+
+
+def name_of(variation: Mapping[str, Any]) -> str:
+    """`local_attn_size: 9`"""
+    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in variation["changed"].items())
+
+
+def _cell(row: Mapping[str, Any], path: str) -> Any:
+    if "failure" in row:
+        return row["failure"]
+    value = number(row, path)
+    if value is not None:
+        return value
+    if path.startswith("quality") and lookup(row, "quality.identical"):
+        return "identical"
+    places = (lookup(row, path), lookup(row, path.rpartition(".")[0]),
+              lookup(row, "quality.psnr_db") if path.startswith("quality") else None)
+    absent = next(filter(is_na, places), None)
+    return absent or {"value": None, "reason": "not recorded", "how_to_fix": "run it again"}

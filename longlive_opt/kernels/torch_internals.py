@@ -1,0 +1,101 @@
+"""The private interfaces of PyTorch that the project uses, each behind one function.
+
+Known to work: PyTorch 2.10 to 2.14. With another version the function that is called raises NotAvailable;
+one that a PyTorch lacks does so too. Nothing else in the project touches these names.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NotAvailable
+
+OLDEST, NEWEST = (2, 10), (2, 14)
+
+
+@functools.cache
+def private(path: str, purpose: str, version: str = torch.__version__) -> Any:
+    """What torch's attribute `path` is, such as "_dynamo.config".
+
+    Args:
+        path: dotted, below `torch`.
+        purpose: what it is wanted for, as the message begins.
+        version: of PyTorch.
+
+    Raises:
+        NotAvailable: this version is not known to work, or lacks it.
+    """
+    release = re.match(r"(\d+)\.(\d+)", version)
+    known = release is not None and OLDEST <= tuple(map(int, release.groups())) <= NEWEST
+    found: Any = torch
+    try:
+        for name in path.split(".") if known else ():
+            found = getattr(found, name)
+    except AttributeError:
+        known = False
+    if not known:
+        raise NotAvailable(
+            f"{purpose} needs torch.{path}, which is private and known to work with PyTorch {OLDEST[0]}."
+            f"{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, and this is {version}; install one of these "
+            "('make install').")
+    return found
+
+
+def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor,
+              use_fast_accum: bool) -> Tensor:
+    """8-bit product of a [M,K] and b [K,N], scaled per row of a [M,1] and column of b [1,N], plus bias [N] ->
+    [M,N] in the bias's dtype.
+    """
+    product = private("_scaled_mm", "An 8-bit linear layer")
+    return product(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=bias.dtype,
+                   use_fast_accum=use_fast_accum)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x [M,K] times weight [N,K] plus bias [N], in one product: GELU's tanh form on CUDA, its exact
+    form on the CPU.
+    """
+    product = private("_addmm_activation", "GELU in a product's epilogue (use_fused_kernels)")
+    return product(bias, x, weight.t(), use_gelu=True)
+
+
+def expand_segments() -> None:
+    """Let the GPU's allocator grow its segments instead of adding fixed ones."""
+    change = private("cuda.memory._set_allocator_settings", "gpu_memory_limit_gb")
+    with warnings.catch_warnings():
+        # The function that the warning recommends instead is as private as this one.
+        warnings.filterwarnings("ignore", message=".*_set_allocator_settings is deprecated")
+        change("expandable_segments:True")
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    return private("_dynamo.utils.counters", "Counting what is compiled during a measurement")[
+        "stats"]["unique_graphs"]
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has spent in this process."""
+    times = private("_dynamo.utils.compilation_time_metrics", "The time of compilation")
+    return sum(times.get("_compile.compile_inner", []))
+
+
+def many_recompiles(limit: int) -> Any:
+    """A context in which torch.compile may specialise a function `limit` times."""
+    return private("_dynamo.config", "use_torch_compile").patch(recompile_limit=limit)
+
+
+def allow_recompiles(limit: int) -> None:
+    """Let torch.compile specialise a function `limit` times, from now on in this process."""
+    private("_dynamo.config", "Compiled training").recompile_limit = limit
+
+
+def leave_open(tensor: Tensor, axis: int) -> None:
+    """Let the length of an axis vary from call to call without compiling again."""
+    private("_dynamo.maybe_mark_dynamic", "Compiled training")(tensor, axis)

@@ -1,0 +1,1 @@
+"""From a pipeline to one result: protocol, metrics, schema, fidelity, decision."""

@@ -1,0 +1,412 @@
+"""Two runs compared, and the verdict on one: may they be compared and over which blocks, how large is the
+noise, is the preset kept? Pure functions of results; `metrics` says what the figures are.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..config import BASELINE, STUDIES, ExperimentConfig
+from ..errors import UserError
+from ..models.specs import MODELS
+from ..prompts import Script, spread_evenly
+from ..streaming.timeline import Event
+from .metrics import measurements
+from .result import is_finite, is_na, lookup, na
+
+log = logging.getLogger(__name__)
+
+CROWDED = "Something else ran on the machine meanwhile: not fit for comparison."
+NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
+FIGURES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_p50": "latency.ss_ms_per_frame.p50",
+            "ss_max": "latency.ss_ms_per_frame.max", "ps_mean": "latency.ps_ms.mean", "fps": "fps",
+            "peak_allocated": "memory_gb.peak_allocated"}
+# What a figure depends on and no optimization may change: keys of a preset, whose defaults hold where a
+# result is older than the key.
+_SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
+              "local_attn_size", "sink_size", "global_sink", "relative_rope")
+# What fidelity depends on besides: both videos have to be equally long.
+_SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
+_DEFAULTS = ExperimentConfig().to_dict()
+PLANNED = "planned"  # status of what is known of a run before it
+_OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
+               "memory": ("peak_allocated", "peak allocated memory", "GB")}
+_LEVELS = ("exact", "rounding", "lossy")  # from strict to loose
+MAX_ERROR_RATIO = 1.1
+"""The gate of a preset that states none: as exact as the baseline's own rounding, with room for the luck of
+one stream.
+"""
+_LIMIT = "max_error_ratio"
+_OLD_LIMITS = ("min_psnr_db", "min_ssim", "min_ms_ssim", "max_lpips", "min_clip_delta")
+
+
+def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """Empty if the two runs may be compared, else the first difference that forbids it.
+
+    Compared is everything that a figure depends on and that no optimization may change: GPU (or CPU, for runs
+    on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
+    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. Where one is only
+    `planned`, what one of the two does not say is not compared.
+    """
+    for name, ours, theirs in _facts(a, b):
+        if ours != theirs:
+            return _difference(name, ours, theirs)
+    return ""
+
+
+def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """Empty if the frames of the two may be compared, else why not: videos of unequal length, or `unfair`.
+
+    `result` may be a planned run.
+    """
+    for key in _SAME_VIDEO:  # first, since prompts are spread over the length
+        ours, theirs = _key(result, key), _key(baseline, key)
+        if ours != theirs:
+            return _difference(key, ours, theirs)
+    return unfair(result, baseline)
+
+
+def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] | None = None
+            ) -> dict[str, Any]:
+    """What is known of a run before it: the part of its result that `fidelity_reason` reads.
+
+    Args:
+        sha256: of the weights' files by part, None if they were not read.
+    """
+    model = config.model_config()
+    weights = {"kind": "random" if config.weights == "random" else "files"}
+    return {"status": PLANNED, "preset": config.name, "seed": config.seed,
+            "parameters": config.to_dict(), "script": script.to_dict(),
+            "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
+            "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
+
+
+def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    """(name, value of `a`, value of `b`) of everything in which the two have to agree."""
+    partial = PLANNED in (a.get("status"), b.get("status"))
+    paths = ["environment.gpu", "environment.torch", "model.name", "weights.kind", "seed",
+             "sizes.frames_per_block"]
+    if lookup(a, "environment.gpu") is None:
+        paths.insert(1, "environment.cpu")
+    for path in paths:
+        section = path.partition(".")[0]
+        if not partial or section in a and section in b:
+            yield path, lookup(a, path), lookup(b, path)
+    ours, theirs = (lookup(run, "weights.sha256") for run in (a, b))
+    if ours is not None and theirs is not None:
+        for part in sorted({*ours, *theirs}):
+            yield f"weights.sha256 of {part}", ours.get(part), theirs.get(part)
+    for side in ("height", "width"):
+        yield side, _side(a, side), _side(b, side)
+    for key in _SAME_KEYS:
+        yield key, _key(a, key), _key(b, key)
+    if lookup(a, "weights.kind") != "random":
+        yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
+    # Last: how they are spread depends on what was compared before.
+    scripts = [script_of_result(run) for run in (a, b)]
+    yield "prompts", *(prompts for prompts, _ in scripts)
+    yield "switch frames", *(frames for _, frames in scripts)
+    if _key(a, "prompts_file") is None and _key(b, "prompts_file") is None:
+        yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video leaves out
+
+
+def _key(result: Mapping[str, Any], key: str) -> Any:
+    """A preset's key: a result that does not state it is of code that did as the default does."""
+    value = (result.get("parameters") or {}).get(key, _DEFAULTS[key])
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _side(result: Mapping[str, Any], side: str) -> Any:
+    own = MODELS.get(_key(result, "model"))
+    return lookup(result, f"model.sizes.{side}") or _key(result, side) or getattr(own, side, None)
+
+
+def script_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
+    """The prompts that a run used, and the latent frames at which each but the first took over.
+
+    They stand under `script`; of an older result they follow from its parameters, unless it read them from a
+    file: then both are None.
+    """
+    script = result.get("script")
+    if script:
+        return list(script["prompts"]), list(script["switch_frames"])
+    if _key(result, "prompts_file") is not None:
+        return None, None
+    prompts, given = list(_key(result, "prompts")), _key(result, "switch_frame_indices")
+    if given is not None:
+        return prompts, list(given)
+    frames = _key(result, "block_frames")
+    script = spread_evenly(prompts, _key(result, "video_latent_frames") // frames, frames)
+    return list(script.prompts), list(script.switch_frames)
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> str:
+    """Of two lists of one length, only the first item that differs."""
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        at = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+        name, ours, theirs = f"{name}[{at}]", ours[at], theirs[at]
+    return f"{name} is {_short(ours)} against {_short(theirs)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:
+    """A `quality` section in which every metric is n/a for `reason`: the frames were not, or must not be,
+    compared with the baseline's.
+    """
+    absent = na(f"not comparable with the baseline, {reason}", "run both with the same settings")
+    kept: dict[str, Any] = {}
+    for name, value in quality.items():
+        if name in ("reference", "identical"):
+            kept[name] = None
+        elif name in ("frames_compared", "frames_total"):
+            kept[name] = 0
+        elif name in ("label", "flags"):
+            kept[name] = value
+        elif isinstance(value, (Mapping, float)) and name != "free_running":
+            kept[name] = absent
+    return kept
+
+
+def is_study(result: Mapping[str, Any]) -> bool:
+    """Whether the run takes presets apart and is none to take itself: it is measured, and never advised."""
+    return result["preset"] in STUDIES or bool(result.get("variations"))
+
+
+def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Two results over equally many steady-state blocks and prompt switches, the first of each: what the log
+    compares (see `metrics.DEFINITIONS["comparison"]`). One that is short enough is returned as it is, and
+    where one has no switches the other keeps its own. Switches without a stream of their own end with the
+    blocks.
+    """
+    first, second = _all_matched((a, b))
+    return first, second
+
+
+def _all_matched(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    blocks, switches = (min(lookup(run, f"sizes.{key}") for run in runs)
+                        for key in ("blocks_measured", "switches"))
+    return [_shortened(run, blocks, switches) for run in runs]
+
+
+def compared(result: Mapping[str, Any], other: Mapping[str, Any] | None
+             ) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The two, `matched`; None if there is no other, or the two may not be compared."""
+    return None if other is None or unfair(result, other) else matched(result, other)
+
+
+def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping[str, Any]:
+    sizes, latency = result["sizes"], result["latency"]
+    switches = switches or sizes["switches"]
+    if (sizes["blocks_measured"], sizes["switches"]) == (blocks, switches):
+        return result
+    apart = switches and "switch_events" in result
+    return {**result, **measurements(
+        _first(result["events"], latency["ss_blocks"], blocks),
+        first_measured_block=sizes["warmup_blocks"],
+        frames_per_block=sizes["frames_per_block"],
+        switch_events=_first(result["switch_events"], latency["ps_blocks"], switches) if apart else None,
+        playback_fps=result["playback"]["fps"],
+        target_ms=latency["ss_over_target"]["target_ms"])}
+
+
+def _first(rows: Iterable[list[Any]], counted: Sequence[int], count: int) -> list[Event]:
+    """Events before the block that is counted after the first `count` ones."""
+    end = next(iter(counted[count:]), math.inf)
+    events = map(Event.from_row, rows)
+    return [event for event in events if event.block is None or event.block < end]
+
+
+def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Run-to-run noise of one preset, from two or more runs in processes of their own: metric -> spread, or
+    n/a.
+
+    The spread is (max - min) / mean over the runs, each `matched` to the shortest: no distribution is
+    assumed, and it can only grow with the number of runs. A few runs are a rough estimate: see `NOISE_FLOOR`.
+
+    Returns:
+        preset, runs, blocks and switches (how many of each were compared), the spread of ss_mean, ss_p50,
+        ss_max, ps_mean, fps and peak_allocated, and under `values` what each run measured of them.
+
+    Raises:
+        UserError: fewer than two runs, or not of one preset under equal conditions.
+    """
+    if len(runs) < 2:
+        raise UserError(f"A/A noise needs one preset twice or more, found {len(runs)} run; repeat it")
+    first, *others = runs
+    for other in others:
+        difference = unfair(first, other)
+        if first["preset"] != other["preset"]:
+            difference = f"preset is {first['preset']!r} against {other['preset']!r}"
+        if difference:
+            raise UserError(f"A/A noise needs the same run twice, but {difference}: run one preset twice")
+    same = _all_matched(runs)
+    sizes = same[0]["sizes"]
+    noise: dict[str, Any] = {"preset": first["preset"], "runs": len(runs), "blocks": sizes["blocks_measured"],
+                             "switches": sizes["switches"], "values": {}}
+    for name, path in FIGURES.items():
+        values = [lookup(run, path) for run in same]
+        absent = next(filter(is_na, values), None)
+        noise[name] = absent or (max(values) - min(values)) / ((math.fsum(values) / len(values)) or 1.0)
+        noise["values"][name] = absent or values
+    return noise
+
+
+def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """preset -> `aa_noise` of every preset in `results` that was run more than once; one whose runs are not
+    alike is left out with a warning.
+    """
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        runs.setdefault(result["preset"], []).append(result)
+    noise = {}
+    for preset, repeated in runs.items():
+        if len(repeated) > 1:
+            try:
+                noise[preset] = aa_noise(*repeated)
+            except UserError as error:
+                log.warning("%s", error)
+    return noise
+
+
+def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a comparison of `preset` with the baseline has to exceed, metric by metric: the larger of its own
+    noise and the baseline's, where both were repeated, else the one that is known; None if neither is.
+    """
+    known = [noise[name] for name in dict.fromkeys((preset, BASELINE)) if name in noise]
+    if not known:
+        return None
+    larger = dict(known[0])
+    for name in FIGURES:
+        spreads = [run[name] for run in known if not is_na(run[name])]
+        larger[name] = max(spreads) if spreads else known[0][name]
+    return larger
+
+
+def gate_of(config: ExperimentConfig, rooms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The quality gate of `decide`: the loosest level of the optimizations, and how many times the baseline's
+    own error a run may be away from the truth.
+    """
+    level = max((room["level"] for room in rooms), key=_LEVELS.index, default="exact")
+    limit = MAX_ERROR_RATIO if config.max_error_ratio is None else config.max_error_ratio
+    return {"level": level, "objective": config.objective, _LIMIT: limit}
+
+
+def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None:
+    """The least error ratio of the null rows of a campaign's baseline, and the row's title; None if there are
+    none. A gate at or above it would pass that stream.
+    """
+    rows = lookup(baseline or {}, "quality.nulls") or []
+    known = [(row["worst_ratio"], row["title"]) for row in rows if is_finite(row.get("worst_ratio"))]
+    return min(known, default=None)
+
+
+def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise: Mapping[str, Any] | None,
+           gate: Mapping[str, Any]) -> dict[str, Any]:
+    """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
+
+    What fails its gate is dropped, however fast it is. Dropped is also what gains nothing, so that no change
+    stays in for its own sake. Undecided: a run that is not comparable with the baseline (`fidelity_reason`),
+    one during which something else ran on the machine, and a change within a noise of more than
+    `NOISE_FLOOR`, for on such a machine it may be anything. A study gets no verdict.
+
+    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`: from `gate_of`,
+    {"level": "exact", "rounding" or "lossy", "max_error_ratio": number, optionally "objective": "latency"
+    (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what they let
+    pass is undecided, unless the frames are identical.
+    """
+    objective, level, limit = _read_gate(gate)
+    figure, words, unit = _OBJECTIVES[objective]
+    near = ("as near as a gate of an older kind asks" if limit is None else
+            f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
+    quality = f"the latents are {'the same bits as the baseline, or ' if level == 'exact' else ''}{near}"
+    rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
+            f"(at least {NOISE_FLOOR:.0%}) and {quality}; undecided if the change is within a larger noise")
+
+    def verdict(keep: bool | None, rationale: str) -> dict[str, Any]:
+        return {"keep": keep, "rule": rule, "rationale": rationale}
+
+    if result["preset"] == BASELINE:
+        return {"keep": None, "rule": "reference", "rationale": "the others are compared with the baseline"}
+    if is_study(result):
+        return {"keep": None, "rule": "study",
+                "rationale": "no verdict: this is a study of other presets, and none to take itself"}
+    if baseline is None:
+        return verdict(None, "undecided: the campaign has no baseline result")
+    if difference := fidelity_reason(result, baseline):
+        return verdict(None, f"undecided: not comparable with the baseline, {difference}")
+    passed, why = _passes(result["quality"], limit, baseline)
+    if passed is False:
+        return verdict(False, why)
+    if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
+        return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
+                             "repeat the campaign when nothing else runs on it")
+    ours, reference = (lookup(run, FIGURES[figure]) for run in matched(result, baseline))
+    spread = noise[figure] if noise else na("no A/A noise", "run the baseline twice in the campaign")
+    for value in (ours, reference, spread):
+        if is_na(value):
+            return verdict(None, f"undecided: {value['reason']}; {value['how_to_fix']}")
+    gain, threshold = (reference - ours) / reference, max(spread, NOISE_FLOOR)
+    compared = (f"{words} {ours:.4g} {unit} against {reference:.4g}: {'gain' if gain >= 0 else 'loss'} "
+                f"{abs(gain):.1%}, threshold {threshold:.1%}")
+    if abs(gain) <= spread and spread > NOISE_FLOOR:
+        return verdict(None, f"undecided: {compared}, within the noise of this machine; repeat the campaign "
+                             "when nothing else runs on it")
+    if gain <= threshold:
+        return verdict(False, f"{compared}: no gain above the threshold")
+    return verdict(passed, f"{compared}; {why}")
+
+
+def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    """(objective, level, limit of the error ratio); no limit in a gate of an older kind."""
+    objective, level, limit = gate.get("objective", "latency"), gate.get("level"), gate.get(_LIMIT)
+    if unknown := sorted(set(gate) - {"objective", "level", _LIMIT, *_OLD_LIMITS}):
+        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, {_LIMIT}.")
+    if objective not in _OBJECTIVES:
+        raise UserError(f"quality gate: objective {objective!r} is unknown; choose one of "
+                        f"{', '.join(_OBJECTIVES)}.")
+    if level not in _LEVELS:
+        raise UserError(f"quality gate: level {level!r} is unknown; choose one of {', '.join(_LEVELS)}.")
+    if limit is not None and not (is_finite(limit) and limit > 0):
+        raise UserError(f"quality gate: {_LIMIT} {limit!r} must be a number greater than 0.")
+    if limit is None and level != "exact" and not set(gate) & set(_OLD_LIMITS):
+        raise UserError(f"quality gate: level {level!r} without a limit; write {_LIMIT}.")
+    return objective, level, limit
+
+
+def _passes(quality: Mapping[str, Any], limit: float | None,
+            baseline: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """(True, False, or None if it cannot be told; why)."""
+    if quality.get("flags"):
+        return False, f"quality check failed: {quality['flags'][0]}"
+    if quality.get("identical"):
+        return True, "the latents and frames are the baseline's, bit for bit"
+    ratio = quality.get("worst_ratio", na("the result is older than this gate", "run the preset again"))
+    if quality.get("identical") is None or is_na(ratio):
+        reason = ratio if "worst_ratio" in quality else next(filter(is_na, (quality.get("psnr_db"),)), ratio)
+        return None, f"undecided: no error ratio, {reason['reason']}; {reason['how_to_fix']}"
+    if limit is None:
+        return None, "undecided: the gate is of an older kind; run the preset again"
+    null = mildest_null(baseline)
+    if null is None:
+        return None, ("undecided: the baseline has no null rows that would show what the gate is worth; run "
+                      "the baseline again")
+    if limit >= null[0]:
+        return None, (f"undecided: the gate, {limit:g}, would pass a stream with {null[1]} (error ratio "
+                      f"{null[0]:.3g}); set a lower {_LIMIT}")
+    found = f"error ratio {ratio:.3g}, limit {limit:g}, mildest null row {null[0]:.3g} ({null[1]})"
+    if ratio > limit:
+        return False, f"the quality gate is missed: {found}"
+    parts = [("teacher-forced", quality)]
+    if quality.get("free_running_counts", True):
+        parts.append(("free-running", quality["free_running"]))
+    for words, part in parts:
+        worst = lookup(part, "error_ratio.worst")
+        if worst is not None and worst > null[0]:
+            return False, (f"the quality gate is missed in block {part['error_ratio']['worst_block']} "
+                           f"({words}): {worst:.3g} times the baseline's error there; {found}")
+    return True, f"the quality gate is passed: {found}"

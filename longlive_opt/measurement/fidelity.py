@@ -1,0 +1,541 @@
+"""How exact a preset is: protocol 2, errors against the baseline in float32.
+
+The truth is the reference pipeline in float32 with the weights of the campaign's baseline, TF32 off. All runs
+get the noise that the baseline draws and the prompt embeddings of its text encoder; the truth gets both
+widened. The stream has `fidelity_blocks` blocks and one prompt switch, at a block at which the window is
+full, so that a ring cache has turned and a recache may leave frames out (`FidelityScript`).
+
+Each run goes through it twice:
+
+- *free-running*: on its own past, as a viewer would see it. Errors may add up.
+- *teacher-forced*: every block from the truth's past. The run fills its cache with the truth's clean latents
+  and decodes with a history of the truth's latents. Errors of one block are seen alone.
+
+An error is the root mean square of the difference of the latents, divided by that of the truth's latents. The
+*error ratio* divides it by the baseline's own error in its own dtype: 1 is as exact as bfloat16. PSNR and its
+siblings compare the uint8 frames with the truth's, teacher-forced unless they are called free-running.
+
+The greater of the two ratios over all blocks is what a preset is judged by. With weights that magnify their
+own rounding, so that the baseline's free-running error is more than twice its teacher-forced one, a stream's
+luck decides how far it drifts: there the teacher-forced ratio counts alone, for presets and null rows alike.
+
+What a ratio is worth the *null rows* say: streams of the baseline from which something was taken away,
+without sink, with a smaller window, without the recache or without the switch, and one with the noise of
+another seed. A gate must lie below the mildest of them (`decision`).
+
+The campaign's first baseline run makes the truth, its own rows and the null rows once, and keeps what the
+other presets need in `reference.safetensors`. All of this comes after measuring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import ExperimentConfig
+from ..errors import UserError
+from ..files import atomic_path
+from ..models.attention import make_attention
+from ..models.dit import TextContext
+from ..models.vae import StreamingDecoder, frames_to_uint8
+from ..prompts import Script
+from ..streaming.kv_cache import KVCache, RollingKVCache
+from ..streaming.pipeline import Pipeline, cache_geometry, float32_twin
+from ..streaming.sampler import Sampler, StreamNoise
+from ..streaming.session import StreamingSession
+from . import quality
+from .result import is_na, na, plain_json
+
+PROTOCOL = 2
+REFERENCE_NAME = "the baseline in float32"
+FREE_METRICS = ("psnr_db", "ssim", "lpips")
+OTHER_PROMPT = "Seen at night and from far away: "
+_TENSORS = ("latents", "frames", "frames_per_block", "video")
+MAGNIFIED = 2.0
+"""So many times its teacher-forced error may the baseline's free-running one be, for free-running ratios to
+count.
+"""
+_NOTHING = "the baseline has no error: it runs in float32, as the truth does"
+
+Noise = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class FidelityScript:
+    """The stream of the protocol: its prompts, its blocks, and the block at which the second prompt takes
+    over; None where the stream is too short for a switch with a full window.
+    """
+
+    prompts: tuple[str, str]
+    blocks: int
+    switch_block: int | None
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, script: Script) -> FidelityScript:
+        """The first two prompts that the preset's video shows; of a single one the second is made by putting
+        `OTHER_PROMPT` before it. The switch is half-way, but at least a block after the window is full.
+        """
+        shown = script.prompts[1:] if script.switch_frames[:1] == (0,) else script.prompts
+        prompts = (shown[0], shown[1] if len(shown) > 1 else OTHER_PROMPT + shown[0])
+        switch = max(config.window_blocks + 1, config.fidelity_blocks // 2)
+        return cls(prompts, config.fidelity_blocks, switch if switch < config.fidelity_blocks else None)
+
+    def played(self, block_frames: int) -> Script:
+        """As a session plays it."""
+        if self.switch_block is None:
+            return Script(self.prompts[:1])
+        return Script(self.prompts, (self.switch_block * block_frames,))
+
+    def frame_prompts(self, frames_per_block: Sequence[int]) -> list[str]:
+        """The prompt of every frame."""
+        switch = self.blocks if self.switch_block is None else self.switch_block
+        return [self.prompts[block >= switch] for block, count in enumerate(frames_per_block)
+                for _ in range(count)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"prompts": list(self.prompts), "blocks": self.blocks, "switch_block": self.switch_block}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a run made of the script, on the CPU: `latents` [blocks, B, F, C, h, w] in its dtype, `frames`
+    uint8 [T, 3, H, W], and how many of them each block has.
+    """
+
+    latents: Tensor
+    frames: Tensor
+    frames_per_block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the campaign's baseline run keeps for the other runs: the truth's float32 `latents` [blocks, B, F,
+    C, h, w], its uint8 `frames` [T, 3, H, W] and how many each block has, and the baseline's own `video` [T,
+    3, H, W] for the eye.
+
+    `facts` says of what it is the truth (`made_of`) and holds the `script`, the rows `baseline` and `nulls`,
+    and digests of the baseline's own streams.
+    """
+
+    latents: Tensor
+    frames: Tensor
+    frames_per_block: Tensor
+    video: Tensor
+    facts: Mapping[str, Any]
+
+    @property
+    def script(self) -> FidelityScript:
+        script = self.facts["script"]
+        return FidelityScript(tuple(script["prompts"]), script["blocks"], script["switch_block"])
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as temporary:
+            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, temporary,
+                      {"facts": json.dumps(self.facts)})
+
+    @classmethod
+    def load(cls, path: Path) -> Truth | None:
+        """None if the file holds no truth of this protocol."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                if facts.get("protocol") != PROTOCOL or not set(_TENSORS) <= set(file.keys()):
+                    return None
+                return cls(**{name: file.get_tensor(name) for name in _TENSORS}, facts=facts)
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run the baseline again.") from error
+
+
+@dataclass(frozen=True)
+class Null:
+    """The baseline's stream with something taken away; `first` is the first block that this can change."""
+
+    name: str
+    title: str
+    first: int
+    keys: Mapping[str, Any]
+    recache: bool = True
+    switch: bool = True
+    forced: bool = True
+
+
+def nulls_of(config: ExperimentConfig, script: FidelityScript) -> tuple[list[Null], list[dict[str, Any]]]:
+    """The null rows that a baseline of this config can have, and why it cannot have the others."""
+    window, sink, block = config.local_attn_size, config.sink_size, config.block_frames
+    switch = script.switch_block
+    found = [Null("other_seed", "another seed", 0, {"seed": config.seed ^ 1}, forced=False)]
+    absent = []
+
+    def add(null: Null, reason: str) -> None:
+        if reason:
+            absent.append({"name": null.name, "title": null.title, "latent_error": na(
+                reason, "run more fidelity_blocks, or with LongLive's window and sink")})
+        else:
+            found.append(null)
+
+    # The first block that drops a frame drops another one without a sink. A sink larger than a block is
+    # attended even while it is empty.
+    rolls = window // block if sink <= block else 0
+    short = "the stream ends before the window is full" if window // block >= script.blocks else ""
+    add(Null("no_sink", "no sink", rolls, {"sink_size": 0}), "" if sink and not short else
+        short or "the baseline has no sink")
+    smaller = window - block
+    add(Null("smaller_window", f"window {smaller}", smaller // block, {"local_attn_size": smaller}),
+        short or ("" if smaller >= sink + block else "its window is the smallest there is"))
+    none = "" if switch is not None else "the stream is too short for a switch with a full window"
+    add(Null("no_recache", "no recache at the switch", switch or 0, {}, recache=False), none)
+    add(Null("no_switch", "no switch", switch or 0, {}, switch=False), none)
+    return found, absent
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 arithmetic without TF32, in matrix products and convolutions."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def make_truth(pipeline: Pipeline, script: FidelityScript) -> Stream:
+    """The stream of the float32 twin of the baseline `pipeline`. The twin is built and let go here."""
+    twin = float32_twin(pipeline)
+    try:
+        with full_float32():
+            noise = ((noise.float(), steps.float()) for noise, steps in _noise(pipeline))
+            decoder = twin.make_vae_decoder()
+            return _stream(twin, twin.sampler, twin.make_cache(), script, noise, decoder)
+    finally:
+        del twin
+        release(pipeline.device)
+
+
+def establish(pipeline: Pipeline, script: FidelityScript, shown: Tensor) -> tuple[Truth, dict[str, Any]]:
+    """Make the truth of a campaign from its baseline, and measure the baseline itself and the null rows.
+
+    Args:
+        shown: the baseline's video, uint8 [T, 3, H, W], which is kept for the eye.
+
+    Returns:
+        The truth, and the `quality` section of the baseline, with `nulls`.
+    """
+    made = make_truth(pipeline, script)
+    truth = Truth(made.latents, made.frames, torch.tensor(made.frames_per_block), shown,
+                  {"protocol": PROTOCOL, "script": script.to_dict(), "made_of": _made_of(pipeline)})
+    forks = sorted({null.first for null in nulls_of(pipeline.config, script)[0]})
+    decoders: dict[int, StreamingDecoder] = {}
+    decoder = pipeline.make_vae_decoder()
+
+    def fork(block: int) -> None:
+        if block in forks:
+            decoders[block] = pipeline.make_vae_decoder()
+            decoders[block].continue_from(decoder)
+
+    free = _stream(pipeline, pipeline.sampler, pipeline.make_cache(), script, _noise(pipeline), decoder, fork)
+    forced = _forced(pipeline, pipeline.make_cache(), truth)
+    own = {"forced": latent_errors(forced.latents, truth.latents),
+           "free_running": latent_errors(free.latents, truth.latents)}
+    truth = replace(truth, facts=plain_json(
+        {**truth.facts, "baseline": own, "digests": {"forced": _digest(forced.latents),
+                                                     "free_running": _digest(free.latents, free.frames)}}))
+    section = _section(pipeline, truth, free, forced)
+    section["identical"] = section["free_running"]["identical"] = None  # others are compared with it
+    section["nulls"] = _null_rows(pipeline, truth, free, decoders)
+    decoders.clear()
+    release(pipeline.device)
+    return replace(truth, facts=plain_json({**truth.facts, "nulls": section["nulls"]})), section
+
+
+@torch.no_grad()
+def measure(pipeline: Pipeline, session: StreamingSession, script: FidelityScript,
+            truth: Truth) -> dict[str, Any]:
+    """The `quality` section of a run against the campaign's truth; n/a as a whole where the truth is that of
+    something else.
+    """
+    if different := _difference(pipeline, script, truth):
+        return quality.not_compared(f"the campaign's baseline has {different}",
+                                    "run both with the same, in one campaign", pipeline.weights["kind"])
+    session.reset()
+    played = session.play(script.played(pipeline.config.block_frames), script.blocks)
+    latents, frames = zip(*((chunk.latents.cpu(), chunk.frames[0].cpu()) for chunk in played))
+    free = Stream(torch.stack(latents), torch.cat(frames), tuple(map(len, frames)))
+    session.reset()
+    forced = _forced(pipeline, session.cache, truth)
+    session.reset()
+    release(pipeline.device)
+    return _section(pipeline, truth, free, forced)
+
+
+def variation_fidelity(pipeline: Pipeline, session: StreamingSession, script: FidelityScript,
+                       truth: Truth | None) -> dict[str, Any]:
+    """Teacher-forced error, its ratio and the PSNR of a variation, which may have another window than the
+    truth; n/a where the campaign has no truth, or where noise is drawn in other steps.
+    """
+    if truth is None:
+        return {"psnr_db": na("the campaign has no truth to compare with", "run the baseline first")}
+    if len(pipeline.config.denoising_steps) != len(truth.facts["made_of"]["denoising_steps"]):
+        return {"psnr_db": na("another number of denoising steps draws other noise", "look at the videos")}
+    if different := _difference(pipeline, truth.script, truth):
+        return {"psnr_db": na(f"the campaign's baseline has {different}", "run both with the same")}
+    session.reset()
+    forced = _forced(pipeline, session.cache, truth)
+    session.reset()
+    release(pipeline.device)
+    section = _frames_section(pipeline, truth, forced, ("psnr_db",))
+    return section | {"identical": _digest(forced.latents) == truth.facts["digests"]["forced"]}
+
+
+def latent_errors(made: Tensor, truth: Tensor) -> dict[str, Any]:
+    """{all, last, worst, worst_block, by_block}: the relative root mean square error of latents [blocks,
+    ...], over the whole stream and by block; n/a where one is not finite.
+    """
+    wide, true = made.double().flatten(1), truth.double().flatten(1)
+    difference, size = (wide - true).square().sum(1), true.square().sum(1)
+    by_block = (difference / size).sqrt().tolist()
+    if not all(map(math.isfinite, by_block)):
+        block = next(block for block, error in enumerate(by_block) if not math.isfinite(error))
+        return na(f"the latents of block {block} are not finite", "a kernel is broken: run the tests")
+    return _over_blocks((difference.sum() / size.sum()).sqrt().item(), by_block)
+
+
+def error_ratios(error: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`latent_errors` divided by the baseline's `own`: {all, last, worst, worst_block, by_block}, where worst
+    is that of the block with the greatest ratio; n/a where there is nothing to divide.
+    """
+    if is_na(error):
+        return dict(error)
+    if not all(own["by_block"]):
+        return na(_NOTHING, "run the baseline with model_dtype: bfloat16")
+    by_block = [ours / theirs for ours, theirs in zip(error["by_block"], own["by_block"], strict=True)]
+    return _over_blocks(error["all"] / own["all"], by_block)
+
+
+def _over_blocks(whole: float, by_block: list[float]) -> dict[str, Any]:
+    return {"all": whole, "last": by_block[-1], "worst": max(by_block),
+            "worst_block": by_block.index(max(by_block)), "by_block": by_block}
+
+
+def release(device: torch.device) -> None:
+    """Give what nobody holds any more back to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _noise(pipeline: Pipeline, seed: int | None = None) -> Noise:
+    """The noise of one block after the other, as a run of this dtype draws it."""
+    source = StreamNoise(pipeline.sampler.plan, pipeline.latent_shape,
+                         pipeline.config.seed if seed is None else seed, pipeline.device, pipeline.dtype)
+    while True:
+        yield source.next_block()
+
+
+def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, script: FidelityScript, noise: Noise,
+            past: Sequence[Tensor], first: int, null: Null | None = None,
+            forced: bool = False) -> Iterator[Tensor]:
+    """The latents of the blocks from `first` on, one after the other.
+
+    `past`: clean latents of the blocks before `first`, which fill the cache; with `forced` those of all
+    blocks, and each takes the place of the block that was made.
+    """
+    plan, latents = sampler.plan, list(past[:first])
+    text: TextContext = pipeline.encode_prompt(script.prompts[0])
+    for block in range(script.blocks):
+        start = block * plan.block_frames
+        drawn = next(noise)
+        if block == script.switch_block and (null is None or null.switch):
+            text = pipeline.encode_prompt(script.prompts[1])
+            if null is None or null.recache:
+                window = torch.cat(latents[-plan.window:], dim=1)[:, -plan.window:]
+                sampler.recache(cache, text, start, window)
+        if block < first:
+            sampler.clean_pass(cache, text, start, latents[block])
+            continue
+        made = sampler.denoise(cache, text, start, *drawn)[-1]
+        latents.append(past[block] if forced else made)
+        sampler.clean_pass(cache, text, start, latents[-1])
+        yield made
+
+
+@torch.no_grad()
+def _stream(pipeline: Pipeline, sampler: Sampler, cache: KVCache, script: FidelityScript, noise: Noise,
+            decoder: StreamingDecoder, before: Any = lambda block: None, past: Sequence[Tensor] = (),
+            null: Null | None = None) -> Stream:
+    """Run free from block `len(past)` on; `decoder` has decoded what lies before. `before` is called with
+    each block that is going to be decoded.
+    """
+    latents, frames = [], []
+    for block, made in enumerate(_passes(pipeline, sampler, cache, script, noise, past, len(past), null),
+                                 len(past)):
+        before(block)
+        latents.append(made.cpu())
+        frames.append(_decoded(decoder, made))
+    return Stream(torch.stack(latents), torch.cat(frames), tuple(map(len, frames)))
+
+
+@torch.no_grad()
+def _forced(pipeline: Pipeline, cache: KVCache, truth: Truth) -> Stream:
+    """Every block from the truth's past, with the pipeline's own sampler, cache and decoders."""
+    true = list(truth.latents.to(pipeline.device, pipeline.dtype))
+    history, decoder = pipeline.make_vae_decoder(), pipeline.make_vae_decoder()
+    latents, frames = [], []
+    for block, made in enumerate(_passes(pipeline, pipeline.sampler, cache, truth.script, _noise(pipeline),
+                                         true, 0, forced=True)):
+        decoder.continue_from(history)
+        frames.append(_decoded(decoder, made))
+        latents.append(made.cpu())
+        if block + 1 < len(true):
+            history.push(true[block])
+    return Stream(torch.stack(latents), torch.cat(frames), tuple(map(len, frames)))
+
+
+def _decoded(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
+    """uint8 [T, 3, H, W] on the CPU of one block of latents."""
+    return torch.cat([frames_to_uint8(part[0]) for part in decoder.push(latents)]).cpu()
+
+
+def _null_rows(pipeline: Pipeline, truth: Truth, free: Stream,
+               decoders: Mapping[int, StreamingDecoder]) -> list[dict[str, Any]]:
+    """A row for each null. Up to its first block it is the baseline, so that only the rest is computed."""
+    script, own = truth.script, truth.facts["baseline"]
+    nulls, absent = nulls_of(pipeline.config, script)
+    return [_null_row(pipeline, truth, free, decoders, null, own) for null in nulls] + absent
+
+
+@torch.no_grad()
+def _null_row(pipeline: Pipeline, truth: Truth, free: Stream, decoders: Mapping[int, StreamingDecoder],
+              null: Null, own: Mapping[str, Any]) -> dict[str, Any]:
+    config = replace(pipeline.config, **null.keys)
+    plan = replace(pipeline.sampler.plan, window=config.local_attn_size, sink=config.sink_size)
+    sampler, geometry = replace(pipeline.sampler, plan=plan), cache_geometry(config, pipeline.model)
+    attention = make_attention(pipeline.attention_backend)
+    first, script = null.first, truth.script
+    cache = RollingKVCache(geometry, attention, 1, pipeline.device, pipeline.dtype)
+    decoder = pipeline.make_vae_decoder()
+    decoder.continue_from(decoders[first])
+    before = [latents.to(pipeline.device) for latents in free.latents[:first]]
+    made = _stream(pipeline, sampler, cache, script, _noise(pipeline, config.seed), decoder, past=before,
+                   null=null)
+    kept = sum(free.frames_per_block[:first])
+    whole = Stream(torch.cat([free.latents[:first], made.latents]),
+                   torch.cat([free.frames[:kept], made.frames]), free.frames_per_block)
+    row: dict[str, Any] = {"name": null.name, "title": null.title, "first_block": first}
+    running = _frames_section(pipeline, truth, whole, FREE_METRICS, "free_running")
+    row["free_running"] = {key: running[key] for key in (*FREE_METRICS, "psnr_by_block", "latent_error",
+                                                         "error_ratio")}
+    if null.forced:
+        cache.reset()
+        true = list(truth.latents.to(pipeline.device, pipeline.dtype))
+        changed = torch.stack([latents.cpu() for latents in _passes(
+            pipeline, sampler, cache, script, _noise(pipeline), true, first, null, forced=True)])
+        error = latent_errors(changed, truth.latents[first:])
+        row["latent_error"] = error if is_na(error) else _joined(
+            [*own["forced"]["by_block"][:first], *error["by_block"]], truth.latents)
+        row["error_ratio"] = error_ratios(row["latent_error"], own["forced"])
+    else:
+        row["latent_error"] = row["error_ratio"] = na(
+            "every block is another sample: its past does not matter", "read the free-running figures")
+    row["worst_ratio"] = _worst(own, row["error_ratio"], row["free_running"]["error_ratio"])
+    return row
+
+
+def _joined(by_block: list[float], truth: Tensor) -> dict[str, Any]:
+    """`latent_errors` from the errors of the blocks."""
+    sizes = truth.double().flatten(1).square().sum(1).tolist()
+    whole = math.fsum(error**2 * size for error, size in zip(by_block, sizes, strict=True)) / math.fsum(sizes)
+    return _over_blocks(math.sqrt(whole), by_block)
+
+
+def _section(pipeline: Pipeline, truth: Truth, free: Stream, forced: Stream) -> dict[str, Any]:
+    """The `quality` section of a run: teacher-forced, with `free_running` inside."""
+    section = _frames_section(pipeline, truth, forced, quality.METRICS)
+    running = _frames_section(pipeline, truth, free, FREE_METRICS, "free_running")
+    digests = truth.facts["digests"]
+    same = _digest(free.latents, free.frames) == digests["free_running"]
+    running["identical"] = same
+    own = truth.facts["baseline"]
+    return section | {"identical": same, "protocol": PROTOCOL, "script": truth.script.to_dict(),
+                      "free_running": running, "free_running_counts": not _magnified(own),
+                      "worst_ratio": _worst(own, section["error_ratio"], running["error_ratio"])}
+
+
+def _frames_section(pipeline: Pipeline, truth: Truth, made: Stream, metrics: Sequence[str],
+                    kind: str = "forced") -> dict[str, Any]:
+    """`quality.compare` of a stream's frames with the truth's, with the errors of its latents."""
+    counts = truth.frames_per_block.tolist()
+    section = quality.compare(truth.frames, made.frames, weights_kind=pipeline.weights["kind"],
+                              reference_name=REFERENCE_NAME, prompts=truth.script.frame_prompts(counts),
+                              metrics=metrics, device=pipeline.device)
+    error = latent_errors(made.latents, truth.latents)
+    if is_na(error):
+        section["flags"].append(error["reason"])
+    return section | {"latent_error": error,
+                      "error_ratio": error_ratios(error, truth.facts["baseline"][kind]),
+                      "psnr_by_block": _by_block(section["psnr_db"]["per_frame"], counts)}
+
+
+def _by_block(per_frame: Sequence[float | None], counts: Sequence[int]) -> list[float | None]:
+    """The mean of each block's frames; None where all are equal to the truth's."""
+    means, start = [], 0
+    for count in counts:
+        values = [value for value in per_frame[start:start + count] if value is not None]
+        means.append(math.fsum(values) / len(values) if values else None)
+        start += count
+    return means
+
+
+def _magnified(own: Mapping[str, Any]) -> bool:
+    """Whether the baseline's `own` rounding errors grow on its own past."""
+    return own["free_running"]["all"] > MAGNIFIED * own["forced"]["all"]
+
+
+def _worst(own: Mapping[str, Any], forced: Mapping[str, Any], free: Mapping[str, Any]) -> Any:
+    """The greater of the two ratios over all blocks, or the teacher-forced one where free-running ones do not
+    count; n/a if it is not known.
+    """
+    counted = [forced] if _magnified(own) and not is_na(forced) else [forced, free]
+    known = [ratio["all"] for ratio in counted if not is_na(ratio)]
+    return max(known) if known else dict(forced)
+
+
+def _made_of(pipeline: Pipeline) -> dict[str, Any]:
+    """What a truth hangs on, by the names of the config."""
+    config, weights = pipeline.config, pipeline.weights
+    found = {key: getattr(config, key) for key in ("seed", "denoising_steps", "timestep_shift",
+                                                   "context_noise", "block_frames")}
+    return plain_json(found | {"model": pipeline.model.name, "latents": pipeline.latent_shape,
+                               "weights": weights["sha256"] or f"random, seed {weights['seed']}",
+                               "lora_alpha": config.lora_alpha if weights["sha256"] else None,
+                               "device": pipeline.device.type})
+
+
+def _difference(pipeline: Pipeline, script: FidelityScript, truth: Truth) -> str:
+    """What the truth has and this run has not, empty if nothing."""
+    ours = _made_of(pipeline) | script.to_dict()
+    theirs = {**truth.facts["made_of"], **truth.facts["script"]}
+    return next((f"{key} {theirs[key]!r} and this run {ours[key]!r}"
+                 for key in ours if ours[key] != theirs[key]), "")
+
+
+def _digest(*tensors: Tensor) -> str:
+    """SHA-256 of the tensors' bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,399 @@
+"""Pure functions from events to figures. `DEFINITIONS` says in words what each figure is; the report prints
+it.
+
+The session records, on the host clock, the marks "block_start", "switch_request" and, after a synchronise at
+the block edge, CHUNK_READY (the block's frames are complete, in a measurement in host memory); and spans for
+the stages.
+"""
+
+
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..streaming.timeline import Event
+from .result import na
+
+FULL_BLOCKS = 100  # steady-state samples and switches of a full run; anything smaller is called quick
+FULL_SWITCHES = 20
+P99_SAMPLES = 299  # 0.99^299 < 5 %: with fewer, even the largest sample is no 95 % upper bound of the p99
+CLOCK_THRESHOLD = 0.05
+COPY = "copy_to_host"  # a stage where there is a device to copy from
+STAGES = ("text_encode", "recache", "denoise", "decode", COPY)
+CHUNK_READY = "chunk_ready"
+
+DEFINITIONS = {
+    "ss_ms_per_frame":
+        "Steady-state (SS) latency per video frame: block interval / video frames in a block. The interval "
+        "runs from the moment at which one block's frames have come to page-locked host memory to that of "
+        "the next one, on the host clock, synchronised at block edges (in results without `frames_on`: "
+        "complete on the GPU). Only blocks after warm-up count (window full, compilation over), without "
+        "those at which a prompt switch took effect: their interval contains text encoding and recache; they "
+        "count as switches. With asynchronous decoding the stream's last block does not count: no further "
+        "block competes with it.",
+    "ss_with_switches":
+        "Interval per video frame of all measured blocks of the stream with prompt switches, in which every "
+        "second block is one, so that nothing is hidden.",
+    "ps_ms":
+        "Prompt-switch (PS) latency: from the request, at a block's edge, to the first new frames in host "
+        "memory.",
+    "ps_random_ms":
+        "PS latency of a request at a random moment, which waits for the end of the block under way as well. "
+        "Derived, not measured: each measured switch, requested at a moment distributed uniformly over the "
+        "interval of the block before it. Mean: PS + half of that interval. p95: of the mixture of all "
+        "switches, whose quantiles are exact.",
+    "ps_breakdown_ms":
+        "Mean time of each stage within the switch blocks (CUDA events on a GPU); 'other' is what remains "
+        "of the mean PS latency on the host clock, negative where stages overlap. With asynchronous decoding "
+        "it contains the block that was under way at the request.",
+    "first_frame_ms":
+        "From the first event of the stream to its first frames in host memory. Contains compilation if "
+        "nothing was warmed up before.",
+    "stages_ms":
+        "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU). With early "
+        "decode denoising contains the clean pass of the block before, not the block's own.",
+    "fps":
+        "Video frames of a stream's measured blocks / its wall-clock time from the start of the first of "
+        "them to the last chunk in host memory, its prompt switches included where there are some. `fps` is "
+        "that of the stream without switches, where it is 1000 / SS mean but for rounding: one fact under "
+        "two names. `fps_with_switches` is that of the other stream, in which every second block is a "
+        "switch. With asynchronous decoding the clock starts when the chunk before has come.",
+    "playback":
+        "A viewer shows frame i at start + i / FPS. Start-up buffer: the smallest delay after the first "
+        "chunk that never stalls. Stalls: how often a viewer without a buffer has to wait. Deadline miss: a "
+        "chunk comes later than the chunk before it lasts on screen.",
+    "percentile":
+        "Percentiles interpolate linearly between order statistics (numpy's default). p99 is printed from "
+        f"{P99_SAMPLES} samples up; below, the maximum stands for it.",
+    "clocks":
+        "The headline is what a viewer feels: perf_counter, synchronised at block edges, when a block's "
+        "frames have come to host memory; encoding, network and display are not in it. CUDA events give "
+        f"the stages. Where their sum differs from the block interval by more than {CLOCK_THRESHOLD:.0%}, "
+        "the report says so. A stage's span contains the gaps between its kernels: clocks that agree say "
+        "that no time is lost outside the stages, not that the GPU is always busy.",
+    "aa_noise":
+        "The same preset run twice in one campaign: absolute difference / figure of the first run, over "
+        "equally many blocks and switches.",
+    "comparison":
+        "Changes, noise and decisions compare two runs over equally many steady-state blocks and prompt "
+        "switches, the first of each: a stream drifts while the GPU gets warm, and the maximum of more "
+        "samples is larger. Memory is that of the whole runs.",
+    "memory_gb":
+        "Peaks of the CUDA caching allocator in 1e9 bytes: allocated (tensors), reserved (held from the "
+        "driver), over the two measured streams, without loading and compiling; in use: all of the GPU's "
+        "memory that is taken at the end, other processes' too.",
+    "quality":
+        "Closeness to the truth: the baseline in float32 with the same weights, noise and prompts, over a "
+        "stream with a prompt switch after the window is full. Latent error: root mean square of the "
+        "difference of the latents, divided by that of the truth's. Error ratio: that error divided by the "
+        "baseline's own in its own dtype; 1 is as exact as bfloat16, and less is closer to float32. "
+        "Teacher-forced: each block starts from the truth's past, so that errors do not add up over blocks. "
+        "Free-running: the preset's own past, where they do. PSNR, SSIM, LPIPS and ST-LPIPS compare the "
+        "uint8 frames with the truth's, teacher-forced and mean over the frames unless stated otherwise. "
+        "Null rows: the baseline's stream with something taken away (sink, a quarter of the window, the "
+        "recache, the switch) or with another seed, for scale. A preset's gate is a limit on the greater of "
+        "its two error ratios, and must lie below the mildest null row; with weights that magnify the "
+        "baseline's own rounding more than twofold, the teacher-forced ratio counts alone. Results from "
+        "before this protocol compare with the baseline's frames instead, one block at a time.",
+    "energy":
+        "Energy that the GPU's own counter (NVML) gained over the measured part of a stream / its video "
+        "frames, and / its wall-clock time for the mean power. The counter is read several times per second "
+        "by a thread of its own; between two readings it is taken to grow evenly. The whole GPU counts, idle "
+        "power included; CPU, host memory and fans do not. Clock, power and temperature of the figure are "
+        "single readings; NVML's power is an average over up to a second.",
+    "setup_s":
+        "Load, compile and capture seconds, each apart, never part of a latency.",
+}
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100), linear between order statistics at rank q/100 * (n-1)."""
+    ordered = sorted(values)
+    rank = q / 100 * (len(ordered) - 1)
+    low = math.floor(rank)
+    high = math.ceil(rank)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def distribution(values: Sequence[float]) -> dict[str, Any]:
+    """{n, mean, p50, p95, p99 (n/a below 299 samples), max} of at least one value; nothing is trimmed."""
+    n = len(values)
+    p99 = percentile(values, 99) if n >= P99_SAMPLES else na(
+        f"n too small for p99 (n={n} < {P99_SAMPLES})", f"read max, or measure {P99_SAMPLES} samples")
+    return {"n": n, "mean": math.fsum(values) / n, "p50": percentile(values, 50),
+            "p95": percentile(values, 95), "p99": p99, "max": max(values)}
+
+
+def grouped(values: Sequence[float], groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{group: distribution of its values}, one group name per value; {} without groups.
+
+    Raises ValueError if there are groups and not one for each value.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=bool(groups)):
+        found[group].append(value)
+    return {group: distribution(members) for group, members in found.items()}
+
+
+def random_moments_by_group(latencies: Sequence[float], before: Sequence[float], groups: Sequence[str]
+                            ) -> dict[str, dict[str, Any]]:
+    """{group: `at_random_moments` of its switches}, one group name per switch; {} without groups."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for pair, group in zip(zip(latencies, before, strict=True), groups, strict=bool(groups)):
+        found[group].append(pair)
+    return {group: at_random_moments(*zip(*pairs)) for group, pairs in found.items()}
+
+
+def marks(events: Iterable[Event], name: str) -> dict[int, float]:
+    """block -> time of the mark, by block; a block that repeats means two streams in one timeline."""
+    times: dict[int, float] = {}
+    for event in events:
+        if event.name == name and event.block is not None:
+            if event.block in times:
+                raise ValueError(f"two {name!r} marks for block {event.block}: one timeline holds one stream")
+            times[event.block] = event.start_ms
+    return dict(sorted(times.items()))
+
+
+def stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """(stage -> block -> ms, stage -> clock), on the cuda clock where a stage has cuda events."""
+    spans = [event for event in events if event.duration_ms > 0 and event.block is not None]
+    clocks = {event.name: "host" for event in spans} | {e.name: "cuda" for e in spans if e.clock == "cuda"}
+    totals: dict[str, dict[int, float]] = {name: defaultdict(float) for name in clocks}
+    for event in spans:
+        if event.clock == clocks[event.name]:
+            totals[event.name][event.block] += event.duration_ms
+    return totals, clocks
+
+
+def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
+    """block -> chunk_ready[block] - chunk_ready[block - 1], ms, of the measured blocks."""
+    ready = marks(events, CHUNK_READY)
+    intervals = {block: time - ready[block - 1] for block, time in ready.items()
+                 if block >= first_measured_block and block - 1 in ready}
+    if not intervals:
+        raise UserError(f"no block was measured: the stream has {len(ready)} blocks and measuring starts "
+                        f"at block {first_measured_block}; raise measure_blocks or lower warmup_blocks")
+    return intervals
+
+
+def steady_intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
+    """block -> interval of the steady-state blocks: measured, and no switch took effect at them."""
+    switched = marks(events, "switch_request")
+    intervals = _intervals(events, first_measured_block)
+    steady = {block: interval for block, interval in intervals.items() if block not in switched}
+    if not steady:
+        raise UserError(f"all {len(intervals)} measured blocks are switch blocks: lower num_switches or "
+                        "raise measure_blocks")
+    return steady
+
+
+def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frames_per_block: int = 12,
+                    switch_events: Sequence[Event] | None = None, target_ms: float = 40.0) -> dict[str, Any]:
+    """The `latency` section of result.json (shape in `result`, meanings in `DEFINITIONS`).
+
+    `events`: one stream. `first_measured_block`: its first block after warm-up; the caller sees to it that by
+    then the window is full and compilation and capture are over. The interval of block k is chunk_ready[k] -
+    chunk_ready[k - 1] and contains whatever the consumer does between blocks. Measured blocks with a
+    "switch_request" mark count in PS, the others in SS. `switch_events`: a second stream with the same
+    warm-up that gives the PS figures instead, for when the switches would eat up the steady-state samples.
+    `target_ms`: per frame, for `ss_over_target`.
+
+    Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
+    """
+    section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
+    steady = steady_intervals(events, first_measured_block)
+    per_frame = [interval / frames_per_block for interval in steady.values()]
+    ready = marks(events, CHUNK_READY)
+    first = min(ready)
+    begin = min(event.start_ms for event in events if event.block == first)
+    stages, clocks = stage_totals(events)
+    last = events if switch_events is None else switch_events
+    over_target = sum(ms > target_ms for ms in per_frame)
+    return {
+        "ss_ms_per_frame": distribution(per_frame),
+        "ss_block_ms": list(steady.values()),
+        "ss_blocks": list(steady),
+        "ss_over_target": {"target_ms": target_ms, "share": over_target / len(per_frame)},
+        "ss_with_switches": with_switches(last, **section),
+        **_switch_metrics(last, first_measured_block),
+        "first_frame_ms": ready[first] - begin,
+        "stages_ms": {
+            name: distribution([totals.get(block, 0.0) for block in steady]) | {"clock": clocks[name]}
+            for name, totals in stages.items() if steady.keys() & totals.keys()},
+        "clock_disagreement": clock_agreement(events, first_measured_block=first_measured_block),
+    }
+
+
+def with_switches(events: Iterable[Event], *, first_measured_block: int,
+                  frames_per_block: int = 12) -> dict[str, Any]:
+    """{n, mean, max} of the interval per video frame over all measured blocks of a stream."""
+    values = [ms / frames_per_block for ms in _intervals(list(events), first_measured_block).values()]
+    return {"n": len(values), "mean": math.fsum(values) / len(values), "max": max(values)}
+
+
+def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[str, Any]:
+    ready = marks(events, CHUNK_READY)
+    latencies = {block: ready[block] - request for block, request in marks(events, "switch_request").items()
+                 if block >= first_measured_block and block in ready}
+    if not latencies:
+        missing = na("no prompt switch in the measured blocks", "set num_switches to at least 1")
+        return {"ps_ms": {"n": 0} | dict.fromkeys(("mean", "p50", "p99", "max"), missing), "ps_ms_all": [],
+                "ps_random_ms": {"n": 0, "mean": missing, "p95": missing}, "ps_before_ms_all": [],
+                "ps_blocks": [], "ps_breakdown_ms": dict.fromkeys((*STAGES, "other"), missing)}
+    values, started = list(latencies.values()), marks(events, "block_start")
+    before = [started[block] - started[block - 1] for block in latencies]
+    summary = distribution(values)
+    stages, _ = stage_totals(events)
+    parts = {name: math.fsum(stages.get(name, {}).get(block, 0.0) for block in latencies) / len(latencies)
+             for name in STAGES if name in stages or name != COPY}
+    return {"ps_ms": {key: summary[key] for key in ("n", "mean", "p50", "p99", "max")}, "ps_ms_all": values,
+            "ps_random_ms": at_random_moments(values, before), "ps_before_ms_all": before,
+            "ps_blocks": list(latencies),
+            "ps_breakdown_ms": parts | {"other": summary["mean"] - math.fsum(parts.values())}}
+
+
+def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
+    """{n, mean, p95} of the wait for a switch that is requested at a random moment: `latencies` of requests
+    at a block's edge, each after a block that took `before` ms, in which the request comes anywhere.
+    """
+    spans = [(least, least + wait) for least, wait in zip(latencies, before, strict=True)]
+
+    def share(ms: float) -> float:
+        return sum(min(1.0, max(0.0, (ms - low) / (high - low) if high > low else float(ms >= low)))
+                   for low, high in spans) / len(spans)
+
+    # The share grows linearly from one end of a span to the next.
+    ends = sorted(end for span in spans for end in span)
+    above = next(index for index, end in enumerate(ends) if share(end) >= 0.95)
+    low, high = ends[max(0, above - 1)], ends[above]
+    rise = share(high) - share(low)
+    p95 = low + (high - low) * (0.95 - share(low)) / rise if rise > 0 else high
+    return {"n": len(spans), "mean": math.fsum(map(math.fsum, spans)) / 2 / len(spans), "p95": p95}
+
+
+def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
+                    threshold: float = CLOCK_THRESHOLD) -> dict[str, Any]:
+    """Host block interval against the sum of the CUDA spans of `STAGES`, over the steady-state blocks.
+
+    `share` is (host - cuda) / host of the totals: positive for host work and gaps that no stage covers,
+    negative for stages that overlap on several streams. `flag` when |share| exceeds `threshold`; `sentence`
+    is for the report.
+    """
+    steady = steady_intervals(events, first_measured_block)
+    stages, clocks = stage_totals(events)
+    on_cuda = [stages[name] for name in STAGES if clocks.get(name) == "cuda"]
+    if not on_cuda:
+        return {"available": False, "share": None, "threshold": threshold, "flag": None,
+                "sentence": "No CUDA events in this run: every figure is on the host clock."}
+    covered = {block: math.fsum(totals.get(block, 0.0) for totals in on_cuda) for block in steady}
+    host_ms, cuda_ms = math.fsum(steady.values()) / len(steady), math.fsum(covered.values()) / len(steady)
+    share = (host_ms - cuda_ms) / host_ms
+    worst = max(((steady[block] - covered[block]) / steady[block] for block in steady), key=abs)
+    figures = f"host clock {host_ms:.1f} ms per block, CUDA stages {cuda_ms:.1f} ms ({abs(share):.1%} apart)"
+    if abs(share) <= threshold:
+        sentence = f"The clocks agree within {threshold:.0%}: {figures}."
+    else:
+        cause = ("host work and gaps that no stage covers" if share > 0
+                 else "stages that overlap on several streams, so that their sum exceeds the interval")
+        sentence = f"The clocks disagree: {figures}; the reason is {cause}. The host clock is the headline."
+    return {"available": True, "share": share, "threshold": threshold, "flag": abs(share) > threshold,
+            "worst_block_share": worst, "host_block_ms": host_ms, "cuda_block_ms": cuda_ms,
+            "sentence": sentence}
+
+
+def wall_clock_fps(events: Sequence[Event], *, first_measured_block: int,
+                   frames_per_block: int = 12) -> float:
+    """Video frames of the measured blocks of `events` per second of wall clock, switches included."""
+    begin, end = measured_ms(events, first_measured_block)
+    count = len(_intervals(events, first_measured_block))
+    return count * frames_per_block / (end - begin) * 1e3
+
+
+def measured_ms(events: Sequence[Event], first_measured_block: int) -> tuple[float, float]:
+    """When a stream's measured part begins and ends: with the start of its first block, or, where the chunk
+    before is still being decoded then, with that chunk; and with its last chunk.
+    """
+    blocks = _intervals(events, first_measured_block)
+    ready, first = marks(events, CHUNK_READY), min(blocks)
+    started = marks(events, "block_start").get(first, ready[first - 1])
+    return max(started, ready[first - 1]), ready[max(blocks)]
+
+
+def measurements(events: Sequence[Event], *, first_measured_block: int, frames_per_block: int = 12,
+                 switch_events: Sequence[Event] | None = None, playback_fps: float = 25.0,
+                 target_ms: float = 40.0) -> dict[str, Any]:
+    """The sections `sizes`, `latency`, `fps`, `fps_with_switches` and `playback` of result.json.
+
+    Arguments as for `latency_metrics`. Playback is that of the measured blocks of `events`: the block before
+    them starts the show. With `switch_events`, `playback.switch_stream` is the same for that stream.
+    """
+    section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
+    latency = latency_metrics(events, **section, switch_events=switch_events, target_ms=target_ms)
+
+    def shown(stream: Sequence[Event]) -> dict[str, Any]:
+        ready = [time for block, time in marks(stream, CHUNK_READY).items()
+                 if block >= first_measured_block - 1]
+        return playback(ready, [frames_per_block] * len(ready), playback_fps)
+
+    viewed = shown(events)
+    if switch_events is not None:
+        viewed["switch_stream"] = shown(switch_events)
+    blocks, switches = latency["ss_ms_per_frame"]["n"], latency["ps_ms"]["n"]
+    quick = blocks < FULL_BLOCKS or switches < FULL_SWITCHES
+    note = (f"{'quick' if quick else 'full'} run: {blocks} steady-state blocks, {switches} prompt switches "
+            f"(a full run has at least {FULL_BLOCKS} and {FULL_SWITCHES})")
+    return {
+        "sizes": {"blocks_measured": blocks, "warmup_blocks": first_measured_block, "switches": switches,
+                  "frames_per_block": frames_per_block, "quick": quick, "note": note},
+        "latency": latency,
+        "fps": wall_clock_fps(events, **section),
+        "fps_with_switches": wall_clock_fps(switch_events or events, **section) if switches else
+        na("no prompt switch in the measured blocks", "set num_switches to at least 1"),
+        "playback": viewed,
+    }
+
+
+def playback(chunk_ready_ms: Sequence[float], frames_per_chunk: Sequence[int], fps: float) -> dict[str, Any]:
+    """What a viewer sees who shows frame i at start + i / fps, given when each chunk became ready.
+
+    `startup_buffer_ms`: smallest delay of the start after the first chunk's arrival that never stalls. With
+    no delay, playback pauses when the next chunk is not there and resumes on its arrival:
+    `stalls_at_zero_buffer` pauses, `stall_ms_at_zero_buffer` in total (which equals the start-up buffer: one
+    waits at once or in pieces). `deadline_miss_share`: share of the chunks after the first that come later
+    than the chunk before them lasts on screen. `sustained`: production keeps up with `fps`; if it does not,
+    the buffer grows with the stream's length.
+
+    Raises UserError for fps <= 0, unequal lengths, empty chunks or decreasing times.
+    """
+    steps = list(zip(chunk_ready_ms, chunk_ready_ms[1:], frames_per_chunk, strict=False))
+    if fps <= 0:
+        raise UserError(f"playback_fps: {fps} must be greater than 0.")
+    if len(chunk_ready_ms) != len(frames_per_chunk) or not frames_per_chunk or min(frames_per_chunk) < 1 \
+            or any(ready < before for before, ready, _ in steps):
+        raise UserError(f"playback: {len(chunk_ready_ms)} times for {len(frames_per_chunk)} chunks; give one "
+                        "time per chunk, in order, and at least one frame in each.")
+    # When a chunk is to start on screen: without any pause, and with the pauses so far.
+    due = clock = chunk_ready_ms[0]
+    buffer_ms = stall_ms = 0.0
+    stalls = misses = 0
+    for before, ready, frames in steps:
+        lasts_ms = frames * 1e3 / fps
+        misses += ready - before > lasts_ms
+        due += lasts_ms
+        buffer_ms = max(buffer_ms, ready - due)
+        clock += lasts_ms
+        if ready > clock:
+            stalls += 1
+            stall_ms += ready - clock
+            clock = ready
+    produced_ms = chunk_ready_ms[-1] - chunk_ready_ms[0]
+    sustained = produced_ms <= sum(frames_per_chunk[1:]) * 1e3 / fps
+    return {"fps": fps, "startup_buffer_ms": buffer_ms, "stalls_at_zero_buffer": stalls,
+            "stall_ms_at_zero_buffer": stall_ms, "deadline_ms": max(frames_per_chunk) * 1e3 / fps,
+            "deadline_miss_share": misses / len(steps) if steps else 0.0, "sustained": sustained,
+            "chunks": len(chunk_ready_ms), "frames": sum(frames_per_chunk),
+            "note": "" if sustained else f"slower than {fps:g} FPS: a longer stream needs a larger buffer"}

@@ -1,0 +1,202 @@
+"""Measuring a pipeline: a rehearsal, then two streams whose events every latency is derived from.
+
+Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
+switch at every second block. Every second switch asks for a prompt that was never seen before.
+
+A chunk is ready when its frames lie in page-locked host memory, from where they can be shown or sent.
+
+Python's garbage is collected before each of the two: loading and compiling leave many objects, and the first
+look through them would else fall into a block somewhere. What a stream itself makes necessary is measured
+with it and recorded: garbage collections, and how often the GPU's allocator had to ask the driver. So are the
+GPU's clock, power and energy (`telemetry`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import time
+from typing import Any, Iterator
+
+import torch
+
+from ..config import REHEARSED_BLOCKS, ExperimentConfig
+from ..kernels.torch_internals import compile_seconds, compiled_graphs
+from ..models.specs import VAE_TEMPORAL_STRIDE
+from ..optimizations.prompt_cache import CachedPrompts
+from ..prompts import Script
+from ..streaming.pipeline import Pipeline
+from ..streaming.session import Chunk, StreamingSession
+from ..streaming.timeline import GARBAGE, Event, Timeline
+from . import environment, metrics
+from .telemetry import Samples, Telemetry
+
+PROGRESS_SECONDS = 10.0
+SWITCH_EVERY = 2
+
+
+class Measurement:
+    """Measures one pipeline with a session of its own, which may be used afterwards. Shows what it does by
+    `print`.
+    """
+
+    def __init__(self, pipeline: Pipeline, script: Script):
+        """Args: script: its prompts, in turn, are what the streams ask for."""
+        self.pipeline = pipeline
+        self.config = pipeline.config
+        self.timeline = Timeline(pipeline.device)
+        self.session = StreamingSession(pipeline, timeline=self.timeline)
+        self._telemetry = Telemetry(pipeline.device)
+        self._prompts = script.prompts
+        self._variations = itertools.count(1)
+
+    def rehearse(self) -> None:
+        """One short stream through everything that the measured ones will do, timed as set-up: compilation
+        and capture happen here.
+        """
+        started, built_before = time.perf_counter(), self._building_seconds()
+        self._start_over()
+        blocks = self.config.warmup_blocks + REHEARSED_BLOCKS
+        warmup = self.config.warmup_blocks
+        setup = self.pipeline.setup_s
+        with self._frames_to_host():
+            chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
+            next(chunks)
+            setup["first_block"] = time.perf_counter() - started
+            for _ in chunks:
+                pass
+        setup["rehearsal"] = time.perf_counter() - started
+        setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
+        print(
+            f"rehearsal of {blocks} blocks: {setup['rehearsal']:.1f} s, of it compiling "
+            f"{setup['compile']:.1f} s, capturing {setup['capture']:.1f} s"
+        )
+
+    def run(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Measure, after `rehearse`.
+
+        Returns:
+            The sections of result.json that come from the streams; and of its environment, what ran beside
+            them (`environment.company_of`) and the clocks before and after them.
+        """
+        device, config = self.pipeline.device, self.config
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        clocks_before, built_before = environment.clocks(device), self._built()
+        cpu_before, asked_driver = environment.cpu_seconds(), environment.allocator_counts(device)
+        steady, gpu_steady = self._record(config.warmup_blocks + config.measure_blocks, [])
+        asked_before = len(self._prompt_outcomes())
+        switched, gpu_switched = self._record(
+            config.warmup_blocks + SWITCH_EVERY * config.num_switches, switch_blocks(config)
+        )
+        company = environment.company_of(device, cpu_before, environment.cpu_seconds())
+        pauses = [event.duration_ms for event in (*steady, *switched) if event.name == GARBAGE]
+        interruptions = {"garbage_collections": len(pauses), "garbage_ms_max": max(pauses, default=0.0)}
+        interruptions |= {kind: count - asked_driver[kind]
+                          for kind, count in environment.allocator_counts(device).items()}
+        measured = metrics.measurements(
+            steady,
+            first_measured_block=config.warmup_blocks,
+            frames_per_block=config.block_frames * VAE_TEMPORAL_STRIDE,
+            switch_events=switched if config.num_switches else None,
+            playback_fps=config.playback_fps,
+            target_ms=config.target_ms_per_frame,
+        )
+        # The first request of the stream is no switch.
+        outcomes = self._prompt_outcomes()[asked_before + 1:]
+        latency = measured["latency"]
+        latency["ps_by_prompt"] = metrics.grouped(latency["ps_ms_all"], outcomes)
+        latency["ps_random_by_prompt"] = metrics.random_moments_by_group(
+            latency["ps_ms_all"], latency["ps_before_ms_all"], outcomes)
+        measured |= {
+            "events": [event.to_row() for event in steady],
+            "switch_events": [event.to_row() for event in switched],
+            "built_while_measured": {
+                kind: count - built_before[kind] for kind, count in self._built().items()
+            },
+            "interruptions": interruptions,
+            "frames_on": "host",
+            "gpu_samples": gpu_steady.section() | (
+                {} if self._telemetry.missing else {"switch_stream": gpu_switched.section()}),
+            "energy": self._energy(steady, gpu_steady) | (
+                {"switch_stream": self._energy(switched, gpu_switched)} if config.num_switches else {}),
+            "memory_gb": environment.memory_gb(device, self.session.cache.nbytes),
+        }
+        clocks = {"clocks_before": clocks_before, "clocks_after": environment.clocks(device)}
+        return measured, company, clocks
+
+    def _record(self, blocks: int, switches: list[int]) -> tuple[list[Event], Samples]:
+        """The events of a stream's first `blocks` blocks, and what the GPU did meanwhile. Where decoding
+        overlaps the next block, a stream has one more: nothing competes with the decoding of its last, which
+        is no steady state.
+        """
+        gc.collect()
+        self._start_over()
+        with (self._frames_to_host(), self.timeline.garbage(),
+              self._telemetry.recording(self.timeline.now_ms) as samples):
+            for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
+                pass
+        events = self.timeline.resolve()
+        return [event for event in events if event.block is None or event.block < blocks], samples
+
+    def _energy(self, events: list[Event], samples: Samples) -> dict[str, Any]:
+        """The section `energy` of one stream."""
+        first = self.config.warmup_blocks
+        counted = sum(block >= first for block in metrics.marks(events, metrics.CHUNK_READY))
+        frames = counted * self.config.block_frames * VAE_TEMPORAL_STRIDE
+        return samples.energy(*metrics.measured_ms(events, first), frames)
+
+    @contextlib.contextmanager
+    def _frames_to_host(self) -> Iterator[None]:
+        """Let chunks come in host memory. Not beyond the measured streams: that memory is used again, and
+        what else uses the session may keep its chunks.
+        """
+        self.session.host_frames = True
+        try:
+            yield
+        finally:
+            self.session.host_frames = False
+
+    def _start_over(self) -> None:
+        self.session.reset()
+        self.timeline.clear()
+
+    def _stream_with_switches(self, blocks: int, switches: list[int]) -> Iterator[Chunk]:
+        prompts, pending, last_shown = self._prompts, list(switches), time.perf_counter()
+        for chunk in self.session.stream(prompts[0], blocks):
+            yield chunk
+            if pending and self.session.next_block >= pending[0]:
+                number = len(switches) - len(pending) + 1
+                pending.pop(0)
+                prompt = prompts[number % len(prompts)]
+                if number % 2 == 0:
+                    prompt = f"{prompt} (variation {next(self._variations)})"
+                self.session.switch_prompt(prompt)
+            if time.perf_counter() - last_shown > PROGRESS_SECONDS:
+                last_shown = time.perf_counter()
+                print(f"block {chunk.block + 1} of {blocks}", flush=True)
+
+    def _stats(self) -> list[dict[str, Any]]:
+        reports = [room["report"] for room in self.pipeline.rooms]
+        return [report["stats"].summary() for report in reports if "stats" in report]
+
+    def _built(self) -> dict[str, int]:
+        """How many CUDA graphs were captured and how many regions compiled so far."""
+        return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
+                "compiled": compiled_graphs()}
+
+    def _building_seconds(self) -> dict[str, float]:
+        """What compilation and capture have taken so far; other experiments of this process included."""
+        return {"compile": compile_seconds(),
+                "capture": sum(stats.get("capture_s", 0.0) for stats in self._stats())}
+
+    def _prompt_outcomes(self) -> list[str]:
+        """What the prompt cache made of every request so far; empty without one."""
+        encode = self.pipeline.encode_prompt
+        return list(encode.stats.outcomes) if isinstance(encode, CachedPrompts) else []
+
+
+def switch_blocks(config: ExperimentConfig) -> list[int]:
+    """Blocks of the switch stream at which the prompt switches: every second one after warm-up."""
+    return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]

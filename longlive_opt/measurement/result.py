@@ -1,0 +1,309 @@
+"""result.json: one measured run of one preset, schema version 1. Plain JSON, written last and atomically.
+
+Conventions: a unit ends the name (`_ms`, `_s`, `_gb` = 1e9 bytes, `_db`); a frame is a video frame; NaN and
+infinity never occur. METRIC below means a number, or `{"value": null, "reason": str, "how_to_fix": str}` from
+`na()`.
+
+    schema_version  1                       status      "ok" (nothing else is ever written)
+    campaign, preset, title, hypothesis     strings     run         1; 2 for the A/A repeat of the preset
+    parameters      {flat preset}           created_utc "2026-01-31T12:00:00Z"
+    script          {prompts [str], switch_frames [int]}: the video's prompts as they were used, also those of
+                    a prompts_file, and the latent frame at which each but the first takes over; not in old
+                    results (see `decision.script_of_result`)
+    environment     see `environment.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
+                    attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
+                    other_cpu_cores (see `environment.company_of`; not in old results, whose co_scheduled says
+                    nothing), packages {}, env_vars {}, clocks_before {}, clocks_after {}; null where unknown:
+                    why is in `reasons` {field: reason}
+    model           {name, parameters: int, ...}
+    weights         {kind: "random" | "official" | ..., seed?, files?, sha256?}
+    tokenizer       string or null          seed        int
+    sizes           {blocks_measured (SS samples), warmup_blocks, switches, frames_per_block, quick, note}
+    latency         ss_ms_per_frame    {n, mean, p50, p95, p99: METRIC, max}
+                    ss_block_ms        [interval of each SS block]; ss_blocks [its index]
+                    ss_over_target     {target_ms, share of SS blocks above it}
+                    ss_with_switches   {n, mean, max} per frame, switch blocks included
+                    ps_ms              {n, mean, p50, p99, max}, each but n a METRIC
+                    ps_ms_all          [one per switch]; ps_blocks [its block]; ps_before_ms_all, optional,
+                                       [interval of the block before it]
+                    ps_random_ms       optional {n, mean, p95: METRIC}: derived, for a request at any moment
+                    ps_by_prompt       {"hit" | "disk" | "miss": {n, mean, p50, p95, p99: METRIC, max}}, by
+                                       what the prompt cache made of the request; {} without one;
+                                       ps_random_by_prompt, optional, the same of ps_random_ms
+                    ps_breakdown_ms    {text_encode, recache, denoise, decode, other: METRIC}, mean per
+                                       switch; copy_to_host too where frames are copied
+                    first_frame_ms     METRIC
+                    stages_ms          {stage: {n, mean, p50, p95, p99: METRIC, max, clock: "cuda" | "host"}}
+                    clock_disagreement {available: bool, share, threshold, flag: bool or null, sentence, ...}
+    frames_on       optional: "host" where a chunk is ready with its frames in page-locked host memory;
+                    in results without it, when they are complete on the device
+    fps             number, of the steady stream; fps_with_switches, optional METRIC, of the switch stream
+    playback        {fps, startup_buffer_ms, stalls_at_zero_buffer, stall_ms_at_zero_buffer, deadline_ms,
+                    deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
+                    switch_stream, optional, {the same of a separate switch stream}
+    memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC}
+    built_while_measured {captured, compiled}, optional: CUDA graphs and regions built inside the measured
+                    streams; 0 if all was rehearsed
+    interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of
+                    1 ms and more; on a GPU driver_allocations, driver_frees, allocator_retries}
+    gpu_samples     optional, of the steady stream, warm-up included: {period_s, t_s [] since it began,
+                    sm_mhz [], power_w [], temperature_c [], throttled {reason: share of the readings},
+                    switch_stream {the same}}, null for what the GPU does not tell; METRIC as a whole (n/a)
+                    where nothing was read
+    energy          optional, of the measured part of the steady stream: {joules_per_frame, mean_power_w,
+                    joules: METRIC, seconds, frames, switch_stream, optional, {the same}}
+    setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
+    quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
+                    frames_total, psnr_db, ssim, ms_ssim, lpips, st_lpips, clip_delta, ...}: teacher-forced
+                    frames against those of the truth; psnr_db to st_lpips are n/a or {mean, min, max,
+                    per_frame [], worst_frame}; clip_delta is n/a or {mean, ...}. identical: the free-running
+                    latents and frames are the bits of the baseline. With protocol 2 (`fidelity`) also
+                    {protocol: 2, script {prompts [], blocks, switch_block: int or null},
+                    latent_error, error_ratio: n/a or {all, last, worst, worst_block, by_block []},
+                    psnr_by_block [], worst_ratio: METRIC, the greater `all` of the two error ratios or, where
+                    free_running_counts is false, the teacher-forced one,
+                    free_running {psnr_db, ssim, lpips, identical, latent_error, error_ratio, psnr_by_block,
+                    ...}}, and of the campaign's first baseline nulls [{name, title, first_block,
+                    free_running {...}, latent_error, error_ratio, worst_ratio: METRIC}]; a null that this
+                    baseline cannot have is {name, title, latent_error: n/a}. Without a protocol, or with one
+                    in words, the figures are against the baseline's own frames, and identical frames have
+                    null for all of psnr_db
+    rooms           [{name, applied: bool, report {}}]
+    events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
+                    switch_events, optional, the same of a separate stream that gave the PS figures
+    decision        {keep: bool or null, rule, rationale, gate {}, provisional: true}: what could be said when
+                    the run ended. The verdict of the whole campaign, which alone counts, is in the campaign's
+                    decisions.json (see `report.decisions`)
+    world           optional: whether the video shows its prompts, if they are of the small world; METRIC as a
+                    whole (n/a) if they are not, else {label, adherence_before, adherence_after, delay_blocks,
+                    permanence: METRIC, drift, switches, never: int, wrong [str], not_judged [str], segments
+                    [{}]}; `adherence.judge` says what each means
+    variations      optional, the preset with one key changed at a time: [{changed {key: value}, latency
+                    {ss_ms_per_frame, ps_ms, stages_ms}, fps, memory_gb, sizes, quality {psnr_db, ...},
+                    setup_s}]; one that could not run is {changed, failure: METRIC}
+
+The meanings of the latency figures are in `metrics.DEFINITIONS`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import atomic_path, whole_text
+
+SCHEMA_VERSION = 1
+REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, beside the baseline's result.json
+
+# Kind (see _KINDS) -> dotted paths of the fields that must be there, or may be missing (those with a question
+# mark); others are allowed.
+_SCHEMA = {
+    "int": "seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
+           "latency.ss_ms_per_frame.n latency.ps_ms.n",
+    "str": "campaign preset title hypothesis created_utc model.name weights.kind decision.rule "
+           "decision.rationale latency.clock_disagreement.sentence",
+    "str?": "frames_on? tokenizer environment.gpu environment.torch environment.git_commit",
+    "bool": "sizes.quick latency.clock_disagreement.available",
+    "bool?": "decision.keep environment.git_dirty quality.identical environment.co_scheduled?",
+    "number?": "environment.other_cpu_cores?",
+    "number": "fps playback.fps latency.ss_ms_per_frame.mean latency.ss_ms_per_frame.p50 "
+              "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max "
+              "latency.ss_over_target.target_ms",
+    "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
+              "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
+              "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
+              "memory_gb.kv_cache fps_with_switches? latency.ps_random_ms.mean? latency.ps_random_ms.p95? "
+              "energy.joules_per_frame? energy.mean_power_w?",
+    "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks "
+               "latency.ps_before_ms_all?",
+    "list": "rooms events quality.flags script.prompts? script.switch_frames?",
+    "dict": "parameters script? environment.packages environment.env_vars latency.ps_breakdown_ms "
+            "latency.stages_ms setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips "
+            "quality.clip_delta",
+}
+
+_MISSING = object()
+
+
+def run_label(preset: str, run: int) -> str:
+    """The name of a run's folder within its campaign: the preset, or baseline.repeat2 for a repetition."""
+    return preset if run == 1 else f"{preset}.repeat{run}"
+
+
+def na(reason: str, how_to_fix: str) -> dict[str, Any]:
+    """A metric that could not be measured: why, and what the reader can do about it (both non-empty)."""
+    if not reason or not how_to_fix:
+        raise ValueError("na() needs a reason and a remedy")
+    return {"value": None, "reason": reason, "how_to_fix": how_to_fix}
+
+
+def is_na(metric: Any) -> bool:
+    """True for a value made by `na()`."""
+    return isinstance(metric, dict) and "reason" in metric and metric.get("value", 0) is None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_KINDS = {
+    "str": ("a string", lambda v: isinstance(v, str)),
+    "str?": ("a string or null", lambda v: v is None or isinstance(v, str)),
+    "int": ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "bool?": ("true, false or null", lambda v: v is None or isinstance(v, bool)),
+    "number": ("a number", _is_number),
+    "number?": ("a number or null", lambda v: v is None or _is_number(v)),
+    "metric": ("a number, or null with a reason", lambda v: _is_number(v) or is_na(v)),
+    "numbers": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))),
+    "list": ("a list", lambda v: isinstance(v, list)),
+    "dict": ("an object", lambda v: isinstance(v, dict)),
+}
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON cannot hold, naming its place: a NaN must not surface first in a plot."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}: results hold finite numbers only, store results.na(...)")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{where} has the key {key!r} of type {type(key).__name__}: keys are strings")
+            whole_text(key, f"{where}, a key")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif isinstance(value, str):
+        whole_text(value, where)
+    elif value is not None and type(value) not in (int, float, bool):
+        raise UserError(f"{where} is a {type(value).__name__}: make it a plain number, string, list or dict")
+
+
+def validate(result: Any, source: str = "result") -> dict[str, Any]:
+    """Return `result` if it follows the schema; else raise UserError: `source`, field, remedy."""
+    if not isinstance(result, dict):
+        raise UserError(f"{source}: is a {type(result).__name__}, not an object; run the preset again")
+    version = result.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        remedy = "update this package" if newer else "run the preset again"
+        raise UserError(f"{source}: schema_version is {version!r}, expected {SCHEMA_VERSION}; {remedy}")
+    if result.get("status") != "ok":
+        raise UserError(f"{source}: status is {result.get('status')!r}, not 'ok'; run the preset again")
+    for kind, paths in _SCHEMA.items():
+        words, accepts = _KINDS[kind]
+        for path in paths.split():
+            optional, path = path.endswith("?"), path.removesuffix("?")
+            value: Any = result
+            for key in path.split("."):
+                value = value.get(key, _MISSING) if isinstance(value, dict) else _MISSING
+            if value is _MISSING and not optional:
+                raise UserError(f"{source}: the field {path} is missing; run the preset again")
+            if value is not _MISSING and not accepts(value):
+                raise UserError(f"{source}: {path} is {_short(value)}, not {words}; run the preset again")
+    _check_json(result, f"{source}: $")
+    return result
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Validate and write `result` as JSON, atomically: readers see the old file or the complete new one.
+
+    One line per top-level key, so that a diff of two runs stays readable. Raises UserError (invalid, disk
+    full).
+    """
+    validate(result, str(path))
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+             for key, value in result.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read and validate one result.json; raises UserError naming the file, the field and the remedy."""
+    path = Path(path)
+
+    def refuse(token: str) -> None:
+        raise UserError(f"{path}: contains {token}, which is not JSON; run the preset again")
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; run the preset first") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON, probably truncated ({error}); delete it and run the preset "
+                        "again") from error
+    return validate(result, str(path))
+
+
+def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
+    """Read `folder/*/result.json`: (valid results, baseline first, then by folder name; problems as (path,
+    reason)).
+
+    One bad file never hides the others. A preset folder that holds an executed notebook but no result is a
+    problem too: that run did not finish. Raises UserError only when `folder` itself is not a folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"campaign folder {folder} does not exist; run the campaign first, or check its name")
+    results: list[dict[str, Any]] = []
+    problems: list[tuple[Path, str]] = []
+    for preset_folder in sorted(item for item in folder.iterdir() if item.is_dir()):
+        path = preset_folder / "result.json"
+        if path.exists():
+            try:
+                results.append(read_result(path))
+            except UserError as error:
+                problems.append((path, str(error)))
+        elif (preset_folder / "notebook.ipynb").exists() and "summary" not in preset_folder.name:
+            problems.append((path, f"{path}: missing although the notebook was executed, so the run did not "
+                                   "finish; read the end of the notebook and run the preset again"))
+    results.sort(key=lambda result: (result["preset"] != "baseline", result.get("run", 1)))
+    return results, problems
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with tuples as lists, so that it equals what is read back."""
+    if isinstance(value, Mapping):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    """True for a number that can be drawn or compared: no NaN, no infinity, no bool."""
+    return _is_number(value) and math.isfinite(value)
+
+
+def lookup(result: Any, path: str) -> Any:
+    """The value at a dotted path, None where any part of the path is missing."""
+    for key in path.split("."):
+        result = result.get(key) if isinstance(result, Mapping) else None
+    return result
+
+
+def number(result: Mapping[str, Any], path: str) -> float | None:
+    """The finite number at a dotted path; None where it is missing, n/a or something else."""
+    value = lookup(result, path)
+    return float(value) if is_finite(value) else None
+
+
+def numbers(result: Mapping[str, Any], path: str) -> list[float]:
+    """The finite numbers of the list at a dotted path; empty where it is missing."""
+    values = lookup(result, path)
+    return [float(value) for value in values if is_finite(value)] if isinstance(values, list) else []
+
+
+def block_ms(result: Mapping[str, Any]) -> float | None:
+    """Mean steady-state block interval; None where it is missing."""
+    mean, frames = number(result, "latency.ss_ms_per_frame.mean"), number(result, "sizes.frames_per_block")
+    return None if mean is None or frames is None else mean * frames

@@ -1,0 +1,227 @@
+"""Which files a weights folder holds, and what their first bytes tell. Needs no torch, so that a command line
+can refuse a folder at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable
+
+from ..errors import UserError
+from ..files import atomic_path, file_sha256, project_path
+from .specs import FETCH_COMMAND, WAN_FOLDER, ModelConfig
+
+TINY_WEIGHTS = "weights/tiny"
+LAYOUT = {"dit": "longlive_base.pt", "lora": "lora.pt", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
+          "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
+          "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
+DIGESTS_FILE = "outputs/.sha256.json"
+"""SHA-256 of the large files that were read once, from the project's folder: {path: [identity, digest]}."""
+KEPT_FROM_BYTES = 2**28  # smaller files are read in less than a second
+# Our own layout, a plain copy of the hub's repositories, and the folders that LongLive's README asks for.
+FOLDERS = ("", "models", "longlive_models/models", "wan_models")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of one weights folder; without `root` the weights are random."""
+
+    root: Path | None = None
+    dit: Path | None = None
+    lora: Path | None = None
+    vae: Path | None = None
+    text: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """`random`, or `files`: their layout is the official one, only their SHA-256 can tell if they are."""
+        return "random" if self.root is None else "files"
+
+    def sha256(self, parts: Iterable[str] = tuple(LAYOUT)) -> dict[str, str]:
+        """SHA-256 of the files of `parts`. A file is read once, about a second per GB, and again when its
+        size, times or inode have changed.
+        """
+        paths = {part: getattr(self, part) for part in parts}
+        return {part: known_sha256(path) for part, path in paths.items() if path and path.is_file()}
+
+
+def known_sha256(path: Path) -> str:
+    """SHA-256 of a file, read only if it was not read before as it is now; that of a large one is kept in
+    `DIGESTS_FILE`. Where nothing can be kept, it is read again.
+    """
+    path = path.resolve()
+    identity = _identity(path)
+    if identity[0] < KEPT_FROM_BYTES:
+        return _read_sha256(path, identity)
+    store, kept = project_path(DIGESTS_FILE), {}
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(store.read_text(encoding="utf-8"))
+    kept = kept if isinstance(kept, dict) else {}
+    if (known := kept.get(str(path))) and known[0] == list(identity):
+        return known[1]
+    digest = _read_sha256(path, identity)
+    if identity == _identity(path):  # nobody wrote to it meanwhile
+        with contextlib.suppress(UserError, ValueError), atomic_path(store) as temporary:
+            temporary.write_text(json.dumps({**kept, str(path): [identity, digest]}), encoding="utf-8")
+    return digest
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """What changes when a file is written, moved into place or replaced: size, both times, inode."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+@functools.lru_cache(maxsize=64)
+def _read_sha256(path: Path, identity: tuple[int, int, int, int]) -> str:
+    return file_sha256(path)
+
+
+def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -> WeightFiles:
+    """Find the files for `weights`: "random", or a folder that `longlive_opt.fetch` or LongLive filled.
+
+    A relative folder is seen from the project's. Where a `.safetensors` file stands beside the torch file of
+    the same stem, it is the one taken.
+
+    Raises:
+        UserError: no such folder, one inside the folder that is meant, or a part is missing; names every
+            missing file and the command to get it.
+    """
+    if str(weights) == "random":
+        return WeightFiles()
+    root = project_path(Path(weights).expanduser())
+    parts = tuple(parts)
+    outer = _outer(root, parts)
+    if outer:
+        raise UserError(f"weights: {str(weights)!r} lies inside the weights folder; name its parent, "
+                        f"{outer}.")
+    if not root.is_dir():
+        raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; name one, or "
+                        f"{remedy(root)} first.")
+    found = {part: _find(root, LAYOUT[part]) for part in parts}
+    names = [Path(LAYOUT[part]) for part, path in found.items() if path is None]
+    if names:
+        if is_tiny(root) or _is_safetensors(root):
+            names = [name.with_suffix(".safetensors") if name.suffix else name for name in names]
+        raise UserError(f"weights: {root} lacks {', '.join(map(str, names))}; {remedy(root, root)}.")
+    return WeightFiles(root, **found)
+
+
+def check_weights(weights: str | Path, model: ModelConfig) -> WeightFiles:
+    """The files of `weights`: there, whole and of `model`, as far as their headers can tell.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    files = resolve_weights(weights)
+    if files.root is None:
+        return files
+    for path in (files.dit, files.lora, files.vae, files.text, files.tokenizer / "tokenizer.json"):
+        check_start(path)
+    expected = model.dit.dim
+    # Of a torch file only torch can tell the shapes.
+    header = safetensors_header(files.dit) if files.dit.suffix == ".safetensors" else {}
+    dims = [tensor["shape"][0] for name, tensor in header.items()
+            if name.endswith("patch_embedding.weight") and tensor.get("shape")]
+    if dims and dims[0] != expected:
+        raise UserError(f"weights: {str(weights)!r} holds a transformer of {dims[0]} channels, and model: "
+                        f"{model.name!r} has {expected}; use {TINY_WEIGHTS} with tiny, the official files "
+                        "with longlive-1.3b, or random with either.")
+    return files
+
+
+def check_start(path: Path) -> None:
+    """Refuse what a look at the size and the first bytes of a weights file can tell.
+
+    Raises:
+        UserError: naming the file, what is wrong with it and the remedy.
+    """
+    problem = _problem(path)
+    if problem:
+        raise UserError(f"weights: {path} {problem}; {remedy(path)}.")
+
+
+def _problem(path: Path) -> str | None:
+    if path.is_dir():
+        return "is a folder where a file is needed"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not start:
+        return "is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, no weights (see 'git lfs pull')"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, no weights"
+    if path.suffix == ".safetensors":
+        return None if safetensors_header(path) else "is damaged, cut short or no safetensors file"
+    if start.startswith(b"PK\x03\x04"):
+        return None if zipfile.is_zipfile(path) else "is cut short"
+    return None if start.startswith(b"\x80") or path.suffix == ".json" else "is not a torch file"
+
+
+def safetensors_header(path: Path) -> dict[str, Any] | None:
+    """`shape` and `data_offsets` of every tensor by name, or None where the file is not whole: 8 bytes tell
+    the length of this JSON, and the tensors fill the file to its end.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        rest = path.stat().st_size - 8 - length
+        try:
+            header = json.loads(file.read(length) if rest >= 0 else b"")
+            header.pop("__metadata__", None)
+            end = max(tensor["data_offsets"][1] for tensor in header.values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+    return header if end == rest else None
+
+
+def is_tiny(path: Path) -> bool:
+    """Whether `path` is, or lies in, the folder of weights that comes with the project."""
+    return project_path(TINY_WEIGHTS) in (path, *path.parents)
+
+
+def remedy(path: Path, folder: Path | str = "DIR") -> str:
+    """What to do where `path`, a weights folder (`folder`, if it is known) or a file in one, is missing or
+    damaged. Fetching brings the official model in torch files, which are not taken where there is a
+    safetensors file, and do not fit beside those of a small model.
+    """
+    if is_tiny(path):
+        return f"run 'git checkout {TINY_WEIGHTS}'"
+    around = (path, *path.parents[:len(Path(LAYOUT["tokenizer"]).parts) + 1])
+    if path.suffix == ".safetensors" or any(map(_is_safetensors, around)):
+        return f"copy it again from where it came, such as {TINY_WEIGHTS}"
+    return f"run '{FETCH_COMMAND} {folder}'"
+
+
+def _is_safetensors(root: Path) -> bool:
+    """Whether the weights in `root` are safetensors files only: a training's, or a copy of one's."""
+    found = [_find(root, name) for name in LAYOUT.values() if Path(name).suffix]
+    return {path.suffix for path in found if path} == {".safetensors"}
+
+
+def _outer(root: Path, parts: tuple[str, ...]) -> Path | None:
+    """The folder around `root` that holds more of `parts` than `root` does, if there is one."""
+    held = {folder: sum(_find(folder, LAYOUT[part]) is not None for part in parts)
+            for folder in (root, *root.parents)}
+    most = max(held, key=lambda folder: held[folder])
+    return None if most == root else most
+
+
+def _find(root: Path, name: str) -> Path | None:
+    for folder in FOLDERS:
+        path = root / folder / name
+        for candidate in (path.with_suffix(".safetensors"), path):
+            if candidate.exists():
+                return candidate
+    return None

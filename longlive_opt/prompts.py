@@ -1,0 +1,148 @@
+"""What a run is given: a notebook's parameters, and prompt files in the formats of LongLive, a text file with
+one prompt a line, or JSONL with a list of prompts a line that follow one another in one video.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+from .config import ExperimentConfig, check_switches, check_switches_fit
+from .errors import UserError
+from .files import check_texts, project_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Script:
+    """One video: its prompts in order, and the latent frame at which each but the first takes over."""
+
+    prompts: tuple[str, ...]
+    switch_frames: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Plain JSON-ready values: the `script` section of a result."""
+        return {"prompts": list(self.prompts), "switch_frames": list(self.switch_frames)}
+
+
+def read_scripts(
+    path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None
+) -> list[Script]:
+    """Read `*.txt` (one prompt a line, each its own video) or `*.jsonl` ({"prompts": [...]} a line, one video
+    each).
+
+    A line of JSONL may carry its own `switch_frame_indices`; otherwise the argument holds for all lines, as a
+    number, a list or LongLive's comma-separated text.
+
+    Raises:
+        UserError: naming the file, the line, the value and the remedy.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(
+            f"prompts_file: cannot read {path}: {error.strerror or error}; name an existing .txt or .jsonl "
+            "file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts_file: {path} is not UTF-8 text; save it as UTF-8.") from error
+    numbered = [(f"{path} line {i}", line.rstrip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"prompts_file: {path} holds no prompt; write one prompt a line.")
+    if path.suffix == ".jsonl":
+        shared = parse_switch_frames(switch_frame_indices, "switch_frame_indices")
+        scripts = [_script(where, line, shared) for where, line in numbered]
+        counts = {len(script.prompts) for script in scripts}
+        if len(counts) > 1:
+            raise UserError(
+                f"prompts_file: the lines of {path} hold {sorted(counts)} prompts; every line needs the same "
+                "number."
+            )
+        return scripts
+    if switch_frame_indices is not None:
+        raise UserError(
+            f"switch_frame_indices: {path} has one prompt a video; use a .jsonl file to switch prompts."
+        )
+    if path.suffix != ".txt":
+        raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
+    return [Script((line,)) for _, line in numbered]
+
+
+def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> tuple[int, ...] | None:
+    """A number, a comma-separated text or a list of latent frames as a tuple; None stays None.
+
+    Raises:
+        UserError: anything else.
+    """
+    if value is None:
+        return None
+    parts: Sequence[Any] = (
+        value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    )
+    try:
+        if any(isinstance(part, (bool, float)) for part in parts):
+            raise ValueError
+        return tuple(int(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: {value!r} is no list of latent frames; write for example 40,80,120."
+        ) from error
+
+
+def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(
+            f'prompts_file: {where} is not JSON ({error}); write {{"prompts": ["..."]}}.'
+        ) from error
+    entry = check_texts(entry, f"prompts_file: {where}")
+    prompts = entry.get("prompts") if isinstance(entry, dict) else None
+    if (
+        not isinstance(prompts, list)
+        or not prompts
+        or not all(isinstance(p, str) and p.strip() for p in prompts)
+    ):
+        raise UserError(
+            f'prompts_file: {where} has no list \'prompts\' of non-empty texts; write {{"prompts": ["..."]}}.'
+        )
+    own = parse_switch_frames(entry.get("switch_frame_indices"), f"{where}, switch_frame_indices")
+    switches = own if own is not None else shared
+    if switches is None:
+        if len(prompts) > 1:
+            raise UserError(
+                f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; give "
+                f"{len(prompts) - 1} latent frames in the preset or on the line."
+            )
+        switches = ()
+    check_switches(switches, len(prompts), f"{where}, switch_frame_indices")
+    return Script(tuple(prompts), switches)
+
+
+def script_of(config: ExperimentConfig) -> Script:
+    """The prompts of a preset and when they take over in its video: as given, or spread evenly.
+
+    Raises:
+        UserError: a prompt file that cannot be read, or switches that do not fit.
+    """
+    if config.prompts_file is not None:
+        script, *others = read_scripts(project_path(config.prompts_file), config.switch_frame_indices)
+        if others:
+            logger.warning("prompts_file: %d videos; this run uses the first", len(others) + 1)
+        check_switches_fit(script.switch_frames, config.video_blocks, config.block_frames)
+        return script
+    if config.switch_frame_indices is not None:
+        return Script(config.prompts, config.switch_frame_indices)
+    return spread_evenly(config.prompts, config.video_blocks, config.block_frames)
+
+
+def spread_evenly(prompts: Sequence[str], blocks: int, block_frames: int) -> Script:
+    """The first `blocks` of `prompts`, spread evenly over a video of so many blocks."""
+    used = tuple(prompts[:blocks])
+    starts = [blocks * i // len(used) for i in range(1, len(used))]
+    return Script(used, tuple(start * block_frames for start in starts))

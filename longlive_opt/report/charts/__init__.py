@@ -1,0 +1,40 @@
+"""Charts: pure functions from result.json dictionaries to matplotlib figures, redrawable without a GPU; and
+which of them a summary and a run show.
+
+Every function takes one result or several and draws what is there; a missing or n/a part becomes a sentence
+in the figure, never an exception. A preset has the same colour in every chart, names have the colour of their
+lines, n is printed. Nothing touches pyplot, so neither a backend nor a display is needed.
+"""
+
+from collections.abc import Sequence
+
+from .chart import PRESET_COLOURS, Chart, Result, colour_of, first_runs, preset_of, target_of, targets_of
+from .clocks import gpu_load
+from .deviation import error_by_block, pareto, quality_by_frame
+from .latency import buffer_words, latency_boxes, latency_by_block, latency_ecdf, playback_buffer
+from .stages import block_timeline, stage_bars, stage_blocks, switch_bars, switch_timeline, waterfall
+
+__all__ = ["Chart", "PRESET_COLOURS", "buffer_words", "campaign_figures", "colour_of",
+           "first_runs", "latency_boxes", "latency_by_block", "latency_ecdf", "pareto", "run_figures",
+           "stage_bars", "target_of", "targets_of", "waterfall"]
+
+
+def campaign_figures(results: Sequence[Result]) -> dict[str, Chart]:
+    """Every figure of the summary by name, from the first run of each preset."""
+    kept = first_runs(results)
+    functions = (latency_ecdf, latency_boxes, latency_by_block, stage_bars, switch_bars, playback_buffer,
+                 pareto, waterfall)
+    reference = next((r for r in kept if preset_of(r) == "baseline"), kept[0] if kept else {"preset": "none"})
+    return {function.__name__: function(kept) for function in functions} | {
+        "block_timeline": block_timeline(reference), "switch_timeline": switch_timeline(reference)}
+
+
+def run_figures(result: Result, baseline: Result | None = None) -> dict[str, Chart]:
+    """Every figure of one run by name; with `baseline`, latency and stages are drawn beside it."""
+    alone = baseline is None or preset_of(baseline) == preset_of(result)
+    pair = [result] if alone else [baseline, result]
+    functions = (latency_ecdf, latency_by_block, stage_bars, switch_bars, playback_buffer, gpu_load)
+    own = (stage_blocks, block_timeline, switch_timeline, quality_by_frame)
+    return {function.__name__: function(pair) for function in functions} | {
+        function.__name__: function(result) for function in own} | {
+        "error_by_block": error_by_block(result, baseline)}

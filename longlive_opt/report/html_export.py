@@ -1,0 +1,190 @@
+"""Executed notebook -> one HTML file that opens without a network: every style, picture and video lies in it.
+
+nbconvert's own templates load require.js, MathJax, Mermaid and the widget manager from the internet, even
+with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets. It
+gives pictures the alternative text that came with them, which the original drops. HTML outputs pass through
+unchanged: whoever prints a prompt or another string as HTML escapes it. The two long cells of parameters, the
+notebook's and papermill's, are folded: a report begins with what it found. Style sheets keep only what the
+page uses: of JupyterLab's 260 KB a report needs a tenth.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import tinycss2
+from tinycss2.ast import Declaration, Node, QualifiedRule
+
+from ..errors import UserError
+
+_TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block jupyter_widgets -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block body_header -%}{{ super() }}{{ resources.card }}{%- endblock -%}
+{%- block input_group -%}
+{%- set tags = cell.metadata.get('tags', []) -%}
+{%- if 'parameters' in tags or 'injected-parameters' in tags -%}
+<details style="margin-left: var(--jp-cell-prompt-width); font-family: var(--jp-content-font-family);
+ font-size: var(--jp-content-font-size1)"><summary>
+{{- 'Parameters of this run' if 'injected-parameters' in tags else 'Parameters that the notebook declares' -}}
+</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
+{%- block data_png scoped -%}
+<div class="jp-RenderedImage jp-OutputArea-output">
+<img src="data:image/png;base64,{{ output.data['image/png'] | replace("\\n", "") }}"
+ alt="{{ (output | get_metadata('alt', 'image/png') or 'figure') | escape_html }}">
+</div>
+{%- endblock -%}
+"""
+
+_LOADING_ATTRIBUTES = ("src", "srcset", "href", "xlink:href", "poster", "data", "background", "style")
+_REMOTE = re.compile(r"^\s*(https?:)?//", re.IGNORECASE)
+_REMOTE_IN_CSS = re.compile(r"""(?:url\(\s*['"]?|@import\s+['"])((?:https?:)?//[^'")\s]+)""", re.IGNORECASE)
+_REMOTE_IN_JS = re.compile(r"""\b(?:import|from|fetch|src|href)\b[^'"`;\n]*['"`]((?:https?:)?//[^'"`\s]+)""")
+
+
+def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: bool = False,
+                card: str = "") -> None:
+    """Write an executed notebook as one self-contained HTML file, on request without its code. `card` is HTML
+    that the page opens with, above the notebook.
+
+    Raises:
+        UserError: the notebook cannot be read, or the report would load something from the network.
+    """
+    import nbformat
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    try:
+        notebook = nbformat.read(notebook_path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise UserError(f"{notebook_path}: this is not a readable notebook ({error}); run it") from error
+    # The template takes the title from here before anything else.
+    notebook.metadata["title"] = title
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": _TEMPLATE})],
+                            template_file="offline.html.j2", embed_images=True, exclude_input=hide_code,
+                            exclude_input_prompt=hide_code, exclude_output_prompt=hide_code)
+    # The path is where relative pictures in prose are looked for, to be embedded.
+    resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}, "card": card}
+    html, _ = exporter.from_notebook_node(notebook, resources=resources)
+    html = drop_unused_styles(html)
+    references = network_references(html)
+    if references:
+        raise UserError(f"{notebook_path}: the report would load {references[0]} from the network; "
+                        "embed it as data or link to it")
+    temporary = html_path.with_name(html_path.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, html_path)
+
+
+def network_references(html: str) -> list[str]:
+    """The remote addresses that a browser loads when it opens `html`; links (`<a href>`) are not loaded."""
+    finder = _ReferenceFinder()
+    finder.feed(html)
+    finder.close()
+    return finder.found
+
+
+class _ReferenceFinder(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("style", "script"):
+            self._inside = tag
+        for name, value in attrs:
+            if tag in ("a", "area") and name == "href" or not value or name not in _LOADING_ATTRIBUTES:
+                continue
+            if name == "style":
+                self.found += _REMOTE_IN_CSS.findall(value)
+            elif name == "srcset":
+                self.found += [part.split()[0] for part in value.split(",") if _REMOTE.match(part)]
+            elif _REMOTE.match(value):
+                self.found.append(value.strip())
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._inside:
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "style":
+            self.found += _REMOTE_IN_CSS.findall(data)
+        elif self._inside == "script":
+            self.found += _REMOTE_IN_JS.findall(data)
+
+
+_STYLE = re.compile(r"(<style[^>]*>)(.*?)(</style>)", re.DOTALL)
+_VARIABLE = re.compile(r"var\(\s*(--[\w-]+)")
+
+
+def drop_unused_styles(html: str) -> str:
+    """The page with the rules left out that ask for a class no element has, and the variables nobody reads.
+
+    For pages without scripts: a class that a script would add counts as not there.
+    """
+    rest = _STYLE.sub("", html)
+    finder = _ClassFinder()
+    finder.feed(rest)
+    finder.close()
+    sheets = [_used_rules(style[1], finder.classes) for style in _STYLE.findall(html)]
+    read: set[str] = set()
+    while True:  # a variable may be read by one that is dropped itself
+        now_read = {name for text in (rest, *map(_text, sheets)) for name in _VARIABLE.findall(text)}
+        if now_read == read:
+            break
+        read = now_read
+        sheets = [[_without_unread(rule, read) for rule in sheet] for sheet in sheets]
+    kept = iter(sheets)
+    return _STYLE.sub(lambda match: f"{match[1]}{_text(next(kept))}{match[3]}", html)
+
+
+def _used_rules(css: str, classes: set[str]) -> list[Node]:
+    rules = tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True)
+    return [rule for rule in rules
+            if not isinstance(rule, QualifiedRule) or any(map(classes.issuperset, _asked(rule.prelude)))]
+
+
+def _asked(prelude: list[Node]) -> list[set[str]]:
+    """The classes that each selector of a rule asks for; those in `:not(...)` and the like do not count."""
+    selectors: list[set[str]] = [set()]
+    for before, token in zip([None, *prelude], prelude):
+        if token == ",":
+            selectors.append(set())
+        elif before == "." and token.type == "ident":
+            selectors[-1].add(token.value)
+    return selectors
+
+
+def _without_unread(rule: Node, read: set[str]) -> Node:
+    """The rule without the variables that are not in `read`."""
+    if not isinstance(rule, QualifiedRule):
+        return rule
+    body = tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)
+    kept = [item for item in body
+            if not isinstance(item, Declaration) or not item.name.startswith("--") or item.name in read]
+    if len(kept) == len(body):
+        return rule
+    content = tinycss2.parse_component_value_list(_text(kept))
+    return QualifiedRule(rule.source_line, rule.source_column, rule.prelude, content)
+
+
+def _text(nodes: list[Node]) -> str:
+    ends = {True: ";\n", False: "\n"}
+    return "".join(node.serialize() + ends[isinstance(node, Declaration)] for node in nodes)
+
+
+class _ClassFinder(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.classes.update((dict(attrs).get("class") or "").split())

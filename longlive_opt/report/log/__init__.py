@@ -1,0 +1,1 @@
+"""OPTIMIZATION_LOG.md: the template, one entry per run, the recommendation."""

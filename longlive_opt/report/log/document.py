@@ -1,0 +1,305 @@
+"""OPTIMIZATION_LOG.md: the blanks of `template.md`, filled."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...files import atomic_path, project_path
+from ...measurement import decision, environment
+from ...measurement.result import lookup, number
+from .. import charts
+from ..campaign import (
+    BASELINE,
+    FIGURES,
+    NOISE,
+    SUMMARY,
+    Campaign,
+    Failure,
+    Result,
+    change_of,
+    decided,
+    noise_of,
+)
+from ..noise_record import NOISE_FILE, read_record
+from ..tables import to_csv
+from ..verdicts import decisions_of, write_decisions
+from . import outside
+from .entry import Run, is_kept, is_large, matched_runs, quality_sentence, quality_text
+from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
+from .notes import missing_notes, run_notes
+from .recommendation import closing, fill_summary, observations, recommend, troubles
+
+EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
+LOG_NAME = "OPTIMIZATION_LOG.md"
+_TEMPLATE = Path(__file__).with_name("template.md")
+_SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quantized_kv", "use_async_vae",
+             "use_prompt_cache", "model_dtype")
+# What the block of a preset beyond the template shows as well.
+_MORE_SWITCHES = (*_SWITCHES, "compile_mode", "capture_recache", "kv_quantization", "kv_read_path",
+                  "use_fused_kernels", "use_quantized_linears", "use_text_offload", "use_vae_offload",
+                  "vae_offload_ahead", "use_early_decode")
+_WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
+
+
+def save_figures(campaign: Campaign) -> dict[str, charts.Chart]:
+    """Draw the campaign's figures, save each as summary/<name>.png in its folder, return them by name."""
+    drawn = charts.campaign_figures(campaign.results)
+    for name, chart in drawn.items():
+        with atomic_path(campaign.folder / SUMMARY / f"{name}.png") as temporary:
+            chart.save(temporary)
+    return drawn
+
+
+def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
+    """Write the verdicts, decisions.json, and what reads them: summary/summary.csv and the log (default: into
+    the campaign's folder); return the log's path.
+    """
+    best, reasons = recommend(_runs(campaign.results, campaign.failures))
+    write_decisions(campaign.folder, decisions_of(campaign, best.preset if best else None, reasons))
+    to_csv(campaign.results, campaign.folder / SUMMARY / "summary.csv")
+    path = project_path(log_path) if log_path else campaign.folder / LOG_NAME
+    source = _shown(campaign.folder)
+    if path != campaign.folder / LOG_NAME:
+        source += f" --log {_shown(path)}"
+    return write_log(campaign.results, path,
+                     failures=campaign.failures, problems=campaign.problems, source=source,
+                     record=read_record(campaign.folder.with_name(Path(NOISE_FILE).name)),
+                     code=environment.code_since([lookup(run, "environment.git_commit")
+                                                 for run in campaign.results]))
+
+
+def _shown(path: Path) -> str:
+    """As seen from the project's folder, where it lies there: a log that is published holds no other path."""
+    root = project_path("")
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
+    """Write OPTIMIZATION_LOG.md atomically; return its path.
+
+    Args:
+        results: valid results; of a preset that was run twice, the first gives the figures.
+        more: as for `render_log`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = render_log(results, **more)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
+               problems: Sequence[tuple[str, str]] = (), source: str = "",
+               record: Sequence[Mapping[str, Any]] = (), code: Sequence[str] = ()) -> str:
+    """The text of OPTIMIZATION_LOG.md.
+
+    Args:
+        results: valid results; of a preset that was run more than once, the first gives the figures.
+        failures: runs without a result.
+        problems: (place, reason) of what could not be read.
+        source: what the log shall name as the arguments of the command that made it.
+        record: rows of the noise of recorded campaigns (`noise_record`).
+        code: sentences on how far the code that makes the log is from that of the runs.
+    """
+    results = decided(results)
+    runs, noise = _runs(results, failures), noise_of(results)
+
+    # Ten parts: head, baseline, experiments 1 to 6, summary with recommendation, notes.
+    head, baseline, *sections, summary, notes = _TEMPLATE.read_text(encoding="utf-8").split("\n---\n")
+    blank = sections[EXPERIMENTS.index("balanced")]
+    base = runs.get(BASELINE)
+    if base:
+        baseline = _fill_baseline(baseline, base, noise)
+    for preset, run in runs.items():
+        if preset in EXPERIMENTS:
+            index = EXPERIMENTS.index(preset)
+            sections[index] = _fill_experiment(sections[index], run, base, noise)
+        elif preset != BASELINE:
+            section = _extra_section(blank, len(sections) + 1, run, base)
+            sections.append(_fill_experiment(section, run, base, noise))
+    sections, everywhere = _said_once(sections)
+    compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
+    observed = [*observations(results, runs, noise, record), *map(escape, compared), *code,
+                *_other_target(runs), *everywhere, *troubles(failures, problems), *closing(results, source)]
+    notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
+    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
+
+
+def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, Run]:
+    """preset -> its first run, in the order of the log, the failed ones among them."""
+    found = {}
+    for first in charts.first_runs(results):
+        again = tuple(run for run in results if run["preset"] == first["preset"] and run is not first
+                      and not decision.unfair(run, first))
+        found[first["preset"]] = Run(first, repeats=again)
+    for failure in failures:
+        if failure.label == failure.preset and failure.preset not in found:  # a repeat has no section
+            words = {key: failure.parameters.get(key) for key in ("title", "hypothesis")}
+            known = {"preset": failure.preset, **words, "parameters": failure.parameters}
+            found[failure.preset] = Run(known, failure.reason, failure.outcome)
+    order = [preset for preset in (BASELINE, *EXPERIMENTS) if preset in found]
+    return {preset: found[preset] for preset in [*order, *(p for p in found if p not in order)]}
+
+
+def _other_target(runs: Mapping[str, Run]) -> list[str]:
+    """That the template's 40 ms are not the target of these runs."""
+    targets = charts.targets_of(run.result for run in runs.values() if not run.failure)
+    if not targets or targets == [40.0]:
+        return []
+    words = ", ".join(f"{target:g}" for target in targets)
+    return [f"Target: {words} ms per video frame (target_ms_per_frame); the heading of the summary table is "
+            "the template's."]
+
+
+def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the sections without notes on missing figures that stand in several of them, those notes)."""
+    found = Counter(line for section in sections for line in section.split("\n") if " is n/a: " in line)
+    repeated = [line for line, count in found.items() if count > 1 and line.startswith("- ")]
+    shortened = ["\n".join(line for line in section.split("\n") if line not in repeated)
+                 for section in sections]
+    return shortened, [line.removeprefix("- ") for line in repeated]
+
+
+def _fill_baseline(section: str, run: Run, noise: Mapping[str, Mapping[str, Any]]) -> str:
+    settings, lines = _settings(run), []
+    for line in section.rstrip("\n").split("\n"):
+        label = first_cell(line)
+        if label in settings:
+            line = f"| {label} | {settings[label]} |"
+        elif label in FIGURES:
+            text = run.cell(label)
+            if label in run.missing and label == "SS P99":
+                n = lookup(run.result, "latency.ss_ms_per_frame.n")
+                text = f"n/a: n too small (n={n}), max {run.figure('SS Max')} ms"
+            line = table_row(line, [text])
+        lines.append(line)
+        if label == "Dtype" and not run.failure:
+            lines += ["", bullets(_provenance(run))]
+    notes = [*run_notes(run, None, noise), *missing_notes(run)]
+    return "\n".join([*lines, "", "**Notes**:", bullets(notes)]) + "\n"
+
+
+def _settings(run: Run) -> dict[str, str]:
+    parameters = lookup(run.result, "parameters")
+    model = lookup(run.result, "model.name") or parameters.get("model")
+    steps = parameters.get("denoising_steps")
+    count = f"{len(steps)} ({', '.join(map(str, steps))})" if steps else "n/a"
+    gpu, cpu = lookup(run.result, "environment.gpu"), lookup(run.result, "environment.cpu")
+    device = f"n/a ({run.outcome})" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
+    return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else escape(model or "n/a"),
+            "GPU": escape(device),
+            "Denoising Steps": escape(count),
+            "Local Attention": f"{escape(parameters.get('local_attn_size', 'n/a'))} frames",
+            "Frame Sink": f"{escape(parameters.get('sink_size', 'n/a'))} frames",
+            "Dtype": escape(parameters.get("model_dtype", "n/a"))}
+
+
+def _provenance(run: Run) -> list[str]:
+    """What the figures hang on, as lines below the table of settings."""
+    result, environment = run.result, run.result["environment"]
+    files = ", ".join(f"{part} sha256 {str(digest)[:12]}"
+                      for part, digest in (lookup(result, "weights.sha256") or {}).items())
+    weights = escape(result["weights"]["kind"] + (f" ({files})" if files else ""))
+    if weights == "random":
+        weights += f", seed {escape(lookup(result, 'weights.seed'))} (no official checkpoint was loaded)"
+    names = {"driver": "driver", "CUDA": "cuda", "torch": "torch", "cuDNN": "cudnn", "Triton": "triton",
+             "Python": "python", "attention": "attention_backend"}
+    versions = ", ".join(f"{name} {escape(environment.get(key) or 'n/a')}" for name, key in names.items())
+    commit = escape((environment.get("git_commit") or "unknown")[:12])
+    dirty = {True: " with uncommitted changes", False: ""}.get(
+        environment.get("git_dirty"), " (state of the tree unknown)")
+    width, height = (lookup(result, f"parameters.{side}") or lookup(result, f"model.sizes.{side}") or "?"
+                     for side in ("width", "height"))
+    return [f"Weights: {weights}", f"Versions: {versions}",
+            f"Code: commit {commit}{dirty}, run of {escape(result['created_utc'])}",
+            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames a block"]
+
+
+def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
+    """The blank section of a preset that the template does not have, in the form of experiment 5.
+
+    Its block holds the template's switches and every parameter that is not the baseline's.
+    """
+    parameters = lookup(run.result, "parameters")
+    reference = lookup(base.result, "parameters") if base else parameters
+    keys = [key for key in parameters if key in _MORE_SWITCHES
+            or key not in _WORDS and parameters[key] != reference.get(key, parameters[key])]
+    lines = (yaml.safe_dump({key: parameters[key]}, default_flow_style=True, width=1000) for key in keys)
+    block = "\n".join(line.strip("{}\n") for line in lines)
+    column = run.name if len(run.name) <= 24 else escape(run.preset)
+    text = re.sub(r"### Experiment 5: .*", lambda _: f"### Experiment {index}: {run.name}", blank)
+    text = re.sub(r"(?s)```yaml\n.*?\n```", lambda _: f"```yaml\n{block}\n```", text)
+    return text.replace("| Balanced |", f"| {column} |")
+
+
+def _fill_experiment(section: str, run: Run, base: Run | None,
+                     noise: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = []
+    notes = [*run_notes(run, base, noise), *_configuration_notes(section, run),
+             *_template_notes(section, run)]
+    run, base = matched_runs(run, base)
+    for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
+        label, metric = first_cell(line), re.match(rf"- (.+): {BLANK}(.*)", line)
+        if label in FIGURES:
+            reference = base.cell(label) if base else "n/a (no baseline)"
+            change = percent(change_of(run.result, base.result if base else None, label))
+            line = table_row(line, [reference, run.cell(label), change.rstrip("%")])
+        elif metric:
+            line = f"- {metric[1]}: {quality_text(run, metric[1], metric[2])}"
+        elif line.startswith("**Quality**") and f"- PSNR: {BLANK}" not in section:
+            line += f"\n{quality_sentence(run)}"
+        elif line.startswith("**Decision**"):
+            found = run.result.get("decision") or {"keep": None}
+            keep, drop = ("x" if found["keep"] is wanted else " " for wanted in (True, False))
+            reason = f"No decision: {run.outcome}." if run.failure else \
+                f"{sentence(found['rationale'])}{_regressions(run, base, noise)} Rule: " \
+                f"{sentence(found['rule'])}"
+            line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
+        lines.append(line)
+    notes += missing_notes(run)
+    return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
+
+
+def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a preset that is kept makes worse by more than the noise."""
+    if base is None or not is_kept(run):
+        return ""
+    worse, keys = [], {name.lower(): key for key, name in NOISE.items()}
+    spreads = decision.noise_of_preset(run.preset, noise) or {}
+    for label in (label for label in FIGURES if label.lower() in keys):
+        change = change_of(run.result, base.result, label) or 0.0
+        spread = number(spreads, keys[label.lower()]) or 0.0
+        if (-change if label == "FPS" else change) > 100 * max(decision.NOISE_FLOOR, spread):
+            worse.append(f"{label} {percent(change)}")
+    return f" Against it: {', '.join(worse)}." if worse else ""
+
+
+def _template_notes(section: str, run: Run) -> list[str]:
+    """Where the words of the template do not fit what was run."""
+    notes = []
+    captured = any(number(room, "report.stats.captured") for room in run.result.get("rooms") or [])
+    if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
+        notes.append("use_cuda_graphs is false since the compile_mode captures graphs itself; they were "
+                     "replayed, and no shape is dynamic.")
+    if "(Recommended)" in section:
+        notes.append("The heading is the template's; what the rule recommends stands below the summary "
+                     "table.")
+    if "quality_eval.py" in section:
+        notes.append("There is no quality_eval.py: the preset's notebook evaluates quality.")
+    return notes
+
+
+def _configuration_notes(section: str, run: Run) -> list[str]:
+    """Where the run's parameters are not those of the configuration block of its section."""
+    block = yaml.safe_load(re.search(r"(?s)```yaml\n(.*?)\n```", section)[1]) or {}
+    there = lookup(run.result, "parameters")
+    return [f"Configuration: run with {key} {escape(json.dumps(there[key]))}, not "
+            f"{escape(json.dumps(value))} as above."
+            for key, value in block.items() if key in there and there[key] != value]

@@ -1,0 +1,62 @@
+"""What a log of Markdown is put together from: numbers, sentences, rows of tables."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ...measurement.result import is_na
+
+BLANK = "___"
+
+
+def digits(value: float) -> str:
+    """A number with one to four digits behind the point, the smaller the more."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+def percent(value: float | None) -> str:
+    """A change in percent with its sign, or n/a."""
+    return "n/a" if value is None else f"{round(value, 1) + 0.0:+.1f}%"  # + 0.0: no -0.0
+
+
+def share_text(value: Any, places: int = 3) -> str:
+    """A number with so many places, or n/a and why."""
+    return f"n/a ({value['reason']})" if is_na(value) else f"{value:.{places}f}"
+
+
+def escape(text: Any) -> str:
+    """Somebody's text as one line of Markdown that shows just this text: no markup, no HTML, no blank."""
+    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Within a word an underscore is plain text in Markdown, and names are full of them.
+    return re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+
+
+def sentence(text: Any) -> str:
+    """Escaped, with a full stop, and a capital unless it begins with a name or a symbol."""
+    text = str(text).strip().rstrip(" .;")
+    is_word = re.match(r"[a-z]{2,}(?![\w.=])", text) or re.match(r"an? ", text)
+    return f"{escape(text[:1].upper() + text[1:] if is_word else text)}."
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list with one point for each line."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def first_cell(line: str) -> str:
+    """The first cell of a table row, else empty."""
+    return line.split("|")[1].strip() if line.startswith("|") else ""
+
+
+def table_row(line: str, values: Sequence[str]) -> str:
+    """A table row with its blanks filled in order; an n/a takes the place of both number and unit, and what
+    stands in brackets behind a number comes behind the unit.
+    """
+    cells, todo = line.split("|"), iter(values)
+    for index, cell in enumerate(cells):
+        if BLANK in cell:
+            value = next(todo)
+            number, space, more = value.partition(" (")
+            cells[index] = f" {value} " if value.startswith("n/a") else \
+                cell.replace(BLANK, number).rstrip() + f"{space}{more} "
+    return "|".join(cells)

@@ -1,0 +1,206 @@
+"""What the log says of all runs: the summary table, what to take and when, observations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...measurement import metrics
+from ...measurement.result import lookup, number
+from ..campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
+from ..charts import target_of, targets_of
+from ..noise_record import over_campaigns
+from .entry import (
+    SUMMARY_NAMES,
+    Run,
+    fidelity_of,
+    is_kept,
+    is_large,
+    model_name,
+    objective_of,
+    quality_short,
+    worst_ms,
+)
+from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
+from .notes import OTHERS, noise_sentence
+
+
+def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
+    """The log's section with the table of all presets, what to take, and when to take another."""
+    presets, lines = {name: preset for preset, name in SUMMARY_NAMES.items()}, []
+    for line in section.split("\n"):
+        label = first_cell(line)
+        run = runs.get(presets.get(label, ""))
+        lines.append(_summary_row(line, run) if run else line)
+        if label == "Speed":
+            others = [run for preset, run in runs.items() if preset not in SUMMARY_NAMES]
+            lines += [_summary_row(line.replace(" Speed ", f" {run.name} "), run) for run in others]
+    text = "\n".join(lines)
+    if set(runs) <= {BASELINE}:
+        return text
+    best, rationale = recommend(runs)
+    text = text.replace(f"**Preset**: {BLANK}", f"**Preset**: {best.name if best else 'none'}")
+    text = text.replace("**Rationale**:\n-\n-\n-", f"**Rationale**:\n{bullets(rationale)}")
+    for preset in ("quality", "speed"):
+        if preset in runs:
+            blank = f"- {SUMMARY_NAMES[preset]}: {BLANK}"
+            instead = _beaten_by(runs[preset], runs) or best or runs.get(BASELINE)
+            text = text.replace(blank, blank.replace(BLANK, _when(runs[preset], instead)))
+    others = [run for run in _kept(runs) if run.preset not in ("quality", "speed") and run != best
+              and not _beaten_by(run, runs)]
+    if best and others:
+        text = f"{text.rstrip()}\n{bullets(f'{run.name}: {_when(run, best)}' for run in others)}\n"
+    return text
+
+
+def _summary_row(line: str, run: Run) -> str:
+    if within_target(run.result):
+        line = line.replace("[ ]", "[x]")
+    return table_row(line, [*map(run.cell, ("SS Max", "FPS", "Memory")), quality_short(run)])
+
+
+def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
+    """The recommended run, or None, and why. A study, and a preset that is dropped or undecided, never is."""
+    measured = [run for run in runs.values() if not run.failure]
+    blocks = min((run.result["sizes"]["blocks_measured"] for run in measured), default=0)
+    measured.sort(key=lambda run: worst_ms(run, blocks))
+    best = next((run for run in measured if within_target(run.result) and is_kept(run)), None)
+    faster = measured[:measured.index(best)] if best else measured[:3]
+    small = sorted({model_name(run.result) for run in measured if not is_large(run.result)})
+    reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
+               "nothing for LongLive-1.3B."] if small else []
+    reasons.append(f"Rule: the lowest SS max, over the first {blocks} blocks of each, among the presets "
+                   f"that stay within {_targets(measured)} ms per video frame in all their blocks and whose "
+                   "decision is Keep (gain above the noise, quality gate passed); the baseline needs no "
+                   "decision, and a study is never recommended.")
+    if best:
+        base = runs[BASELINE].result if BASELINE in runs else None
+        change = percent(change_of(best.result, base, "SS Mean"))
+        reasons += [f"{best.name}: SS max {best.figure('SS Max')} ms, FPS {best.figure('FPS')}, SS mean "
+                    f"{best.figure('SS Mean')} ms ({change} against the baseline).",
+                    f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
+        is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
+        if lookup(best.result, "weights.kind") == "random" and not is_exact:
+            reasons.append("The gates were passed with random weights. Fidelity depends on the weights: run "
+                           "the preset with the official ones before relying on it.")
+    else:
+        reasons.append("No measured preset meets it.")
+    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: {_why_not(run)}"
+                              for run in faster)]
+
+
+def _why_not(run: Run) -> str:
+    if is_kept(run):
+        return f"it misses the {target_of(run.result):g} ms target."
+    return sentence(run.result["decision"]["rationale"])
+
+
+def _targets(runs: Sequence[Run]) -> str:
+    return " or ".join(f"{target:g}" for target in targets_of(run.result for run in runs)) or "the target's"
+
+
+def _kept(runs: Mapping[str, Run]) -> list[Run]:
+    return [run for run in runs.values() if not run.failure and run.preset != BASELINE and is_kept(run)]
+
+
+def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
+    """The fastest kept preset that is at least as fast and as faithful as `run` and better in one; None for
+    one that is not meant to be fast.
+    """
+    if run.failure or objective_of(run) != "latency":
+        return None
+
+    def costs(of: Run) -> tuple[float, float]:
+        return number(of.result, FIGURES["SS Max"]), -fidelity_of(of)
+
+    ours = costs(run)
+    better = [other for other in _kept(runs) if costs(other) != ours
+              and all(theirs <= own for theirs, own in zip(costs(other), ours))]
+    return min(better, key=costs, default=None)
+
+
+def _when(run: Run, other: Run | None) -> str:
+    """When to take `run` instead of `other`, the recommended one or the baseline."""
+    if run.failure:
+        return f"n/a ({run.outcome})"
+    if run is other:
+        return "it is the recommended one"
+    state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
+    facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{state}"
+    if not is_kept(run):
+        return f"not recommended ({facts})"
+    if other is None or other.failure:
+        return f"nothing to compare it with ({facts})"
+    if objective_of(run) != "latency":
+        label = {"memory": "Memory", "switch": "PS Mean"}[objective_of(run)]
+        better = (number(run.result, FIGURES[label]) or 0) < (number(other.result, FIGURES[label]) or 0)
+        name, unit = OTHERS[label]
+        facts = f"{name} {run.figure(label)} {unit}, {facts}"
+        purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
+    elif other.preset == BASELINE:
+        better, purpose = True, "where the mean counts, which is below the baseline's"
+    else:
+        is_faster = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
+        better = is_faster or fidelity_of(run) > fidelity_of(other)
+        purpose = ("where latency counts more than fidelity" if is_faster
+                   else "where fidelity counts more than latency")
+    none = f"by SS max and fidelity no reason to prefer it to {other.name}"
+    return f"{purpose if better else none} ({facts})"
+
+
+def observations(results: Sequence[Result], runs: Mapping[str, Run],
+                 noise: Mapping[str, Mapping[str, Any]], record: Sequence[Mapping[str, Any]] = ()
+                 ) -> list[str]:
+    """What the campaign as a whole shows: noise, also that of recorded campaigns, clocks, quick runs, runs
+    that differ.
+    """
+    if not results:
+        return []
+    lines = [noise_sentence(found) for found in noise.values()] or [
+        "Noise (A/A): unknown, no preset was run twice under equal conditions; small changes mean nothing."]
+    lines += over_campaigns(record, results)
+    for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
+                        ("environment.co_scheduled", "Not fit for comparison, since something else ran on "
+                                                     "the machine meanwhile:"),
+                        ("sizes.quick", "Quick runs, too short for more than a first impression:")):
+        presets = [run.preset for run in runs.values() if lookup(run.result, path)]
+        if presets:
+            lines.append(f"{words} {escape(', '.join(presets))}.")
+    read = [run for run in runs.values() if lookup(run.result, "latency.clock_disagreement.available")]
+    if read and not any(lookup(run.result, "latency.clock_disagreement.flag") for run in read):
+        lines.append("Clocks: host and CUDA clock agree wherever both were read.")
+    held = [f"{run.preset} ({mhz:.0f} MHz)" for run in runs.values() if (mhz := _held_clock(run.result))]
+    if held:
+        lines.append("The GPU held its clock back in these runs (the lower of two readings, before and after "
+                     f"the streams): {escape(', '.join(held))}.")
+    for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
+        found = sorted({str(lookup(result, path))[:24] for result in results})
+        if len(found) > 1:
+            lines.append(f"The runs differ in {path}: {escape(', '.join(found))}.")
+    return lines
+
+
+def _held_clock(result: Result) -> float | None:
+    """The lower reading of the GPU's clock in MHz, None where none says that it was held back."""
+    read = [lookup(result, f"environment.clocks_{when}") or {} for when in ("before", "after")]
+    held = any(clocks.get("throttle_reasons") for clocks in read)
+    return min((clocks["sm_mhz"] for clocks in read if clocks.get("sm_mhz")), default=None) if held else None
+
+
+def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Which runs have no result, and why."""
+    return [
+        *(
+            f"{failure.outcome.capitalize()}: {escape(failure.label)}: {sentence(failure.reason)}"
+            for failure in failures
+        ),
+        *(f"Not usable: {escape(place)}: {sentence(reason)}" for place, reason in problems),
+    ]
+
+
+def closing(results: Sequence[Result], source: str) -> list[str]:
+    """What the figures mean, and how the log is made."""
+    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "PS at a random moment": "ps_random_ms",
+            "Energy": "energy", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
+            "Clocks": "clocks", "Comparison": "comparison", "Quality": "quality"}
+    lines = [f"{name}: {escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
+    command = f" by `python -m longlive_opt.report {source}`" if source else ""
+    return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]

@@ -1,0 +1,193 @@
+"""Frames to things people look at: mp4, contact sheet, inline HTML. For viewing only: metrics take the raw
+frames.
+
+numpy, PIL and PyAV are imported where they are needed; PyAV brings its own x264, no system ffmpeg is used.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..files import atomic_path
+from .charts import Chart
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+_LABEL_HEIGHT = 14
+
+
+def as_images(frames: "torch.Tensor | np.ndarray") -> "np.ndarray":
+    """uint8 [T,H,W,3] or [T,3,H,W], tensor (any device) or array -> uint8 array [T,H,W,3].
+
+    Raises UserError for another dtype or shape, or no frame.
+    """
+    import numpy as np
+
+    array = frames if isinstance(frames, np.ndarray) else frames.detach().cpu().numpy()
+    if array.dtype != np.uint8:
+        raise UserError(f"frames: dtype {array.dtype}; give uint8, (frames * 255).to(torch.uint8) for 0..1.")
+    if array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]) or array.shape[0] == 0:
+        raise UserError(f"frames: shape {list(array.shape)}; give [T,H,W,3] or [T,3,H,W], T > 0.")
+    return array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
+
+
+def shrink(frames: "torch.Tensor", width: int | None) -> "torch.Tensor":
+    """uint8 tensor [T,3,H,W] averaged down to `width` pixels, the shape kept and the height even; None or a
+    `width` of at least W leaves it as it is.
+    """
+    import torch
+
+    if width is None or width >= frames.shape[3]:
+        return frames
+    height = max(2, round(frames.shape[2] * width / frames.shape[3] / 2) * 2)
+    return torch.cat(
+        [
+            torch.nn.functional.interpolate(part.float(), (height, width), mode="area").round().byte()
+            for part in frames.split(16)
+        ]
+    )
+
+
+def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float, *,
+              crf: int = 20) -> dict[str, Any]:
+    """Write frames (see `as_images`) as H.264 that browsers play: yuv420p, index at the front, even sizes.
+
+    4:2:0 needs even sizes: an odd height or width gets its last row or column once more, and `padded` says
+    so. Returns {frames, fps, width, height, padded, bytes}. Raises UserError without PyAV or when writing
+    fails.
+    """
+    import numpy as np
+
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("writing mp4 needs PyAV, which is not installed: pip install 'av>=14'.") from error
+    images = as_images(frames)
+    if fps <= 0:
+        raise UserError(f"fps: {fps} must be greater than 0.")
+    odd = [size % 2 for size in images.shape[1:3]]
+    images = np.pad(images, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            stream.height, stream.width = images.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": str(crf)}
+            for image in images:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return {"frames": len(images), "fps": fps, "width": images.shape[2], "height": images.shape[1],
+            "padded": bool(any(odd)), "bytes": path.stat().st_size}
+
+
+def contact_sheet(path: str | Path, frames: "torch.Tensor | np.ndarray", *, columns: int = 4,
+                  labels: Sequence[str] | None = None, max_width: int = 1600) -> None:
+    """Write frames (see `as_images`) as one PNG grid, row by row, with an optional label above each.
+
+    Frames are scaled down so that the sheet is at most `max_width` pixels wide; labels are cut to the cell's
+    width. Raises UserError for a wrong number of labels or columns, or when writing fails.
+    """
+    from PIL import Image, ImageDraw
+
+    images = as_images(frames)
+    if columns < 1 or (labels is not None and len(labels) != len(images)):
+        raise UserError(f"contact sheet: {columns} columns and {len(labels or ())} labels for {len(images)} "
+                        "frames; give at least one column, and one label per frame or none.")
+    columns = min(columns, len(images))
+    height, width = images.shape[1:3]
+    cell_width = max(1, min(width, max_width // columns))
+    image_height = max(1, round(height * cell_width / width))
+    head = 0 if labels is None else _LABEL_HEIGHT
+    cell_height = image_height + head
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        x, y = index % columns * cell_width, index // columns * cell_height
+        if labels is not None:
+            draw.text((x + 2, y + 1), _fit(draw, labels[index], cell_width - 4), fill="black")
+        sheet.paste(Image.fromarray(image).resize((cell_width, image_height)), (x, y + head))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+
+
+def _fit(draw: Any, label: str, width: int) -> str:
+    """`label` on one line, cut to fit; characters that the built-in font may lack become '?'."""
+    text = " ".join(label.split()).encode("latin-1", "replace").decode("latin-1")
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    return text
+
+
+def video_html(path: str | Path, caption: str = "", min_width: int = 256) -> str:
+    """HTML that plays the mp4 inline, the file embedded, for `IPython.display.HTML` and for reports.
+
+    In a player narrower than `min_width` pixels the controls would hide the tiny model's pictures. `src` sits
+    on <video> itself: JupyterLab strips it from <source> in notebooks it does not trust, as those that
+    papermill ran. The caption is escaped. Raises UserError if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; write the video first.") from error
+    style = f"min-width:min({min_width}px,100%);max-width:100%"
+    player = f'<video controls loop muted src="data:video/mp4;base64,{data}" style="{style}"></video>'
+    return f"<figure>{player}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def difference_heatmap(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.ndarray",
+                       full_scale: float = 0.1) -> "np.ndarray":
+    """uint8 [H,W,3] colour map of the mean absolute difference over time and channels of two clips [T,3,H,W].
+
+    The brightest colour is `full_scale` of the value range and more: a fixed scale keeps presets comparable.
+    """
+    import numpy as np
+    from matplotlib import colormaps
+
+    left, right = _pair(reference, variant)
+    total = sum(np.abs(a.astype(np.int16) - b).sum(-1) for a, b in zip(left, right))
+    share = total / (255 * 3 * len(left)) / full_scale
+    return (colormaps["inferno"](share.clip(0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def side_by_side(reference: "torch.Tensor | np.ndarray",
+                 variant: "torch.Tensor | np.ndarray") -> "np.ndarray":
+    """uint8 [T,H,2W+4,3] from two uint8 clips: reference left, variant right, a white gap between."""
+    import numpy as np
+
+    left, right = _pair(reference, variant)
+    gap = np.full((*left.shape[:2], 4, 3), 255, np.uint8)
+    return np.concatenate([left, gap, right], axis=2)
+
+
+def difference_chart(reference: "torch.Tensor | np.ndarray",
+                     variant: "torch.Tensor | np.ndarray") -> Chart:
+    """The last frame of each of two clips, uint8 [T, 3, H, W], and the mean absolute difference of all
+    frames.
+    """
+    chart = Chart(figsize=(9, 2.6), layout="constrained")
+    pictures = {"baseline, last frame": as_images(reference[-1:])[0],
+                "this run, last frame": as_images(variant[-1:])[0],
+                "mean difference (white: 10 % and more)": difference_heatmap(reference, variant)}
+    for ax, (title, picture) in zip(chart.subplots(1, 3), pictures.items()):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_axis_off()
+    return chart
+
+
+def _pair(reference: "torch.Tensor | np.ndarray",
+          variant: "torch.Tensor | np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    left, right = as_images(reference), as_images(variant)
+    if left.shape != right.shape:
+        raise UserError(f"clips: shapes {list(left.shape)} and {list(right.shape)} differ.")
+    return left, right

@@ -1,0 +1,1 @@
+"""Run presets as notebooks: plan a campaign, execute it, say what failed."""

@@ -1,0 +1,395 @@
+"""Plan a campaign: presets, a profile and settings become jobs, or the one sentence that says why not.
+
+What would fail later is refused here: a preset without its notebook, a parameter that no cell declares,
+optimizations under the baseline's name, absent weights, no GPU, a full disk, a run that is finished with
+other parameters, prompts or weights, one that could not be compared with the campaign's baseline. `plan*` and
+`is_finished` only read; `check_machine` makes the campaign's folder, to see that it can. No torch and no
+papermill, so a command line answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
+from ..errors import UserError
+from ..files import check_texts, load_yaml, whole_text
+from ..measurement import decision
+from ..measurement.result import REFERENCE_FILE, run_label
+from ..models.weight_files import TINY_WEIGHTS, check_weights
+from ..prompts import script_of
+from .execute import SUMMARY, Job, finished_result
+
+log = logging.getLogger(__name__)
+
+SUMMARY_NOTEBOOK = "99_summary.ipynb"
+TRAINING = "training"
+TRAINING_NOTEBOOK = "98_training.ipynb"
+QUANTIZATION = "quantization"
+QUANTIZATION_NOTEBOOK = "91_quantization.ipynb"
+MIN_FREE_BYTES = 2**30
+# Words about a run: written anew, they leave what was measured as it is.
+WORDS = ("title", "hypothesis")
+# What a repetition measures at most: it tells the noise of means, and is no second campaign.
+REPEAT_AT_MOST = {"measure_blocks": 40, "num_switches": 6}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of a project, all below `root`."""
+
+    root: Path
+
+    @property
+    def notebooks(self) -> Path:
+        return self.root / "notebooks"
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params"
+
+    def campaign(self, name: str) -> Path:
+        """The folder of campaign `name`.
+
+        Raises:
+            UserError: `name` cannot name a folder.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+            raise UserError(f"--campaign: {name!r} cannot name a folder; use letters, digits, '_', '-', '.'")
+        if name == TRAINING:
+            raise UserError(f"--campaign: outputs/{TRAINING} holds the report on training; choose another "
+                            "name")
+        if name == QUANTIZATION:
+            raise UserError(f"--campaign: outputs/{QUANTIZATION} holds the study of 8-bit formats; choose "
+                            "another name")
+        return self.root / "outputs" / name
+
+    def presets(self) -> dict[str, Path]:
+        """Preset -> notebook, in the order of the notebooks' numbers, without those that run no preset."""
+        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK)
+        paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in others]
+        return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
+
+
+def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] = ()) -> dict[str, Path]:
+    """The notebooks of the presets `asked` for, in that order; "all" is every preset but those to be
+    `skipped`.
+
+    Raises:
+        UserError: a preset is unknown, or lacks its notebook or its parameters.
+    """
+    known = layout.presets()
+    chosen = [preset for preset in known if preset not in skipped] if list(asked) == ["all"] else asked
+    if not chosen:
+        raise UserError("notebooks/ has no NN_<preset>.ipynb to run")
+    for preset in chosen:
+        parameters = layout.params / f"{preset}.yaml"
+        if preset not in known and parameters.is_file():
+            raise UserError(f"preset {preset!r} has no notebook; add notebooks/NN_{preset}.ipynb")
+        if preset not in known:
+            close = difflib.get_close_matches(preset, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"preset {preset!r} is unknown; {hint}known: {', '.join(known) or 'none'}")
+        if not parameters.is_file():
+            raise UserError(f"notebooks/{known[preset].name} has no parameters; add params/{preset}.yaml")
+    return {preset: known[preset] for preset in chosen}
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts -> values as YAML reads them.
+
+    Raises:
+        UserError: a text has no '=', its value is no YAML, or it holds half a character.
+    """
+    parsed = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set: {text!r} is not key=value")
+        try:
+            parsed[key] = check_texts(yaml.safe_load(whole_text(value, f"--set {key!a}")), f"--set {key!a}")
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {key}: {value!r} is not a YAML value; put quotes around text") from error
+    return parsed
+
+
+def declared_parameters(notebook: Path) -> set[str]:
+    """The names assigned in the cell tagged `parameters`.
+
+    Raises:
+        UserError: the file is no notebook, or does not have exactly one such cell.
+    """
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        nodes = ast.parse("".join(tagged[0]["source"])).body if len(tagged) == 1 else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        raise UserError(f"{notebook.name} is not a readable notebook ({error!r})") from error
+    if len(tagged) != 1:
+        raise UserError(f"{notebook.name}: {len(tagged)} cells are tagged 'parameters'; tag exactly one")
+    targets = [target for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))
+               for target in getattr(node, "targets", None) or [node.target]]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) -> None:
+    """papermill only warns about an unknown parameter; here it is an error."""
+    ignored = [name for name in names if name not in declared]
+    if ignored:
+        raise UserError(f"{notebook.name} would ignore {', '.join(ignored)}; name it in its parameters cell")
+
+
+def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profile: Path | None = None,
+         settings: Mapping[str, Any] | None = None, repeats: int | Mapping[str, int] = 0,
+         skipped: Sequence[str] = ()) -> list[Job]:
+    """Check everything that is asked for and return the jobs in their order; touches no file.
+
+    The baseline comes first: the others are compared with it. `repeats` says how many more runs there are of
+    a preset (a number: of the baseline). They are spread over the campaign, whose drift they have to show; so
+    the first runs of what is repeated come before the rest. Repetitions measure no more than REPEAT_AT_MOST,
+    and are left out where there is nothing that they repeat.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if isinstance(repeats, int):
+        if repeats < 0:
+            raise UserError(f"--repeat-baseline: {repeats} is no number of runs; write 0 or more")
+        repeats = {BASELINE: repeats}
+    if skipped:
+        choose_presets(layout, skipped)
+    chosen = choose_presets(layout, presets, skipped)
+    over = {**(load_yaml(profile) if profile else {}), **(settings or {})}
+    first = {preset: _plan_run(layout, campaign, preset, 1, chosen[preset], over)
+             for preset in sorted(chosen, key=lambda preset: preset != BASELINE)}
+    rounds = _plan_repeats(layout, campaign, {name: count for name, count in repeats.items() if count}, first,
+                           over)
+    _require_comparable(layout.campaign(campaign), [*first.values(), *sum(rounds, [])])
+    return _interleaved(first, rounds, repeats)
+
+
+def _plan_repeats(layout: Layout, campaign: str, repeats: Mapping[str, int], first: Mapping[str, Job],
+                  over: Mapping[str, Any]) -> list[list[Job]]:
+    """The repetitions in rounds: the second runs, the third ones, ..."""
+    rounds: list[list[Job]] = [[] for _ in range(max(repeats.values(), default=0))]
+    for preset, count in repeats.items():
+        notebook = choose_presets(layout, [preset])[preset]
+        if preset not in first and not finished_result(layout.campaign(campaign) / preset):
+            log.info("[%s] neither asked for nor finished, so it is not repeated", preset)
+            continue
+        asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
+        less = {key: most for key, most in REPEAT_AT_MOST.items() if asked.get(key, 0) > most}
+        for index in range(count):
+            rounds[index].append(_plan_run(layout, campaign, preset, 2 + index, notebook, {**over, **less}))
+    return rounds
+
+
+def _interleaved(first: Mapping[str, Job], rounds: Sequence[Sequence[Job]], repeats: Mapping[str, int]
+                 ) -> list[Job]:
+    """First runs of what is repeated, then the other presets with the `rounds` spread evenly among them; the
+    last round ends the campaign.
+    """
+    repeated = [job for preset, job in first.items() if repeats.get(preset)]
+    others = [job for preset, job in first.items() if not repeats.get(preset)]
+    if BASELINE in first and not repeats.get(BASELINE):
+        repeated, others = [first[BASELINE], *repeated], others[1:]
+    jobs = list(repeated)
+    for index, jobs_again in enumerate(rounds):
+        begin, end = (len(others) * (index + more) // len(rounds) for more in (0, 1))
+        jobs += [*others[begin:end], *jobs_again]
+    return jobs if rounds else [*repeated, *others]
+
+
+def _require_comparable(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse what could not be compared with the campaign's baseline: that which is asked for as well, or the
+    finished one in `folder`.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    asked = next((job for job in jobs if job.label == BASELINE), None)
+    baseline = asked.known if asked else finished_result(folder / BASELINE)
+    for job in jobs if baseline else ():
+        if reason := decision.fidelity_reason(_known(job, baseline), baseline):
+            raise UserError(f"preset {job.label}: it could not be compared with the campaign's baseline, "
+                            f"since {reason}; run both with the same settings, or take another --campaign")
+
+
+def _known(job: Job, other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of the result of `job`; with the SHA-256 of its weights if `other` states its own."""
+    if not (other.get("weights") or {}).get("sha256"):
+        return job.known
+    return {**job.known, "weights": {**job.known["weights"], "sha256": job.weights.sha256()}}
+
+
+def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook: Path,
+              over: Mapping[str, Any]) -> Job:
+    asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
+    try:
+        config = ExperimentConfig.from_mapping(asked)
+        check_baseline(config)
+        script = script_of(config)
+        weights = check_weights(config.weights, config.model_config())
+    except UserError as error:
+        raise UserError(f"preset {preset}: {error}") from error
+    if config.name != preset:
+        raise UserError(f"params/{preset}.yaml: name is {config.name!r}; it must be the file's, {preset!r}")
+    label = run_label(preset, number)
+    folder = layout.campaign(campaign) / label
+    run = dict(zip(RUN_KEYS, (campaign, number, folder.relative_to(layout.root).as_posix())))
+    declared = declared_parameters(notebook)
+    _require_declared(notebook, declared, [*asked, *run])
+    # Every value that the notebook declares, not only those asked for: its own defaults never count.
+    values = {key: value for key, value in config.to_dict().items() if key in declared}
+    return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})",
+               known=decision.planned(config, script), weights=weights)
+
+
+def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) -> Job:
+    """The summary of a campaign; the optimization log goes to `log_path` (default: into the campaign).
+
+    Raises:
+        UserError: the notebook does not declare its two parameters.
+    """
+    notebook, folder = layout.notebooks / SUMMARY_NOTEBOOK, layout.campaign(campaign)
+    campaign_dir = folder.relative_to(layout.root)
+    log_path = whole_text((log_path or campaign_dir / "OPTIMIZATION_LOG.md").as_posix(), "--log")
+    parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path}
+    _require_declared(notebook, declared_parameters(notebook), list(parameters))
+    return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)
+
+
+def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:
+    """The report on the training of the weights folder `weights`, seen from the project's folder.
+
+    Raises:
+        UserError: the notebook does not declare its parameter, or something else lies in its folder.
+    """
+    notebook, folder = layout.notebooks / TRAINING_NOTEBOOK, layout.root / "outputs" / TRAINING
+    _require_declared(notebook, declared_parameters(notebook), ["weights_dir"])
+    if any(folder.glob("*/result.json")):
+        raise UserError(f"outputs/{TRAINING}: is a campaign, and would be replaced by the report; rename it")
+    return Job(TRAINING, notebook, folder, {"weights_dir": weights}, "Training of the tiny model",
+               needs_result=False)
+
+
+def plan_quantization(layout: Layout, profile: Path | None = None,
+                      settings: Mapping[str, Any] | None = None) -> Job:
+    """The study of 8-bit formats, on the model and the machine of a profile. Of the profile it takes what its
+    notebook declares; a setting that the notebook does not declare is refused.
+
+    Raises:
+        UserError: a profile that cannot be read, a setting that the study does not have, or a campaign that
+            lies in the study's folder.
+    """
+    notebook, folder = layout.notebooks / QUANTIZATION_NOTEBOOK, layout.root / "outputs" / QUANTIZATION
+    declared, settings = declared_parameters(notebook), settings or {}
+    _require_declared(notebook, declared, ["output_dir", *settings])
+    values = load_yaml(profile) if profile else {}
+    if any(folder.glob("*/result.json")):
+        raise UserError(f"outputs/{QUANTIZATION}: is a campaign, and would be replaced by the study; rename "
+                        "it")
+    parameters = {key: value for key, value in values.items() if key in declared} | dict(settings)
+    return Job(QUANTIZATION, notebook, folder, parameters | {"output_dir": f"outputs/{QUANTIZATION}"},
+               "8-bit formats", needs_result=False)
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA GPU can be used; asks nvidia-smi, and where that fails torch in a process of its own."""
+    smi = shutil.which("nvidia-smi")
+    if smi and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout:
+        return True
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = has_cuda) -> None:
+    """Refuse what would fail hours later: no GPU, a folder that cannot be written, a full disk.
+
+    Raises:
+        UserError: naming the remedy.
+    """
+    on_gpu = [job for job in jobs if str(job.parameters.get("device", "")).startswith("cuda")]
+    if on_gpu and not cuda():
+        raise UserError(f"device: {on_gpu[0].parameters['device']} is asked for, but no CUDA GPU can be used "
+                        "here; take --profile params/profiles/laptop.yaml")
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"outputs/{folder.name}: cannot write here ({error.strerror}); change its "
+                        "permissions or clone the project elsewhere") from error
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise UserError(f"outputs/{folder.name}: {free / 1e9:.1f} GB free, a campaign needs "
+                        f"{MIN_FREE_BYTES / 1e9:.1f} GB; free some space")
+
+
+def is_finished(job: Job) -> bool:
+    """Whether `job` was run before: judged by what it was run with, not by its name.
+
+    Raises:
+        UserError: it was, with other parameters, where WORDS may differ, with other prompts or switch frames,
+            which may come from a file, or with other weights in the same folder.
+    """
+    result = finished_result(job.folder)
+    if result is None:
+        return False
+    there, asked = result.get("parameters", {}), job.parameters
+    # Beside a file of prompts, older results list prompts that were not used.
+    unused = ("prompts",) if asked.get("prompts_file") else ()
+    keys = [key for key in asked
+            if key in there and key not in (*RUN_KEYS, *WORDS, *unused) and there[key] != asked[key]]
+    if keys:
+        differences = "; ".join(f"{key}: {there[key]!r}, not {asked[key]!r}" for key in keys)
+        raise UserError(f"{job.label} is finished with other parameters ({differences}); take --overwrite "
+                        "or another --campaign")
+    if other := job.known and _other_content(result, job):
+        raise UserError(f"{job.label} is finished with other {other}; take --overwrite or another --campaign")
+    return True
+
+
+def _other_content(result: Mapping[str, Any], job: Job) -> str:
+    """What of the content behind equal parameters is no longer that of the finished `result`, or empty."""
+    then, now = (decision.script_of_result(run) for run in (result, job.known))
+    if then[0] is None:
+        return "prompts, or the same: it is older than the record of what a prompts_file held"
+    for name, were, are in zip(("prompts", "switch frames"), then, now):
+        if were != are:
+            return name
+    digests = (result.get("weights") or {}).get("sha256")
+    if not digests:
+        return ""
+    found = job.weights.sha256()
+    changed = [part for part in sorted({*digests, *found}) if digests.get(part) != found.get(part)]
+    return f"weights ({', '.join(changed)}: another SHA-256)" if changed else ""
+
+
+def require_reference(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse to measure `jobs` beside a baseline of which only the figures are left, as in a clone.
+
+    Raises:
+        UserError: naming the remedies.
+    """
+    labels, baseline = [job.label for job in jobs], folder / BASELINE
+    gone = finished_result(baseline) and not (baseline / REFERENCE_FILE).exists()
+    if gone and labels and BASELINE not in labels:
+        raise UserError(f"outputs/{folder.name}/{BASELINE} is finished, but {REFERENCE_FILE}, with which "
+                        f"{', '.join(labels)} would be compared, is not there (git leaves it out); take "
+                        f"another --campaign, or --overwrite with {BASELINE} among the presets")

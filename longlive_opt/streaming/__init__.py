@@ -1,0 +1,1 @@
+"""From prompt to frames: cache, sampler, decoder, pipeline, session."""

@@ -1,0 +1,213 @@
+"""A pipeline: the five seams that optimizations replace. The session cannot tell which of them were replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from ..config import ExperimentConfig
+from ..errors import NotAvailable, UserError
+from ..kernels.attention_bf16 import check_gpu
+from ..kernels.torch_internals import expand_segments
+from ..models.attention import make_attention, resolve_backend
+from ..models.dit import CausalDiT, TextContext
+from ..models.specs import ModelConfig
+from ..models.text import TextEncoder
+from ..models.vae import StreamingDecoder, WanVAE
+from ..models.weight_files import WeightFiles, check_weights
+from ..models.weights import WeightsReport, load_dit, load_vae, open_text_encoder
+from .decoder import Decoder, Delivery, InlineDecoder
+from .kv_cache import CacheGeometry, KVCache, RollingKVCache
+from .sampler import EagerForward, Sampler, SamplingPlan
+from .timeline import NullTimeline, Timeline
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything a session needs.
+
+    The seams are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
+    `make_vae_decoder` (which network calls make frames) and `make_decoder` (when they run); the session
+    cannot tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does
+    `rooms`: what each optimization did.
+    """
+
+    config: ExperimentConfig
+    model: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    attention_backend: str
+    dit: CausalDiT
+    vae: WanVAE
+    text_encoder: TextEncoder
+    embed_text: Callable[[Tensor], TextContext]
+    encode_prompt: Callable[[str], TextContext]
+    sampler: Sampler
+    make_cache: Callable[[], KVCache]
+    make_vae_decoder: Callable[[], StreamingDecoder]
+    make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline, Delivery], Decoder]
+    weights: dict[str, Any]
+    setup_s: dict[str, float]
+    rooms: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent frame."""
+        return self.model.vae.z_dim, self.model.latent_height, self.model.latent_width
+
+
+def sampling_plan(config: ExperimentConfig) -> SamplingPlan:
+    return SamplingPlan(
+        config.denoising_steps,
+        config.timestep_shift,
+        config.context_noise,
+        config.block_frames,
+        config.local_attn_size,
+        config.sink_size,
+        config.global_sink,
+    )
+
+
+def cache_geometry(config: ExperimentConfig, model: ModelConfig) -> CacheGeometry:
+    _, patch_height, patch_width = model.dit.patch_size
+    return CacheGeometry(model.dit.num_layers, model.dit.num_heads, model.dit.head_dim,
+                         model.latent_height // patch_height, model.latent_width // patch_width,
+                         config.local_attn_size, config.sink_size, config.relative_rope)
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device called `name`.
+
+    Raises:
+        UserError: CUDA is asked for and not there.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise UserError(
+                f"device: {name!r} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+                "devices here; use device: cpu with model: tiny, or run on a machine with an NVIDIA GPU."
+            )
+    return device
+
+
+def limit_memory(device: torch.device, limit_gb: float | None) -> None:
+    """Let PyTorch's allocator take at most `limit_gb` (1e9 bytes) of the GPU, or all of it.
+
+    More than that then raises `torch.OutOfMemoryError`. The CUDA context lies outside of the limit.
+
+    Raises:
+        NotAvailable: a limit is set, and the device is no GPU.
+        UserError: the GPU has less than that.
+    """
+    if device.type != "cuda":
+        if limit_gb is not None:
+            raise NotAvailable(f"gpu_memory_limit_gb: {limit_gb} limits a GPU's memory, and this run is on "
+                               f"{device.type}.")
+        return
+    total_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if limit_gb is not None and limit_gb > total_gb:
+        raise UserError(f"gpu_memory_limit_gb: {limit_gb} is more than this GPU's {total_gb:.1f} GB; write "
+                        "less, or null for no limit.")
+    if limit_gb is not None:
+        # Fixed segments leave gaps, up to a tenth of so little memory.
+        expand_segments()
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else limit_gb / total_gb,
+                                              device.index or 0)
+
+
+def prompt_encoder(encoder: TextEncoder,
+                   embed_text: Callable[[Tensor], TextContext]) -> Callable[[str], TextContext]:
+    """Prompt -> what the transformer attends to, nothing remembered."""
+    return lambda prompt: embed_text(encoder.encode([prompt]))
+
+
+def build_reference(config: ExperimentConfig) -> Pipeline:
+    """Load the three networks and put the reference parts together: the baseline of every comparison.
+
+    Raises:
+        UserError: an invalid config, no such device, or weights that are missing or do not fit.
+    """
+    started = time.perf_counter()
+    config.validate()
+    files = check_weights(config.weights, config.model_config())
+    device = check_device(config.device)
+    limit_memory(device, config.gpu_memory_limit_gb)
+    model, dtype = config.model_config(), getattr(torch, config.model_dtype)
+    backend = resolve_backend(config.attention_backend, device, dtype)
+    if backend == "gluon" and device.type == "cuda":
+        check_gpu(device, dtype, model.dit.head_dim)
+    digests = files.sha256()
+    (dit, dit_report), (vae, vae_report) = _load_networks(config, files, device, dtype)
+    text_encoder = open_text_encoder(model.text, files, device, dtype, config.seed, digests.get("text"))
+    return Pipeline(
+        config=config,
+        model=model,
+        device=device,
+        dtype=dtype,
+        attention_backend=backend,
+        text_encoder=text_encoder,
+        **_components(config, model, backend, dit, vae, text_encoder),
+        weights={
+            "kind": files.kind,
+            "seed": config.seed if files.kind == "random" else None,
+            "sha256": digests,
+            "dit": dit_report,
+            "vae": vae_report,
+            "text_encoder": text_encoder.report,
+            "tokenizer": text_encoder.description,
+        },
+        setup_s={"load": time.perf_counter() - started},
+    )
+
+
+def float32_twin(pipeline: Pipeline) -> Pipeline:
+    """The baseline with the weights of `pipeline`'s files or seed in float32, without any optimization. Its
+    prompts are encoded by the text encoder of `pipeline`, which is not loaded twice, and widened.
+
+    Costs twice the memory of the bfloat16 transformer and VAE until it is let go.
+    """
+    config = replace(pipeline.config, model_dtype="float32", attention_backend="auto")
+    backend = resolve_backend(config.attention_backend, pipeline.device, torch.float32)
+    files = check_weights(config.weights, config.model_config())
+    (dit, _), (vae, _) = _load_networks(config, files, pipeline.device, torch.float32)
+    return replace(pipeline, config=config, dtype=torch.float32, attention_backend=backend, rooms=(),
+                   **_components(config, pipeline.model, backend, dit, vae, pipeline.text_encoder))
+
+
+def _load_networks(
+    config: ExperimentConfig, files: WeightFiles, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[CausalDiT, WeightsReport], tuple[WanVAE, WeightsReport]]:
+    """Transformer and VAE, each with the report of its weights."""
+    model = config.model_config()
+    dit = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha,
+                   window_tokens=model.window_tokens)
+    vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
+    if device.type == "cpu":
+        vae.use_channels_last()  # norms over the channels take half of the time otherwise
+    return dit, (vae, vae_report)
+
+
+def _components(config: ExperimentConfig, model: ModelConfig, backend: str, dit: CausalDiT, vae: WanVAE,
+                text_encoder: TextEncoder) -> dict[str, Any]:
+    """The networks and the reference parts around them, as fields of a pipeline."""
+    attention, geometry = make_attention(backend), cache_geometry(config, model)
+    for block in dit.blocks:
+        block.attention = attention
+    height, width = model.latent_height, model.latent_width
+    return {
+        "dit": dit,
+        "vae": vae,
+        "embed_text": dit.embed_text,
+        "encode_prompt": prompt_encoder(text_encoder, dit.embed_text),
+        "sampler": Sampler(sampling_plan(config), EagerForward(dit)),
+        "make_cache": lambda: RollingKVCache(geometry, attention, 1, dit.device, dit.dtype),
+        "make_vae_decoder": lambda: StreamingDecoder(vae, 1, height, width),
+        "make_decoder": InlineDecoder,
+    }

@@ -1,0 +1,1 @@
+"""The tiny model: its data, its training and its evaluation. No optimization imports it."""

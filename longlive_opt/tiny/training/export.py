@@ -1,0 +1,98 @@
+"""From trained networks to a weights folder that `weight_files.resolve_weights` finds, in bfloat16.
+
+The layout wants a LoRA and a tokenizer too. The adapter written here is one of rank 1 with zeros, which
+changes nothing; the tokenizer is the byte-level one of the training, written as a `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import UserError
+from ...files import atomic_path
+from ...models.text import BYTE_OFFSET, END_ID, PAD_ID
+from ...models.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from ...models.weight_files import LAYOUT
+
+LORA_TARGET = "blocks.0.self_attn.q"
+
+
+@torch.no_grad()
+def fold_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
+    """Change conv1 and conv2 so that latents of channel mean `mean` and deviation `std`, float32 [z] each,
+    come out with LATENT_MEAN and LATENT_STD, as all code expects them; what is decoded stays the same.
+    """
+    if not bool((std > 1e-4).all()):
+        raise UserError(
+            f"vae: a latent channel is dead (deviations {std.tolist()}); train longer, or lower the "
+            "weight of the KL term."
+        )
+    device = vae.conv1.weight.device
+    to_mean, to_std, mean, std = (t.to(device, torch.float32) for t in (
+        torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD), mean, std))
+    z, gain = len(mean), to_std / std
+    encode, decode = vae.conv1, vae.conv2
+    encode.weight[:z] *= gain.view(-1, 1, 1, 1, 1)
+    encode.bias[:z] = (encode.bias[:z] - mean) * gain + to_mean
+    encode.bias[z:] += 2 * gain.log()  # the log variance follows the scale
+    decode.bias += decode.weight[:, :, 0, 0, 0] @ (mean - to_mean / gain)
+    decode.weight /= gain.view(1, -1, 1, 1, 1)
+
+
+def export_weights(folder: Path, dit: Mapping[str, Tensor], text: Mapping[str, Tensor],
+                   vae: Mapping[str, Tensor]) -> dict[str, int]:
+    """Write the weights folder; returns the bytes of every file."""
+    query = dit[f"{LORA_TARGET}.weight"]
+    lora = {f"base_model.model.{LORA_TARGET}.lora_A.weight": torch.zeros(1, query.shape[1]),
+            f"base_model.model.{LORA_TARGET}.lora_B.weight": torch.zeros(query.shape[0], 1)}
+    sizes = {}
+    for part, tensors in (("dit", dit), ("text", text), ("vae", vae), ("lora", lora)):
+        path = (folder / LAYOUT[part]).with_suffix(".safetensors")
+        with atomic_path(path) as temporary:
+            save_file(
+                {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()},
+                temporary,
+            )
+        sizes[path.name] = path.stat().st_size
+    path = folder / LAYOUT["tokenizer"] / "tokenizer.json"
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(byte_tokenizer(), ensure_ascii=False), encoding="utf-8")
+    sizes[path.name] = path.stat().st_size
+    return sizes
+
+
+def byte_tokenizer() -> dict[str, object]:
+    """`tokenizer.json` of the byte tokenizer: UTF-8 bytes from BYTE_OFFSET on, the end token last."""
+    special = [("<pad>", PAD_ID), ("</s>", END_ID), ("<unk>", 2)]
+    letters = _byte_letters()
+    vocabulary = {**dict(special), **{letters[byte]: byte + BYTE_OFFSET for byte in range(256)}}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for name, i in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                          "use_regex": False},
+        "post_processor": {"type": "TemplateProcessing", "single": [
+            {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [END_ID], "tokens": ["</s>"]}}},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
+                  "merges": []}}
+
+
+def _byte_letters() -> list[str]:
+    """The character by which the ByteLevel pre-tokenizer writes each byte: itself where it is visible
+    Latin-1, else the next one from U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]

@@ -1,3 +1,0 @@
-"""Training of the tiny LongLive on the small world (`longlive_opt.world`): VAE, text encoder, causal teacher
-by teacher forcing, few-step student by self forcing. Nothing that streams a video imports this package.
-"""

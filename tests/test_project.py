@@ -1,0 +1,528 @@
+"""The house: packaging, set-up, and the rules that every notebook and tracked file keeps."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from longlive_opt.config import ExperimentConfig
+from longlive_opt.errors import UserError
+from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
+from longlive_opt.runner.__main__ import QUICK
+from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROFILES = sorted((ROOT / "params/profiles").glob("*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
+# What the project takes the insides of, or draws and reports with.
+CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib", "transformers",
+         "torchmetrics", "numpy", "ipykernel", "jupyterlab", "huggingface-hub", "av", "pillow"}
+
+# Import name -> package, where they differ.
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py"}
+# Declared, but not imported: torchvision is for lpips, ipykernel for papermill, the rest are commands.
+NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
+# Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
+NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow",
+                "ipywidgets"}
+MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
+REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
+FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-")
+
+
+# ---- packaging
+
+
+def test_conda_and_pip_ask_for_the_same() -> None:
+    """The conda way lacks the project itself, or an extra, or installs versions that nobody tested."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    pip = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    extras = ",".join(PROJECT["optional-dependencies"])
+    assert pip == [["-c constraints.txt", f"-e .[{extras}]"]]
+    assert conda == ["python" + PROJECT["requires-python"], "pip"]
+
+
+def test_close_dependencies_have_both_bounds() -> None:
+    """The next release of one of them breaks every fresh clone, as torch 2.14 and Triton 3.8 did."""
+    bounds = {name_of(one): one for one in REQUIREMENTS}
+    assert CLOSE <= bounds.keys()
+    open_ended = [bounds[name] for name in CLOSE if not re.search(r">=[\d.]+,<[\d.]+$", bounds[name])]
+    assert not open_ended
+
+
+def test_tested_versions_are_allowed_ones(bootstrap: ModuleType) -> None:
+    """Constraints that pip cannot meet, or that leave a dependency to what was released last night."""
+    pins = bootstrap.tested_versions()
+    for requirement in map(Requirement, REQUIREMENTS):
+        assert requirement.specifier.contains(pins[name_of(requirement.name)]), requirement
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) == len(pins) and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+
+
+def test_imports_are_declared() -> None:
+    """A package that is there on the developer's machine by chance, or a dependency that nothing uses."""
+    imported = set()
+    for path in (ROOT / "longlive_opt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    imported -= {*sys.stdlib_module_names, *NOT_DECLARED, "longlive_opt"}
+    used = {PACKAGES.get(name, name).replace("_", "-") for name in imported}
+    declared = {name_of(requirement) for requirement in REQUIREMENTS}
+    assert used - declared == set(), "add these to pyproject.toml and environment.yml"
+    assert declared - used - NOT_IMPORTED == set(), "nothing imports these"
+
+
+def test_make_help_names_every_target() -> None:
+    """A target that nobody finds."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
+    assert targets == set(re.search(r"\.PHONY: (.*)", makefile).group(1).split())
+    assert targets == set(re.findall(r"^([a-z0-9-]+):.* ## ", makefile, re.MULTILINE))
+
+
+# ---- notebooks
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_clean(path: Path) -> None:
+    """Outputs or the author's kernel in the repository; logic in a notebook where no test reaches it."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    named = [cell.id for cell in notebook.cells]
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in named), "ids that say what they are"
+    assert not [name for name in named if re.fullmatch(r"[0-9a-f]{8}", name)], "give the cells ids by hand"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count is not None], "strip outputs"
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for cell in code:
+        tree = ast.parse(cell.source)
+        found = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, FORBIDDEN)]
+        assert found == [], f"this belongs into longlive_opt: {cell.source}"
+        assert not re.search(r"sys\.path|chdir|https?://|['\"]/", cell.source), cell.source
+    for statement in ast.parse(tagged[0].source).body:
+        ast.literal_eval(statement.value)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.name)
+def test_notebooks_presets_and_profiles_fit(profile: Path) -> None:
+    """A preset without a notebook, or a key that a notebook does not take, found on the GPU host."""
+    layout = Layout(ROOT)
+    jobs = plan(layout, "house", profile=profile, settings=QUICK, repeats=1)
+    presets = {path.stem for path in layout.params.glob("*.yaml")}
+    # Smoke is for tests, which build it without a notebook.
+    assert presets - {"smoke"} == {job.label for job in jobs} - {"baseline.repeat2"}
+    plan_summary(layout, "house")
+    plan_training(layout)
+    plan_quantization(layout, profile)
+
+
+# ---- tracked files
+
+
+def tracked_files() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_path_of_one_machine_and_no_registry() -> None:
+    """Text that is true on the author's machine only."""
+    found = []
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" in content[:8192]:
+            continue
+        for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), 1):
+            hit = MACHINE_PATH.search(line) or REGISTRY.search(line)
+            if hit:
+                found.append(f"{path.relative_to(ROOT)}:{number}: {hit.group()}")
+    assert found == []
+
+
+def test_gitignore() -> None:
+    """An environment of 6 GB in a commit, or the measured campaign left out of it."""
+    tracked_files()
+    candidates = {
+        ".venv/bin/python": True, "wheelhouse/a.whl": True, ".bootstrap/stamp.json": True,
+        "outputs/demo/baseline/result.json": True, "outputs/.sha256.json": True,
+        "outputs/noise.json": False, "outputs/h100/decisions.json": False,
+        "longlive_opt/__pycache__/a.pyc": True,
+        "notebooks/.ipynb_checkpoints/a.ipynb": True, "checkpoints/a.pt": True,
+        "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,
+        "outputs/h100/baseline/result.json": False, "outputs/h100/baseline/video.mp4": True,
+        "outputs/h100/baseline/report.html": False, "outputs/h100/summary/waterfall.png": False,
+        "outputs/h200/speed/result.json": True,
+        "outputs/h100_tiny/speed/result.json": False, "outputs/h100_tiny/speed/frames.png": True,
+        "outputs/h100_tiny/baseline/reference.safetensors": True,
+        "outputs/h100_extras/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
+        "notebooks/01_baseline.ipynb": False, "params/profiles/h100.yaml": False,
+    }
+    command = ["git", "check-ignore", "--no-index", *candidates]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert set(done.stdout.splitlines()) == {path for path, ignored in candidates.items() if ignored}
+
+
+# ---- set-up
+
+
+@pytest.fixture
+def bootstrap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """scripts/bootstrap.py with its state in a folder of the test."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("bootstrap")
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "STATE", tmp_path / ".bootstrap")
+    return module
+
+
+def stopped(capsys: pytest.CaptureFixture, function: object, *arguments: object) -> str:
+    """The one line with which the set-up ends in `function`."""
+    with pytest.raises(SystemExit) as caught:
+        function(*arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    return lines[-1]
+
+
+def test_old_python_can_read_the_set_up() -> None:
+    """A SyntaxError where the message should say which Python is needed."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 6))
+
+
+def test_too_old_python(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of installation that end in an error of some package."""
+    old = SimpleNamespace(version_info=(3, 9), exit=sys.exit, stderr=sys.stderr)
+    monkeypatch.setattr(bootstrap, "sys", old)
+    assert "Python 3.9, the project needs 3.11" in stopped(capsys, bootstrap.main)
+
+
+def put_package(folder: Path, name: str, version: str, code: str = "") -> None:
+    """A package that pip takes to be installed in `folder`."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(code)
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(("version", "reused"), [
+    ("2.11.0+cu130", True), ("2.10.0", True), ("2.12.0a0+git1", True), ("2.14.1", True),
+    ("2.10.0a0+nv25", False), ("2.9.1", False), ("2.15.0", False), ("2.15.0.dev20261101+cu130", False),
+    ("3.0.0", False),
+])
+def test_only_a_torch_within_the_bounds_is_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                  tmp_path: Path, version: str, reused: bool) -> None:
+    """A torch that nobody tested is kept, or a good one of 3 GB is installed again."""
+    put_package(tmp_path, "torch", version)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert bootstrap.brought_torch(sys.executable) == version
+    assert bootstrap.is_allowed(version) == reused
+    specifier = Requirement("torch" + bootstrap.torch_bounds()[0]).specifier
+    assert specifier.contains(version, prereleases=True) == reused
+
+
+def test_a_torch_outside_the_bounds_is_named(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture) -> None:
+    """The torch of the GPU host is left aside without a word, and 3 GB come down."""
+    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: "2.9.1")
+    made = []
+    monkeypatch.setattr(bootstrap, "make_venv", lambda python, torch: made.append(torch))
+    assert bootstrap.choose_environment(offline=False) == str(bootstrap.VENV / "bin/python")
+    assert made == [None]
+    assert re.search(r"torch 2.9.1 of .* is not used: .* torch>=2.10,<2.15", capsys.readouterr().err)
+    assert "torch>=2.10,<2.15" in stopped(capsys, bootstrap.choose_environment, True)
+
+
+def test_broken_torch_is_not_reused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                    tmp_path: Path) -> None:
+    """A torch whose libraries are missing: everything is installed around it and nothing runs."""
+    put_package(tmp_path, "torch", "2.11.0", "raise OSError('libcudnn.so.9: cannot open shared object')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert bootstrap.brought_torch(sys.executable) is None
+
+
+def test_what_the_set_up_installed_is_not_brought(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                  tmp_path: Path) -> None:
+    """`make test` after `make install NEWEST=1` keeps the newest torch, as if it were the GPU host's own."""
+    put_package(bootstrap.VENV / "lib", "torch", "2.14.77")
+    put_package(tmp_path / "system", "numpy", "2.1.0")
+    monkeypatch.setenv("PYTHONPATH", f"{bootstrap.VENV / 'lib'}:{tmp_path / 'system'}")
+    brought = bootstrap.brought_packages(sys.executable)
+    assert brought["numpy"] == "2.1.0" and brought.get("torch") != "2.14.77"
+
+
+def test_stamp(bootstrap: ModuleType, tmp_path: Path) -> None:
+    """Installing on every make, or not even after the dependencies changed or the environment went away."""
+    bootstrap.STATE.mkdir()
+    stamp = {"digest": "a", "root": str(bootstrap.ROOT), "python": sys.executable}
+    path = bootstrap.STATE / "stamp.json"
+    path.write_text(json.dumps(stamp))
+    assert bootstrap.finished_python("a") == sys.executable
+    assert bootstrap.finished_python("b") is None
+    path.write_text(json.dumps(stamp | {"python": str(tmp_path / "gone")}))
+    assert bootstrap.finished_python("a") is None
+    path.write_text(json.dumps(stamp | {"root": str(tmp_path / "moved")}))
+    assert bootstrap.finished_python("a") is None
+    path.write_text('{"dig')
+    assert bootstrap.finished_python("a") is None
+
+
+def test_installation_never_changes_torch(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                          tmp_path: Path) -> None:
+    """pip upgrades the GPU host's torch because the newest torchvision asks for it."""
+    commands = []
+
+    def popen(command: list[str], **kwargs: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout=[], wait=lambda: 0)
+
+    monkeypatch.setattr(bootstrap.subprocess, "Popen", popen)
+    monkeypatch.setattr(bootstrap, "brought_packages", lambda python: {"torch": "2.12.1"})
+    bootstrap.STATE.mkdir()
+    bootstrap.install("python", "2.12.1", tmp_path)
+    held = (bootstrap.STATE / "constraints.txt").read_text().splitlines()
+    assert [line for line in held if line.startswith(("torch", "triton"))] == [
+        "torch==2.12.1", f"torchmetrics=={bootstrap.tested_versions()['torchmetrics']}"]
+    assert commands[0][commands[0].index("--constraint") + 1] == str(bootstrap.STATE / "constraints.txt")
+    assert {"--no-index", "--find-links", str(tmp_path)} < set(commands[0]) and "--upgrade" not in commands[0]
+    bootstrap.install("python", "2.12.1", None, newest=True)
+    assert (bootstrap.STATE / "constraints.txt").read_text() == "torch==2.12.1\n"
+    assert "--upgrade" not in commands[1], "it is not the set-up's own environment"
+
+
+def test_fresh_machine_gets_the_tested_versions(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                tmp_path: Path) -> None:
+    """What was released last night decides whether the README's two commands work."""
+    path, pins = tmp_path / "held.txt", bootstrap.tested_versions()
+
+    def held(*arguments: object) -> dict[str, str]:
+        bootstrap.write_constraints(path, *arguments)
+        return dict(line.split("==") for line in path.read_text().splitlines())
+
+    assert held({}, None, False) == pins
+    assert held({}, None, True) == {}
+    # What an environment brings stays, and what goes with the tested torch goes with no other.
+    beside = held({"numpy": "2.1.0", "torch": "2.12.0"}, "2.12.0", False)
+    assert beside["torch"] == "2.12.0"
+    assert beside.keys() == pins.keys() - {"numpy", *bootstrap.WITH_TORCH} | {"torch"}
+    assert held({"torch": "2.11.0"}, "2.11.0+cu126", False)["torchvision"] == pins["torchvision"]
+    # One that is not allowed is replaced by the tested one.
+    assert held({"torch": "2.15.0", "torchvision": "0.30.0"}, None, False) == pins
+
+
+def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                   tmp_path: Path) -> None:
+    """A changed constraints file, or NEWEST=1, that leaves the old environment as it is."""
+    digests = [bootstrap.dependency_digest(newest) for newest in (False, True)]
+    changed = tmp_path / "constraints.txt"
+    changed.write_text(bootstrap.CONSTRAINTS.read_text() + "one-more==1\n")
+    monkeypatch.setattr(bootstrap, "CONSTRAINTS", changed)
+    assert len({*digests, bootstrap.dependency_digest(False)}) == 3
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("NewConnectionError: [Errno 101] Network is unreachable", "PIP_INDEX_URL"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "TMPDIR"),
+    ("python: No module named pip", "ensurepip"),
+    ("ERROR: No matching distribution found for nonsense", "nonsense"),
+])
+def test_pip_failures_in_one_sentence(bootstrap: ModuleType, line: str, words: str) -> None:
+    """Two screens of pip where one sentence with the remedy would do."""
+    assert words in bootstrap.explain(["Collecting torch", line], None)
+    assert "\n" not in bootstrap.explain(["Collecting torch", line], None)
+
+
+def test_missing_ensurepip_and_full_disk(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's python3 without python3-venv, and a disk that fills up in the middle of the installation."""
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    assert "python3-venv" in stopped(capsys, bootstrap.make_venv, "python", None)
+    monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    assert "needs 8 GB" in stopped(capsys, bootstrap.check_disk, bootstrap.NEED_FULL)
+
+
+@pytest.fixture
+def versions(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """scripts/test_versions.py, which makes no environment and runs nothing."""
+    module = importlib.import_module("test_versions")
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "versions")
+    monkeypatch.setattr(module, "check_disk", lambda need: None)
+    monkeypatch.setattr(module, "describe", lambda python: "torch of a test")
+    return module
+
+
+def test_tests_of_versions_are_there(versions: ModuleType) -> None:
+    """A test file that was renamed, or a name of -k that leaves nothing out any more."""
+    sources = [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in versions.TESTS]
+    for part in (*versions.LONG, *versions.TRAINING.split(" or ")):
+        assert any(re.search(rf"def test_\w*{part}", source) for source in sources), part
+    assert [versions.requirement(which) for which in ("oldest", "newest", "2.13", "2.12.1")] == [
+        "torch==2.10.*", "torch>=2.10,<2.15", "torch==2.13.*", "torch==2.12.1"]
+
+
+@pytest.mark.parametrize(("pip_says", "passed", "status"), [
+    ("ERROR: No matching distribution found for torch==2.10.*", True, 0),
+    ("    The user requested (constraint) torch<=2.9", True, 0),
+    ("NewConnectionError: Network is unreachable", True, 2),
+    (None, True, 0),
+    (None, False, 1),
+])
+def test_what_becomes_of_a_version(versions: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture, pip_says: str | None, passed: bool,
+                                   status: int) -> None:
+    """CI is red because an index has no old torch, or green though a test failed or nothing was installed."""
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        if "venv" in command:
+            Path(command[-1]).mkdir()
+        return SimpleNamespace(returncode=int("pip" in command and pip_says is not None), stdout=pip_says)
+
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    monkeypatch.setattr(versions, "run_tests", lambda python, more: passed)
+    monkeypatch.setattr(sys, "argv", ["test_versions.py", "oldest"])
+    try:
+        found = versions.main()
+    except SystemExit as caught:
+        found = caught.code
+    assert found == status
+    skipped = "is skipped: the package index" in capsys.readouterr().out
+    assert skipped == (pip_says is not None and not status)
+    assert not list(versions.FOLDER.iterdir()), "5 GB are left behind"
+
+
+def test_stand_ins_hold_the_versions_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip does not accept the stand-in, and the wheelhouse grows by torch and 3 GB of CUDA libraries."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    wheelhouse = importlib.import_module("wheelhouse")
+    listed = "torch==2.11.0+cu130\nTyping.Extensions==4.15.0\nlonglive_opt==0.1.0\n"
+    (tmp_path / "have.txt").write_text(listed)
+    have = wheelhouse.read_have(tmp_path / "have.txt")
+    assert have == {"torch": "2.11.0+cu130", "typing_extensions": "4.15.0"}
+    constraints = [wheelhouse.write_stand_in(tmp_path, *item) for item in have.items()]
+    assert constraints == ["torch==2.11.0+cu130\n", "typing_extensions==4.15.0+host\n"]
+    (tmp_path / "constraints.txt").write_text("".join(constraints))
+    command = [sys.executable, "-m", "pip", "download", "--no-index", "--find-links", ".", "--dest", "out",
+               "--constraint", "constraints.txt", "torch>=2.10", "typing-extensions>=4"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert len(list((tmp_path / "out").glob("*.whl"))) == 2
+    for name, version in wheelhouse.ASSUMED.items():
+        requirement = next(one for one in map(Requirement, REQUIREMENTS) if one.name == name)
+        assert requirement.specifier.contains(f"{version}+host"), "a host with an allowed torch is assumed"
+    with zipfile.ZipFile(next((tmp_path / "out").glob("torch-*.whl"))) as wheel:
+        assert not any(name.endswith(".py") for name in wheel.namelist())
+
+
+# ---- reports
+
+
+def write_notebook(path: Path, prose: str) -> None:
+    v4 = nbformat.v4
+    data = {"text/html": "<video src='data:video/mp4;base64,AAAA'></video>"}
+    video = v4.new_output("display_data", data=data)
+    cells = [v4.new_markdown_cell(prose), v4.new_code_cell("cell_code", outputs=[video])]
+    nbformat.write(v4.new_notebook(cells=cells), path)
+
+
+def test_report_is_self_contained(tmp_path: Path) -> None:
+    """nbconvert's templates load three scripts from the internet: offline, a report hangs or looks broken."""
+    notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
+    write_notebook(notebook, "# Title\n\n[a link](https://example.org) is no reference")
+    export_html(notebook, report, title="<b>bold</b> & co")
+    html = report.read_text(encoding="utf-8")
+    assert network_references(html) == []
+    assert "data:video/mp4;base64,AAAA" in html and "cell_code" in html
+    assert "<title>&lt;b&gt;bold&lt;/b&gt; &amp; co</title>" in html
+    export_html(notebook, report, title="x", hide_code=True)
+    assert "cell_code" not in report.read_text(encoding="utf-8")
+
+
+def test_report_opens_with_its_card(tmp_path: Path) -> None:
+    """A verdict below ten screens of charts, or one that is patched into finished HTML."""
+    notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
+    write_notebook(notebook, "# Heading of the notebook")
+    export_html(notebook, report, title="x", card='<section id="verdict">a &lt; b</section>')
+    html = report.read_text(encoding="utf-8")
+    assert 0 < html.index('<section id="verdict">a &lt; b</section>') < html.index("Heading of the notebook")
+    export_html(notebook, report, title="x")
+    assert 'id="verdict"' not in report.read_text(encoding="utf-8")
+
+
+def test_parameters_are_folded(tmp_path: Path) -> None:
+    """A report whose first two screens are eighty lines of parameters, or one that lacks them."""
+    notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
+    v4 = nbformat.v4
+    tagged = [v4.new_code_cell(f"{tag}_cell", metadata={"tags": [tag]})
+              for tag in ("parameters", "injected-parameters")]
+    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("open_cell")]), notebook)
+    export_html(notebook, report, title="x")
+    folded = re.findall(r"(?s)<details.*?</details>", report.read_text(encoding="utf-8"))
+    assert len(folded) == 2 and "Parameters of this run" in folded[1]
+    assert "parameters_cell" in folded[0] and "open_cell" not in "".join(folded)
+
+
+def test_only_styles_that_nothing_asks_for_are_dropped() -> None:
+    """A report that looks different, or carries 240 KB of JupyterLab's icons."""
+    html = """<style>:root { --seen: red; --by-seen: 1px; --seen2: var(--by-seen); --icon: url(data:x) }
+        p { color: var(--seen) } .here, .gone { top: var(--seen2) } .gone .here { top: 2px }
+        .here:not(.gone) { top: 3px } .gone { background: var(--icon) } @media print { .gone { top: 4px } }
+        </style><p class="other here">.gone {}</p>"""
+    slim = drop_unused_styles(html)
+    assert slim.endswith('<p class="other here">.gone {}</p>')
+    kept = "--seen: --by-seen: --seen2: .here, .here:not(.gone) 3px 4px".split()
+    assert all(part in slim for part in kept)
+    assert not any(part in slim for part in ("--icon", "2px", "data:x", ".gone {background"))
+    assert drop_unused_styles(slim) == slim
+
+
+def test_remote_picture_is_refused(tmp_path: Path) -> None:
+    """A report that tells a server who reads it, and shows a hole without a network."""
+    write_notebook(tmp_path / "notebook.ipynb", '<img src="//example.org/a.png">')
+    with pytest.raises(UserError, match="example.org/a.png"):
+        export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("html", [
+    '<script src="https://h/a.js"></script>', '<link rel="stylesheet" href="http://h/a.css">',
+    "<img src='//h/a.png'>", '<img srcset="a.png 1x, https://h/b.png 2x">', '<video poster="https://h/a">',
+    "<style>a { background: url(https://h/a.png) }</style>", '<style>@import "https://h/a.css"</style>',
+    '<p style="background: url(//h/a.png)">', "<script>import a from 'https://h/a.js'</script>",
+    "<script>fetch('https://h/a')</script>", '<svg><image href="https://h/a.png"/></svg>',
+])
+def test_references_are_found(html: str) -> None:
+    """A kind of reference that the check of the reports does not see."""
+    assert len(network_references(html)) == 1
+
+
+def test_readme_lists_every_key():
+    """A key that a refused preset's author cannot look up where the message sends him."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [f.name for f in dataclasses.fields(ExperimentConfig) if f"| `{f.name}` |" not in readme]
+    assert not missing
