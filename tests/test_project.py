@@ -179,6 +179,7 @@ def test_gitignore() -> None:
         "outputs/h100/baseline/report.html": False, "outputs/h100/summary/waterfall.png": False,
         "outputs/h200/speed/result.json": True,
         "outputs/h100_tiny/speed/result.json": False, "outputs/h100_tiny/speed/frames.png": True,
+        "outputs/h200_long/realtime/result.json": False, "outputs/h200_tiny/speed/result.json": False,
         "outputs/h100_tiny/baseline/reference.safetensors": True,
         "outputs/h100_extras/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
         "notebooks/01_baseline.ipynb": False, "params/profiles/h100.yaml": False,
