@@ -18,7 +18,7 @@ from typing import Any, Mapping, Sequence
 
 from .errors import UserError
 from .files import whole_text
-from .models.specs import MODELS, ROPE_POSITIONS, ModelConfig
+from .models.specs import MODELS, ROPE_POSITIONS, ModelSpec
 
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
@@ -149,7 +149,7 @@ class ExperimentConfig:
         """Plain JSON- and YAML-ready values, in the order of the fields."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelSpec:
         return MODELS[self.model].with_size(self.height, self.width)
 
     @property

@@ -1,9 +1,13 @@
-"""Download the official weights: `python -m longlive_opt.fetch DIR [--what all|dit|vae|text] [--dry-run]`.
+"""Download official weights:
+`python -m longlive_opt.fetch DIR [--model NAME] [--what all|dit|vae|text] [--dry-run]`.
 
-Lays out what `longlive_opt.models.weight_files.resolve_weights(DIR)` reads:
+Lays out what `longlive_opt.models.weight_files.resolve_weights(DIR, model)` reads, for LongLive-1.3B:
 
     DIR/longlive_base.pt  DIR/lora.pt
     DIR/Wan2.1-T2V-1.3B/  config.json  Wan2.1_VAE.pth  models_t5_umt5-xxl-enc-bf16.pth  google/umt5-xxl/
+
+Other models have their own transformer and share the folder of Wan 2.1; `longlive_opt.models.specs` names
+their files and where they are published.
 
 Files arrive in DIR/.fetch, where an interrupted run resumes, are checked against the hub's size and SHA-256,
 and only then take their place. A file that is already there is checked, never overwritten. Imports no torch.
@@ -22,39 +26,14 @@ from typing import Protocol, Sequence
 
 from .errors import UserError
 from .files import file_sha256
-from .models.specs import FETCH_COMMAND, WAN_FOLDER
+from .models.specs import FETCH_COMMAND, MODELS, Source
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".fetch"
 SPARE_BYTES = 1 << 30
-LONGLIVE_REPO = "Efficient-Large-Model/LongLive-1.3B"
-WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file, or with a final "/" one folder, of a hub repository and its place under DIR.
-
-    `approx_bytes` is the size when this was written; it is only shown where the hub cannot be asked.
-    """
-
-    part: str
-    repo: str
-    path: str
-    target: str
-    approx_bytes: int
-
-
-SOURCES = (
-    Source("dit", LONGLIVE_REPO, "models/longlive_base.pt", "longlive_base.pt", 5_676_334_208),
-    Source("dit", LONGLIVE_REPO, "models/lora.pt", "lora.pt", 2_800_056_690),
-    Source("dit", WAN_REPO, "config.json", f"{WAN_FOLDER}/config.json", 249),
-    Source("vae", WAN_REPO, "Wan2.1_VAE.pth", f"{WAN_FOLDER}/Wan2.1_VAE.pth", 507_609_880),
-    Source("text", WAN_REPO, "models_t5_umt5-xxl-enc-bf16.pth",
-           f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth", 11_361_920_418),
-    Source("text", WAN_REPO, "google/umt5-xxl/", f"{WAN_FOLDER}/google/umt5-xxl/", 21_454_081),
-)
+MODEL = "longlive-1.3b"
+FETCHED = tuple(name for name, spec in MODELS.items() if spec.checkpoint.sources)
 PARTS = ("all", "dit", "vae", "text")
 
 
@@ -126,15 +105,21 @@ def _hub_error(what: str, error: Exception) -> UserError:
                      f"'{FETCH_COMMAND} --help'.")
 
 
-def plan(hub: Hub, what: str = "all") -> list[Download]:
-    """Ask the hub for every file of the part `what`.
+def _sources(what: str, model: str) -> list[Source]:
+    return [source for source in MODELS[model].checkpoint.sources if what in ("all", source.part)]
+
+
+def plan(hub: Hub, what: str = "all", model: str = MODEL) -> list[Download]:
+    """Ask the hub for every file of the part `what` of `model`.
 
     Raises:
-        UserError: `what` is unknown, the hub cannot be reached, or a repository lacks a file.
+        UserError: `what` or `model` is unknown, the hub cannot be reached, or a repository lacks a file.
     """
+    if model not in FETCHED:
+        raise UserError(f"model: {model!r} cannot be fetched; choose one of {', '.join(FETCHED)}.")
     if what not in PARTS:
         raise UserError(f"what: {what!r} is unknown; choose one of {', '.join(PARTS)}.")
-    sources = [source for source in SOURCES if what in ("all", source.part)]
+    sources = _sources(what, model)
     listings = {repo: hub.files(repo) for repo in dict.fromkeys(source.repo for source in sources)}
     downloads = []
     for source in sources:
@@ -219,6 +204,7 @@ def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
     parser = argparse.ArgumentParser(prog=FETCH_COMMAND, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the files go")
+    parser.add_argument("--model", choices=FETCHED, default=MODEL, help="whose (default: %(default)s)")
     parser.add_argument("--what", choices=PARTS, default="all", help="which part (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only show sizes and check the free space")
     args = parser.parse_args(argv)
@@ -228,10 +214,10 @@ def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
     try:
         hub = hub or HuggingFaceHub()
         try:
-            downloads = plan(hub, args.what)
+            downloads = plan(hub, args.what, args.model)
         except UserError:
             if args.dry_run:
-                _log_recorded_sizes(args.what)
+                _log_recorded_sizes(args.what, args.model)
             raise
         if args.dry_run:
             missing_in(folder, downloads)
@@ -250,10 +236,10 @@ def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
     return 0
 
 
-def _log_recorded_sizes(what: str) -> None:
-    for source in SOURCES:
-        if what in ("all", source.part):
-            logger.info("%10s  recorded  %s", _size(source.approx_bytes), source.target)
+def _log_recorded_sizes(what: str, model: str) -> None:
+    for source in _sources(what, model):
+        size = "unknown" if source.approx_bytes is None else _size(source.approx_bytes)
+        logger.info("%10s  recorded  %s", size, source.target)
 
 
 if __name__ == "__main__":

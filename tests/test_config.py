@@ -15,7 +15,7 @@ import yaml
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
-from longlive_opt.models.specs import MODELS, ModelConfig
+from longlive_opt.models.specs import MODELS, ModelSpec
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
@@ -228,8 +228,8 @@ def test_model_sizes():
     assert (full.latent_height, full.latent_width, full.tokens_per_frame) == (60, 104, 1560)
     assert full.dit.head_dim == 128
     assert tiny.dit.text_dim == tiny.text.dim and tiny.dit.text_len == tiny.text.text_len
-    assert ModelConfig("m").with_size(64, None).height == 64
-    assert ModelConfig("m").with_size(64, None).width == 832
+    assert ModelSpec("m").with_size(64, None).height == 64
+    assert ModelSpec("m").with_size(64, None).width == 832
 
 
 @pytest.mark.parametrize("text, says", [

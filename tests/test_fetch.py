@@ -14,9 +14,12 @@ import pytest
 
 import longlive_opt
 from longlive_opt.errors import UserError
-from longlive_opt.fetch import LONGLIVE_REPO, SOURCES, WAN_REPO, HubFile, HuggingFaceHub, fetch, main, plan
+from longlive_opt.fetch import FETCHED, HubFile, HuggingFaceHub, fetch, main, plan
+from longlive_opt.models.specs import MODELS, WAN_REPO
+from longlive_opt.models.weight_files import resolve_weights
 
 REVISION = "0123abcd"
+LONGLIVE_REPO = "Efficient-Large-Model/LongLive-1.3B"
 
 
 class DictHub:
@@ -60,14 +63,30 @@ def names(folder: Path) -> list[str]:
 
 def test_layout_is_what_the_loader_reads(hub, tmp_path):
     """A file put elsewhere than `resolve_weights` looks for it would be fetched and never found."""
-    from longlive_opt.models.weight_files import resolve_weights
-
     fetch(tmp_path, hub, plan(hub))
     assert names(tmp_path) == [
         "Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", "Wan2.1-T2V-1.3B/config.json",
         "Wan2.1-T2V-1.3B/google/umt5-xxl/spiece.model", "Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json",
         "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth", "longlive_base.pt", "lora.pt"]
-    assert resolve_weights(tmp_path).kind == "files"
+    assert resolve_weights(tmp_path, MODELS["longlive-1.3b"]).kind == "files"
+
+
+@pytest.mark.parametrize("name", FETCHED)
+def test_every_model_is_found_where_it_was_fetched(hub, tmp_path, name):
+    """A model whose sources and places differ would be fetched, 17 GB of it, and never found."""
+    checkpoint = MODELS[name].checkpoint
+    for source in checkpoint.sources:
+        if not source.path.endswith("/"):
+            hub.contents.setdefault(source.repo, {}).setdefault(source.path, b"some")
+    fetch(tmp_path, hub, plan(hub, "all", name))
+    files = resolve_weights(tmp_path, MODELS[name])
+    assert all(getattr(files, part) is not None for part in checkpoint.files)
+
+
+def test_a_model_of_the_project_is_not_fetched(hub):
+    """The tiny model lies in the repository; asking the hub for it would end in a KeyError."""
+    with pytest.raises(UserError, match="model: 'tiny' cannot be fetched; choose one of longlive-1.3b"):
+        plan(hub, "all", "tiny")
 
 
 @pytest.mark.parametrize("what, count", [("dit", 3), ("vae", 1), ("text", 3), ("all", 7)])
@@ -145,7 +164,8 @@ def test_without_a_network(tmp_path, caplog, monkeypatch):
     assert main([str(tmp_path), "--dry-run"], hub) == 1
     assert "(no route to host)" in caplog.text and "Traceback" not in caplog.text
     assert "5.68 GB  recorded  longlive_base.pt" in caplog.text
-    assert sum(source.approx_bytes for source in SOURCES) == pytest.approx(20.4e9, rel=0.01)
+    sources = MODELS["longlive-1.3b"].checkpoint.sources
+    assert sum(source.approx_bytes for source in sources) == pytest.approx(20.4e9, rel=0.01)
 
 
 def _unreachable(*args: object, **kwargs: object) -> None:

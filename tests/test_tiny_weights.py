@@ -30,7 +30,8 @@ def test_they_are_the_default_and_small(pipeline):
     assert config.weights == "weights/tiny" and pipeline.weights["kind"] == "files"
     assert sum(path.stat().st_size for path in project_path(config.weights).rglob("*")
                if path.suffix == ".safetensors") < 24e6
-    assert all(getattr(resolve_weights(config.weights), part) for part in ("dit", "text", "vae"))
+    assert all(getattr(resolve_weights(config.weights, config.model_config()), part)
+               for part in ("dit", "text", "vae"))
 
 
 def test_default_prompts_are_of_their_world():

@@ -24,7 +24,7 @@ from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import CausalDiT, TextContext
-from longlive_opt.models.specs import MODELS, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from longlive_opt.models.specs import MODELS, DiTConfig, ModelSpec, TextEncoderConfig, VAEConfig
 from longlive_opt.models.text import TextEncoder, UMT5Encoder, load_tokenizer
 from longlive_opt.models.vae import LATENT_MEAN, LATENT_STD, StreamingDecoder, WanVAE
 from longlive_opt.models.weight_files import resolve_weights
@@ -89,7 +89,7 @@ TEXT = TextEncoderConfig(
 )
 DIT = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=64, freq_dim=32, text_dim=TEXT.dim,
                 text_len=TEXT.text_len)
-SMALL = ModelConfig("small", DIT, VAEConfig(dim=4, num_res_blocks=1), TEXT, height=32, width=32)
+SMALL = ModelSpec("small", DIT, VAEConfig(dim=4, num_res_blocks=1), TEXT, height=32, width=32)
 CPU = torch.device("cpu")
 
 
@@ -870,10 +870,10 @@ def test_export_loads_and_streams(tmp_path, monkeypatch, dit, vae):
     encoder = UMT5Encoder(TEXT)
     random_init_(encoder, 0, CPU, torch.float32)
     sizes = export_weights(tmp_path, dit.state_dict(), encoder.state_dict(), vae.state_dict())
-    assert sum(sizes.values()) < 24e6 and len(sizes) == 5
-    files = resolve_weights(tmp_path)
+    assert sum(sizes.values()) < 24e6 and len(sizes) == 4
+    files = resolve_weights(tmp_path, MODELS["tiny"])
     loaded, report = load_dit(DIT, files, CPU, torch.bfloat16)
-    assert report["lora_targets"] == 1
+    assert report["lora_targets"] == 0
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, dit.state_dict()[name].bfloat16()), name
     load_vae(SMALL.vae, files, CPU, torch.bfloat16)
@@ -903,7 +903,7 @@ def test_command_trains_exports_and_resumes(tmp_path, monkeypatch):
     arguments = ["--out", str(tmp_path), "--quick", "--steps", "2,2,2"]
     assert command.main([*arguments, "--call-minutes", "0"]) == command.CONTINUE
     assert command.main(arguments) == 0
-    files = resolve_weights(tmp_path)
+    files = resolve_weights(tmp_path, MODELS["tiny"])
     vae, _ = load_vae(SMALL.vae, files, CPU, torch.float32)
     stage = VAEStage(SMALL.vae, 32, CPU, torch.float32, 9, VAESettings())
     encoded = vae.encode(stage.video(0, 8, 33, 32)).transpose(1, 2).transpose(0, 1).flatten(1)
@@ -915,7 +915,8 @@ def test_command_trains_exports_and_resumes(tmp_path, monkeypatch):
     assert len(packed) <= 8 and max(len(path.relative_to(elsewhere).parts) for path in packed) == 3
     assert command.main(["--out", str(elsewhere), "--quick", "--stage", "export"]) == 0
     for part in ("dit", "text", "vae"):
-        assert getattr(resolve_weights(elsewhere), part).read_bytes() == getattr(files, part).read_bytes()
+        path = getattr(resolve_weights(elsewhere, MODELS["tiny"]), part)
+        assert path.read_bytes() == getattr(files, part).read_bytes()
     assert command.main(["--out", str(elsewhere), "--quick", "--steps", "2,2,4"]) == 0
     before = sorted(path.name for path in (tmp_path / "training").iterdir())
     assert command.main(arguments) == 0

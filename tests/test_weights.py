@@ -52,6 +52,7 @@ VAE = VAEConfig(dim=6)
 TEXT = TextEncoderConfig(vocab_size=259, dim=16, dim_attn=24, dim_ffn=20, num_heads=2, num_layers=1,
                          text_len=6)
 RANK, ALPHA = 4, 8.0
+LONGLIVE = MODELS["longlive-1.3b"]
 
 
 def check(config: ExperimentConfig) -> None:
@@ -117,7 +118,7 @@ def merged(weight: Tensor, adapter: dict[str, Tensor], name: str) -> Tensor:
 
 def test_official_folder_loads(folder, dit_state, adapter):
     """Container key, wrapper prefix, PEFT names, old pickle: each could make the real files unloadable."""
-    files = resolve_weights(folder)
+    files = resolve_weights(folder, LONGLIVE)
     dit, report = load_dit(DIT, files, "cpu", torch.float32, lora_alpha=ALPHA)
     for name, tensor in dit.state_dict().items():
         torch.testing.assert_close(tensor, merged(dit_state[name], adapter, name), rtol=1e-6, atol=1e-6)
@@ -138,11 +139,11 @@ def test_official_folder_loads(folder, dit_state, adapter):
 def test_text_encoder_is_told_apart_by_its_file(folder):
     """A prompt that one checkpoint encoded would be served to another."""
     def identity(dtype):
-        return open_text_encoder(TEXT, resolve_weights(folder), "cpu", dtype).fingerprint
+        return open_text_encoder(TEXT, resolve_weights(folder, LONGLIVE), "cpu", dtype).fingerprint
 
     first = identity(torch.bfloat16)
     assert first == identity(torch.bfloat16) != identity(torch.float32)
-    path = resolve_weights(folder).text
+    path = resolve_weights(folder, LONGLIVE).text
     state = torch.load(path, weights_only=True)
     state["norm.weight"][0] += 1
     torch.save(state, path)
@@ -151,7 +152,7 @@ def test_text_encoder_is_told_apart_by_its_file(folder):
 
 def test_lora_is_rounded_once(folder, dit_state, adapter):
     """Adding an already rounded product to an already rounded weight loses a bit of most weights."""
-    dit, _ = load_dit(DIT, resolve_weights(folder), "cpu", torch.bfloat16, lora_alpha=ALPHA)
+    dit, _ = load_dit(DIT, resolve_weights(folder, LONGLIVE), "cpu", torch.bfloat16, lora_alpha=ALPHA)
     name = "blocks.1.ffn.0.weight"
     exact = merged(dit_state[name].double(), {k: v.double() for k, v in adapter.items()}, name)
     assert (dit.state_dict()[name] == exact.bfloat16()).float().mean() > 0.999
@@ -171,33 +172,38 @@ def test_lora_merge_matches_upstream(tmp_path):
 
 
 def test_averaged_weights(folder, dit_state):
-    """FSDP's prefix stands anywhere in the averaged names; plain weights must not pass for averaged ones."""
-    files = resolve_weights(folder, ("dit",))
-    dit, report = load_dit(DIT, files, "cpu", torch.float32, use_ema=True)
+    """Self-Forcing runs with the averaged weights: FSDP's prefix may be anywhere in their names, plain
+    weights must not pass for them, and no adapter is needed.
+    """
+    model = MODELS["self-forcing-1.3b"]
+    (folder / "checkpoints").mkdir()
+    stored = (folder / "longlive_base.pt").rename(folder / "checkpoints" / "self_forcing_dmd.pt")
+    files = resolve_weights(folder, model)
+    dit, report = load_dit(DIT, files, "cpu", torch.float32)
     assert all(torch.equal(tensor, -dit_state[name]) for name, tensor in dit.state_dict().items())
-    assert report["lora_targets"] == 0
-    torch.save(dit_state, folder / "longlive_base.pt")
+    assert report["lora_targets"] == 0 and files.lora is None
+    torch.save(dit_state, stored)
     with pytest.raises(UserError, match="expected the key 'generator_ema'"):
-        load_dit(DIT, files, "cpu", torch.float32, use_ema=True)
-    save_file(dit_state, folder / "longlive_base.safetensors")
+        load_dit(DIT, files, "cpu", torch.float32)
+    save_file(dit_state, stored.with_suffix(".safetensors"))
     with pytest.raises(UserError, match="no key generator_ema"):
-        load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.float32, use_ema=True)
+        load_dit(DIT, resolve_weights(folder, model, ("dit",)), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("key", ["model", None])
 def test_other_containers(folder, dit_state, key):
     """The plain script also accepts the key `model`; a flat file is what other tools write."""
     torch.save({key: dit_state} if key else dit_state, folder / "longlive_base.pt")
-    dit, _ = load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.float32)
+    dit, _ = load_dit(DIT, resolve_weights(folder, LONGLIVE, ("dit",)), "cpu", torch.float32)
     assert torch.equal(dit.state_dict()["head.modulation"], dit_state["head.modulation"])
 
 
 def test_safetensors_equal_pickles(folder, dit_state, adapter):
     """Both formats must go through the same names and the same merge."""
-    from_pickle, _ = load_dit(DIT, resolve_weights(folder), "cpu", torch.bfloat16, lora_alpha=ALPHA)
+    from_pickle, _ = load_dit(DIT, resolve_weights(folder, LONGLIVE), "cpu", torch.bfloat16, lora_alpha=ALPHA)
     save_file({f"model.{k}": v for k, v in dit_state.items()}, folder / "longlive_base.safetensors")
     save_file(adapter, folder / "lora.safetensors")
-    files = resolve_weights(folder)
+    files = resolve_weights(folder, LONGLIVE)
     assert files.dit.suffix == files.lora.suffix == ".safetensors"
     both, _ = load_dit(DIT, files, "cpu", torch.bfloat16, lora_alpha=ALPHA)
     for name, tensor in both.state_dict().items():
@@ -211,22 +217,30 @@ def test_longlive_folders_are_found(folder):
     for name in ("longlive_base.pt", "lora.pt"):
         (folder / name).rename(folder / "longlive_models" / "models" / name)
     (folder / "Wan2.1-T2V-1.3B").rename(folder / "wan_models" / "Wan2.1-T2V-1.3B")
-    assert resolve_weights(folder).dit == folder / "longlive_models" / "models" / "longlive_base.pt"
+    assert resolve_weights(folder, LONGLIVE).dit == folder / "longlive_models" / "models" / "longlive_base.pt"
 
 
-def test_full_size_names_match(tmp_path):
-    """The published inventories at full size (the files hold one number per tensor, expanded)."""
+@pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if spec.full_size])
+def test_full_size_names_match(tmp_path, name):
+    """The published inventory of the transformer, under the key that the model's file keeps it."""
+    model = MODELS[name]
     with torch.device("meta"):
-        dit = CausalDiT(DiTConfig())
-    keys = {part: json.loads((GOLDEN / f"keys_{part}.json").read_text()) for part in ("dit", "lora")}
-    one = torch.zeros(1)
-    base = {f"model.{k}": one.expand(v) for k, v in keys["dit"].items()}
-    lora = {k: one.expand(v) for k, v in keys["lora"].items()}
-    torch.save({"generator": base}, tmp_path / "base.pt")
-    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
-    headers = open_checkpoint(tmp_path / "base.pt", ("generator",)).headers
+        dit = CausalDiT(model.dit)
+    keys = json.loads((GOLDEN / "keys_dit.json").read_text())
+    stored = {f"model.{key}": torch.zeros(1).expand(shape) for key, shape in keys.items()}
+    torch.save({model.checkpoint.containers[0]: stored}, tmp_path / "base.pt")
+    headers = open_checkpoint(tmp_path / "base.pt", model.checkpoint.containers).headers
     expected = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     assert {name: header.shape for name, header in headers.items()} == expected
+
+
+def test_full_size_adapter_matches(tmp_path):
+    """Of LongLive's 300 targets each has to find its weight."""
+    with torch.device("meta"):
+        dit = CausalDiT(DiTConfig())
+    keys = json.loads((GOLDEN / "keys_lora.json").read_text())
+    torch.save({"generator_lora": {key: torch.zeros(1).expand(shape) for key, shape in keys.items()}},
+               tmp_path / "lora.pt")
     targets = open_lora(tmp_path / "lora.pt", dit, 256).targets
     assert len(targets) == 300 and {rank for _, _, rank in targets.values()} == {256}
 
@@ -254,7 +268,7 @@ def test_every_misfit_is_named_before_anything_is_read(dit_state):
 def test_long_lists_are_cut(folder):
     """Weights of another size would otherwise print hundreds of names."""
     with pytest.raises(UserError, match=r"\d+ missing: .* and \d+ more") as error:
-        load_dit(DiTConfig(), resolve_weights(folder, ("dit",)), "meta", torch.float32)
+        load_dit(DiTConfig(), resolve_weights(folder, LONGLIVE, ("dit",)), "meta", torch.float32)
     assert len(str(error.value)) < 4000
 
 
@@ -283,12 +297,12 @@ def test_nan_is_named(folder, dit_state):
     dit_state["head.head.weight"][0, 0] = 3.4e38  # finite in float32, not in bfloat16
     torch.save({"generator": dit_state}, folder / "longlive_base.pt")
     with pytest.raises(UserError, match="NaN or infinity in blocks.1.cross_attn.k.bias, head.head.weight"):
-        load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.bfloat16)
+        load_dit(DIT, resolve_weights(folder, LONGLIVE, ("dit",)), "cpu", torch.bfloat16)
 
 
 def test_weights_are_no_view_of_the_file(folder, dit_state):
     """A file replaced or cut while a notebook runs must not change the model (or kill the process)."""
-    dit, _ = load_dit(DIT, resolve_weights(folder, ("dit",)), "cpu", torch.float32)
+    dit, _ = load_dit(DIT, resolve_weights(folder, LONGLIVE, ("dit",)), "cpu", torch.float32)
     with open(folder / "longlive_base.pt", "r+b") as file:
         file.write(bytes((folder / "longlive_base.pt").stat().st_size))
     assert all(torch.equal(tensor, dit_state[name]) for name, tensor in dit.state_dict().items())
@@ -374,10 +388,10 @@ def test_resolve_names_everything_that_is_missing(folder):
     (folder / "lora.pt").unlink()
     (folder / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth").unlink()
     with pytest.raises(UserError, match="lacks lora.pt, Wan2.1-T2V-1.3B/Wan2.1_VAE.pth; run '.*fetch /"):
-        resolve_weights(folder)
+        resolve_weights(folder, LONGLIVE)
     with pytest.raises(UserError, match="neither 'random' nor a folder"):
-        resolve_weights("randon")
-    assert resolve_weights("random") == WeightFiles() and WeightFiles().kind == "random"
+        resolve_weights("randon", LONGLIVE)
+    assert resolve_weights("random", LONGLIVE) == WeightFiles() and WeightFiles().kind == "random"
 
 
 def test_header_and_length_tell_a_whole_file(tmp_path):
@@ -435,7 +449,7 @@ def test_folder_inside_longlives_folders_names_the_whole_one(folder):
     for name in ("longlive_base.pt", "lora.pt"):
         (folder / name).rename(folder / "longlive_models" / "models" / name)
     with pytest.raises(UserError, match=f"; name its parent, {folder}.$"):
-        resolve_weights(folder / "longlive_models" / "models")
+        resolve_weights(folder / "longlive_models" / "models", LONGLIVE)
 
 
 @pytest.mark.parametrize("name", ["longlive_base.safetensors", "Wan2.1-T2V-1.3B/Wan2.1_VAE.safetensors",
@@ -595,7 +609,7 @@ def test_buffers_outside_the_checkpoint_are_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_loads_the_same_values(folder):
     """A merge on the GPU that runs in TF32 would be off by 1e-3."""
-    files = resolve_weights(folder)
+    files = resolve_weights(folder, LONGLIVE)
     gpu, _ = load_dit(DIT, files, "cuda", torch.float32, lora_alpha=ALPHA)
     cpu, _ = load_dit(DIT, files, "cpu", torch.float32, lora_alpha=ALPHA)
     for name, tensor in gpu.state_dict().items():

@@ -1,20 +1,24 @@
-"""Sizes of the networks: LongLive-1.3B, and the tiny model of the same architecture."""
+"""Every model of the family: its sizes, window, sink, denoising steps, and the files that hold its weights.
+
+A model is one row of `MODELS`. The config takes its window, sink and steps from here, `weight_files` the
+places of its files, `fetch` where they are published.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Mapping
 
 from ..errors import UserError
 
 VAE_SPATIAL_STRIDE = 8
 VAE_TEMPORAL_STRIDE = 4
-WINDOW_FRAMES = 12
 ROPE_POSITIONS = 1024
 FETCH_COMMAND = "python -m longlive_opt.fetch"
 WAN_FOLDER = "Wan2.1-T2V-1.3B"
+WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,85 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """One complete model: transformer, VAE, text encoder and the picture size in pixels."""
+class Source:
+    """One file, or with a final "/" one folder, of a model hub's repository.
+
+    Args:
+        part: of a checkpoint: `dit`, `vae` or `text`.
+        target: its place in a weights folder.
+        approx_bytes: its size when this was written, shown where the hub cannot be asked; None is unknown.
+    """
+
+    part: str
+    repo: str
+    path: str
+    target: str
+    approx_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Which files of a weights folder hold a model.
+
+    Args:
+        files: place in the folder by part: `dit`, `vae`, `text`, `tokenizer`, and `lora` if there is an
+            adapter to merge.
+        containers: keys under which the transformer's torch file may keep its tensors, the preferred one
+            first; None is the file itself.
+        sources: where the files are published; none for weights that come with the project.
+    """
+
+    files: Mapping[str, str]
+    containers: tuple[str | None, ...] = ("generator", "model", None)
+    sources: tuple[Source, ...] = ()
+
+
+def _wan_checkpoint(own: Mapping[str, tuple[str, str, int | None]], repo: str,
+                    containers: tuple[str | None, ...]) -> CheckpointFiles:
+    """A transformer of `repo` (part -> path there, place here, bytes) with the VAE and the text encoder of
+    Wan 2.1.
+    """
+    files = {
+        "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
+        "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
+        "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl",
+    }
+    sources = [Source("dit", repo, path, place, size) for path, place, size in own.values()]
+    sources += [
+        Source("dit", WAN_REPO, "config.json", f"{WAN_FOLDER}/config.json", 249),
+        Source("vae", WAN_REPO, "Wan2.1_VAE.pth", files["vae"], 507_609_880),
+        Source("text", WAN_REPO, "models_t5_umt5-xxl-enc-bf16.pth", files["text"], 11_361_920_418),
+        Source("text", WAN_REPO, "google/umt5-xxl/", f"{files['tokenizer']}/", 21_454_081),
+    ]
+    places = {part: place for part, (_, place, _) in own.items()}
+    return CheckpointFiles({**places, **files}, containers, tuple(sources))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One complete model.
+
+    Args:
+        title: its name in reports.
+        height, width: of the picture, in pixels.
+        window, sink: of attention, in latent frames.
+        steps: nominal timesteps of the denoising passes.
+        full_size: whether figures of speed and memory are those of the published size.
+    """
 
     name: str
+    title: str
+    checkpoint: CheckpointFiles
     dit: DiTConfig = field(default_factory=DiTConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     height: int = 480
     width: int = 832
     fps: int = 16
+    window: int = 12
+    sink: int = 3
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    full_size: bool = True
 
     @property
     def latent_height(self) -> int:
@@ -91,12 +164,12 @@ class ModelConfig:
 
     @property
     def window_tokens(self) -> int:
-        """Keys of LongLive's attention window of 12 latent frames (18,720 at 480x832), whatever window a run
-        has.
+        """Keys of the model's own attention window (LongLive-1.3B: 12 latent frames, 18,720 at 480x832),
+        whatever window a run has.
         """
-        return WINDOW_FRAMES * self.tokens_per_frame
+        return self.window * self.tokens_per_frame
 
-    def with_size(self, height: int | None, width: int | None) -> ModelConfig:
+    def with_size(self, height: int | None, width: int | None) -> ModelSpec:
         """The same model at another picture size in pixels; both must be positive multiples of 16."""
         height = self.height if height is None else height
         width = self.width if width is None else width
@@ -108,14 +181,28 @@ class ModelConfig:
         return dataclasses.replace(self, height=height, width=width)
 
 
-def _tiny() -> ModelConfig:
+def _tiny() -> ModelSpec:
     text = TextEncoderConfig(vocab_size=384, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2,
                              text_len=128)
     dit = DiTConfig(dim=256, num_heads=4, num_layers=6, ffn_dim=768, freq_dim=128, text_dim=text.dim,
                     text_len=text.text_len)
-    return ModelConfig("tiny", dit, VAEConfig(dim=16), text, height=128, width=128)
+    files = {"dit": "longlive_base.safetensors", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.safetensors",
+             "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.safetensors",
+             "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
+    return ModelSpec("tiny", "tiny", CheckpointFiles(files), dit, VAEConfig(dim=16), text, height=128,
+                     width=128, full_size=False)
 
 
-MODELS: Mapping[str, ModelConfig] = MappingProxyType(
-    {"longlive-1.3b": ModelConfig("longlive-1.3b"), "tiny": _tiny()}
-)
+MODELS: Mapping[str, ModelSpec] = MappingProxyType({spec.name: spec for spec in (
+    ModelSpec("longlive-1.3b", "LongLive-1.3B", _wan_checkpoint(
+        {"dit": ("models/longlive_base.pt", "longlive_base.pt", 5_676_334_208),
+         "lora": ("models/lora.pt", "lora.pt", 2_800_056_690)},
+        "Efficient-Large-Model/LongLive-1.3B", ("generator", "model", None))),
+    ModelSpec("self-forcing-1.3b", "Self-Forcing-1.3B", _wan_checkpoint(
+        {"dit": ("checkpoints/self_forcing_dmd.pt", "self_forcing_dmd.pt", None)},
+        "gdhe17/Self-Forcing", ("generator_ema",)), window=21, sink=0),
+    ModelSpec("causal-forcing-1.3b", "Causal-Forcing-1.3B", _wan_checkpoint(
+        {"dit": ("chunkwise/causal_forcing.pt", "causal_forcing.pt", None)},
+        "zhuhz22/Causal-Forcing", ("generator", None)), window=21, sink=0),
+    _tiny(),
+)})

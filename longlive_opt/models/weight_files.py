@@ -14,22 +14,25 @@ from typing import Any, Iterable
 
 from ..errors import UserError
 from ..files import atomic_path, file_sha256, project_path
-from .specs import FETCH_COMMAND, WAN_FOLDER, ModelConfig
+from .specs import FETCH_COMMAND, MODELS, ModelSpec
 
 TINY_WEIGHTS = "weights/tiny"
-LAYOUT = {"dit": "longlive_base.pt", "lora": "lora.pt", "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
-          "text": f"{WAN_FOLDER}/models_t5_umt5-xxl-enc-bf16.pth",
-          "tokenizer": f"{WAN_FOLDER}/google/umt5-xxl"}
+PARTS = ("dit", "lora", "vae", "text", "tokenizer")
 DIGESTS_FILE = "outputs/.sha256.json"
 """SHA-256 of the large files that were read once, from the project's folder: {path: [identity, digest]}."""
 KEPT_FROM_BYTES = 2**28  # smaller files are read in less than a second
-# Our own layout, a plain copy of the hub's repositories, and the folders that LongLive's README asks for.
-FOLDERS = ("", "models", "longlive_models/models", "wan_models")
+# Our own layout, a plain copy of the hub's repositories, and the folders that the models' READMEs ask for.
+FOLDERS = ("", "models", "longlive_models/models", "wan_models", "checkpoints", "chunkwise")
+_PLACES = tuple(dict.fromkeys(place for spec in MODELS.values() for place in spec.checkpoint.files.values()))
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of one weights folder; without `root` the weights are random."""
+    """The files of one weights folder; without `root` the weights are random.
+
+    `containers` are the keys under which the transformer's torch file may keep its tensors
+    (`specs.CheckpointFiles`).
+    """
 
     root: Path | None = None
     dit: Path | None = None
@@ -37,13 +40,14 @@ class WeightFiles:
     vae: Path | None = None
     text: Path | None = None
     tokenizer: Path | None = None
+    containers: tuple[str | None, ...] = (None,)
 
     @property
     def kind(self) -> str:
         """`random`, or `files`: their layout is the official one, only their SHA-256 can tell if they are."""
         return "random" if self.root is None else "files"
 
-    def sha256(self, parts: Iterable[str] = tuple(LAYOUT)) -> dict[str, str]:
+    def sha256(self, parts: Iterable[str] = PARTS) -> dict[str, str]:
         """SHA-256 of the files of `parts`. A file is read once, about a second per GB, and again when its
         size, times or inode have changed.
         """
@@ -83,10 +87,11 @@ def _read_sha256(path: Path, identity: tuple[int, int, int, int]) -> str:
     return file_sha256(path)
 
 
-def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -> WeightFiles:
-    """Find the files for `weights`: "random", or a folder that `longlive_opt.fetch` or LongLive filled.
+def resolve_weights(weights: str | Path, model: ModelSpec, parts: Iterable[str] = PARTS) -> WeightFiles:
+    """Find the files of `model` in `weights`: "random", or a folder that `longlive_opt.fetch` or the model's
+    own README filled. Parts that the model has not, such as an adapter, are left out.
 
-    A relative folder is seen from the project's. Where a `.safetensors` file stands beside the torch file of
+    A relative folder is seen from the project's. Where a `.safetensors` file stands next to the torch file of
     the same stem, it is the one taken.
 
     Raises:
@@ -96,44 +101,53 @@ def resolve_weights(weights: str | Path, parts: Iterable[str] = tuple(LAYOUT)) -
     if str(weights) == "random":
         return WeightFiles()
     root = project_path(Path(weights).expanduser())
-    parts = tuple(parts)
-    outer = _outer(root, parts)
+    places = {part: model.checkpoint.files[part] for part in parts if part in model.checkpoint.files}
+    outer = _outer(root, places.values())
     if outer:
         raise UserError(f"weights: {str(weights)!r} lies inside the weights folder; name its parent, "
                         f"{outer}.")
     if not root.is_dir():
         raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; name one, or "
-                        f"{remedy(root)} first.")
-    found = {part: _find(root, LAYOUT[part]) for part in parts}
-    names = [Path(LAYOUT[part]) for part, path in found.items() if path is None]
+                        f"{remedy(root, model=model)} first.")
+    found = {part: _find(root, place) for part, place in places.items()}
+    names = [Path(places[part]) for part, path in found.items() if path is None]
     if names:
         if is_tiny(root) or _is_safetensors(root):
             names = [name.with_suffix(".safetensors") if name.suffix else name for name in names]
-        raise UserError(f"weights: {root} lacks {', '.join(map(str, names))}; {remedy(root, root)}.")
-    return WeightFiles(root, **found)
+        raise UserError(f"weights: {root} lacks {', '.join(map(str, names))}; {remedy(root, root, model)}.")
+    return WeightFiles(root, **found, containers=model.checkpoint.containers)
 
 
-def check_weights(weights: str | Path, model: ModelConfig) -> WeightFiles:
+def check_weights(weights: str | Path, model: ModelSpec) -> WeightFiles:
     """The files of `weights`: there, whole and of `model`, as far as their headers can tell.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    files = resolve_weights(weights)
+    if str(weights) != "random":
+        _check_size(weights, model)
+    files = resolve_weights(weights, model)
     if files.root is None:
         return files
     for path in (files.dit, files.lora, files.vae, files.text, files.tokenizer / "tokenizer.json"):
-        check_start(path)
-    expected = model.dit.dim
-    # Of a torch file only torch can tell the shapes.
-    header = safetensors_header(files.dit) if files.dit.suffix == ".safetensors" else {}
+        if path is not None:
+            check_start(path)
+    return files
+
+
+def _check_size(weights: str | Path, model: ModelSpec) -> None:
+    """Refuse the transformer of another size. Of a torch file only torch can tell the shapes."""
+    path = _find(project_path(Path(weights).expanduser()), model.checkpoint.files["dit"])
+    if path is None or path.suffix != ".safetensors" or not path.is_file() or not path.stat().st_size:
+        return
+    header = safetensors_header(path) or {}
     dims = [tensor["shape"][0] for name, tensor in header.items()
             if name.endswith("patch_embedding.weight") and tensor.get("shape")]
-    if dims and dims[0] != expected:
+    if dims and dims[0] != model.dit.dim:
+        official = ", ".join(spec.name for spec in MODELS.values() if spec.checkpoint.sources)
         raise UserError(f"weights: {str(weights)!r} holds a transformer of {dims[0]} channels, and model: "
-                        f"{model.name!r} has {expected}; use {TINY_WEIGHTS} with tiny, the official files "
-                        "with longlive-1.3b, or random with either.")
-    return files
+                        f"{model.name!r} has {model.dit.dim}; use {TINY_WEIGHTS} with tiny, the official "
+                        f"files with {official}, or random with any.")
 
 
 def check_start(path: Path) -> None:
@@ -191,28 +205,33 @@ def is_tiny(path: Path) -> bool:
     return project_path(TINY_WEIGHTS) in (path, *path.parents)
 
 
-def remedy(path: Path, folder: Path | str = "DIR") -> str:
+def remedy(path: Path, folder: Path | str = "DIR", model: ModelSpec | None = None) -> str:
     """What to do where `path`, a weights folder (`folder`, if it is known) or a file in one, is missing or
-    damaged. Fetching brings the official model in torch files, which are not taken where there is a
-    safetensors file, and do not fit beside those of a small model.
+    damaged. Fetching brings an official model in torch files, which are not taken where there is a
+    safetensors file, and do not fit into the folder of a small model.
     """
     if is_tiny(path):
         return f"run 'git checkout {TINY_WEIGHTS}'"
-    around = (path, *path.parents[:len(Path(LAYOUT["tokenizer"]).parts) + 1])
+    deepest = max(len(Path(place).parts) for place in _PLACES)
+    around = (path, *path.parents[:deepest + 1])
     if path.suffix == ".safetensors" or any(map(_is_safetensors, around)):
         return f"copy it again from where it came, such as {TINY_WEIGHTS}"
-    return f"run '{FETCH_COMMAND} {folder}'"
+    if model is not None and not model.checkpoint.sources:
+        return f"use {TINY_WEIGHTS}, which comes with the project"
+    default = model is None or model.name == next(iter(MODELS))
+    return f"run '{FETCH_COMMAND} {folder}{'' if default else f' --model {model.name}'}'"
 
 
 def _is_safetensors(root: Path) -> bool:
     """Whether the weights in `root` are safetensors files only: a training's, or a copy of one's."""
-    found = [_find(root, name) for name in LAYOUT.values() if Path(name).suffix]
+    found = [_find(root, name) for name in _PLACES if Path(name).suffix]
     return {path.suffix for path in found if path} == {".safetensors"}
 
 
-def _outer(root: Path, parts: tuple[str, ...]) -> Path | None:
-    """The folder around `root` that holds more of `parts` than `root` does, if there is one."""
-    held = {folder: sum(_find(folder, LAYOUT[part]) is not None for part in parts)
+def _outer(root: Path, places: Iterable[str]) -> Path | None:
+    """The folder around `root` that holds more of `places` than `root` does, if there is one."""
+    places = tuple(places)
+    held = {folder: sum(_find(folder, place) is not None for place in places)
             for folder in (root, *root.parents)}
     most = max(held, key=lambda folder: held[folder])
     return None if most == root else most

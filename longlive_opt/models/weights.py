@@ -243,11 +243,10 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device 
 
 
 def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
-             seed: int = 0, lora_alpha: float = LORA_ALPHA, use_ema: bool = False,
+             seed: int = 0, lora_alpha: float = LORA_ALPHA,
              window_tokens: int = WINDOW_TOKENS) -> tuple[CausalDiT, WeightsReport]:
     """The transformer for inference on `device`: from `files`, the LoRA merged, or random from `seed`.
 
-    `use_ema` takes the averaged weights under `generator_ema`; LongLive runs with the plain ones.
     `window_tokens` is for random weights (`random_init_`).
 
     Raises:
@@ -255,8 +254,7 @@ def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, 
     """
     with torch.device("meta"):
         module = CausalDiT(config)
-    containers = ("generator_ema",) if use_ema else ("generator", "model", None)
-    return module, _load(module, "dit", files, device, dtype, seed, containers, lora_alpha,
+    return module, _load(module, "dit", files, device, dtype, seed, files.containers, lora_alpha,
                          window_tokens=window_tokens)
 
 

@@ -16,7 +16,7 @@ from ..kernels.attention_bf16 import check_gpu
 from ..kernels.torch_internals import expand_segments
 from ..models.attention import make_attention, resolve_backend
 from ..models.dit import CausalDiT, TextContext
-from ..models.specs import ModelConfig
+from ..models.specs import ModelSpec
 from ..models.text import TextEncoder
 from ..models.vae import StreamingDecoder, WanVAE
 from ..models.weight_files import WeightFiles, check_weights
@@ -38,7 +38,7 @@ class Pipeline:
     """
 
     config: ExperimentConfig
-    model: ModelConfig
+    model: ModelSpec
     device: torch.device
     dtype: torch.dtype
     attention_backend: str
@@ -73,7 +73,7 @@ def sampling_plan(config: ExperimentConfig) -> SamplingPlan:
     )
 
 
-def cache_geometry(config: ExperimentConfig, model: ModelConfig) -> CacheGeometry:
+def cache_geometry(config: ExperimentConfig, model: ModelSpec) -> CacheGeometry:
     _, patch_height, patch_width = model.dit.patch_size
     return CacheGeometry(model.dit.num_layers, model.dit.num_heads, model.dit.head_dim,
                          model.latent_height // patch_height, model.latent_width // patch_width,
@@ -194,7 +194,7 @@ def _load_networks(
     return dit, (vae, vae_report)
 
 
-def _components(config: ExperimentConfig, model: ModelConfig, backend: str, dit: CausalDiT, vae: WanVAE,
+def _components(config: ExperimentConfig, model: ModelSpec, backend: str, dit: CausalDiT, vae: WanVAE,
                 text_encoder: TextEncoder) -> dict[str, Any]:
     """The networks and the reference parts around them, as fields of a pipeline."""
     attention, geometry = make_attention(backend), cache_geometry(config, model)

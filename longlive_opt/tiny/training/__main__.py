@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of weights, checkpoints and logs")
     parser.add_argument("--stage", choices=STAGES, default="all", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--model", choices=tuple(MODELS), default="tiny", help="default: %(default)s")
+    parser.add_argument("--model", choices=[name for name, spec in MODELS.items() if not spec.full_size],
+                        default="tiny", help="default: %(default)s")
     parser.add_argument("--minutes", help="of training: vae,teacher,student (default: 3.5,13,7)")
     parser.add_argument("--steps", help="vae,teacher,student; with --minutes whatever ends first")
     parser.add_argument("--call-minutes", type=float, help="end this call after so many minutes and save")

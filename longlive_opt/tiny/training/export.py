@@ -1,7 +1,6 @@
 """From trained networks to a weights folder that `weight_files.resolve_weights` finds, in bfloat16.
 
-The layout wants a LoRA and a tokenizer too. The adapter written here is one of rank 1 with zeros, which
-changes nothing; the tokenizer is the byte-level one of the training, written as a `tokenizer.json`.
+The tokenizer is the byte-level one of the training, written as a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files import atomic_path
+from ...models.specs import MODELS
 from ...models.text import BYTE_OFFSET, END_ID, PAD_ID
 from ...models.vae import LATENT_MEAN, LATENT_STD, WanVAE
-from ...models.weight_files import LAYOUT
-
-LORA_TARGET = "blocks.0.self_attn.q"
 
 
 @torch.no_grad()
@@ -48,19 +45,16 @@ def fold_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
 def export_weights(folder: Path, dit: Mapping[str, Tensor], text: Mapping[str, Tensor],
                    vae: Mapping[str, Tensor]) -> dict[str, int]:
     """Write the weights folder; returns the bytes of every file."""
-    query = dit[f"{LORA_TARGET}.weight"]
-    lora = {f"base_model.model.{LORA_TARGET}.lora_A.weight": torch.zeros(1, query.shape[1]),
-            f"base_model.model.{LORA_TARGET}.lora_B.weight": torch.zeros(query.shape[0], 1)}
-    sizes = {}
-    for part, tensors in (("dit", dit), ("text", text), ("vae", vae), ("lora", lora)):
-        path = (folder / LAYOUT[part]).with_suffix(".safetensors")
+    places, sizes = MODELS["tiny"].checkpoint.files, {}
+    for part, tensors in (("dit", dit), ("text", text), ("vae", vae)):
+        path = folder / places[part]
         with atomic_path(path) as temporary:
             save_file(
                 {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()},
                 temporary,
             )
         sizes[path.name] = path.stat().st_size
-    path = folder / LAYOUT["tokenizer"] / "tokenizer.json"
+    path = folder / places["tokenizer"] / "tokenizer.json"
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(byte_tokenizer(), ensure_ascii=False), encoding="utf-8")
     sizes[path.name] = path.stat().st_size

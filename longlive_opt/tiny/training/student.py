@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...models.dit import CausalDiT, TextContext
-from ...models.specs import ModelConfig
+from ...models.specs import ModelSpec
 from ...models.text import UMT5Encoder, load_tokenizer
 from ...streaming.sampler import FlowSchedule, SamplingPlan
 from .attribute_head import sample_prompts, text_features
@@ -139,7 +139,7 @@ class StudentStage:
 
     name = "student"
 
-    def __init__(self, model: ModelConfig, plan: SamplingPlan, maker: ClipMaker, teacher: CausalDiT,
+    def __init__(self, model: ModelSpec, plan: SamplingPlan, maker: ClipMaker, teacher: CausalDiT,
                  text_encoder: UMT5Encoder, device: torch.device, dtype: torch.dtype, seed: int,
                  settings: StudentSettings = StudentSettings(), graphs: bool = False):
         """Args: teacher, text_encoder: averaged, in `dtype`, on `device`; the student begins as the teacher.

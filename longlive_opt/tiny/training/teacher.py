@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.dit import CausalDiT, TextContext
-from ...models.specs import ModelConfig
+from ...models.specs import ModelSpec
 from ...models.text import END_ID, UMT5Encoder, load_tokenizer
 from ...streaming.sampler import FlowSchedule, SamplingPlan
 from .attribute_head import AttributeHead, attribute_loss, sample_prompts, text_features
@@ -139,7 +139,7 @@ class TeacherStage:
 
     name = "teacher"
 
-    def __init__(self, model: ModelConfig, plan: SamplingPlan, maker: ClipMaker, device: torch.device,
+    def __init__(self, model: ModelSpec, plan: SamplingPlan, maker: ClipMaker, device: torch.device,
                  dtype: torch.dtype, seed: int, settings: TeacherSettings = TeacherSettings(),
                  text_encoder: UMT5Encoder | None = None, attributes: AttributeHead | None = None,
                  graphs: bool = False):
@@ -286,7 +286,7 @@ class ReadingStage:
 
     name = "text"
 
-    def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int,
+    def __init__(self, model: ModelSpec, device: torch.device, dtype: torch.dtype, seed: int,
                  rate: float = 2e-3, batch: int = 256, prompts: int = 16384):
         """Args: prompts: how many different ones; making them takes 0.1 ms each."""
         self.batch = batch

@@ -16,10 +16,10 @@ from torch import Tensor
 from ...errors import UserError
 from ...files import atomic_path
 from ...models.dit import CausalDiT
-from ...models.specs import ModelConfig
+from ...models.specs import ModelSpec
 from ...models.text import UMT5Encoder
 from ...models.vae import WanVAE
-from ...models.weight_files import LAYOUT, WeightFiles
+from ...models.weight_files import WeightFiles
 from ...models.weights import load_vae
 from ...streaming.pipeline import check_device
 from ...streaming.sampler import SamplingPlan
@@ -128,7 +128,7 @@ QUICK = Settings(
 class Training:
     """All stages in one folder; to be closed, or used in a `with`, if it has workers."""
 
-    def __init__(self, out: Path, model: ModelConfig, device: str, seed: int, settings: Settings = Settings(),
+    def __init__(self, out: Path, model: ModelSpec, device: str, seed: int, settings: Settings = Settings(),
                  compiler: str | None = None, deadline: float | None = None, workers: int = 0,
                  graphs: bool = False):
         """Args:
@@ -203,7 +203,7 @@ class Training:
 
     @property
     def _vae_file(self) -> Path:
-        return (self.out / LAYOUT["vae"]).with_suffix(".safetensors")
+        return self.out / self.model.checkpoint.files["vae"]
 
     def _vae_stage(self) -> VAEStage:
         return VAEStage(
