@@ -90,8 +90,7 @@ class Experiment:
                 that could not be compared with the campaign's baseline, or a folder that cannot be written.
         """
         given = notebook_parameters(namespace)
-        campaign, run, output_dir = (given.pop(key, default) for key, default in
-                                     zip(RUN_KEYS, ("manual", 1, "")))
+        campaign, run, output_dir = (given.pop(key, default) for key, (default, _) in RUN_KEYS.items())
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
         check_texts([campaign, output_dir], "campaign, output_dir")

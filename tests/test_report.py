@@ -12,10 +12,12 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from example_results import example_quality, example_result
 from PIL import Image
 
 from longlive_opt import report
+from longlive_opt.config import ExperimentConfig, keys_of
 from longlive_opt.errors import UserError
 from longlive_opt.measurement import decision
 from longlive_opt.measurement.result import na, write_result
@@ -353,6 +355,19 @@ def test_targets_are_those_of_the_runs():
     chart = charts.latency_boxes(runs)
     assert "62.5 ms target" in [text.get_text() for text in chart.axes[0].texts]
     assert "Target: " not in report.render_log([make("baseline")])
+
+
+def test_extra_preset_shows_every_optimization():
+    """Would catch a new key of the catalogue missing from the block of a preset beyond the template."""
+    keys = {"use_static_kv": True, "use_prompt_cache": True, "video_crf": 30, "linear_quantization": "fp8"}
+    base, extra = make("baseline"), make("realtime", 0.5)
+    base["parameters"] = ExperimentConfig().to_dict()
+    extra["parameters"] = {**base["parameters"], "name": "realtime", **keys}
+    text = report.render_log([base, extra])
+    block = yaml.safe_load(re.search(r"(?s)```yaml\n(.*?)\n```", text[text.index("Experiment 7: "):])[1])
+    shown = {key for key in keys_of("optimizations") if extra["parameters"][key] is not None}
+    assert {key: block[key] for key in keys} == keys and shown <= block.keys()
+    assert "hypothesis" not in block and "vae_chunk_latents" not in block
 
 
 def test_studies_and_what_is_not_kept_are_never_advised():

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...config import keys_of
 from ...files import atomic_path, project_path
 from ...measurement import decision, environment
 from ...measurement.result import lookup, number
@@ -37,13 +38,9 @@ from .recommendation import closing, fill_summary, observations, recommend, trou
 EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
 _TEMPLATE = Path(__file__).with_name("template.md")
-_SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quantized_kv", "use_async_vae",
-             "use_prompt_cache", "model_dtype")
-# What the block of a preset beyond the template shows as well.
-_MORE_SWITCHES = (*_SWITCHES, "compile_mode", "capture_recache", "kv_quantization", "kv_read_path",
-                  "use_fused_kernels", "use_quantized_linears", "use_text_offload", "use_vae_offload",
-                  "vae_offload_ahead", "use_early_decode")
-_WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
+# What the block of a preset beyond the template shows, and what it leaves out.
+_SHOWN = (*keys_of("optimizations"), "model_dtype")
+_WORDS = (*keys_of("identity"), "prompts", "prompts_file")
 
 
 def save_figures(campaign: Campaign) -> dict[str, charts.Chart]:
@@ -225,11 +222,11 @@ def _provenance(run: Run) -> list[str]:
 def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
     """The blank section of a preset that the template does not have, in the form of experiment 5.
 
-    Its block holds the template's switches and every parameter that is not the baseline's.
+    Its block holds the optimizations that have a value and every parameter that is not the baseline's.
     """
     parameters = lookup(run.result, "parameters")
     reference = lookup(base.result, "parameters") if base else parameters
-    keys = [key for key in parameters if key in _MORE_SWITCHES
+    keys = [key for key in parameters if key in _SHOWN and parameters[key] is not None
             or key not in _WORDS and parameters[key] != reference.get(key, parameters[key])]
     lines = (yaml.safe_dump({key: parameters[key]}, default_flow_style=True, width=1000) for key in keys)
     block = "\n".join(line.strip("{}\n") for line in lines)
