@@ -106,6 +106,8 @@ class ExperimentConfig:
     """One experiment, flat: exactly the keys of `params/*.yaml` and of the notebooks' parameters.
 
     Frames in `local_attn_size`, `sink_size`, `block_frames` and `switch_frame_indices` are latent frames.
+    What is left to the model (`denoising_steps`, `local_attn_size`, `sink_size`) and the warm-up that follows
+    from the window have their values as soon as the config is made.
     """
 
     name: str = key(BASELINE, "names the folder of the results", group="identity")
@@ -127,14 +129,16 @@ class ExperimentConfig:
 
     seed: int = key(0, "of the noise, and of weights drawn at random", group="sampling", least=0,
                     most=2**63 - 1)
-    denoising_steps: tuple[int, ...] = key((1000, 750, 500, 250), "nominal timesteps, falling, in 1..1000",
-                                           group="sampling")
+    denoising_steps: tuple[int, ...] | None = key(None, "nominal timesteps, falling, in 1..1000; None: the "
+                                                  "model's own", group="sampling")
     timestep_shift: float = key(5.0, "of the flow-matching schedule", group="sampling", above=0)
     context_noise: int = key(0, "timestep of the clean pass (LongLive uses 0)", group="sampling", least=0,
                              most=999)
     block_frames: int = key(3, "latent frames per block", group="sampling", least=1)
-    local_attn_size: int = key(12, "attention window with its sink, latent frames", group="sampling")
-    sink_size: int = key(3, "attention sink, latent frames", group="sampling", least=0)
+    local_attn_size: int | None = key(None, "attention window with its sink, latent frames; None: the "
+                                      "model's own", group="sampling")
+    sink_size: int | None = key(None, "attention sink, latent frames; None: the model's own",
+                                group="sampling", least=0)
     global_sink: bool = key(True, "keep the sink at a prompt switch", group="sampling")
     relative_rope: bool = key(False, "LongLive's infinity variant: no length limit", group="sampling")
 
@@ -195,8 +199,8 @@ class ExperimentConfig:
     video_crf: int = key(23, "of the mp4; larger is smaller", group="prompts and video", least=0, most=51)
 
     fidelity_blocks: int = key(6, "blocks compared with the float32 baseline", group="measurement", least=2)
-    warmup_blocks: int = key(5, "blocks before the first measured one, a full window or more",
-                             group="measurement")
+    warmup_blocks: int | None = key(None, "blocks before the first measured one; None: the window and one "
+                                    "more", group="measurement")
     measure_blocks: int = key(4, "steady-state blocks", group="measurement", least=2)
     num_switches: int = key(1, "measured prompt switches", group="measurement", least=0)
     playback_fps: float = key(25.0, "frames per second of the simulated viewer", group="measurement", above=0,
@@ -207,6 +211,17 @@ class ExperimentConfig:
                                         group="measurement", above=0)
     target_ms_per_frame: float = key(40.0, "the line to stay under, ms per video frame", group="measurement",
                                      above=0)
+
+    def __post_init__(self) -> None:
+        spec = MODELS.get(self.model)
+        if spec is None:  # `validate` says so
+            return
+        for name, own in (("denoising_steps", spec.steps), ("local_attn_size", spec.window),
+                          ("sink_size", spec.sink)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own)
+        if self.warmup_blocks is None and self.block_frames > 0:
+            object.__setattr__(self, "warmup_blocks", self.window_blocks + 1)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ExperimentConfig:

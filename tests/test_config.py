@@ -16,7 +16,7 @@ from longlive_opt.config import KEYS, RUN_KEYS, SWITCHES, ExperimentConfig, keys
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
 from longlive_opt.measurement import decision
-from longlive_opt.models.specs import MODELS, ModelSpec
+from longlive_opt.models.specs import MODELS
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
@@ -230,8 +230,8 @@ def test_model_sizes():
     assert (full.latent_height, full.latent_width, full.tokens_per_frame) == (60, 104, 1560)
     assert full.dit.head_dim == 128
     assert tiny.dit.text_dim == tiny.text.dim and tiny.dit.text_len == tiny.text.text_len
-    assert ModelSpec("m").with_size(64, None).height == 64
-    assert ModelSpec("m").with_size(64, None).width == 832
+    assert full.with_size(64, None).height == 64
+    assert full.with_size(64, None).width == 832
 
 
 @pytest.mark.parametrize("text, says", [
@@ -361,3 +361,15 @@ def test_importing_the_config_needs_no_torch():
     code = ("import sys, longlive_opt.config, longlive_opt.prompts, longlive_opt.errors; "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_window_sink_and_steps_come_with_the_model(name: str) -> None:
+    """Self-Forcing with LongLive's window and sink: another model's behaviour, without a word."""
+    spec = MODELS[name]
+    config = ExperimentConfig.from_mapping({"model": name})
+    assert (config.local_attn_size, config.sink_size, config.denoising_steps) == (
+        spec.window, spec.sink, spec.steps)
+    assert config.warmup_blocks == config.window_blocks + 1
+    own = ExperimentConfig.from_mapping({"model": name, "local_attn_size": 9, "sink_size": 0})
+    assert (own.local_attn_size, own.sink_size) == (9, 0)

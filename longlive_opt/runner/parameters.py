@@ -24,7 +24,6 @@ READER_KEYS = ("model", "weights", "device", "model_dtype", "prompts", "video_la
 """What a reader changes: in every notebook, whatever its preset states."""
 _LEFT_OUT = "hypothesis"  # a paragraph on the machine of the campaign
 _WIDTH = 100
-_DEFAULTS = ExperimentConfig().to_dict()
 _INTRODUCTION = """\
 # Parameters
 
@@ -127,7 +126,8 @@ def _kind(name: str) -> str:
 
 
 def _default(name: str) -> str:
-    value = _DEFAULTS[name]
+    value = ExperimentConfig.__dataclass_fields__[name].default
+    value = list(value) if isinstance(value, tuple) else value
     text = repr(value) if value is None or isinstance(value, bool) else json.dumps(value)
     return f"`{text}`" if len(text) <= _WIDTH else f"{len(value)} items"
 
@@ -147,12 +147,12 @@ def _allowed(name: str) -> str:
 def _presets(layout: Layout) -> list[list[str]]:
     notebooks = layout.presets()
     names = [*notebooks, *sorted({path.stem for path in layout.params.glob("*.yaml")} - notebooks.keys())]
-    rows = []
+    defaults, rows = ExperimentConfig().to_dict(), []
     for name in names:
         path = layout.params / f"{name}.yaml"
         own = load_yaml(path)
         differs = {key: value for key, value in own.items()
-                   if key not in keys_of("identity") and value != _DEFAULTS[key]}
+                   if key not in keys_of("identity") and value != defaults[key]}
         others = {key: value for key, value in differs.items() if key not in SWITCHES}
         notebook = notebooks.get(name)
         link = f"[{notebook.stem}](../notebooks/{notebook.name})" if notebook else "none"
