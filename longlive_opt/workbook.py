@@ -343,7 +343,7 @@ class Experiment:
                 "model": {
                     "name": pipeline.model.name,
                     "parameters": pipeline.weights["dit"]["parameters"],
-                    "sizes": dataclasses.asdict(pipeline.model),
+                    "sizes": pipeline.model.sizes(),
                 },
                 "weights": pipeline.weights,
                 "tokenizer": pipeline.weights["tokenizer"]["tokenizer"],

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import UserError
 
@@ -147,6 +148,12 @@ class ModelSpec:
     sink: int = 3
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     full_size: bool = True
+
+    def sizes(self) -> dict[str, Any]:
+        """Everything but the checkpoint, for a result."""
+        values = dataclasses.asdict(dataclasses.replace(self, checkpoint=CheckpointFiles({})))
+        del values["checkpoint"]
+        return values
 
     @property
     def latent_height(self) -> int:
