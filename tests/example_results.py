@@ -5,7 +5,7 @@ import random
 from collections.abc import Collection
 from typing import Any
 
-from longlive_opt.measurement import decision, metrics
+from longlive_opt.measurement import catalogue, decision, metrics
 from longlive_opt.measurement.result import SCHEMA_VERSION, na
 from longlive_opt.streaming.timeline import Event
 
@@ -142,5 +142,5 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
             result["gpu_samples"]["switch_stream"], result["energy"]["switch_stream"] = found
     gate = {"level": "exact", "max_error_ratio": 1.1} if exact else {"level": "lossy", "max_error_ratio": 1.6}
     baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
-    noise = dict.fromkeys(decision.FIGURES, 0.004)
+    noise = dict.fromkeys((metric.key for metric in catalogue.shown_in("noise")), 0.004)
     return result | {"decision": decision.decide(result, baseline, noise, gate)}

@@ -20,13 +20,13 @@ def test_hypothesis_stands_beside_what_was_measured(baseline):
     table = measured(result, baseline)
     assert table.loc["block interval, SS mean, ms", "this run"].startswith("36")
     assert table.loc["denoise, ms per block", "change"].startswith("-50.")
-    assert table.loc["KV cache, GB", "difference"] == "+0"
-    assert table.loc["PSNR, teacher-forced, dB"].tolist() == ["43.6", "", "", ""]
-    assert table.loc["error ratio, free-running", "this run"] == "1.3"
+    assert table.loc["KV cache, GB", "difference"] == "+0.00"
+    assert table.loc["PSNR, dB"].tolist() == ["43.6", "", "", ""]
+    assert table.loc["error ratio, free-running", "this run"] == "1.30"
     exact = measured(example_result("speed", exact=True), None)
-    assert exact.loc["error ratio, teacher-forced", "this run"] == "1"
+    assert exact.loc["error ratio, teacher-forced", "this run"] == "1.00"
     old = result | {"quality": result["quality"] | {"protocol": "one block", "identical": True}}
-    assert measured(old, baseline).loc["PSNR, one block, dB", "this run"] == "identical"
+    assert measured(old, baseline).loc["PSNR, dB", "this run"] == "identical"
     text = reading_html(result, baseline)
     assert "366 ms a block, &lt;40 ms a frame" in text
     assert result["latency"]["clock_disagreement"]["sentence"] in text
@@ -37,7 +37,7 @@ def test_runs_of_two_lengths_are_compared_over_the_shorter(baseline):
     """Would catch: a maximum over 300 blocks beside one over 20, and a change that the log does not know."""
     short = example_result("speed", 0.5, steady=20, switches=2)
     theirs = max(baseline["latency"]["ss_block_ms"][:20]) / 12
-    assert measured(short, baseline).loc["SS max, ms per frame", "baseline"] == f"{theirs:.4g}"
+    assert measured(short, baseline).loc["SS max, ms per frame", "baseline"] == f"{theirs:.2f}"
     assert "the first of each run" in reading_html(short, baseline)
 
 

@@ -8,7 +8,7 @@ from example_results import example_quality, example_result
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.measurement import decision, metrics
+from longlive_opt.measurement import catalogue, decision, metrics
 from longlive_opt.measurement.result import lookup, na, read_result
 from longlive_opt.streaming.timeline import Event
 
@@ -72,8 +72,9 @@ def test_a_comparison_has_to_exceed_the_noise_of_both_its_sides():
     or a preset's own small one used against a baseline that spreads more.
     """
     absent = na("no CUDA device", "run on a GPU")
-    noise = {"baseline": dict.fromkeys(decision.FIGURES, 0.03) | {"peak_allocated": absent},
-             "realtime": dict.fromkeys(decision.FIGURES, 0.01) | {"ss_mean": 0.05, "peak_allocated": 0.0}}
+    keys = [metric.key for metric in catalogue.shown_in("noise")]
+    noise = {"baseline": dict.fromkeys(keys, 0.03) | {"peak_allocated": absent},
+             "realtime": dict.fromkeys(keys, 0.01) | {"ss_mean": 0.05, "peak_allocated": 0.0}}
     found = decision.noise_of_preset("realtime", noise)
     assert (found["ss_mean"], found["ss_max"], found["peak_allocated"]) == (0.05, 0.03, 0.0)
     assert decision.noise_of_preset("speed", noise)["ss_mean"] == 0.03
@@ -326,7 +327,7 @@ def test_the_baseline_is_the_reference():
 def test_other_objectives():
     """Would catch: a memory preset judged by its latency."""
     assert decide(0.5, EXACT | {"objective": "memory"}, exact=True)["keep"] is True
-    assert "peak allocated" in decide(0.5, EXACT | {"objective": "memory"}, exact=True)["rationale"]
+    assert "peak memory" in decide(0.5, EXACT | {"objective": "memory"}, exact=True)["rationale"]
     assert decide(1.1, EXACT | {"objective": "switch"}, exact=True)["keep"] is False
     on_cpu = {"gpu": None, "steady": 30, "switches": 2}
     verdict = decision.decide(example_result("variant", 0.5, exact=True, **on_cpu),

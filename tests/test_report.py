@@ -135,7 +135,7 @@ def test_says_when_to_take_another_preset():
     assert "**Preset**: Realtime" in text and "- Quality: ___" in part
     assert "- Speed: by SS max and fidelity no reason to prefer it to Realtime" in part
     assert "- Balanced: where fidelity counts more than latency (SS max" in part
-    assert "- Low memory: where memory counts most (memory 3.00 GB, SS max" in part
+    assert "- Low memory: where memory counts most (peak memory 3.00 GB, SS max" in part
     assert "Static" not in part
     assert re.search(r"The GPU held its clock back in these runs .*: baseline \(1755 MHz\), ", text)
 
@@ -305,7 +305,7 @@ def test_repeated_presets_show_their_range():
     assert "baseline run 3 times, over 12 blocks and 2 prompt switches)" in text
     assert "the SS max of each 54.0 to 70.5 ms" in text
     table = report.noise_table(runs)
-    assert table.loc[0, "SS max, ms"] == "54.00 to 70.50" and table.loc[0, "runs"] == 3
+    assert table.loc[0, "SS max, ms per frame"] == "54.00 to 70.50" and table.loc[0, "runs"] == 3
 
 
 def test_noise_of_earlier_campaigns_is_kept_and_told(tmp_path):
@@ -465,13 +465,15 @@ def test_outcome_tells_where_the_time_went():
     run["environment"] |= {"git_commit": "f" * 40}
     run["memory_gb"] |= {"device_used": 12.0}
     part = section(report.render_log([base, run]), "### Experiment 3")
-    found = re.search(r"PS mean [\d.]+ ms \((-[\d.]+)%\); memory [\d.]+ GB \(-5.1%\); per block "
+    found = re.search(r"PS mean [\d.]+ ms \((-[\d.]+)%\); peak memory [\d.]+ GB \(-5.1%\); per block "
                       r"(-[\d.]+) ms: denoise (-[\d.]+) ms, decode (-[\d.]+) ms, overlap of stages and time "
                       r"outside them ([+-][\d.]+) ms\.", part)
     assert found and float(found[1]) == pytest.approx(-10, abs=1)
     assert sum(map(float, found.groups()[2:])) == pytest.approx(float(found[2]), abs=0.2)
     assert "Not measured in one go with the baseline: commit ffffffffffff" in part
-    assert "Memory in GB: allocated 9.01, reserved 10.4, in use on the GPU 12.0, KV cache 3.45." in part
+    assert "| reserved memory, GB | 11.00 | 10.44 | -5.1% |" in part
+    assert "| KV cache, GB | 3.45 | 3.45 | +0.0% |" in part
+    assert "| memory in use on the GPU, GB | n/a | 12.00 | n/a |" in part
     assert "GPU clock: 1980 MHz at 120 W before the streams, 1755 MHz at 120 W after, held back by " in part
 
 
@@ -543,7 +545,7 @@ def test_what_the_gpu_did_is_told(seven):
     assert "Drift:" not in text, "twelve blocks tell none"
     csv = report.summary_table([make("baseline"), unknown])
     assert csv["joules_per_frame"][0] == 38.5 and csv["mean_power_w"][0] == 650.0
-    assert report.numbers_table(seven)["J per frame"].tolist() == ["38.5"] * 7
+    assert report.numbers_table(seven)["energy, J per frame"].tolist() == ["38.5"] * 7
 
 
 def test_switches_are_told_at_the_edge_and_at_a_random_moment():
@@ -577,7 +579,7 @@ def test_results_from_before_the_new_figures_are_read(tmp_path):
     assert re.search(r"every second block is a switch: \d+\.\d FPS, mean", text)
     assert report.summary_table(campaign.results)["joules_per_frame"].isna().all()
     assert charts.run_figures(old)["gpu_load"].alt.endswith("Not drawn: no readings in these results.")
-    assert "n/a" in reading_html(old, None)
+    assert "energy" not in reading_html(old, None)
 
 
 def test_what_others_measured_is_in_log_and_readme():
@@ -644,7 +646,8 @@ def test_variations_are_told_with_their_figures():
     text = report.render_log([make("baseline"), result | {"variations": [nine, failed]}])
     part = section(text, "### Experiment 7: Realtime")
     mean = nine["latency"]["ss_ms_per_frame"]["mean"]
-    assert re.search(rf"  - local_attn_size: 9: SS mean {mean:.1f} ms; SS max .*; peak 7.9\d* GB", part)
+    assert re.search(rf"  - local_attn_size: 9: SS mean {mean:.1f} ms per frame; SS max .*; "
+                     r"peak memory 7.9\d* GB", part)
     assert "  - denoising_steps: \\[1000\\]: SS mean n/a (out of memory);" in part
     assert "one key changed" not in report.render_log([make("baseline"), result])
 

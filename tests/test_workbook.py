@@ -162,7 +162,7 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
         width = 2 * run.frames.shape[3] + 4
         assert "data:video/mp4" in player and container.streams.video[0].width == width
     assert "Hypothesis" in (text := run.reading().data) and "error ratio, free-running" in text
-    assert "ss_ms_per_frame" in run.definitions().data
+    assert "SS mean; SS p50" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"
 
 

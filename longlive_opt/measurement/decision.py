@@ -1,6 +1,8 @@
 """Two runs compared, and the verdict on one: may they be compared and over which blocks, how large is the
-noise, is the preset kept? Pure functions of results; `metrics` says what the figures are.
+noise, is the preset kept? Pure functions of results; `catalogue` says what the metrics are.
 """
+
+from __future__ import annotations
 
 import logging
 import math
@@ -12,6 +14,7 @@ from ..errors import UserError
 from ..models.specs import MODELS
 from ..prompts import Script, spread_evenly
 from ..streaming.timeline import Event
+from .catalogue import metric_of, shown_in
 from .metrics import measurements
 from .result import is_finite, is_na, lookup, na
 
@@ -19,10 +22,7 @@ log = logging.getLogger(__name__)
 
 CROWDED = "Something else ran on the machine meanwhile: not fit for comparison."
 NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
-FIGURES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_p50": "latency.ss_ms_per_frame.p50",
-            "ss_max": "latency.ss_ms_per_frame.max", "ps_mean": "latency.ps_ms.mean", "fps": "fps",
-            "peak_allocated": "memory_gb.peak_allocated"}
-# What a figure depends on and no optimization may change: keys of a preset, whose defaults hold where a
+# What a metric depends on and no optimization may change: keys of a preset, whose defaults hold where a
 # result is older than the key.
 _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
               "local_attn_size", "sink_size", "global_sink", "relative_rope")
@@ -30,8 +30,8 @@ _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timeste
 _SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
 _DEFAULTS = ExperimentConfig().to_dict()
 PLANNED = "planned"  # status of what is known of a run before it
-_OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
-               "memory": ("peak_allocated", "peak allocated memory", "GB")}
+OBJECTIVES = {"latency": "ss_mean", "switch": "ps_mean", "memory": "peak_allocated"}
+"""What a preset is to improve -> the key of the metric that says so."""
 _LEVELS = ("exact", "rounding", "lossy")  # from strict to loose
 MAX_ERROR_RATIO = 1.1
 """The gate of a preset that states none: as exact as the baseline's own rounding, with room for the luck of
@@ -44,7 +44,7 @@ _OLD_LIMITS = ("min_psnr_db", "min_ssim", "min_ms_ssim", "max_lpips", "min_clip_
 def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """Empty if the two runs may be compared, else the first difference that forbids it.
 
-    Compared is everything that a figure depends on and that no optimization may change: GPU (or CPU, for runs
+    Compared is everything that a metric depends on and that no optimization may change: GPU (or CPU, for runs
     on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
     used, seed, picture size, dtype, block size, sampling, window, sink and rotation. Where one is only
     `planned`, what one of the two does not say is not compared.
@@ -179,7 +179,7 @@ def is_study(result: Mapping[str, Any]) -> bool:
 
 def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Two results over equally many steady-state blocks and prompt switches, the first of each: what the log
-    compares (see `metrics.DEFINITIONS["comparison"]`). One that is short enough is returned as it is, and
+    compares (see "Comparison" in `catalogue.TERMS`). One that is short enough is returned as it is, and
     where one has no switches the other keeps its own. Switches without a stream of their own end with the
     blocks.
     """
@@ -229,8 +229,8 @@ def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
     assumed, and it can only grow with the number of runs. A few runs are a rough estimate: see `NOISE_FLOOR`.
 
     Returns:
-        preset, runs, blocks and switches (how many of each were compared), the spread of ss_mean, ss_p50,
-        ss_max, ps_mean, fps and peak_allocated, and under `values` what each run measured of them.
+        preset, runs, blocks and switches (how many of each were compared), the spread of each metric that the
+        catalogue shows in "noise", and under `values` what each run measured of it.
 
     Raises:
         UserError: fewer than two runs, or not of one preset under equal conditions.
@@ -248,11 +248,11 @@ def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
     sizes = same[0]["sizes"]
     noise: dict[str, Any] = {"preset": first["preset"], "runs": len(runs), "blocks": sizes["blocks_measured"],
                              "switches": sizes["switches"], "values": {}}
-    for name, path in FIGURES.items():
-        values = [lookup(run, path) for run in same]
+    for metric in shown_in("noise"):
+        values = [lookup(run, metric.path) for run in same]
         absent = next(filter(is_na, values), None)
-        noise[name] = absent or (max(values) - min(values)) / ((math.fsum(values) / len(values)) or 1.0)
-        noise["values"][name] = absent or values
+        noise[metric.key] = absent or (max(values) - min(values)) / ((math.fsum(values) / len(values)) or 1.0)
+        noise["values"][metric.key] = absent or values
     return noise
 
 
@@ -281,7 +281,7 @@ def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict
     if not known:
         return None
     larger = dict(known[0])
-    for name in FIGURES:
+    for name in (metric.key for metric in shown_in("noise")):
         spreads = [run[name] for run in known if not is_na(run[name])]
         larger[name] = max(spreads) if spreads else known[0][name]
     return larger
@@ -320,7 +320,8 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     pass is undecided, unless the frames are identical.
     """
     objective, level, limit = _read_gate(gate)
-    figure, words, unit = _OBJECTIVES[objective]
+    metric = metric_of(OBJECTIVES[objective])
+    words, unit = metric.label, metric.unit
     near = ("as near as a gate of an older kind asks" if limit is None else
             f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
     quality = f"the latents are {'the same bits as the baseline, or ' if level == 'exact' else ''}{near}"
@@ -345,8 +346,8 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
         return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
                              "repeat the campaign when nothing else runs on it")
-    ours, reference = (lookup(run, FIGURES[figure]) for run in matched(result, baseline))
-    spread = noise[figure] if noise else na("no A/A noise", "run the baseline twice in the campaign")
+    ours, reference = (lookup(run, metric.path) for run in matched(result, baseline))
+    spread = noise[metric.key] if noise else na("no A/A noise", "run the baseline twice in the campaign")
     for value in (ours, reference, spread):
         if is_na(value):
             return verdict(None, f"undecided: {value['reason']}; {value['how_to_fix']}")
@@ -366,9 +367,9 @@ def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
     objective, level, limit = gate.get("objective", "latency"), gate.get("level"), gate.get(_LIMIT)
     if unknown := sorted(set(gate) - {"objective", "level", _LIMIT, *_OLD_LIMITS}):
         raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, {_LIMIT}.")
-    if objective not in _OBJECTIVES:
+    if objective not in OBJECTIVES:
         raise UserError(f"quality gate: objective {objective!r} is unknown; choose one of "
-                        f"{', '.join(_OBJECTIVES)}.")
+                        f"{', '.join(OBJECTIVES)}.")
     if level not in _LEVELS:
         raise UserError(f"quality gate: level {level!r} is unknown; choose one of {', '.join(_LEVELS)}.")
     if limit is not None and not (is_finite(limit) and limit > 0):

@@ -82,7 +82,7 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     {ss_ms_per_frame, ps_ms, stages_ms}, fps, memory_gb, sizes, quality {psnr_db, ...},
                     setup_s}]; one that could not run is {changed, failure: METRIC}
 
-The meanings of the latency figures are in `metrics.DEFINITIONS`.
+The meaning of every metric is in `catalogue`.
 """
 
 import json

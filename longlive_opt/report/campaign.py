@@ -1,5 +1,7 @@
 """What lies in a campaign's folder, with the verdicts that all of it allows."""
 
+from __future__ import annotations
+
 import json
 import logging
 import re
@@ -13,7 +15,8 @@ import pandas as pd
 from ..config import BASELINE
 from ..files import project_path
 from ..measurement import decision
-from ..measurement.result import is_na, lookup, number, read_campaign
+from ..measurement.catalogue import Metric, metric_of
+from ..measurement.result import is_na, lookup, read_campaign
 from .charts import target_of
 
 log = logging.getLogger(__name__)
@@ -21,11 +24,6 @@ log = logging.getLogger(__name__)
 Result = Mapping[str, Any]
 
 SUMMARY = "summary"  # folder of the campaign's figures
-FIGURES = {"SS Mean": "latency.ss_ms_per_frame.mean", "SS P99": "latency.ss_ms_per_frame.p99",
-           "SS Max": "latency.ss_ms_per_frame.max", "PS Mean": "latency.ps_ms.mean", "FPS": "fps",
-           "Memory": "memory_gb.peak_allocated"}
-NOISE = {"ss_mean": "SS mean", "ss_p50": "SS p50", "ss_max": "SS max", "ps_mean": "PS mean", "fps": "FPS",
-         "peak_allocated": "memory"}
 
 
 @dataclass(frozen=True)
@@ -141,17 +139,17 @@ def noise_of(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     return decision.campaign_noise(results)
 
 
-def change_of(result: Result, baseline: Result | None, label: str) -> float | None:
+def change_of(result: Result, baseline: Result | None, metric: Metric) -> float | None:
     """Percent against the baseline; None where either is n/a or the two may not be compared."""
     if (pair := decision.compared(result, baseline)) is None:
         return None
-    value, reference = (number(run, FIGURES[label]) for run in pair)
+    value, reference = map(metric.value, pair)
     return None if value is None or not reference else 100 * (value / reference - 1)
 
 
 def within_target(result: Result) -> bool:
     """Whether no steady-state block took longer than the target of the run."""
-    worst = number(result, FIGURES["SS Max"])
+    worst = metric_of("ss_max").value(result)
     return worst is not None and worst <= target_of(result)
 
 

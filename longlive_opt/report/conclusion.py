@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from ..measurement import decision, worst_block
-from ..measurement.metrics import DEFINITIONS
-from ..measurement.result import block_ms, lookup, number
+from ..measurement.catalogue import Metric, glossary, shown_in
+from ..measurement.result import block_ms, lookup
 from .tables import AS_IS, name_of
 
 Result = Mapping[str, Any]
@@ -18,20 +18,7 @@ Result = Mapping[str, Any]
 _DECIDES = ("The verdict is the campaign's: once every run is there, its summary decides, writes "
             "decisions.json, and puts the verdict on top of this report.")
 
-_BEFORE_STAGES = {"SS mean, ms per frame": "latency.ss_ms_per_frame.mean",
-                  "SS max, ms per frame": "latency.ss_ms_per_frame.max"}
-_AFTER_STAGES = {"PS mean, ms": "latency.ps_ms.mean", "PS max, ms": "latency.ps_ms.max",
-                 "text encoding at a switch, ms": "latency.ps_breakdown_ms.text_encode",
-                 "recache at a switch, ms": "latency.ps_breakdown_ms.recache",
-                 "PS mean at a random moment, ms": "latency.ps_random_ms.mean", "FPS": "fps",
-                 "FPS with prompt switches": "fps_with_switches",
-                 "energy per video frame, J": "energy.joules_per_frame",
-                 "peak memory, GB": "memory_gb.peak_allocated", "KV cache, GB": "memory_gb.kv_cache"}
 _COLUMNS = ["this run", "baseline", "difference", "change"]
-_FIDELITY = {"error ratio, free-running": "quality.free_running.error_ratio.all",
-             "error ratio, teacher-forced": "quality.error_ratio.all",
-             "PSNR, teacher-forced, dB": "quality.psnr_db.mean", "SSIM, teacher-forced": "quality.ssim.mean"}
-_OLD_FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}
 
 
 def reading_html(result: Result, baseline: Result | None) -> str:
@@ -57,10 +44,10 @@ def reading_html(result: Result, baseline: Result | None) -> str:
 
 
 def definitions_html() -> str:
-    """What every figure means, folded."""
+    """What every metric means, folded."""
     rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
-                   for name, text in DEFINITIONS.items())
-    return f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>"
+                   for name, text in glossary().items())
+    return f"<details><summary>What the metrics mean</summary><dl>{rows}</dl></details>"
 
 
 def scope(result: Result) -> str:
@@ -78,24 +65,23 @@ def scope(result: Result) -> str:
 
 
 def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
-    """The figures of a run, and beside them the baseline's where the two may be compared: over equally many
-    blocks and switches, as in the log.
+    """The metrics of a run against the baseline's where the two may be compared: over equally many blocks and
+    switches, as in the log. A metric that neither of them records has no row.
     """
     pair = decision.compared(result, baseline)
     result, baseline = pair or (result, {})
-    stages = {f"{stage}, ms per block": f"latency.stages_ms.{stage}.mean"
-              for stage in result["latency"]["stages_ms"]}
-    rows = {"block interval, SS mean, ms": _beside(block_ms(result), block_ms(baseline))}
-    rows |= {name: _beside(number(result, path), number(baseline, path))
-             for name, path in (_BEFORE_STAGES | stages | _AFTER_STAGES).items()}
+    rows = {"block interval, SS mean, ms": _compared(block_ms(result), block_ms(baseline))}
+    for metric in shown_in("comparison"):
+        if metric.path.startswith("quality.") or not metric.is_recorded(result):
+            continue
+        rows[metric.heading] = _compared(metric.value(result), metric.value(baseline), metric)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
     table = table if pair else table[_COLUMNS[:1]]
-    of_truth = lookup(result, "quality.protocol") == 2
-    fidelity = _FIDELITY if of_truth else _OLD_FIDELITY
-    for name, path in fidelity.items() if lookup(result, "quality.reference") else ():
-        same = lookup(result, "quality.identical") and not of_truth
-        value = "identical" if same else _text(number(result, path))
-        table.loc[name] = [value, *[""] * (table.shape[1] - 1)]
+    same = lookup(result, "quality.identical") and lookup(result, "quality.protocol") != 2
+    for metric in shown_in("comparison") if lookup(result, "quality.reference") else ():
+        if metric.path.startswith("quality.") and metric.is_recorded(result):
+            value = "identical" if same else metric.shown(result)
+            table.loc[metric.heading] = [value, *[""] * (table.shape[1] - 1)]
     return table
 
 
@@ -103,15 +89,17 @@ def varied(result: Result) -> pd.DataFrame:
     """What each variation does to the block interval, in the hypotheses' unit."""
     runs = {AS_IS: result} | {name_of(row): row for row in result["variations"]}
     ours = block_ms(result)
-    return pd.DataFrame.from_dict({name: _beside(block_ms(run), ours)[::2] for name, run in runs.items()},
+    return pd.DataFrame.from_dict({name: _compared(block_ms(run), ours)[::2] for name, run in runs.items()},
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])
 
 
-def _beside(ours: float | None, theirs: float | None) -> list[str]:
+def _compared(ours: float | None, theirs: float | None, metric: Metric | None = None) -> list[str]:
+    """Ours, theirs, the difference and the change in percent, each as text."""
+    text = _text if metric is None else metric.text
     if ours is None or theirs is None:
-        return [_text(ours), _text(theirs), "", ""]
+        return [text(ours), text(theirs), "", ""]
     change = f"{100 * (ours - theirs) / theirs:+.1f} %" if theirs else ""
-    return [_text(ours), _text(theirs), _text(ours - theirs, "+"), change]
+    return [text(ours), text(theirs), text(ours - theirs, "+"), change]
 
 
 def _text(value: float | None, sign: str = "") -> str:

@@ -1,5 +1,7 @@
 """OPTIMIZATION_LOG.md: the blanks of `template.md`, filled."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections import Counter
@@ -12,12 +14,11 @@ import yaml
 from ...config import keys_of
 from ...files import atomic_path, project_path
 from ...measurement import decision, environment
+from ...measurement.catalogue import of_template, shown_in
 from ...measurement.result import lookup, number
 from .. import charts
 from ..campaign import (
     BASELINE,
-    FIGURES,
-    NOISE,
     SUMMARY,
     Campaign,
     Failure,
@@ -30,7 +31,7 @@ from ..noise_record import NOISE_FILE, read_record
 from ..tables import to_csv
 from ..verdicts import decisions_of, write_decisions
 from . import outside
-from .entry import Run, is_kept, is_large, matched_runs, quality_sentence, quality_text
+from .entry import Run, details_table, is_kept, is_large, matched_runs, quality_sentence, quality_text
 from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
 from .notes import missing_notes, run_notes
 from .recommendation import closing, fill_summary, observations, recommend, troubles
@@ -170,17 +171,17 @@ def _fill_baseline(section: str, run: Run, noise: Mapping[str, Mapping[str, Any]
         label = first_cell(line)
         if label in settings:
             line = f"| {label} | {settings[label]} |"
-        elif label in FIGURES:
-            text = run.cell(label)
-            if label in run.missing and label == "SS P99":
+        elif metric := of_template(label):
+            text = run.cell(metric.key)
+            if label in run.missing and metric.key == "ss_p99":
                 n = lookup(run.result, "latency.ss_ms_per_frame.n")
-                text = f"n/a: n too small (n={n}), max {run.figure('SS Max')} ms"
+                text = f"n/a: n too small (n={n}), max {run.figure('ss_max')} ms"
             line = table_row(line, [text])
         lines.append(line)
         if label == "Dtype" and not run.failure:
             lines += ["", bullets(_provenance(run))]
     notes = [*run_notes(run, None, noise), *missing_notes(run)]
-    return "\n".join([*lines, "", "**Notes**:", bullets(notes)]) + "\n"
+    return "\n".join([*lines, "", "**Notes**:", bullets(notes), "", details_table(run, None)]).rstrip() + "\n"
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -243,13 +244,13 @@ def _fill_experiment(section: str, run: Run, base: Run | None,
              *_template_notes(section, run)]
     run, base = matched_runs(run, base)
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
-        label, metric = first_cell(line), re.match(rf"- (.+): {BLANK}(.*)", line)
-        if label in FIGURES:
-            reference = base.cell(label) if base else "n/a (no baseline)"
-            change = percent(change_of(run.result, base.result if base else None, label))
-            line = table_row(line, [reference, run.cell(label), change.rstrip("%")])
-        elif metric:
-            line = f"- {metric[1]}: {quality_text(run, metric[1], metric[2])}"
+        blank = re.match(rf"- (.+): {BLANK}", line)
+        if metric := of_template(first_cell(line)):
+            reference = base.cell(metric.key) if base else "n/a (no baseline)"
+            change = percent(change_of(run.result, base.result if base else None, metric))
+            line = table_row(line, [reference, run.cell(metric.key), change.rstrip("%")])
+        elif blank and (metric := of_template(blank[1])):
+            line = f"- {blank[1]}: {quality_text(run, metric)}"
         elif line.startswith("**Quality**") and f"- PSNR: {BLANK}" not in section:
             line += f"\n{quality_sentence(run)}"
         elif line.startswith("**Decision**"):
@@ -261,20 +262,20 @@ def _fill_experiment(section: str, run: Run, base: Run | None,
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
     notes += missing_notes(run)
-    return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
+    text = "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
+    return f"{text}\n{details_table(run, base)}".rstrip("\n") + "\n"
 
 
 def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:
     """What a preset that is kept makes worse by more than the noise."""
     if base is None or not is_kept(run):
         return ""
-    worse, keys = [], {name.lower(): key for key, name in NOISE.items()}
-    spreads = decision.noise_of_preset(run.preset, noise) or {}
-    for label in (label for label in FIGURES if label.lower() in keys):
-        change = change_of(run.result, base.result, label) or 0.0
-        spread = number(spreads, keys[label.lower()]) or 0.0
-        if (-change if label == "FPS" else change) > 100 * max(decision.NOISE_FLOOR, spread):
-            worse.append(f"{label} {percent(change)}")
+    worse, spreads = [], decision.noise_of_preset(run.preset, noise) or {}
+    for metric in (metric for metric in shown_in("noise") if metric.template):
+        change = change_of(run.result, base.result, metric) or 0.0
+        spread = number(spreads, metric.key) or 0.0
+        if (-change if metric.better == "higher" else change) > 100 * max(decision.NOISE_FLOOR, spread):
+            worse.append(f"{metric.template} {percent(change)}")
     return f" Against it: {', '.join(worse)}." if worse else ""
 
 

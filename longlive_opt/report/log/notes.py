@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...measurement import decision, metrics, worst_block
+from ...measurement.catalogue import Metric, metric_of, shown_in
 from ...measurement.result import block_ms, is_na, lookup, number, numbers
 from ...streaming.timeline import Event
-from ..campaign import NOISE, Result, change_of, within_target
+from ..campaign import Result, change_of, within_target
 from ..charts import target_of
 from ..tables import variations_table
 from . import gpu
 from .entry import (
-    QUALITY,
     Run,
+    frame_metrics,
     is_large,
     matched_runs,
     model_name,
@@ -23,7 +24,7 @@ from .entry import (
 )
 from .markdown import digits, escape, percent, sentence, share_text
 
-OTHERS = {"PS Mean": ("PS mean", "ms"), "Memory": ("memory", "GB")}
+OTHERS = ("ps_mean", "peak_allocated")  # of an outcome, after SS mean and SS max
 
 
 def run_notes(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -49,12 +50,13 @@ def run_notes(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]
     seconds = ", ".join(f"{escape(name)} {digits(value)} s" for name, value in setup.items() if value)
     notes.append(f"Set-up, not part of any latency: {seconds or 'nothing recorded'}.")
     notes.append(_playback(result))
-    notes += [*_memory(result), *_gpu_clocks(result), *gpu.load(result)]
+    notes += [*_gpu_clocks(result), *gpu.load(result)]
     if lookup(result, "environment.co_scheduled"):
         notes.append(decision.CROWDED)
     notes += [f"Quality check: {sentence(flag)}" for flag in lookup(result, "quality.flags") or []]
     if lookup(result, "quality.free_running"):
-        free = {name: number(result, f"quality.free_running.{key}.mean") for name, key in QUALITY.items()}
+        free = {metric.label: number(result, metric.path.replace("quality.", "quality.free_running.", 1))
+                for metric in frame_metrics()}
         words = ", ".join(f"{name} {digits(value)}" for name, value in free.items() if value is not None)
         same = lookup(result, "quality.free_running.identical") is True and not of_truth(result)
         notes.append("Free-running, where differences add up from block to block: "
@@ -74,7 +76,7 @@ def _quality(result: Result) -> str:
     if of_truth(result):
         switch = lookup(quality, "script.switch_block")
         where = "without a prompt switch" if switch is None else f"with a prompt switch at block {switch}"
-        st_lpips = number(result, "quality.st_lpips.mean")
+        st_lpips = metric_of("st_lpips").value(result)
         return (f"{ratio_text(result)}. Against {escape(quality['reference'])} over "
                 f"{lookup(quality, 'script.blocks')} blocks {where}; {escape(quality.get('label'))}, not how "
                 f"good the frames look{'' if st_lpips is None else f'; ST-LPIPS {digits(st_lpips)}'}.")
@@ -121,16 +123,15 @@ def _variations(result: Result) -> list[str]:
         return []
     lines = ["Variations, each the preset with one key changed, measured by the same two streams:"]
     for name, row in variations_table(result).iterrows():
-        cells = (f"{column.partition(',')[0]} {_cell(value, column.partition(',')[2])}"
-                 for column, value in row.items())
+        cells = (f"{metric.label} {_cell(row[metric.heading], metric)}" for metric in shown_in("ablation"))
         lines.append(f"  - {escape(name)}: {'; '.join(cells)}")
     return ["\n".join(lines)]
 
 
-def _cell(value: Any, unit: str) -> str:
+def _cell(value: Any, metric: Metric) -> str:
     if is_na(value):
         return f"n/a ({escape(value['reason'])})"
-    return value if isinstance(value, str) else f"{digits(value)}{unit}"
+    return value if isinstance(value, str) else f"{digits(value)} {metric.unit}".rstrip()
 
 
 def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
@@ -142,7 +143,7 @@ def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
             lines.append(f"Compared over the first {sizes['blocks_measured']} steady-state blocks and "
                          f"{sizes['switches']} prompt switches of both; all that was measured of "
                          f"{whole.name}: {all_sizes['blocks_measured']} blocks, SS mean "
-                         f"{whole.figure('SS Mean')} ms, SS max {whole.figure('SS Max')} ms.")
+                         f"{whole.figure('ss_mean')} ms, SS max {whole.figure('ss_max')} ms.")
     return lines
 
 
@@ -161,15 +162,15 @@ def _outcome(whole: Run, run: Run, base: Run) -> str:
     target is for the `whole` run.
     """
     verb = "meets" if within_target(whole.result) else "misses"
-    text = f"Outcome: SS mean {run.figure('SS Mean')} ms per video frame against {base.figure('SS Mean')}"
+    text = f"Outcome: SS mean {run.figure('ss_mean')} ms per video frame against {base.figure('ss_mean')}"
     if difference := decision.unfair(run.result, base.result):
         return f"{text}, not comparable: {escape(difference)}."
     target = f" {verb} the {target_of(whole.result):g} ms target" if is_large(run.result) else ""
-    others = "; ".join(f"{name} {run.figure(label)} {unit} ({change})"
-                       for label, (name, unit) in OTHERS.items()
-                       if (change := percent(change_of(run.result, base.result, label))) != "n/a")
-    return (f"{text} ({percent(change_of(run.result, base.result, 'SS Mean'))}); SS max "
-            f"{whole.figure('SS Max')} ms{target}; {others}{'; ' if others else ''}{_per_block(run, base)}.")
+    others = "; ".join(f"{metric.label} {run.figure(metric.key)} {metric.unit} ({change})"
+                       for metric in map(metric_of, OTHERS)
+                       if (change := percent(change_of(run.result, base.result, metric))) != "n/a")
+    return (f"{text} ({percent(change_of(run.result, base.result, metric_of('ss_mean')))}); SS max "
+            f"{whole.figure('ss_max')} ms{target}; {others}{'; ' if others else ''}{_per_block(run, base)}.")
 
 
 def _per_block(run: Run, base: Run) -> str:
@@ -184,15 +185,6 @@ def _per_block(run: Run, base: Run) -> str:
             moved.append(f"{escape(name)} {now - was:+.1f} ms")
     parts = ", ".join([*moved, f"overlap of stages and time outside them {rest:+.1f} ms"])
     return f"per block {after - before:+.1f} ms: {parts}"
-
-
-def _memory(result: Result) -> list[str]:
-    """What stands behind the one figure of the tables."""
-    names = {"allocated": "peak_allocated", "reserved": "peak_reserved", "in use on the GPU": "device_used",
-             "KV cache": "kv_cache"}
-    values = {name: number(result, f"memory_gb.{key}") for name, key in names.items()}
-    words = ", ".join(f"{name} {digits(value)}" for name, value in values.items() if value is not None)
-    return [f"Memory in GB: {words}."] if values["allocated"] is not None else []
 
 
 def _gpu_clocks(result: Result) -> list[str]:
@@ -227,7 +219,7 @@ def _fact(key: str, value: Any) -> str:
 
 def noise_sentence(noise: Mapping[str, Any]) -> str:
     """The run-to-run noise of each figure, and over how much it was taken."""
-    shares = {name: number(noise, key) for key, name in NOISE.items()}
+    shares = {metric.label: number(noise, metric.key) for metric in shown_in("noise")}
     words = [f"{name} {share:.1%}" for name, share in shares.items() if share is not None]
     times = "twice" if noise["runs"] == 2 else f"{noise['runs']} times"
     over = f"over {noise['blocks']} blocks and {noise['switches']} prompt switches"
@@ -254,7 +246,7 @@ def _sample(result: Result) -> str:
     all_blocks = metrics.with_switches(map(Event.from_row, result["switch_events"]),
                                        first_measured_block=sizes["warmup_blocks"],
                                        frames_per_block=sizes["frames_per_block"])
-    fps = number(result, "fps_with_switches") or 1e3 / all_blocks["mean"]
+    fps = metric_of("fps_with_switches").value(result) or 1e3 / all_blocks["mean"]
     return (f"{text} In the stream in which every second block is a switch: {fps:.1f} FPS, mean "
             f"{digits(all_blocks['mean'])} ms, max {digits(all_blocks['max'])} ms per video frame.")
 
@@ -263,11 +255,11 @@ def _switches(result: Result) -> str:
     """How long a switch takes: requested at a block's edge and at a random moment, by prompt cache; empty
     without switches.
     """
-    edge = number(result, "latency.ps_ms.mean")
+    edge = metric_of("ps_mean").value(result)
     if edge is None:
         return ""
     text = f"PS: mean {digits(edge)} ms for a request at a block's edge"
-    anywhere, p95 = (number(result, f"latency.ps_random_ms.{key}") for key in ("mean", "p95"))
+    anywhere, p95 = (metric_of(f"ps_random_{key}").value(result) for key in ("mean", "p95"))
     if anywhere is not None and p95 is not None:
         text += (f"; {digits(anywhere)} ms (p95 {digits(p95)}) at a random moment, derived: it waits for the "
                  "block under way")

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...measurement import metrics
-from ...measurement.result import lookup, number
-from ..campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
+from ...measurement.catalogue import glossary, metric_of
+from ...measurement.decision import OBJECTIVES
+from ...measurement.result import lookup
+from ..campaign import BASELINE, Failure, Result, change_of, within_target
 from ..charts import target_of, targets_of
 from ..noise_record import over_campaigns
 from .entry import (
@@ -20,7 +21,9 @@ from .entry import (
     worst_ms,
 )
 from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
-from .notes import OTHERS, noise_sentence
+from .notes import noise_sentence
+
+_PURPOSES = {"memory": "memory", "switch": "the wait at a prompt switch"}
 
 
 def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
@@ -54,7 +57,7 @@ def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
 def _summary_row(line: str, run: Run) -> str:
     if within_target(run.result):
         line = line.replace("[ ]", "[x]")
-    return table_row(line, [*map(run.cell, ("SS Max", "FPS", "Memory")), quality_short(run)])
+    return table_row(line, [*map(run.cell, ("ss_max", "fps", "peak_allocated")), quality_short(run)])
 
 
 def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
@@ -73,9 +76,9 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
                    "decision, and a study is never recommended.")
     if best:
         base = runs[BASELINE].result if BASELINE in runs else None
-        change = percent(change_of(best.result, base, "SS Mean"))
-        reasons += [f"{best.name}: SS max {best.figure('SS Max')} ms, FPS {best.figure('FPS')}, SS mean "
-                    f"{best.figure('SS Mean')} ms ({change} against the baseline).",
+        change = percent(change_of(best.result, base, metric_of("ss_mean")))
+        reasons += [f"{best.name}: SS max {best.figure('ss_max')} ms, FPS {best.figure('fps')}, SS mean "
+                    f"{best.figure('ss_mean')} ms ({change} against the baseline).",
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
         is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
         if lookup(best.result, "weights.kind") == "random" and not is_exact:
@@ -83,7 +86,7 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
                            "the preset with the official ones before relying on it.")
     else:
         reasons.append("No measured preset meets it.")
-    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: {_why_not(run)}"
+    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('ss_max')} ms: {_why_not(run)}"
                               for run in faster)]
 
 
@@ -109,7 +112,7 @@ def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
         return None
 
     def costs(of: Run) -> tuple[float, float]:
-        return number(of.result, FIGURES["SS Max"]), -fidelity_of(of)
+        return metric_of("ss_max").value(of.result), -fidelity_of(of)
 
     ours = costs(run)
     better = [other for other in _kept(runs) if costs(other) != ours
@@ -124,21 +127,20 @@ def _when(run: Run, other: Run | None) -> str:
     if run is other:
         return "it is the recommended one"
     state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
-    facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{state}"
+    facts = f"SS max {run.figure('ss_max')} ms, {quality_short(run)}{state}"
     if not is_kept(run):
         return f"not recommended ({facts})"
     if other is None or other.failure:
         return f"nothing to compare it with ({facts})"
     if objective_of(run) != "latency":
-        label = {"memory": "Memory", "switch": "PS Mean"}[objective_of(run)]
-        better = (number(run.result, FIGURES[label]) or 0) < (number(other.result, FIGURES[label]) or 0)
-        name, unit = OTHERS[label]
-        facts = f"{name} {run.figure(label)} {unit}, {facts}"
-        purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
+        metric = metric_of(OBJECTIVES[objective_of(run)])
+        better = (metric.value(run.result) or 0) < (metric.value(other.result) or 0)
+        facts = f"{metric.label} {run.figure(metric.key)} {metric.unit}, {facts}"
+        purpose = f"where {_PURPOSES[objective_of(run)]} counts most"
     elif other.preset == BASELINE:
         better, purpose = True, "where the mean counts, which is below the baseline's"
     else:
-        is_faster = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
+        is_faster = metric_of("ss_max").value(run.result) < metric_of("ss_max").value(other.result)
         better = is_faster or fidelity_of(run) > fidelity_of(other)
         purpose = ("where latency counts more than fidelity" if is_faster
                    else "where fidelity counts more than latency")
@@ -197,10 +199,7 @@ def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -
 
 
 def closing(results: Sequence[Result], source: str) -> list[str]:
-    """What the figures mean, and how the log is made."""
-    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "PS at a random moment": "ps_random_ms",
-            "Energy": "energy", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
-            "Clocks": "clocks", "Comparison": "comparison", "Quality": "quality"}
-    lines = [f"{name}: {escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
+    """What the metrics mean, and how the log is made."""
+    lines = [f"{escape(name)}: {escape(text)}" for name, text in glossary().items()] if results else []
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
     return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]
