@@ -12,7 +12,7 @@ from longlive_opt import report
 from longlive_opt.measurement import catalogue, decision, metrics
 from longlive_opt.measurement.catalogue import METRICS, PLACES, Metric, glossary, metric_of, shown_in
 from longlive_opt.measurement.result import _SCHEMA, lookup
-from longlive_opt.report.conclusion import definitions_html, measured
+from longlive_opt.report.conclusion import card_html, definitions_html, measured
 from longlive_opt.report.tables import headline_table, variations_table
 
 TEMPLATE = (Path(report.__file__).parent / "log" / "template.md").read_text(encoding="utf-8")
@@ -22,6 +22,10 @@ NO_METRICS = {"playback.fps", "latency.ss_over_target.target_ms", "environment.o
 NOT_SHOWN = {"latency.ss_with_switches.max", "latency.ps_ms.p99"}
 WORLD = {"adherence_before": 0.9, "adherence_after": 0.8, "delay_blocks": 1.5, "never": 0, "permanence": 1.0,
          "drift": {"change": 0.0}, "switches": 2}
+
+
+def section_of(text: str, heading: str) -> str:
+    return text.partition(heading)[2].partition("<details>")[0]
 
 
 def complete() -> dict:
@@ -103,4 +107,7 @@ def test_one_row_brings_a_metric_everywhere(tmp_path: Path, monkeypatch: pytest.
     assert decision.aa_noise(*runs[:2])["values"]["toy"] == [5.0, 5.5]
     text = report.render_log(runs)
     assert "| toy score, bits | 5.0 | 7.2 | +45.0% |" in text and "toy score: How toy-like it is." in text
+    assert "toy score 7.2 bits (+45.0%)" in section_of(text, "### Experiment 6")
+    entry = {"verdict": "keep", "rationale": "why", "rule": "r"}
+    assert "toy score<br><b>7.2 bits</b><br>+45.0%" in card_html(speed, baseline, entry, "c")
     assert "toy score" in definitions_html() and glossary()["toy score"] == toy.definition

@@ -209,12 +209,12 @@ def test_a_shortened_run_keeps_its_own_settings():
 
 
 def test_a_run_that_was_not_alone_is_undecided():
-    """Would catch: a verdict on a run, or against a baseline, beside which something else ran."""
+    """Would catch: a verdict on a run, or against a baseline, during which something else ran."""
     for crowded in (0, 1):
         runs = [example_result("variant", 0.5, steady=30, switches=2), example_result(steady=30, switches=2)]
         runs[crowded]["environment"] |= {"co_scheduled": True}
         found = decision.decide(*runs, NOISE, LOSSY)
-        assert found["keep"] is None and f"beside {runs[crowded]['preset']};" in found["rationale"]
+        assert found["keep"] is None and f"during {runs[crowded]['preset']};" in found["rationale"]
 
 
 def test_a_run_keeps_its_switches_where_the_other_has_none():

@@ -531,17 +531,17 @@ def test_report_opens_with_its_card(tmp_path: Path) -> None:
     assert 'id="verdict"' not in report.read_text(encoding="utf-8")
 
 
-def test_parameters_are_folded(tmp_path: Path) -> None:
-    """A report whose first two screens are eighty lines of parameters, or one that lacks them."""
+def test_parameters_and_code_are_folded(tmp_path: Path) -> None:
+    """A report whose first two screens are parameters and code, or one that lacks them."""
     notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
     v4 = nbformat.v4
     tagged = [v4.new_code_cell(f"{tag}_cell", metadata={"tags": [tag]})
               for tag in ("parameters", "injected-parameters")]
-    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("open_cell")]), notebook)
+    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("own_cell")]), notebook)
     export_html(notebook, report, title="x")
     folded = re.findall(r"(?s)<details.*?</details>", report.read_text(encoding="utf-8"))
-    assert len(folded) == 2 and "Parameters of this run" in folded[1]
-    assert "parameters_cell" in folded[0] and "open_cell" not in "".join(folded)
+    assert len(folded) == 3 and "Parameters of this run" in folded[1]
+    assert "parameters_cell" in folded[0] and "Code" in folded[2] and "own_cell" in folded[2]
 
 
 def test_only_styles_that_nothing_asks_for_are_dropped() -> None:

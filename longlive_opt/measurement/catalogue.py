@@ -85,6 +85,14 @@ class Metric:
         text = self.shown(result)
         return text if text == "n/a" or not self.unit else f"{text} {self.unit}"
 
+    def change(self, ours: float | None, theirs: float | None) -> str:
+        """Ours against theirs in percent, of decibels the difference; empty where either is not known."""
+        if ours is None or theirs is None:
+            return ""
+        if self.unit == "dB":
+            return f"{ours - theirs:+.{self.digits}f} dB"
+        return f"{round(100 * (ours / theirs - 1), 1) + 0.0:+.1f}%" if theirs else ""  # + 0.0: no -0.0
+
     def is_recorded(self, result: Mapping[str, Any]) -> bool:
         """Whether the result says anything of it, be it n/a."""
         section = lookup(result, self.path.rpartition(".")[0])

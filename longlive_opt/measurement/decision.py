@@ -344,7 +344,7 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     if passed is False:
         return verdict(False, why)
     if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
-        return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
+        return verdict(None, f"undecided: something else ran on the machine during {' and '.join(crowded)}; "
                              "repeat the campaign when nothing else runs on it")
     ours, reference = (lookup(run, metric.path) for run in matched(result, baseline))
     spread = noise[metric.key] if noise else na("no A/A noise", "run the baseline twice in the campaign")

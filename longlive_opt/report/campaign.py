@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 Result = Mapping[str, Any]
 
+LADDER = (BASELINE, "cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")
+"""The presets of the log's template in their order; others follow."""
 SUMMARY = "summary"  # folder of the campaign's figures
 
 
@@ -132,6 +134,12 @@ def verdict_of(result: Result) -> str:
 def baseline_of(results: Iterable[Result]) -> Result | None:
     """The first run of the baseline."""
     return next((result for result in results if result["preset"] == BASELINE), None)
+
+
+def by_ladder(results: Iterable[Result]) -> list[Result]:
+    """The results in the order of the log, the runs of a preset one after the other."""
+    return sorted(results, key=lambda run: (LADDER.index(run["preset"]) if run["preset"] in LADDER
+                                            else len(LADDER), run["preset"], run.get("run", 1)))
 
 
 def noise_of(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

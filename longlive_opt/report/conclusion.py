@@ -1,13 +1,16 @@
-"""Last words of an experiment's notebook: what was expected, what was measured, what follows. No torch."""
+"""What was expected of a run, what was measured, what follows: the card on top of its report, and the last
+cell of its notebook. No torch.
+"""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from ..config import BASELINE
 from ..measurement import decision, worst_block
 from ..measurement.catalogue import Metric, glossary, shown_in
 from ..measurement.result import block_ms, lookup
@@ -15,17 +18,81 @@ from .tables import AS_IS, name_of
 
 Result = Mapping[str, Any]
 
+_COLOURS = {"keep": "#1b7f3b", "drop": "#b3261e"}
+_GREY = "#5f6368"
 _DECIDES = ("The verdict is the campaign's: once every run is there, its summary decides, writes "
             "decisions.json, and puts the verdict on top of this report.")
 
 _COLUMNS = ["this run", "baseline", "difference", "change"]
 
 
+class Page(str):
+    """A piece of HTML that a notebook shows as such."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any], campaign: str, *,
+              recommended: bool = False) -> str:
+    """The card that a report opens with, complete and escaped: the verdict, and the main metrics against the
+    baseline's over equally many blocks.
+
+    Args:
+        entry: the run's entry in decisions.json.
+        campaign: its name.
+        recommended: whether it is the run that the log recommends.
+    """
+    verdict = entry["verdict"]
+    words = [f"{entry['rationale'][:1].upper()}{entry['rationale'][1:]}."]
+    if recommended:
+        words.append("The log recommends this preset.")
+    if verdict in ("keep", "drop", "undecided"):
+        words.append(f"Rule: {entry['rule']}.")
+    words.append(f"From decisions.json of the campaign {campaign}.")
+    head = f"Verdict: {verdict}. {result['title']}"
+    return _card("verdict", head, verdict, _card_rows(result, baseline), words)
+
+
+def recommendation_html(best: Result | None, baseline: Result | None, reasons: Sequence[str]) -> Page:
+    """The card that a campaign's summary opens with: the preset to take, its main metrics, and why."""
+    if best is None:
+        return Page(_card("recommendation", "Which preset to take: none", "", [], reasons))
+    return Page(_card("recommendation", f"Which preset to take: {best['title']}", "keep",
+                      _card_rows(best, baseline), reasons))
+
+
+def _card_rows(result: Result, baseline: Result | None) -> list[tuple[str, str, str]]:
+    """(metric, value, change against the baseline) of the metrics that the catalogue shows in a card."""
+    alone = result["preset"] == BASELINE and result["run"] == 1
+    pair = None if alone else decision.compared(result, baseline)
+    ours, theirs = pair or (result, {})
+    same = lookup(result, "quality.identical") is True
+    rows = []
+    for metric in shown_in("card"):
+        value = "identical" if same and metric.key == "error_ratio" else metric.with_unit(ours)
+        rows.append((metric.label, value, metric.change(metric.value(ours), metric.value(theirs))))
+    return rows
+
+
+def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str]],
+          words: Sequence[str]) -> str:
+    cells = "".join(f'<td style="padding:0 1.4em 0 0;text-align:left">{html.escape(label)}<br>'
+                    f"<b>{html.escape(value)}</b><br>{html.escape(change)}&nbsp;</td>"
+                    for label, value, change in rows)
+    table = f'<table style="margin:0.4em 0;border:0"><tr>{cells}</tr></table>' if rows else ""
+    paragraphs = "".join(f'<p style="margin:0.3em 0">{html.escape(text)}</p>' for text in words)
+    return (f'<section id="{name}" style="margin:1em 2em;padding:0.6em 1em;border-left:6px solid '
+            f'{_COLOURS.get(verdict, _GREY)};background:#f6f6f6;font-family:sans-serif;font-size:14px">'
+            f'<p style="margin:0.3em 0;font-size:18px"><b>{html.escape(head)}</b></p>{table}{paragraphs}'
+            "</section>")
+
+
 def reading_html(result: Result, baseline: Result | None) -> str:
     """HTML: the hypothesis, what was measured against the campaign's `baseline`, and the rule that decides.
     The verdict is not here: it needs the whole campaign, and the report opens with it.
     """
-    other = None if result["preset"] == "baseline" and result["run"] == 1 else baseline
+    other = None if result["preset"] == BASELINE and result["run"] == 1 else baseline
     parts = [_paragraph("", scope(result)),
              _paragraph("Hypothesis", result["hypothesis"] or "none was written down."),
              measured(result, other).to_html(border=0)]
@@ -37,17 +104,17 @@ def reading_html(result: Result, baseline: Result | None) -> str:
         parts.append(varied(result).to_html(border=0))
     parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
     parts.append(_paragraph("", worst_block.sentence(result)))
-    if result["preset"] != "baseline" and not decision.is_study(result):
+    if result["preset"] != BASELINE and not decision.is_study(result):
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
         parts.append(_paragraph("", _DECIDES))
     return "".join(parts)
 
 
-def definitions_html() -> str:
+def definitions_html() -> Page:
     """What every metric means, folded."""
     rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
                    for name, text in glossary().items())
-    return f"<details><summary>What the metrics mean</summary><dl>{rows}</dl></details>"
+    return Page(f"<details><summary>What the metrics mean</summary><dl>{rows}</dl></details>")
 
 
 def scope(result: Result) -> str:

@@ -21,6 +21,7 @@ from .campaign import (
     Campaign,
     Result,
     baseline_of,
+    by_ladder,
     change_of,
     is_judged,
     noise_of,
@@ -63,9 +64,9 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
-    """The main columns of `summary_table` for readers: a row per run, and words where there is no number."""
+    """The main metrics for readers: a row per run in the order of the log, words where there is no number."""
     baseline, rows, mean = baseline_of(results), [], metric_of("ss_mean")
-    for result in results:
+    for result in by_ladder(results):
         cells = {_summary_heading(metric): _summary_cell(metric, result, baseline)
                  for metric in shown_in("summary")}
         change = percent(change_of(result, baseline, mean))

@@ -19,6 +19,7 @@ from ...measurement.result import lookup, number
 from .. import charts
 from ..campaign import (
     BASELINE,
+    LADDER,
     SUMMARY,
     Campaign,
     Failure,
@@ -32,11 +33,12 @@ from ..tables import to_csv
 from ..verdicts import decisions_of, write_decisions
 from . import outside
 from .entry import Run, details_table, is_kept, is_large, matched_runs, quality_sentence, quality_text
+from .findings import findings, folded
 from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
 from .notes import missing_notes, run_notes
-from .recommendation import closing, fill_summary, observations, recommend, troubles
+from .recommendation import caveats, closing, fill_summary, observations, recommend, rules, troubles
 
-EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
+EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
 _TEMPLATE = Path(__file__).with_name("template.md")
 # What the block of a preset beyond the template shows, and what it leaves out.
@@ -114,7 +116,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     blank = sections[EXPERIMENTS.index("balanced")]
     base = runs.get(BASELINE)
     if base:
-        baseline = _fill_baseline(baseline, base, noise)
+        baseline = _fill_baseline(baseline, base)
     for preset, run in runs.items():
         if preset in EXPERIMENTS:
             index = EXPERIMENTS.index(preset)
@@ -125,7 +127,8 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     sections, everywhere = _said_once(sections)
     compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
     observed = [*observations(results, runs, noise, record), *map(escape, compared), *code,
-                *_other_target(runs), *everywhere, *troubles(failures, problems), *closing(results, source)]
+                *_other_target(runs), *everywhere, *troubles(failures, problems), *rules(runs),
+                *caveats(runs), *closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
 
@@ -157,7 +160,7 @@ def _other_target(runs: Mapping[str, Run]) -> list[str]:
 
 
 def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the sections without notes on missing figures that stand in several of them, those notes)."""
+    """(the sections without the notes on missing metrics that several of them share, those notes)."""
     found = Counter(line for section in sections for line in section.split("\n") if " is n/a: " in line)
     repeated = [line for line, count in found.items() if count > 1 and line.startswith("- ")]
     shortened = ["\n".join(line for line in section.split("\n") if line not in repeated)
@@ -165,10 +168,12 @@ def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
     return shortened, [line.removeprefix("- ") for line in repeated]
 
 
-def _fill_baseline(section: str, run: Run, noise: Mapping[str, Mapping[str, Any]]) -> str:
+def _fill_baseline(section: str, run: Run) -> str:
     settings, lines = _settings(run), []
     for line in section.rstrip("\n").split("\n"):
         label = first_cell(line)
+        if line.startswith("## "):
+            line = f"{line}\n\n{bullets(findings(run, None))}"
         if label in settings:
             line = f"| {label} | {settings[label]} |"
         elif metric := of_template(label):
@@ -178,10 +183,10 @@ def _fill_baseline(section: str, run: Run, noise: Mapping[str, Mapping[str, Any]
                 text = f"n/a: n too small (n={n}), max {run.figure('ss_max')} ms"
             line = table_row(line, [text])
         lines.append(line)
-        if label == "Dtype" and not run.failure:
-            lines += ["", bullets(_provenance(run))]
-    notes = [*run_notes(run, None, noise), *missing_notes(run)]
-    return "\n".join([*lines, "", "**Notes**:", bullets(notes), "", details_table(run, None)]).rstrip() + "\n"
+    provenance = [] if run.failure else _provenance(run)
+    notes = bullets([*provenance, *run_notes(run, None), *missing_notes(run)])
+    details = folded(f"**Notes**:\n{notes}\n\n{details_table(run, None)}")
+    return "\n".join([*lines, "", details])
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -200,7 +205,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _provenance(run: Run) -> list[str]:
-    """What the figures hang on, as lines below the table of settings."""
+    """Weights, versions and code of the run."""
     result, environment = run.result, run.result["environment"]
     files = ", ".join(f"{part} sha256 {str(digest)[:12]}"
                       for part, digest in (lookup(result, "weights.sha256") or {}).items())
@@ -217,7 +222,8 @@ def _provenance(run: Run) -> list[str]:
                      for side in ("width", "height"))
     return [f"Weights: {weights}", f"Versions: {versions}",
             f"Code: commit {commit}{dirty}, run of {escape(result['created_utc'])}",
-            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames a block"]
+            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames per "
+            "block"]
 
 
 def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
@@ -239,10 +245,11 @@ def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
 
 def _fill_experiment(section: str, run: Run, base: Run | None,
                      noise: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = []
-    notes = [*run_notes(run, base, noise), *_configuration_notes(section, run),
-             *_template_notes(section, run)]
+    """The section's heading, three lines of findings, and all of its form, filled and folded."""
+    notes = [*run_notes(run, base), *_configuration_notes(section, run), *_template_notes(section, run)]
+    whole, before, lines = run, base, []
     run, base = matched_runs(run, base)
+    against = _regressions(run, base, noise)
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
         blank = re.match(rf"- (.+): {BLANK}", line)
         if metric := of_template(first_cell(line)):
@@ -256,14 +263,13 @@ def _fill_experiment(section: str, run: Run, base: Run | None,
         elif line.startswith("**Decision**"):
             found = run.result.get("decision") or {"keep": None}
             keep, drop = ("x" if found["keep"] is wanted else " " for wanted in (True, False))
-            reason = f"No decision: {run.outcome}." if run.failure else \
-                f"{sentence(found['rationale'])}{_regressions(run, base, noise)} Rule: " \
-                f"{sentence(found['rule'])}"
+            reason = f"No decision: {run.outcome}." if run.failure else sentence(found["rationale"]) + against
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
     notes += missing_notes(run)
-    text = "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
-    return f"{text}\n{details_table(run, base)}".rstrip("\n") + "\n"
+    heading, form = re.fullmatch(r"(?s)(.*### Experiment \d+: [^\n]*\n)(.*)", "\n".join(lines)).groups()
+    details = f"{form.strip()}\n\n**Notes**:\n{bullets(notes)}\n\n{details_table(run, base)}"
+    return f"{heading}\n{bullets(findings(whole, before, against))}\n\n{folded(details)}"
 
 
 def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:
@@ -284,11 +290,10 @@ def _template_notes(section: str, run: Run) -> list[str]:
     notes = []
     captured = any(number(room, "report.stats.captured") for room in run.result.get("rooms") or [])
     if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
-        notes.append("use_cuda_graphs is false since the compile_mode captures graphs itself; they were "
-                     "replayed, and no shape is dynamic.")
+        notes.append("use_cuda_graphs is false because the compile_mode captures graphs itself. They were "
+                     "replayed; no shape is dynamic.")
     if "(Recommended)" in section:
-        notes.append("The heading is the template's; what the rule recommends stands below the summary "
-                     "table.")
+        notes.append("The heading is the template's. The recommendation is below the summary table.")
     if "quality_eval.py" in section:
         notes.append("There is no quality_eval.py: the preset's notebook evaluates quality.")
     return notes

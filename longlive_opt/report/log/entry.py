@@ -120,11 +120,10 @@ def quality_sentence(run: Run) -> str:
     if of_truth(run.result):
         same = "Exact: the baseline's latents and frames, bit for bit. " if quality.get("identical") else ""
         return f"{same}{ratio_text(run.result)}; {', '.join(_frame_values(run))}, against " \
-               f"{escape(quality['reference'])} ({compared}); {escape(quality.get('label'))}."
+               f"{escape(quality['reference'])} ({compared})."
     if quality.get("identical") is True:
-        return f"Exact: bit-identical to the baseline ({compared}); {escape(quality.get('label'))}."
-    return (f"{', '.join(_frame_values(run))}, against the baseline ({compared}); "
-            f"{escape(quality.get('label'))}.")
+        return f"Exact: bit-identical to the baseline ({compared})."
+    return f"{', '.join(_frame_values(run))}, against the baseline ({compared})."
 
 
 def _frame_values(run: Run) -> list[str]:
@@ -154,15 +153,14 @@ def ratio_text(result: Result) -> str:
 def null_notes(result: Result) -> list[str]:
     """What the null rows of a campaign's baseline show: the scale of every error ratio."""
     rows = lookup(result, "quality.nulls") or []
-    told = []
+    lines = []
     for row in rows:
         if (ratio := number(row, "worst_ratio")) is None:
-            told.append(f"{row['title']} n/a")
+            lines.append(f"{row['title']} n/a")
             continue
         psnr, worst = (number(row, f"free_running.psnr_db.{key}") for key in ("mean", "min"))
-        told.append(f"{row['title']} {ratio:.3g} (PSNR {digits(psnr)} dB, worst frame {digits(worst)})")
-    return [f"Null rows, the baseline's stream with something taken away, by the greater of their two error "
-            f"ratios: {escape('; '.join(told))}."] if told else []
+        lines.append(f"{row['title']} {ratio:.3g} (PSNR {digits(psnr)} dB, worst frame {digits(worst)})")
+    return [f"Error ratios of the null rows: {escape('; '.join(lines))}."] if lines else []
 
 
 def psnr_within_blocks(result: Result) -> tuple[float, float] | None:

@@ -6,7 +6,7 @@ from typing import Any
 from ...measurement.catalogue import glossary, metric_of
 from ...measurement.decision import OBJECTIVES
 from ...measurement.result import lookup
-from ..campaign import BASELINE, Failure, Result, change_of, within_target
+from ..campaign import BASELINE, Failure, Result, change_of, verdict_of, within_target
 from ..charts import target_of, targets_of
 from ..noise_record import over_campaigns
 from .entry import (
@@ -68,12 +68,8 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     best = next((run for run in measured if within_target(run.result) and is_kept(run)), None)
     faster = measured[:measured.index(best)] if best else measured[:3]
     small = sorted({model_name(run.result) for run in measured if not is_large(run.result)})
-    reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
-               "nothing for LongLive-1.3B."] if small else []
-    reasons.append(f"Rule: the lowest SS max, over the first {blocks} blocks of each, among the presets "
-                   f"that stay within {_targets(measured)} ms per video frame in all their blocks and whose "
-                   "decision is Keep (gain above the noise, quality gate passed); the baseline needs no "
-                   "decision, and a study is never recommended.")
+    reasons = [f"These are runs of the model {', '.join(small)}. They recommend nothing for LongLive-1.3B."] \
+        if small else []
     if best:
         base = runs[BASELINE].result if BASELINE in runs else None
         change = percent(change_of(best.result, base, metric_of("ss_mean")))
@@ -82,12 +78,15 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
         is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
         if lookup(best.result, "weights.kind") == "random" and not is_exact:
-            reasons.append("The gates were passed with random weights. Fidelity depends on the weights: run "
-                           "the preset with the official ones before relying on it.")
+            reasons.append("The gates were passed with random weights. Run the preset with the official ones "
+                           "before relying on its fidelity.")
     else:
-        reasons.append("No measured preset meets it.")
+        reasons.append("No measured preset meets the rule below.")
+    rule = (f"Rule: the lowest SS max over the first {blocks} blocks of each, among the presets that stay "
+            f"within {_targets(measured)} ms per video frame in all blocks and whose decision is Keep. The "
+            "baseline needs no decision; a study is never recommended.")
     return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('ss_max')} ms: {_why_not(run)}"
-                              for run in faster)]
+                              for run in faster), rule]
 
 
 def _why_not(run: Run) -> str:
@@ -138,13 +137,13 @@ def _when(run: Run, other: Run | None) -> str:
         facts = f"{metric.label} {run.figure(metric.key)} {metric.unit}, {facts}"
         purpose = f"where {_PURPOSES[objective_of(run)]} counts most"
     elif other.preset == BASELINE:
-        better, purpose = True, "where the mean counts, which is below the baseline's"
+        better, purpose = True, "where the mean counts more than the worst case"
     else:
         is_faster = metric_of("ss_max").value(run.result) < metric_of("ss_max").value(other.result)
         better = is_faster or fidelity_of(run) > fidelity_of(other)
         purpose = ("where latency counts more than fidelity" if is_faster
                    else "where fidelity counts more than latency")
-    none = f"by SS max and fidelity no reason to prefer it to {other.name}"
+    none = f"dominated by {other.name}: no faster in the worst case, no closer to the baseline"
     return f"{purpose if better else none} ({facts})"
 
 
@@ -157,12 +156,12 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
     if not results:
         return []
     lines = [noise_sentence(found) for found in noise.values()] or [
-        "Noise (A/A): unknown, no preset was run twice under equal conditions; small changes mean nothing."]
+        "Noise (A/A): unknown, since no preset was run twice. Small changes mean nothing."]
     lines += over_campaigns(record, results)
     for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
-                        ("environment.co_scheduled", "Not fit for comparison, since something else ran on "
-                                                     "the machine meanwhile:"),
-                        ("sizes.quick", "Quick runs, too short for more than a first impression:")):
+                        ("environment.co_scheduled", "Not fit for comparison, because something else ran "
+                                                     "on the machine:"),
+                        ("sizes.quick", "Quick runs, for a first impression only:")):
         presets = [run.preset for run in runs.values() if lookup(run.result, path)]
         if presets:
             lines.append(f"{words} {escape(', '.join(presets))}.")
@@ -171,8 +170,8 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
     held = [f"{run.preset} ({mhz:.0f} MHz)" for run in runs.values() if (mhz := _held_clock(run.result))]
     if held:
-        lines.append("The GPU held its clock back in these runs (the lower of two readings, before and after "
-                     f"the streams): {escape(', '.join(held))}.")
+        lines.append(f"The GPU held its clock back (lower of two readings, before and after the streams) in "
+                     f"{escape(', '.join(held))}.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
         found = sorted({str(lookup(result, path))[:24] for result in results})
         if len(found) > 1:
@@ -185,6 +184,23 @@ def _held_clock(result: Result) -> float | None:
     read = [lookup(result, f"environment.clocks_{when}") or {} for when in ("before", "after")]
     held = any(clocks.get("throttle_reasons") for clocks in read)
     return min((clocks["sm_mhz"] for clocks in read if clocks.get("sm_mhz")), default=None) if held else None
+
+
+def rules(runs: Mapping[str, Run]) -> list[str]:
+    """Every decision rule once, with the presets that it decided."""
+    found: dict[str, list[str]] = {}
+    for run in runs.values():
+        if not run.failure and verdict_of(run.result) in ("keep", "drop", "undecided"):
+            found.setdefault(run.result["decision"]["rule"], []).append(run.preset)
+    return [f"Decision rule of {escape(', '.join(presets))}: {sentence(rule)}"
+            for rule, presets in found.items()]
+
+
+def caveats(runs: Mapping[str, Run]) -> list[str]:
+    """What fidelity says and does not say, once per kind of fidelity."""
+    labels = dict.fromkeys(lookup(run.result, "quality.label") for run in runs.values() if not run.failure)
+    return [f"Quality is {escape(label)}: how close latents and frames are to the baseline's, not how good "
+            "the frames look." for label in labels if label]
 
 
 def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
