@@ -59,6 +59,7 @@ def test_rows_are_complete() -> None:
         assert metric.better in ("lower", "higher", "") and len(metric.definition) > 30, metric.key
     for place in PLACES:
         assert shown_in(place), place
+    assert not [text for text in glossary().values() if "{" in text]
 
 
 def test_definitions_name_mark_and_clock() -> None:
@@ -106,7 +107,7 @@ def test_one_row_brings_a_metric_everywhere(tmp_path: Path, monkeypatch: pytest.
     assert report.noise_table(runs).loc[0, "toy score"] == pytest.approx(9.52)
     assert decision.aa_noise(*runs[:2])["values"]["toy"] == [5.0, 5.5]
     text = report.render_log(runs)
-    assert "| toy score, bits | 5.0 | 7.2 | +45.0% |" in text and "toy score: How toy-like it is." in text
+    assert "| toy score, bits | 5.0 | 7.2 | +45.0% |" in text and "**toy score**: How toy-like it is." in text
     assert "toy score 7.2 bits (+45.0%)" in section_of(text, "### Experiment 6")
     entry = {"verdict": "keep", "rationale": "why", "rule": "r"}
     assert "toy score<br><b>7.2 bits</b><br>+45.0%" in card_html(speed, baseline, entry, "c")

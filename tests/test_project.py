@@ -537,10 +537,14 @@ def test_parameters_and_code_are_folded(tmp_path: Path) -> None:
     v4 = nbformat.v4
     tagged = [v4.new_code_cell(f"{tag}_cell", metadata={"tags": [tag]})
               for tag in ("parameters", "injected-parameters")]
-    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("own_cell")]), notebook)
+    shown = v4.new_code_cell("experiment.parameters()",
+                             outputs=[v4.new_output("display_data", data={"text/plain": "seed_and_size"})])
+    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("own_cell"), shown]), notebook)
     export_html(notebook, report, title="x")
+    page = report.read_text(encoding="utf-8")
+    assert page.index("<summary>Parameters that are not the defaults") < page.index("seed_and_size")
     folded = re.findall(r"(?s)<details.*?</details>", report.read_text(encoding="utf-8"))
-    assert len(folded) == 3 and "Parameters of this run" in folded[1]
+    assert len(folded) == 5 and "Parameters of this run" in folded[1]
     assert "parameters_cell" in folded[0] and "Code" in folded[2] and "own_cell" in folded[2]
 
 

@@ -134,7 +134,7 @@ def test_says_when_to_take_another_preset():
     text = report.render_log([*runs, make("baseline", run=2, steady=30)])
     part = text[text.index("**When to use"):text.index("## Notes")]
     assert "**Preset**: Realtime" in text and "- Quality: ___" in part
-    assert "- Speed: dominated by Realtime: no faster in the worst case" in part
+    assert "- Speed: dominated by Realtime, no faster in the worst case" in part
     assert "- Balanced: where fidelity counts more than latency (SS max" in part
     assert "- Low memory: where memory counts most (peak memory 3.00 GB, SS max" in part
     assert "Static" not in part
@@ -252,7 +252,7 @@ def test_an_entry_opens_with_its_result(seven):
     assert re.search(r"SS max [\d.]+ ms per frame \(-\d+\.\d%\); .*error ratio 1\.30 \(", lines[1])
     assert "PSNR 43.6 dB (-2.4 dB)" in lines[1]
     assert lines[2].startswith("- **Why**: Keep: SS mean") and "Per block -" in lines[2]
-    assert text.count("<details>") == text.count("</details>") == 7
+    assert text.count("<details>") == text.count("</details>") == 8
     notes = section(text, "## Notes & Observations")
     assert text.count("not how good the frames look") == notes.count("not how good the frames look") == 1
     assert text.lower().count("keep if ss mean") == notes.count("Decision rule of ") == 2

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .metrics import P99_SAMPLES
+from .metrics import CLOCK_THRESHOLD, P99_SAMPLES
 from .result import is_na, lookup, number
 
 PLACES = {
@@ -122,7 +122,7 @@ _FIRST = ("From the first event of the stream to the mark `chunk_ready` of its f
 _FPS = ("Video frames of the measured blocks divided by their wall-clock time, from `block_start` of the "
         "first (with asynchronous decoding, from the chunk before) to the last `chunk_ready`. Host clock, "
         "stream without switches: 1000 / SS mean but for rounding.")
-_FPS_SWITCHES = "The same of the stream in which every second block is a prompt switch."
+_FPS_SWITCHES = "FPS, of the stream in which every second block is a prompt switch."
 _ENERGY = ("Energy by the GPU's own counter (NVML) over the measured part of the steady stream, per video "
            "frame, and divided by wall-clock time for the mean power. The counter is read several times per "
            "second and taken to grow evenly in between. The whole GPU counts, idle power included; CPU, host "
@@ -246,7 +246,7 @@ TERMS = {
         "The headline is what a viewer feels: the host clock (perf_counter), synchronised at block edges, "
         "when a block's frames are in host memory. Encoding, network and display are not in it. CUDA events "
         "give the stages. Where their sum differs from the block interval by more than "
-        "{CLOCK_THRESHOLD:.0%}, the report says so. A stage's span contains the gaps between its kernels: "
+        f"{CLOCK_THRESHOLD:.0%}, the report says so. A stage's span contains the gaps between its kernels: "
         "clocks that agree say that no time is lost outside the stages, not that the GPU is always busy.",
     "Noise":
         "A/A noise of one preset, run several times in processes of their own in one campaign: (largest - "

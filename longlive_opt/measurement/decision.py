@@ -125,7 +125,7 @@ def _side(result: Mapping[str, Any], side: str) -> Any:
 def script_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
     """The prompts that a run used, and the latent frames at which each but the first took over.
 
-    They stand under `script`; of an older result they follow from its parameters, unless it read them from a
+    They are under `script`; of an older result they follow from its parameters, unless it read them from a
     file: then both are None.
     """
     script = result.get("script")
@@ -381,7 +381,7 @@ def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
 
 def _passes(quality: Mapping[str, Any], limit: float | None,
             baseline: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """(True, False, or None if it cannot be told; why)."""
+    """(True, False, or None if that is unknown; why)."""
     if quality.get("flags"):
         return False, f"quality check failed: {quality['flags'][0]}"
     if quality.get("identical"):

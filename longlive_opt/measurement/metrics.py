@@ -115,7 +115,7 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
     then the window is full and compilation and capture are over. The interval of block k is chunk_ready[k] -
     chunk_ready[k - 1] and contains whatever the consumer does between blocks. Measured blocks with a
     "switch_request" mark count in PS, the others in SS. `switch_events`: a second stream with the same
-    warm-up that gives the PS figures instead, for when the switches would eat up the steady-state samples.
+    warm-up that gives the PS metrics instead, for when the switches would eat up the steady-state samples.
     `target_ms`: per frame, for `ss_over_target`.
 
     Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
@@ -204,18 +204,18 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
     on_cuda = [stages[name] for name in STAGES if clocks.get(name) == "cuda"]
     if not on_cuda:
         return {"available": False, "share": None, "threshold": threshold, "flag": None,
-                "sentence": "No CUDA events in this run: every figure is on the host clock."}
+                "sentence": "No CUDA events in this run: every time is on the host clock."}
     covered = {block: math.fsum(totals.get(block, 0.0) for totals in on_cuda) for block in steady}
     host_ms, cuda_ms = math.fsum(steady.values()) / len(steady), math.fsum(covered.values()) / len(steady)
     share = (host_ms - cuda_ms) / host_ms
     worst = max(((steady[block] - covered[block]) / steady[block] for block in steady), key=abs)
-    figures = f"host clock {host_ms:.1f} ms per block, CUDA stages {cuda_ms:.1f} ms ({abs(share):.1%} apart)"
+    both = f"host clock {host_ms:.1f} ms per block, CUDA stages {cuda_ms:.1f} ms ({abs(share):.1%} apart)"
     if abs(share) <= threshold:
-        sentence = f"The clocks agree within {threshold:.0%}: {figures}."
+        sentence = f"The clocks agree within {threshold:.0%}: {both}."
     else:
         cause = ("host work and gaps that no stage covers" if share > 0
                  else "stages that overlap on several streams, so that their sum exceeds the interval")
-        sentence = f"The clocks disagree: {figures}; the reason is {cause}. The host clock is the headline."
+        sentence = f"The clocks disagree: {both}; the reason is {cause}. The host clock is the headline."
     return {"available": True, "share": share, "threshold": threshold, "flag": abs(share) > threshold,
             "worst_block_share": worst, "host_block_ms": host_ms, "cuda_block_ms": cuda_ms,
             "sentence": sentence}

@@ -66,9 +66,9 @@ def load(campaign_dir: str | Path) -> Campaign:
     results, problems = read_campaign(folder)
     failed = [path for path in sorted(folder.glob("*/failed.json")) if path.parent.name != SUMMARY]
     # Messages hold the whole path; a log that is published must not.
-    told = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
+    shown = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
             for path, reason in problems if path.with_name("failed.json") not in failed]
-    return Campaign(folder, decided(results), [_read_failure(path) for path in failed], told)
+    return Campaign(folder, decided(results), [_read_failure(path) for path in failed], shown)
 
 
 def _read_failure(path: Path) -> Failure:

@@ -45,6 +45,8 @@ def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any],
     """
     verdict = entry["verdict"]
     words = [f"{entry['rationale'][:1].upper()}{entry['rationale'][1:]}."]
+    if result["hypothesis"]:
+        words.insert(0, f"Expected: {result['hypothesis']}")
     if recommended:
         words.append("The log recommends this preset.")
     if verdict in ("keep", "drop", "undecided"):
@@ -80,7 +82,8 @@ def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str
     cells = "".join(f'<td style="padding:0 1.4em 0 0;text-align:left">{html.escape(label)}<br>'
                     f"<b>{html.escape(value)}</b><br>{html.escape(change)}&nbsp;</td>"
                     for label, value, change in rows)
-    table = f'<table style="margin:0.4em 0;border:0"><tr>{cells}</tr></table>' if rows else ""
+    row = f'<tr style="background:none">{cells}</tr>'
+    table = f'<table style="margin:0.4em 0;border:0">{row}</table>' if rows else ""
     paragraphs = "".join(f'<p style="margin:0.3em 0">{html.escape(text)}</p>' for text in words)
     return (f'<section id="{name}" style="margin:1em 2em;padding:0.6em 1em;border-left:6px solid '
             f'{_COLOURS.get(verdict, _GREY)};background:#f6f6f6;font-family:sans-serif;font-size:14px">'
@@ -118,7 +121,7 @@ def definitions_html() -> Page:
 
 
 def scope(result: Result) -> str:
-    """What the figures cannot say of the hypothesis; empty for a full run of what it speaks of."""
+    """Why the numbers cannot confirm the hypothesis; empty for a full run on the machine that it is about."""
     sizes, machine = result["sizes"], result["environment"]["gpu"] or result["environment"].get("cpu")
     words = []
     if result["model"]["name"] != "longlive-1.3b" or "H100" not in (machine or ""):

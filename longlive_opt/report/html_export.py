@@ -35,6 +35,11 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- else -%}Code{%- endif -%}
 </summary>{{ super() }}</details>
 {%- endblock -%}
+{%- block output_group -%}
+{%- if cell.source.rstrip().endswith('.parameters()') -%}
+<details class="code"><summary>Parameters that are not the defaults</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
 {%- block data_png scoped -%}
 <div class="jp-RenderedImage jp-OutputArea-output">
 <img src="data:image/png;base64,{{ output.data['image/png'] | replace("\\n", "") }}"

@@ -36,7 +36,16 @@ from .entry import Run, details_table, is_kept, is_large, matched_runs, quality_
 from .findings import findings, folded
 from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
 from .notes import missing_notes, run_notes
-from .recommendation import caveats, closing, fill_summary, observations, recommend, rules, troubles
+from .recommendation import (
+    caveats,
+    closing,
+    definitions,
+    fill_summary,
+    observations,
+    recommend,
+    rules,
+    troubles,
+)
 
 EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
@@ -83,7 +92,7 @@ def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
     """Write OPTIMIZATION_LOG.md atomically; return its path.
 
     Args:
-        results: valid results; of a preset that was run twice, the first gives the figures.
+        results: valid results; of a preset that was run twice, the first gives the numbers.
         more: as for `render_log`.
 
     Raises:
@@ -101,7 +110,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     """The text of OPTIMIZATION_LOG.md.
 
     Args:
-        results: valid results; of a preset that was run more than once, the first gives the figures.
+        results: valid results; of a preset that was run more than once, the first gives the numbers.
         failures: runs without a result.
         problems: (place, reason) of what could not be read.
         source: what the log shall name as the arguments of the command that made it.
@@ -128,8 +137,8 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
     observed = [*observations(results, runs, noise, record), *map(escape, compared), *code,
                 *_other_target(runs), *everywhere, *troubles(failures, problems), *rules(runs),
-                *caveats(runs), *closing(results, source)]
-    notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
+                *caveats(runs), closing(results, source)]
+    notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n\n{definitions(results)}".rstrip() + "\n"
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
 
 
@@ -180,7 +189,7 @@ def _fill_baseline(section: str, run: Run) -> str:
             text = run.cell(metric.key)
             if label in run.missing and metric.key == "ss_p99":
                 n = lookup(run.result, "latency.ss_ms_per_frame.n")
-                text = f"n/a: n too small (n={n}), max {run.figure('ss_max')} ms"
+                text = f"n/a: n too small (n={n}), max {run.value('ss_max')} ms"
             line = table_row(line, [text])
         lines.append(line)
     provenance = [] if run.failure else _provenance(run)
@@ -288,7 +297,8 @@ def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, An
 def _template_notes(section: str, run: Run) -> list[str]:
     """Where the words of the template do not fit what was run."""
     notes = []
-    captured = any(number(room, "report.stats.captured") for room in run.result.get("rooms") or [])
+    captured = any(number(applied, "report.stats.captured")
+                   for applied in run.result.get("rooms") or [])
     if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
         notes.append("use_cuda_graphs is false because the compile_mode captures graphs itself. They were "
                      "replayed; no shape is dynamic.")

@@ -33,15 +33,15 @@ class Run:
     def name(self) -> str:
         return SUMMARY_NAMES.get(self.preset) or escape(self.result.get("title") or self.preset)
 
-    def figure(self, key: str) -> str:
+    def value(self, key: str) -> str:
         """The metric of this key as text."""
         return self.text(metric_of(key))
 
     def cell(self, key: str) -> str:
         """A metric for a table: SS max of a preset that was repeated comes with its range."""
         if key != "ss_max" or (among := self.range()) is None:
-            return self.figure(key)
-        return f"{self.figure(key)} ({among})"
+            return self.value(key)
+        return f"{self.value(key)} ({among})"
 
     def range(self) -> str | None:
         """Between which values SS max lay in this run and its repetitions; None where there are none."""
@@ -185,7 +185,7 @@ def quality_short(run: Run) -> str:
     """Fidelity in two words."""
     if lookup(run.result, "quality.identical") is True:
         return "exact"
-    text = run.figure("psnr")
+    text = run.value("psnr")
     ratio = metric_of("error_ratio").value(run.result)
     return text if text.startswith("n/a") else f"PSNR {text} dB" if ratio is None else \
         f"error ratio {ratio:.3g}, PSNR {text} dB"

@@ -37,7 +37,7 @@ def _measured(whole: Run, base: Run | None) -> str:
     parts = [_part(run, other, metric) for metric in shown_in("card") if metric.is_recorded(run.result)]
     if is_large(whole.result):
         verb = "meets" if within_target(whole.result) else "misses"
-        parts.append(f"the slowest block ({whole.figure('ss_max')} ms per frame) {verb} the "
+        parts.append(f"the slowest block ({whole.value('ss_max')} ms per frame) {verb} the "
                      f"{target_of(whole.result):g} ms target")
     if lookup(run.result, "quality.identical") is True:
         parts.append("latents and frames are the baseline's, bit for bit")
@@ -47,7 +47,7 @@ def _measured(whole: Run, base: Run | None) -> str:
 
 
 def _part(run: Run, base: Run | None, metric: Metric) -> str:
-    text = run.figure(metric.key) if metric.template else metric.shown(run.result)
+    text = run.value(metric.key) if metric.template else metric.shown(run.result)
     text = text if text.startswith("n/a") or not metric.unit else f"{text} {metric.unit}"
     known = base is not None and not base.failure and not decision.unfair(run.result, base.result)
     change = metric.change(metric.value(run.result), metric.value(base.result)) if known else ""

@@ -126,7 +126,7 @@ def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
             lines.append(f"The tables compare the first {sizes['blocks_measured']} steady-state blocks and "
                          f"{sizes['switches']} prompt switches of both runs. All "
                          f"{all_sizes['blocks_measured']} blocks of {whole.name}: SS mean "
-                         f"{whole.figure('ss_mean')} ms, SS max {whole.figure('ss_max')} ms.")
+                         f"{whole.value('ss_mean')} ms, SS max {whole.value('ss_max')} ms.")
     return lines
 
 
@@ -150,15 +150,16 @@ def _gpu_clocks(result: Result) -> list[str]:
             f"{f', held back by {escape(held)}' if held else ''}."]
 
 
-def _optimization(room: Mapping[str, Any]) -> str:
+def _optimization(optimization: Mapping[str, Any]) -> str:
     """What an optimization did, in words."""
-    report = dict(room.get("report") or {})
+    report = dict(optimization.get("report") or {})
     done = report.pop("done", "nothing reported")
     facts = [_fact(key, value) for key, value in report.items()
              if value != {} and not (isinstance(value, str) and value in done)]
-    state = "" if room.get("applied") else ", NOT applied"
-    level = f" ({escape(room['level'])})" if room.get("level") else ""
-    return f"Optimization {escape(room.get('name'))}{level}{state}: {sentence('; '.join([done, *facts]))}"
+    state = "" if optimization.get("applied") else ", NOT applied"
+    level = f" ({escape(optimization['level'])})" if optimization.get("level") else ""
+    name = escape(optimization.get("name"))
+    return f"Optimization {name}{level}{state}: {sentence('; '.join([done, *facts]))}"
 
 
 def _fact(key: str, value: Any) -> str:

@@ -1,9 +1,12 @@
 """What the log says of all runs: the summary table, what to take and when, observations."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...measurement.catalogue import glossary, metric_of
+from ...measurement import catalogue
+from ...measurement.catalogue import metric_of
 from ...measurement.decision import OBJECTIVES
 from ...measurement.result import lookup
 from ..campaign import BASELINE, Failure, Result, change_of, verdict_of, within_target
@@ -73,8 +76,8 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     if best:
         base = runs[BASELINE].result if BASELINE in runs else None
         change = percent(change_of(best.result, base, metric_of("ss_mean")))
-        reasons += [f"{best.name}: SS max {best.figure('ss_max')} ms, FPS {best.figure('fps')}, SS mean "
-                    f"{best.figure('ss_mean')} ms ({change} against the baseline).",
+        reasons += [f"{best.name}: SS max {best.value('ss_max')} ms, FPS {best.value('fps')}, SS mean "
+                    f"{best.value('ss_mean')} ms ({change} against the baseline).",
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
         is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
         if lookup(best.result, "weights.kind") == "random" and not is_exact:
@@ -85,7 +88,7 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     rule = (f"Rule: the lowest SS max over the first {blocks} blocks of each, among the presets that stay "
             f"within {_targets(measured)} ms per video frame in all blocks and whose decision is Keep. The "
             "baseline needs no decision; a study is never recommended.")
-    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('ss_max')} ms: {_why_not(run)}"
+    return best, [*reasons, *(f"Not {run.name}, SS max {run.value('ss_max')} ms: {_why_not(run)}"
                               for run in faster), rule]
 
 
@@ -126,7 +129,7 @@ def _when(run: Run, other: Run | None) -> str:
     if run is other:
         return "it is the recommended one"
     state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
-    facts = f"SS max {run.figure('ss_max')} ms, {quality_short(run)}{state}"
+    facts = f"SS max {run.value('ss_max')} ms, {quality_short(run)}{state}"
     if not is_kept(run):
         return f"not recommended ({facts})"
     if other is None or other.failure:
@@ -134,7 +137,7 @@ def _when(run: Run, other: Run | None) -> str:
     if objective_of(run) != "latency":
         metric = metric_of(OBJECTIVES[objective_of(run)])
         better = (metric.value(run.result) or 0) < (metric.value(other.result) or 0)
-        facts = f"{metric.label} {run.figure(metric.key)} {metric.unit}, {facts}"
+        facts = f"{metric.label} {run.value(metric.key)} {metric.unit}, {facts}"
         purpose = f"where {_PURPOSES[objective_of(run)]} counts most"
     elif other.preset == BASELINE:
         better, purpose = True, "where the mean counts more than the worst case"
@@ -143,7 +146,7 @@ def _when(run: Run, other: Run | None) -> str:
         better = is_faster or fidelity_of(run) > fidelity_of(other)
         purpose = ("where latency counts more than fidelity" if is_faster
                    else "where fidelity counts more than latency")
-    none = f"dominated by {other.name}: no faster in the worst case, no closer to the baseline"
+    none = f"dominated by {other.name}, no faster in the worst case and no closer to the baseline"
     return f"{purpose if better else none} ({facts})"
 
 
@@ -214,8 +217,14 @@ def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -
     ]
 
 
-def closing(results: Sequence[Result], source: str) -> list[str]:
-    """What the metrics mean, and how the log is made."""
-    lines = [f"{escape(name)}: {escape(text)}" for name, text in glossary().items()] if results else []
+def closing(results: Sequence[Result], source: str) -> str:
+    """How the log is made."""
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
-    return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]
+    return f"This file is generated{command} from {len(results)} results: do not edit it."
+
+
+def definitions(results: Sequence[Result]) -> str:
+    """What the metrics mean that some result records; empty without results."""
+    recorded = [metric for metric in catalogue.METRICS if any(map(metric.is_recorded, results))]
+    lines = [f"**{escape(name)}**: {escape(text)}" for name, text in catalogue.glossary(recorded).items()]
+    return f"<details><summary>Definitions</summary>\n\n{bullets(lines)}\n\n</details>\n" if results else ""
