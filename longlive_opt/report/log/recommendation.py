@@ -224,7 +224,8 @@ def closing(results: Sequence[Result], source: str) -> str:
 
 
 def definitions(results: Sequence[Result]) -> str:
-    """What the metrics mean that some result records; empty without results."""
-    recorded = [metric for metric in catalogue.METRICS if any(map(metric.is_recorded, results))]
+    """What the metrics of these results and of the template mean; empty without results."""
+    recorded = [metric for metric in catalogue.METRICS
+                if metric.template or any(metric.value(result) is not None for result in results)]
     lines = [f"**{escape(name)}**: {escape(text)}" for name, text in catalogue.glossary(recorded).items()]
     return f"<details><summary>Definitions</summary>\n\n{bullets(lines)}\n\n</details>\n" if results else ""
