@@ -13,14 +13,15 @@ from longlive_opt.measurement import catalogue, decision, metrics
 from longlive_opt.measurement.catalogue import METRICS, PLACES, Metric, glossary, metric_of, shown_in
 from longlive_opt.measurement.result import _SCHEMA, lookup
 from longlive_opt.report.conclusion import card_html, definitions_html, measured
-from longlive_opt.report.tables import headline_table, variations_table
+from longlive_opt.report.tables import ablations_table, headline_table
 
 TEMPLATE = (Path(report.__file__).parent / "log" / "template.md").read_text(encoding="utf-8")
 # Numbers of the schema that are no metric: settings, and what a verdict rests on.
 NO_METRICS = {"playback.fps", "latency.ss_over_target.target_ms", "environment.other_cpu_cores"}
 # Recorded, and part of a sentence or a chart only.
 NOT_SHOWN = {"latency.ss_with_switches.max", "latency.ps_ms.p99"}
-WORLD = {"adherence_before": 0.9, "adherence_after": 0.8, "delay_blocks": 1.5, "never": 0, "permanence": 1.0,
+ADHERENCE = {"adherence_before": 0.9, "adherence_after": 0.8, "delay_blocks": 1.5, "never": 0,
+             "permanence": 1.0,
          "drift": {"change": 0.0}, "switches": 2}
 
 
@@ -33,7 +34,7 @@ def complete() -> dict:
     result = example_result(steady=12, switches=2)
     result["memory_gb"] |= {"device_used": 12.0}
     result["latency"]["stages_ms"]["copy_to_host"] = {"mean": 0.1}
-    return result | {"world": WORLD}
+    return result | {"adherence": ADHERENCE}
 
 
 def test_every_row_is_a_number_of_a_result() -> None:
@@ -103,7 +104,7 @@ def test_one_row_brings_a_metric_everywhere(tmp_path: Path, monkeypatch: pytest.
     assert report.numbers_table(runs)["toy score, bits"].tolist() == ["5.0", "5.5", "7.2"]
     assert headline_table(speed).loc["toy score, bits", "value"] == 7.2
     assert measured(speed, baseline).loc["toy score, bits"].tolist() == ["7.2", "5.0", "+2.2", "+45.0 %"]
-    assert variations_table(speed).loc["as is", "toy score, bits"] == 7.25
+    assert ablations_table(speed).loc["as is", "toy score, bits"] == 7.25
     assert report.noise_table(runs).loc[0, "toy score"] == pytest.approx(9.52)
     assert decision.aa_noise(*runs[:2])["values"]["toy"] == [5.0, 5.5]
     text = report.render_log(runs)

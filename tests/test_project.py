@@ -20,7 +20,9 @@ from packaging.requirements import Requirement
 from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
+from longlive_opt.report.campaign import load
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
+from longlive_opt.report.readme import page_with_results
 from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
 from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
@@ -589,6 +591,15 @@ def test_generated_files_are_current() -> None:
     stale = [path.name for path, text in parameters.generated(Layout(ROOT)).items()
              if path.read_text(encoding="utf-8") != text]
     assert stale == []
+
+
+def test_readme_shows_the_campaigns_results():
+    """A headline that is not that of the log; two homes for one number."""
+    campaign = load(ROOT / "outputs/h100")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page_with_results(text, campaign) == text, "run make readme"
+    with pytest.raises(UserError, match="end of results"):
+        page_with_results("no marks", campaign)
 
 
 def test_page_lists_every_key_preset_and_profile() -> None:

@@ -24,7 +24,7 @@ from longlive_opt.measurement.result import na, write_result
 from longlive_opt.report import charts
 from longlive_opt.report.__main__ import main
 from longlive_opt.report.charts.labels import along, spread
-from longlive_opt.report.conclusion import reading_html
+from longlive_opt.report.conclusion import conclusion_html
 from longlive_opt.report.log import outside
 from longlive_opt.report.log.markdown import sentence
 from longlive_opt.report.noise_record import read_record
@@ -52,7 +52,7 @@ def seven() -> list[dict[str, Any]]:
 
 
 def section(text: str, heading: str) -> str:
-    """What stands between a heading and the next one of the same or a higher level."""
+    """What stands between a heading and the next one of the same or a higher exactness."""
     start = text.index(heading) + len(heading)
     return re.split(rf"(?m)^(?:{heading.split()[0]}|##) ", text[start:])[0]
 
@@ -129,7 +129,7 @@ def test_says_when_to_take_another_preset():
         run["quality"] = example_quality(name, ratio=ratio)
         objective = "memory" if name == "low_memory" else "latency"
         run["memory_gb"] |= {"peak_allocated": 3.0 if objective == "memory" else 9.0}
-        run["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0, "objective": objective}}
+        run["decision"] |= {"gate": {"exactness": "lossy", "max_error_ratio": 2.0, "objective": objective}}
         runs.append(run)
     text = report.render_log([*runs, make("baseline", run=2, steady=30)])
     part = text[text.index("**When to use"):text.index("## Notes")]
@@ -150,7 +150,7 @@ def test_a_preset_is_not_advised_where_another_beats_it():
                               ("realtime", 0.4, 1.5)):
         run = make(name, scale, exact=False, steady=30)
         run["quality"] = example_quality(name, ratio=ratio)
-        run["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0}}
+        run["decision"] |= {"gate": {"exactness": "lossy", "max_error_ratio": 2.0}}
         runs.append(run)
     text = report.render_log([*runs, make("baseline", run=2, steady=30)])
     assert "- Quality: dominated by Static" in text
@@ -178,7 +178,7 @@ def test_what_a_kept_preset_makes_worse_stands_beside_the_verdict():
     run = make("quality", 0.9, steady=30)
     run["latency"]["ps_ms"] |= {"mean": base["latency"]["ps_ms"]["mean"] * 1.5}
     run["memory_gb"]["peak_allocated"] = base["memory_gb"]["peak_allocated"] * 1.01
-    run["decision"] |= {"gate": {"level": "exact"}}
+    run["decision"] |= {"gate": {"exactness": "bitwise"}}
     part = section(report.render_log([base, run, again]), "### Experiment 4")
     assert re.search(r"\[x\] Keep .*\n.* Against it: PS Mean \+50\.0%\.\n", part)
     run["latency"]["ss_ms_per_frame"] |= {"mean": base["latency"]["ss_ms_per_frame"]["mean"]}
@@ -188,7 +188,7 @@ def test_what_a_kept_preset_makes_worse_stands_beside_the_verdict():
 def test_where_the_templates_words_do_not_fit_the_run_says_so(seven):
     """Would catch 'torch.compile handles dynamic shapes better' beside 1873 replayed graphs."""
     seven = copy.deepcopy(seven)
-    seven[5]["rooms"][0]["report"] = {"done": "compiled", "stats": {"captured": 22, "replayed": 1873}}
+    seven[5]["optimizations"][0]["report"] = {"done": "compiled", "stats": {"captured": 22, "replayed": 1873}}
     part = section(report.render_log(seven), "### Experiment 5")
     assert "the compile_mode captures graphs itself" in part and "The heading is the template's" in part
     assert "There is no quality_eval.py" in section(report.render_log(seven), "### Experiment 4")
@@ -264,7 +264,7 @@ def test_a_report_opens_with_its_numbers(tmp_path):
     runs = {"baseline": make("baseline", steady=30), "speed": make("speed"), "quality": make("quality"),
             "baseline.repeat2": make("baseline", run=2)}
     for label, run in runs.items():
-        run["decision"]["gate"] = {"level": "lossy", "max_error_ratio": 2.0}
+        run["decision"]["gate"] = {"exactness": "lossy", "max_error_ratio": 2.0}
         write_result(tmp_path / label / "result.json", run)
     campaign = report.load(tmp_path)
     report.write_campaign_log(campaign)
@@ -292,7 +292,7 @@ def test_verdicts_stand_in_one_place(tmp_path):
             "speed.repeat2": make("speed", run=2), "ablation": make("ablation")}
     for label in ("speed", "speed.repeat2", "ablation"):
         runs[label]["decision"] = {"keep": None, "rule": "r", "rationale": "undecided: no A/A noise",
-                                   "gate": {"level": "lossy", "max_error_ratio": 2.0}}
+                                   "gate": {"exactness": "lossy", "max_error_ratio": 2.0}}
     for label, run in runs.items():
         write_result(tmp_path / label / "result.json", run)
     text = report.write_campaign_log(report.load(tmp_path)).read_text()
@@ -322,7 +322,7 @@ def test_runs_that_are_not_alike_have_no_fidelity_anywhere():
     base, other = make("baseline"), make("speed")
     other["seed"] = 1
     other["quality"]["free_running"] = {"psnr_db": {"mean": 14.1}, "identical": False}
-    other["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0}}
+    other["decision"] |= {"gate": {"exactness": "lossy", "max_error_ratio": 2.0}}
     text = report.render_log([base, other, make("baseline", run=2)])
     part = section(text, "### Experiment 6")
     assert "- PSNR: n/a (not comparable with the baseline, seed is 1 against 0)" in part
@@ -392,7 +392,7 @@ def test_targets_are_those_of_the_runs():
     runs = [make("baseline"), make("baseline", run=2), make("quality", 0.9)]
     for run in runs:
         run["latency"]["ss_over_target"] |= {"target_ms": 62.5}
-    runs[2]["decision"] |= {"gate": {"level": "exact"}}
+    runs[2]["decision"] |= {"gate": {"exactness": "bitwise"}}
     text = report.render_log(runs)
     assert re.search(r"\| Quality \| .* \| \[x\] \|", text) and "meets the 62.5 ms target" in text
     assert "**Preset**: Quality" in text and "stay within 62.5 ms per video frame" in text
@@ -423,14 +423,14 @@ def test_studies_and_what_is_not_kept_are_never_advised():
     runs = [make("baseline"), make("baseline", run=2), make("realtime", 0.5), make("ablation", 0.45),
             make("speed", 0.4)]
     for run, limit in zip(runs[2:], (2.0, 2.0, 1.2)):
-        run["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": limit}}
+        run["decision"] |= {"gate": {"exactness": "lossy", "max_error_ratio": limit}}
     text = report.render_log(runs)
     assert "**Preset**: Realtime" in text and "Not Ablation, SS max" in text and "this is a study" in text
     part = text[text.index("**When to use"):text.index("## Notes")]
     assert "Ablation" not in part and "- Speed: not recommended (SS max" in part and "dropped)" in part
-    varied = make("realtime", 0.5) | {"variations": [{"changed": {"sink_size": 0}, "failure": na("a", "b")}]}
-    varied["decision"] |= {"keep": True}
-    assert "**Preset**: none" in report.render_log([make("baseline"), varied])
+    ablated = make("realtime", 0.5) | {"ablations": [{"changed": {"sink_size": 0}, "failure": na("a", "b")}]}
+    ablated["decision"] |= {"keep": True}
+    assert "**Preset**: none" in report.render_log([make("baseline"), ablated])
 
 
 def test_what_this_machine_lacks_is_no_failure():
@@ -466,7 +466,7 @@ def test_a_kept_preset_that_misses_the_target_is_better_than_the_baseline():
     """Would catch 'no reason to prefer it to Baseline' of a preset that is kept for its gain, and a passed
     gate told as the reason against it."""
     quality = make("quality", 0.9, exact=False)
-    quality["decision"] |= {"gate": {"level": "lossy", "max_error_ratio": 2.0}}
+    quality["decision"] |= {"gate": {"exactness": "lossy", "max_error_ratio": 2.0}}
     runs = [make("baseline"), make("baseline", run=2), quality]
     text = report.render_log(runs)
     assert re.search(r"Not Quality, SS max [\d.]+ ms: it misses the 40 ms", text)
@@ -525,7 +525,7 @@ def test_outcome_tells_where_the_time_went():
 
 
 def test_the_small_model_recommends_nothing_for_the_large():
-    """Would catch a laptop's figures judged by what was expected of an H100."""
+    """Would catch a laptop's figures evaluated by what was expected of an H100."""
     runs = [make("baseline"), make("speed", 0.01)]
     text = report.render_log(runs)
     assert "the model tiny" not in text and "meets the 40 ms target" in text
@@ -540,7 +540,7 @@ def test_decision_is_made_anew_once_the_noise_is_known():
     """Would catch verdicts that stay undecided because the baseline's repeat ran after the preset."""
     baseline, again, speed = make("baseline"), make("baseline", run=2), make("speed")
     speed["decision"] = {"keep": None, "rule": "r", "rationale": "undecided",
-                         "gate": {"level": "lossy", "max_error_ratio": 2.0}}
+                         "gate": {"exactness": "lossy", "max_error_ratio": 2.0}}
     assert report.decided([baseline, speed])[1]["decision"]["keep"] is None
     assert report.decided([baseline, again, speed])[2]["decision"]["keep"] is True
     text = report.render_log([baseline, again, speed])
@@ -570,7 +570,8 @@ def test_missing_values_say_why():
 def test_what_a_room_did_is_told_in_words():
     """Would catch Python's or JSON's notation in a log for readers, and the same fact told twice."""
     run = make("static_kv")
-    run["rooms"][0]["report"] = {"done": "captured once", "kernel": "captured", "options": {}, "exact": True,
+    run["optimizations"][0]["report"] = {"done": "captured once", "kernel": "captured", "options": {},
+                                         "exact": True,
                                  "stats": {"replayed": 12, "capture_s": 1.65653, "memory_bytes": 1965031424}}
     assert "- Optimization static_kv: Captured once; exact on; stats: replayed 12, capture_s 1.66, " \
         "memory_bytes 1.97e9." in report.render_log([run])
@@ -627,7 +628,7 @@ def test_results_from_before_the_new_figures_are_read(tmp_path):
     assert re.search(r"With a switch at every second block: \d+\.\d FPS, mean", text)
     assert report.summary_table(campaign.results)["joules_per_frame"].isna().all()
     assert charts.run_figures(old)["gpu_load"].alt.endswith("Not drawn: no readings in these results.")
-    assert "energy" not in reading_html(old, None)
+    assert "energy" not in conclusion_html(old, None)
 
 
 def test_what_others_measured_is_in_log_and_readme():
@@ -691,7 +692,7 @@ def test_variations_are_told_with_their_figures():
     result = make("realtime")
     nine = {key: make("realtime", 0.7)[key] for key in parts} | {"changed": {"local_attn_size": 9}}
     failed = {"changed": {"denoising_steps": [1000]}, "failure": na("out of memory", "take a larger GPU")}
-    text = report.render_log([make("baseline"), result | {"variations": [nine, failed]}])
+    text = report.render_log([make("baseline"), result | {"ablations": [nine, failed]}])
     part = section(text, "### Experiment 7: Realtime")
     mean = nine["latency"]["ss_ms_per_frame"]["mean"]
     assert re.search(rf"  - local_attn_size: 9: SS mean {mean:.1f} ms per frame; SS max .*; "
@@ -700,46 +701,48 @@ def test_variations_are_told_with_their_figures():
     assert "one key changed" not in report.render_log([make("baseline"), result])
 
 
-WORLD = {"label": "read from the frames", "adherence_before": 0.975, "adherence_after": 0.75,
+ADHERENCE = {"label": "read from the frames", "adherence_before": 0.975, "adherence_after": 0.75,
          "delay_blocks": 1.5, "switches": 3, "never": 1, "permanence": 1.0, "wrong": ["red circle: motion"],
-         "not_judged": ["blue star: letter"], "segments": []}
+         "not_evaluated": ["blue star: letter"], "segments": []}
 
 
 def test_world_is_told_per_run_and_tabled():
     """Would catch a prompt that a preset breaks standing in result.json alone, and a number where one could
-    not judge."""
-    judged, other = make("quality") | {"world": WORLD}, make("speed")
-    other["world"] = na("a prompt is none of the small world: 'a_fox'", "write another")
+    not evaluate."""
+    evaluated, other = make("quality") | {"adherence": ADHERENCE}, make("speed")
+    other["adherence"] = na("a prompt is not of Moving Shapes: 'a_fox'", "write another")
     other["model"] = {"name": "tiny"}
-    large = make("static_kv") | {"world": other["world"]}
-    never = make("balanced") | {"world": WORLD | {"delay_blocks": na("never came", "look"), "never": 3}}
-    runs = [make("baseline"), judged, never, other, large]
+    large = make("static_kv") | {"adherence": other["adherence"]}
+    never = make("balanced") | {"adherence": ADHERENCE | {"delay_blocks": na("never came", "look"),
+                                                          "never": 3}}
+    runs = [make("baseline"), evaluated, never, other, large]
     text = report.render_log(runs)
     part = section(text, "### Experiment 4")
-    assert ("Small world: prompt adherence 0.975 before a prompt switch and 0.750 from the second block "
+    assert ("Moving Shapes: prompt adherence 0.975 before a prompt switch and 0.750 from the second block "
             "after it on, switch delay in blocks 1.5 (1 of 3 switches never came), object permanence 1.000"
             ) in part
-    assert "Wrong: red circle: motion. Not judged: blue star: letter." in part
+    assert "Wrong: red circle: motion. Not evaluated: blue star: letter." in part
     assert "switch delay in blocks n/a (never came) (3 of 3" in section(text, "### Experiment 5")
-    why = "- Small world: n/a, a prompt is none of .*; write another\\."
+    why = "- Moving Shapes: n/a, a prompt is none of .*; write another\\."
     assert re.search(why, section(text, "### Experiment 6"))
     assert "mall world" not in section(text, "### Experiment 2")
     assert "mall world" not in section(text, "## Baseline Measurement")
     assert headings(text) == headings(TEMPLATE)
     numbers = report.summary_table(runs).set_index("preset")
-    assert numbers.loc["quality", "world_after"] == 0.75 and numbers.loc["quality", "world_never"] == 1
-    assert numbers.loc[["baseline", "speed"], "world_after"].isna().all()
-    table = report.world_table(runs).set_index("preset")
+    assert numbers.loc["quality", "adherence_after"] == 0.75 and numbers.loc["quality",
+                                                                             "adherence_never"] == 1
+    assert numbers.loc[["baseline", "speed"], "adherence_after"].isna().all()
+    table = report.adherence_table(runs).set_index("preset")
     assert table.loc["quality", "switch delay, blocks"] == "1.5, 1 of 3 never"
     assert table.loc["speed", "permanence"].startswith("n/a (a prompt is none")
-    assert table.loc["baseline", "adherence after"] == "n/a (not judged)"
+    assert table.loc["baseline", "adherence after"] == "n/a (not evaluated)"
 
 
 def test_without_a_judged_run_there_is_no_world(seven):
     """Would catch empty columns in every campaign of the large model."""
-    results = [*seven, make("speed", run=2) | {"world": na("none of the small world", "nothing")}]
-    assert report.world_table(results) is None and report.world_table([]) is None
-    assert not [name for name in report.summary_table(results) if "world" in name]
+    results = [*seven, make("speed", run=2) | {"adherence": na("not of Moving Shapes", "nothing")}]
+    assert report.adherence_table(results) is None and report.adherence_table([]) is None
+    assert not [name for name in report.summary_table(results) if "adherence" in name]
 
 
 def test_user_text_cannot_change_the_log():

@@ -145,10 +145,11 @@ _LATENT = ("Root mean square of the difference of the latents to those of the ba
 _FRAMES = "of the uint8 frames to the truth's, teacher-forced, mean over the frames (see Fidelity)."
 _CLIP = "Change of the CLIP score of frame and prompt against the baseline. n/a with random weights."
 _SAMPLES = "How many steady-state blocks, and how many prompt switches, were measured."
-_WORLD = ("Read from the frames of the video by geometry, only for prompts of the small world: share of the "
-          "attributes that are right before the first switch and from the second block after one on, blocks "
-          "until the new scene is there, share of frames in which every object is there, and the change of "
-          "adherence from the first to the last third of a long prompt.")
+_ADHERENCE = ("Read from the frames of the video by geometry, only for prompts of Moving Shapes: share of "
+              "the attributes that are right before the first switch and from the second block after one on, "
+              "blocks until the new scene is there, share of frames in which every object is there, and the "
+              "change of "
+              "adherence from the first to the last third of a long prompt.")
 
 METRICS: tuple[Metric, ...] = (
     Metric("ss_mean", "SS mean", "ms per frame", "latency.ss_ms_per_frame.mean", "lower", 2,
@@ -227,15 +228,21 @@ METRICS: tuple[Metric, ...] = (
            f"Learned perceptual distance, tolerant of small shifts, {_FRAMES}"),
     Metric("blocks", "blocks", "", "sizes.blocks_measured", "", 0, "csv summary", _SAMPLES),
     Metric("switches", "switches", "", "sizes.switches", "", 0, "csv", _SAMPLES),
-    Metric("world_before", "adherence before", "", "world.adherence_before", "higher", 3, "csv adherence",
-           _WORLD),
-    Metric("world_after", "adherence after", "", "world.adherence_after", "higher", 3, "csv adherence",
-           _WORLD),
-    Metric("world_delay", "switch delay", "blocks", "world.delay_blocks", "lower", 1, "csv adherence", _WORLD,
-           "world_delay_blocks"),
-    Metric("world_never", "switches that never came", "", "world.never", "lower", 0, "csv", _WORLD),
-    Metric("world_permanence", "permanence", "", "world.permanence", "higher", 3, "csv adherence", _WORLD),
-    Metric("world_drift", "drift of adherence", "", "world.drift.change", "higher", 3, "csv", _WORLD),
+    Metric("adherence_before", "adherence before", "", "adherence.adherence_before", "higher", 3,
+           "csv adherence",
+           _ADHERENCE),
+    Metric("adherence_after", "adherence after", "", "adherence.adherence_after", "higher", 3,
+           "csv adherence",
+           _ADHERENCE),
+    Metric("adherence_delay", "switch delay", "blocks", "adherence.delay_blocks", "lower", 1, "csv adherence",
+           _ADHERENCE,
+           "adherence_delay_blocks"),
+    Metric("adherence_never", "switches that never came", "", "adherence.never", "lower", 0, "csv",
+           _ADHERENCE),
+    Metric("adherence_permanence", "permanence", "", "adherence.permanence", "higher", 3, "csv adherence",
+           _ADHERENCE),
+    Metric("adherence_drift", "drift of adherence", "", "adherence.drift.change", "higher", 3, "csv",
+           _ADHERENCE),
 )
 
 TERMS = {

@@ -12,7 +12,7 @@ from typing import Any
 from ..config import BASELINE, STUDIES, ExperimentConfig
 from ..errors import UserError
 from ..models.specs import MODELS
-from ..prompts import Script, spread_evenly
+from ..prompts import PromptSchedule, spread_evenly
 from ..streaming.timeline import Event
 from .catalogue import metric_of, shown_in
 from .metrics import measurements
@@ -32,7 +32,7 @@ _DEFAULTS = ExperimentConfig().to_dict()
 PLANNED = "planned"  # status of what is known of a run before it
 OBJECTIVES = {"latency": "ss_mean", "switch": "ps_mean", "memory": "peak_allocated"}
 """What a preset is to improve -> the key of the metric that says so."""
-_LEVELS = ("exact", "rounding", "lossy")  # from strict to loose
+_EXACTNESS = ("bitwise", "rounding", "lossy")  # from strict to loose
 MAX_ERROR_RATIO = 1.1
 """The gate of a preset that states none: as exact as the baseline's own rounding, with room for the luck of
 one stream.
@@ -67,7 +67,7 @@ def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> s
     return unfair(result, baseline)
 
 
-def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] | None = None
+def planned(config: ExperimentConfig, schedule: PromptSchedule, sha256: Mapping[str, str] | None = None
             ) -> dict[str, Any]:
     """What is known of a run before it: the part of its result that `fidelity_reason` reads.
 
@@ -77,7 +77,7 @@ def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] 
     model = config.model_config()
     weights = {"kind": "random" if config.weights == "random" else "files"}
     return {"status": PLANNED, "preset": config.name, "seed": config.seed,
-            "parameters": config.to_dict(), "script": script.to_dict(),
+            "parameters": config.to_dict(), "prompt_schedule": schedule.to_dict(),
             "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
             "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
 
@@ -104,9 +104,9 @@ def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, An
     if lookup(a, "weights.kind") != "random":
         yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
     # Last: how they are spread depends on what was compared before.
-    scripts = [script_of_result(run) for run in (a, b)]
-    yield "prompts", *(prompts for prompts, _ in scripts)
-    yield "switch frames", *(frames for _, frames in scripts)
+    schedules = [schedule_of_result(run) for run in (a, b)]
+    yield "prompts", *(prompts for prompts, _ in schedules)
+    yield "switch frames", *(frames for _, frames in schedules)
     if _key(a, "prompts_file") is None and _key(b, "prompts_file") is None:
         yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video leaves out
 
@@ -122,23 +122,23 @@ def _side(result: Mapping[str, Any], side: str) -> Any:
     return lookup(result, f"model.sizes.{side}") or _key(result, side) or getattr(own, side, None)
 
 
-def script_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
+def schedule_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
     """The prompts that a run used, and the latent frames at which each but the first took over.
 
-    They are under `script`; of an older result they follow from its parameters, unless it read them from a
+    They are under `schedule`; of an older result they follow from its parameters, unless it read them from a
     file: then both are None.
     """
-    script = result.get("script")
-    if script:
-        return list(script["prompts"]), list(script["switch_frames"])
+    schedule = result.get("prompt_schedule")
+    if schedule:
+        return list(schedule["prompts"]), list(schedule["switch_frames"])
     if _key(result, "prompts_file") is not None:
         return None, None
     prompts, given = list(_key(result, "prompts")), _key(result, "switch_frame_indices")
     if given is not None:
         return prompts, list(given)
     frames = _key(result, "block_frames")
-    script = spread_evenly(prompts, _key(result, "video_latent_frames") // frames, frames)
-    return list(script.prompts), list(script.switch_frames)
+    schedule = spread_evenly(prompts, _key(result, "video_latent_frames") // frames, frames)
+    return list(schedule.prompts), list(schedule.switch_frames)
 
 
 def _difference(name: str, ours: Any, theirs: Any) -> str:
@@ -174,7 +174,7 @@ def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 def is_study(result: Mapping[str, Any]) -> bool:
     """Whether the run takes presets apart and is none to take itself: it is measured, and never advised."""
-    return result["preset"] in STUDIES or bool(result.get("variations"))
+    return result["preset"] in STUDIES or bool(result.get("ablations"))
 
 
 def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -287,13 +287,14 @@ def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict
     return larger
 
 
-def gate_of(config: ExperimentConfig, rooms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `decide`: the loosest level of the optimizations, and how many times the baseline's
-    own error a run may be away from the truth.
+def gate_of(config: ExperimentConfig, optimizations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The quality gate of `decide`: the loosest exactness of the optimizations, and how many times the
+    baseline's own error a run may be away from the truth.
     """
-    level = max((room["level"] for room in rooms), key=_LEVELS.index, default="exact")
+    exactness = max((optimization["exactness"] for optimization in optimizations), key=_EXACTNESS.index,
+                    default="bitwise")
     limit = MAX_ERROR_RATIO if config.max_error_ratio is None else config.max_error_ratio
-    return {"level": level, "objective": config.objective, _LIMIT: limit}
+    return {"exactness": exactness, "objective": config.objective, _LIMIT: limit}
 
 
 def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None:
@@ -315,16 +316,17 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     `NOISE_FLOOR`, for on such a machine it may be anything. A study gets no verdict.
 
     `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`: from `gate_of`,
-    {"level": "exact", "rounding" or "lossy", "max_error_ratio": number, optionally "objective": "latency"
-    (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what they let
-    pass is undecided, unless the frames are identical.
+    {"exactness": "bitwise", "rounding" or "lossy", "max_error_ratio": number, optionally "objective":
+    "latency" (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what
+    they let pass is undecided, unless the frames are identical.
     """
-    objective, level, limit = _read_gate(gate)
+    objective, exactness, limit = _read_gate(gate)
     metric = metric_of(OBJECTIVES[objective])
     words, unit = metric.label, metric.unit
     near = ("as near as a gate of an older kind asks" if limit is None else
             f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
-    quality = f"the latents are {'the same bits as the baseline, or ' if level == 'exact' else ''}{near}"
+    same = "the same bits as the baseline, or " if exactness == "bitwise" else ""
+    quality = f"the latents are {same}{near}"
     rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
             f"(at least {NOISE_FLOOR:.0%}) and {quality}; undecided if the change is within a larger noise")
 
@@ -363,20 +365,21 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
 
 
 def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
-    """(objective, level, limit of the error ratio); no limit in a gate of an older kind."""
-    objective, level, limit = gate.get("objective", "latency"), gate.get("level"), gate.get(_LIMIT)
-    if unknown := sorted(set(gate) - {"objective", "level", _LIMIT, *_OLD_LIMITS}):
-        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, {_LIMIT}.")
+    """(objective, exactness, limit of the error ratio); no limit in a gate of an older kind."""
+    objective, exactness, limit = gate.get("objective", "latency"), gate.get("exactness"), gate.get(_LIMIT)
+    if unknown := sorted(set(gate) - {"objective", "exactness", _LIMIT, *_OLD_LIMITS}):
+        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, exactness, {_LIMIT}.")
     if objective not in OBJECTIVES:
         raise UserError(f"quality gate: objective {objective!r} is unknown; choose one of "
                         f"{', '.join(OBJECTIVES)}.")
-    if level not in _LEVELS:
-        raise UserError(f"quality gate: level {level!r} is unknown; choose one of {', '.join(_LEVELS)}.")
+    if exactness not in _EXACTNESS:
+        raise UserError(f"quality gate: exactness {exactness!r} is unknown; choose one of "
+                        f"{', '.join(_EXACTNESS)}.")
     if limit is not None and not (is_finite(limit) and limit > 0):
         raise UserError(f"quality gate: {_LIMIT} {limit!r} must be a number greater than 0.")
-    if limit is None and level != "exact" and not set(gate) & set(_OLD_LIMITS):
-        raise UserError(f"quality gate: level {level!r} without a limit; write {_LIMIT}.")
-    return objective, level, limit
+    if limit is None and exactness != "bitwise" and not set(gate) & set(_OLD_LIMITS):
+        raise UserError(f"quality gate: exactness {exactness!r} without a limit; write {_LIMIT}.")
+    return objective, exactness, limit
 
 
 def _passes(quality: Mapping[str, Any], limit: float | None,

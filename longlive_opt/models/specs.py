@@ -200,8 +200,10 @@ def _tiny() -> ModelSpec:
                      width=128, full_size=False)
 
 
+LONGLIVE = "longlive-1.3b"
+"""The model that the presets' hypotheses and the target of 40 ms speak of."""
 MODELS: Mapping[str, ModelSpec] = MappingProxyType({spec.name: spec for spec in (
-    ModelSpec("longlive-1.3b", "LongLive-1.3B", _wan_checkpoint(
+    ModelSpec(LONGLIVE, "LongLive-1.3B", _wan_checkpoint(
         {"dit": ("models/longlive_base.pt", "longlive_base.pt", 5_676_334_208),
          "lora": ("models/lora.pt", "lora.pt", 2_800_056_690)},
         "Efficient-Large-Model/LongLive-1.3B", ("generator", "model", None))),

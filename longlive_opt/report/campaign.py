@@ -117,7 +117,7 @@ def _decided(result: Result, baseline: Result | None, noise: Mapping[str, Mappin
     if not gate and not decision.is_study(result):
         return dict(result)
     spread = decision.noise_of_preset(result["preset"], noise)
-    found = decision.decide(result, baseline, spread, gate or {"level": "exact"})
+    found = decision.decide(result, baseline, spread, gate or {"exactness": "bitwise"})
     return {**result, "decision": {**found, "gate": gate}}
 
 
@@ -163,4 +163,4 @@ def within_target(result: Result) -> bool:
 
 def is_judged(result: Result) -> bool:
     """Whether the result says how well the video followed its prompts."""
-    return bool(result.get("world")) and not is_na(result["world"])
+    return bool(result.get("adherence")) and not is_na(result["adherence"])

@@ -14,6 +14,7 @@ from ..config import BASELINE
 from ..measurement import decision, worst_block
 from ..measurement.catalogue import Metric, glossary, shown_in
 from ..measurement.result import block_ms, lookup
+from ..models.specs import LONGLIVE
 from .tables import AS_IS, name_of
 
 Result = Mapping[str, Any]
@@ -91,7 +92,7 @@ def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str
             "</section>")
 
 
-def reading_html(result: Result, baseline: Result | None) -> str:
+def conclusion_html(result: Result, baseline: Result | None) -> str:
     """HTML: the hypothesis, what was measured against the campaign's `baseline`, and the rule that decides.
     The verdict is not here: it needs the whole campaign, and the report opens with it.
     """
@@ -103,10 +104,10 @@ def reading_html(result: Result, baseline: Result | None) -> str:
         parts.append(_paragraph("", "Compared over equally many blocks and switches, the first of each run."))
     if other is not None and (difference := decision.unfair(result, other)):
         parts.append(_paragraph("", f"Not compared with the baseline: {difference}."))
-    if result.get("variations"):
-        parts.append(varied(result).to_html(border=0))
+    if result.get("ablations"):
+        parts.append(ablated(result).to_html(border=0))
     parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
-    parts.append(_paragraph("", worst_block.sentence(result)))
+    parts.append(_paragraph("", worst_block.explain(result)))
     if result["preset"] != BASELINE and not decision.is_study(result):
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
         parts.append(_paragraph("", _DECIDES))
@@ -124,7 +125,7 @@ def scope(result: Result) -> str:
     """Why the numbers cannot confirm the hypothesis; empty for a full run on the machine that it is about."""
     sizes, machine = result["sizes"], result["environment"]["gpu"] or result["environment"].get("cpu")
     words = []
-    if result["model"]["name"] != "longlive-1.3b" or "H100" not in (machine or ""):
+    if result["model"]["name"] != LONGLIVE or "H100" not in (machine or ""):
         words.append(f"These are the {result['model']['name']} model's latencies on this machine "
                      f"({machine or 'unknown'}); the presets' hypotheses speak of LongLive-1.3B on an H100.")
     if sizes["quick"]:
@@ -155,9 +156,9 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
     return table
 
 
-def varied(result: Result) -> pd.DataFrame:
-    """What each variation does to the block interval, in the hypotheses' unit."""
-    runs = {AS_IS: result} | {name_of(row): row for row in result["variations"]}
+def ablated(result: Result) -> pd.DataFrame:
+    """What each ablation does to the block interval, in the hypotheses' unit."""
+    runs = {AS_IS: result} | {name_of(row): row for row in result["ablations"]}
     ours = block_ms(result)
     return pd.DataFrame.from_dict({name: _compared(block_ms(run), ours)[::2] for name, run in runs.items()},
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])

@@ -30,17 +30,17 @@ from .campaign import (
 )
 from .log.markdown import percent, share_text
 
-_WORLD = "world."
+_ADHERENCE = "adherence."
 
 
 def summary_table(results: Sequence[Result]) -> pd.DataFrame:
     """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline. A
     stream that is not `sustained` has no start-up buffer: it would only tell how long the stream was.
 
-    The columns `world_...` are there if a video of the small world was judged in some run.
+    The columns `adherence_...` are there if a video of Moving Shapes was evaluated in some run.
     """
-    judged = any(map(is_judged, results))
-    metrics = [metric for metric in shown_in("csv") if judged or not metric.path.startswith(_WORLD)]
+    evaluated = any(map(is_judged, results))
+    metrics = [metric for metric in shown_in("csv") if evaluated or not metric.path.startswith(_ADHERENCE)]
     baseline, rows = baseline_of(results), []
     for result in results:
         row = {"preset": result["preset"], "run": result.get("run", 1)}
@@ -142,21 +142,22 @@ def noise_table(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["preset", "runs", *labels, most.heading])
 
 
-def world_table(results: Sequence[Result]) -> pd.DataFrame | None:
-    """How well each run's video followed its prompts in the small world: shares, delays in blocks, what was
-    wrong. A run whose video was not judged says why; None if none was judged.
+def adherence_table(results: Sequence[Result]) -> pd.DataFrame | None:
+    """How well each run's video followed its prompts in Moving Shapes: shares, delays in blocks, what was
+    wrong. A run whose video was not evaluated says why; None if none was evaluated.
     """
     if not any(map(is_judged, results)):
         return None
-    absent = na("not judged", "run the preset again")
+    absent = na("not evaluated", "run the preset again")
     rows = []
     for result in results:
-        world = result.get("world") or absent
-        never = f", {world['never']} of {world['switches']} never" if world.get("never") else ""
-        cells = {metric.heading: share_text(world.get(metric.path.removeprefix(_WORLD), world), metric.digits)
-                 + (never if metric.key == "world_delay" else "") for metric in shown_in("adherence")}
-        cells |= {"wrong": ", ".join(world.get("wrong", ())),
-                 "not judged": ", ".join(world.get("not_judged", ()))}
+        adherence = result.get("adherence") or absent
+        never = f", {adherence['never']} of {adherence['switches']} never" if adherence.get("never") else ""
+        cells = {metric.heading: share_text(adherence.get(metric.path.removeprefix(_ADHERENCE), adherence),
+                                            metric.digits)
+                 + (never if metric.key == "adherence_delay" else "") for metric in shown_in("adherence")}
+        cells |= {"wrong": ", ".join(adherence.get("wrong", ())),
+                 "not evaluated": ", ".join(adherence.get("not_evaluated", ()))}
         rows.append({"preset": result["preset"], "run": result.get("run", 1)} | cells)
     return pd.DataFrame(rows)
 
@@ -168,10 +169,11 @@ def parameters_table(config: ExperimentConfig) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default"])
 
 
-def rooms_table(rooms: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def optimizations_table(optimizations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """What each optimization did."""
-    rows = [(room["name"], room["level"], room["report"]["done"]) for room in rooms]
-    return pd.DataFrame(rows, columns=["optimization", "level", "what it did"])
+    rows = [(optimization["name"], optimization["exactness"], optimization["report"]["done"])
+            for optimization in optimizations]
+    return pd.DataFrame(rows, columns=["optimization", "exactness", "what it did"])
 
 
 def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
@@ -239,9 +241,9 @@ def plain(value: Any) -> Any:
 AS_IS = "as is"
 
 
-def variation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], setup_s: Mapping[str, Any]
+def ablation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], setup_s: Mapping[str, Any]
                       ) -> dict[str, Any]:
-    """What is kept of a variation: the measured metrics without events and single samples, and its quality.
+    """What is kept of an ablation: the measured metrics without events and single samples, and its quality.
     """
     latency = measured["latency"]
     return {"latency": {key: latency[key] for key in ("ss_ms_per_frame", "ps_ms", "stages_ms")},
@@ -249,18 +251,18 @@ def variation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], 
             "quality": fidelity, "setup_s": setup_s}
 
 
-def variations_table(result: Mapping[str, Any]) -> pd.DataFrame:
-    """One row for the preset as it is and one for each variation; a cell is a number, or n/a and why."""
-    rows = {AS_IS: result} | {name_of(row): row for row in result.get("variations", [])}
+def ablations_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """One row for the preset as it is and one for each ablation; a cell is a number, or n/a and why."""
+    rows = {AS_IS: result} | {name_of(row): row for row in result.get("ablations", [])}
     metrics = shown_in("ablation")
     return pd.DataFrame.from_dict({name: {metric.heading: _cell(row, metric) for metric in metrics}
                                    for name, row in rows.items()}, orient="index",
                                   columns=[metric.heading for metric in metrics])
 
 
-def name_of(variation: Mapping[str, Any]) -> str:
+def name_of(ablation: Mapping[str, Any]) -> str:
     """`local_attn_size: 9`"""
-    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in variation["changed"].items())
+    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in ablation["changed"].items())
 
 
 def _cell(row: Mapping[str, Any], metric: Metric) -> Any:

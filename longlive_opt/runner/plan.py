@@ -31,7 +31,7 @@ from ..files import check_texts, load_yaml, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights
-from ..prompts import script_of
+from ..prompts import schedule_of
 from .execute import SUMMARY, Job, finished_result
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         check_baseline(config)
-        script = script_of(config)
+        schedule = schedule_of(config)
         weights = check_weights(config.weights, config.model_config())
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
@@ -259,7 +259,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     values = {key: value for key, value in config.to_dict().items()
               if key in declared or value != _DEFAULTS[key]}
     return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})",
-               known=decision.planned(config, script), weights=weights)
+               known=decision.planned(config, schedule), weights=weights)
 
 
 def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) -> Job:
@@ -345,7 +345,7 @@ def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = 
 
 
 def is_finished(job: Job) -> bool:
-    """Whether `job` was run before: judged by what it was run with, not by its name.
+    """Whether `job` was run before: evaluated by what it was run with, not by its name.
 
     Raises:
         UserError: it was, with other parameters, where WORDS may differ, with other prompts or switch frames,
@@ -370,7 +370,7 @@ def is_finished(job: Job) -> bool:
 
 def _other_content(result: Mapping[str, Any], job: Job) -> str:
     """What of the content behind equal parameters is no longer that of the finished `result`, or empty."""
-    then, now = (decision.script_of_result(run) for run in (result, job.known))
+    then, now = (decision.schedule_of_result(run) for run in (result, job.known))
     if then[0] is None:
         return "prompts, or the same: it is older than the record of what a prompts_file held"
     for name, were, are in zip(("prompts", "switch frames"), then, now):

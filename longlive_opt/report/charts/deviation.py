@@ -114,7 +114,7 @@ def error_by_block(result: Result, baseline: Result | None = None) -> Chart:
             ax.plot(*zip(*shown, strict=True), color=colour, marker=".", **style)
             names.append((shown[-1][0], shown[-1][1], name, colour))
     ax.yaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
-    switch = number(result, "quality.script.switch_block")
+    switch = number(result, "quality.prompt_schedule.switch_block")
     if switch is not None:
         ax.axvline(switch, color=GREY, lw=0.7, ls=":", zorder=0)
     ax.set(ylabel="relative error of the latents, %",

@@ -16,6 +16,7 @@ from ...files import atomic_path, project_path
 from ...measurement import decision, environment
 from ...measurement.catalogue import of_template, shown_in
 from ...measurement.result import lookup, number
+from ...models.specs import MODELS
 from .. import charts
 from ..campaign import (
     BASELINE,
@@ -205,7 +206,7 @@ def _settings(run: Run) -> dict[str, str]:
     count = f"{len(steps)} ({', '.join(map(str, steps))})" if steps else "n/a"
     gpu, cpu = lookup(run.result, "environment.gpu"), lookup(run.result, "environment.cpu")
     device = f"n/a ({run.outcome})" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
-    return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else escape(model or "n/a"),
+    return {"Model": MODELS[model].title if model in MODELS else escape(model or "n/a"),
             "GPU": escape(device),
             "Denoising Steps": escape(count),
             "Local Attention": f"{escape(parameters.get('local_attn_size', 'n/a'))} frames",
@@ -298,7 +299,7 @@ def _template_notes(section: str, run: Run) -> list[str]:
     """Where the words of the template do not fit what was run."""
     notes = []
     captured = any(number(applied, "report.stats.captured")
-                   for applied in run.result.get("rooms") or [])
+                   for applied in run.result.get("optimizations") or [])
     if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
         notes.append("use_cuda_graphs is false because the compile_mode captures graphs itself. They were "
                      "replayed; no shape is dynamic.")

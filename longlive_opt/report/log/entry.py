@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from ...measurement import decision
 from ...measurement.catalogue import Metric, metric_of, shown_in
 from ...measurement.result import is_finite, is_na, lookup, number, numbers
+from ...models.specs import LONGLIVE
 from ..campaign import BASELINE, Result, change_of
 from .markdown import digits, escape, percent, sentence
 
@@ -219,7 +220,7 @@ def is_kept(run: Run) -> bool:
 
 def is_large(result: Result) -> bool:
     """Whether it is the model that the hypotheses and the target speak of."""
-    return model_name(result) == "longlive-1.3b"
+    return model_name(result) == LONGLIVE
 
 
 def model_name(result: Result) -> str:

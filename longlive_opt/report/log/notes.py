@@ -10,7 +10,7 @@ from ...measurement.catalogue import Metric, metric_of, shown_in
 from ...measurement.result import is_na, lookup, number, numbers
 from ...streaming.timeline import Event
 from ..campaign import Result
-from ..tables import variations_table
+from ..tables import ablations_table
 from . import gpu
 from .entry import (
     Run,
@@ -33,9 +33,9 @@ def run_notes(run: Run, base: Run | None) -> list[str]:
     notes = []
     if base and not base.failure:
         notes += [*_lengths((run, base), matched_runs(run, base)), *_apart(result, base.result)]
-    notes += [_optimization(report) for report in result["rooms"]]
+    notes += [_optimization(report) for report in result["optimizations"]]
     notes += filter(None, [_sample(result), _switches(result), gpu.drift(result),
-                           worst_block.sentence(result), interruptions(result)])
+                           worst_block.explain(result), interruptions(result)])
     notes.append(sentence(lookup(result, "latency.clock_disagreement.sentence")))
     setup = {name: number(result, f"setup_s.{name}") for name in result["setup_s"]}
     seconds = ", ".join(f"{escape(name)} {digits(value)} s" for name, value in setup.items() if value)
@@ -62,10 +62,11 @@ def _quality(result: Result) -> str:
     """The error ratios, and over how many blocks or frames they were taken."""
     quality, within = result["quality"], psnr_within_blocks(result)
     if of_truth(result):
-        switch = lookup(quality, "script.switch_block")
+        switch = lookup(quality, "prompt_schedule.switch_block")
         where = "without a prompt switch" if switch is None else f"with a prompt switch at block {switch}"
-        return (f"{ratio_text(result)}. Measured over {lookup(quality, 'script.blocks')} blocks {where}, "
-                f"against {escape(quality['reference'])}.")
+        blocks = lookup(quality, "prompt_schedule.blocks")
+        return (f"{ratio_text(result)}. Measured over {blocks} blocks {where}, against "
+                f"{escape(quality['reference'])}.")
     text = (f"One-block protocol: {quality.get('frames_compared')} of {quality.get('frames_total')} frames "
             f"against those of {escape(quality['reference'])}.")
     if within is not None:
@@ -80,32 +81,32 @@ def missing_notes(run: Run) -> list[str]:
 
 def _adherence(result: Result) -> list[str]:
     """Whether the video showed its prompts, or why that cannot be said; nothing for the large model."""
-    world = result.get("world")
-    if not world or is_na(world) and is_large(result):
+    found = result.get("adherence")
+    if not found or is_na(found) and is_large(result):
         return []
-    if is_na(world):
-        return [f"Small world: n/a, {escape(world['reason'])}; {escape(world['how_to_fix'].rstrip('.'))}."]
-    never = f" ({world['never']} of {world['switches']} switches never came)" if world["never"] else ""
-    text = (f"Small world: prompt adherence {share_text(world['adherence_before'])} before a prompt switch "
-            f"and {share_text(world['adherence_after'])} from the second block after it on, switch delay in "
-            f"blocks {share_text(world['delay_blocks'], 1)}{never}, object permanence "
-            f"{share_text(world['permanence'])}; {world['label']}")
+    if is_na(found):
+        return [f"Moving Shapes: n/a, {escape(found['reason'])}; {escape(found['how_to_fix'].rstrip('.'))}."]
+    never = f" ({found['never']} of {found['switches']} switches never came)" if found["never"] else ""
+    text = (f"Moving Shapes: prompt adherence {share_text(found['adherence_before'])} before a prompt switch "
+            f"and {share_text(found['adherence_after'])} from the second block after it on, switch delay in "
+            f"blocks {share_text(found['delay_blocks'], 1)}{never}, object permanence "
+            f"{share_text(found['permanence'])}; {found['label']}")
     lines = [sentence(text)]
-    drift = world.get("drift")
+    drift = found.get("drift")
     if drift and not is_na(drift):
         lines.append(f"Drift over {drift['seconds']:.0f} s of one prompt: adherence {drift['first']:.3f} in "
                     f"the first third, {drift['last']:.3f} in the last.")
-    lines += [f"{name}: {escape(', '.join(world[key]))}."
-             for name, key in (("Wrong", "wrong"), ("Not judged", "not_judged")) if world[key]]
+    lines += [f"{name}: {escape(', '.join(found[key]))}."
+             for name, key in (("Wrong", "wrong"), ("Not evaluated", "not_evaluated")) if found[key]]
     return [" ".join(lines)]
 
 
 def _variations(result: Result) -> list[str]:
-    """One line per variation of the preset, in one note."""
-    if not result.get("variations"):
+    """One line per ablation of the preset, in one note."""
+    if not result.get("ablations"):
         return []
     lines = ["Variations: the preset with one key changed, measured by the same two streams."]
-    for name, row in variations_table(result).iterrows():
+    for name, row in ablations_table(result).iterrows():
         cells = (f"{metric.label} {_cell(row[metric.heading], metric)}" for metric in shown_in("ablation"))
         lines.append(f"  - {escape(name)}: {'; '.join(cells)}")
     return ["\n".join(lines)]
@@ -157,9 +158,9 @@ def _optimization(optimization: Mapping[str, Any]) -> str:
     facts = [_fact(key, value) for key, value in report.items()
              if value != {} and not (isinstance(value, str) and value in done)]
     state = "" if optimization.get("applied") else ", NOT applied"
-    level = f" ({escape(optimization['level'])})" if optimization.get("level") else ""
+    exactness = f" ({escape(optimization['exactness'])})" if optimization.get("exactness") else ""
     name = escape(optimization.get("name"))
-    return f"Optimization {name}{level}{state}: {sentence('; '.join([done, *facts]))}"
+    return f"Optimization {name}{exactness}{state}: {sentence('; '.join([done, *facts]))}"
 
 
 def _fact(key: str, value: Any) -> str:
