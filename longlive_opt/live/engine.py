@@ -46,12 +46,15 @@ IDLE = ("empty", "ready", "stopped", "ended", "failed", "closed")
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame that is due: its `picture` is a JPEG, `number` counts from 0 in the video, and `first_of` is
-    the number of the request whose first frame it is, None for another.
+    """One frame that is due: its `picture` is a JPEG, `number` counts from 0 in the video, `index` in its
+    block of `count` frames, and `first_of` is the number of the request whose first frame it is, None for
+    another.
     """
 
     number: int
     block: int
+    index: int
+    count: int
     prompt: str
     picture: bytes
     first_of: int | None
@@ -538,7 +541,7 @@ class Engine:
             interval, now = self._interval(), time.perf_counter()
             # At most one frame is made up for: a viewer sees a short hold better than a rush.
             self._due = max(self._due, now - interval) + interval
-            frame = Frame(self._shown, made.block, made.prompt, picture,
+            frame = Frame(self._shown, made.block, index, len(made.frames), made.prompt, picture,
                           made.request.number if made.request and index == 0 else None)
             try:
                 self.reel.append(picture)
