@@ -36,7 +36,8 @@ test: ## run the tests
 	@$(SETUP); "$$py" -m pytest -n auto $(ARGS)
 
 test-browser: ## play the live notebook in JupyterLab with a headless Chromium (needs it, and the extra browser)
-	@$(SETUP); "$$py" -m pytest tests/browser --browser-tests $(ARGS)
+	@$(SETUP); "$$py" -m pip install --quiet -c constraints.txt playwright && \
+		"$$py" -m pytest tests/browser --browser-tests $(ARGS)
 
 test-versions: ## run the tests that touch torch's internals with the oldest and the newest torch allowed
 	@$(PYTHON) scripts/test_versions.py $(ARGS)
