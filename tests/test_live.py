@@ -18,6 +18,7 @@ from PIL import Image
 
 from longlive_opt.errors import UserError
 from longlive_opt.live.engine import Engine, Frame
+from longlive_opt.live.opening import live_config, model_names, preset_names
 from longlive_opt.live.recording import Recording, Reel, encode_picture, save
 from longlive_opt.prompts import Script
 from longlive_opt.streaming.pipeline import Pipeline
@@ -294,3 +295,120 @@ def test_picture_keeps_its_colours():
     frame[0] = 255
     red = Image.open(io.BytesIO(encode_picture(frame))).getpixel((8, 8))
     assert red[0] > 240 and max(red[1:]) < 20
+
+
+class Browser:
+    """What a player sends, in place of a comm."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, widget: type):
+        self.sent: list[tuple[dict, list]] = []
+        monkeypatch.setattr(widget, "send",
+                            lambda _, content, buffers=(): self.sent.append((content, buffers)))
+
+    def kinds(self, kind: str) -> list[tuple[dict, list]]:
+        return [(content, buffers) for content, buffers in self.sent if content["kind"] == kind]
+
+
+def test_player_does_what_its_browser_asks(pipeline, monkeypatch, tmp_path):
+    """A button without effect, a mistake that ends in a traceback nobody sees, frames that are not JPEGs."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Player
+
+    browser = Browser(monkeypatch, Player)
+    player = Player(StreamingSession(pipeline))
+    engine = player.engine
+
+    def click(kind: str, **content: object) -> None:
+        player._on_message(player, {"kind": kind, **content}, [])
+
+    try:
+        assert engine.wait(lambda it: it.state == "ready", SOON)
+        engine._warm = True
+        click("play", prompt=" ", seed="x")
+        assert "seed: 'x'" in player._notice
+        click("save")
+        assert "play() comes first" in player._notice
+        click("fps", fps="200")
+        assert player.fps == 200 and player._notice == ""
+        click("play", prompt="a fox", seed="7")
+        assert engine.wait(blocks_shown(1), SOON)
+        click("ask", prompt="a whale", token="mine")
+        asked, = browser.kinds("asked")
+        assert asked[0] == {"kind": "asked", "number": 0, "token": "mine"}
+        assert engine.wait(lambda it: it.status()["ps_ms"] is not None, SOON)
+        click("stop")
+        frames = browser.kinds("frame")
+        assert [content["number"] for content, _ in frames] == list(range(len(frames)))
+        assert all(buffers[0][:2] == b"\xff\xd8" for _, buffers in frames)
+        assert [content["first_of"] for content, _ in frames].count(0) == 1
+        assert list(player.requests()["prompt"]) == ["a whale"]
+        video, script = player.save(tmp_path / "take")
+        assert video.is_file() and Recording.read(script).seed == 7
+        click("reset", seed="3")
+        assert browser.kinds("clear") and engine.next_seed == 3 and engine.state == "ready"
+        player.replay(script)
+        assert engine.wait(lambda it: it.state == "ended", SOON)
+    finally:
+        player.close()
+    assert engine.state == "closed"
+
+
+def test_nobody_watches(pipeline, monkeypatch):
+    """A GPU that works for ever for a tab that was closed."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Player
+    from longlive_opt.live import player as module
+
+    Browser(monkeypatch, Player)
+    monkeypatch.setattr(module, "UNSEEN_FRAMES", 20)
+    player = Player(StreamingSession(pipeline))
+    try:
+        assert player.engine.wait(lambda it: it.state == "ready", SOON)
+        player.engine._warm = True
+        player.play("a fox")
+        assert player.engine.wait(lambda it: it.state == "paused", SOON)
+        assert "no browser" in player._notice
+    finally:
+        player.close()
+
+
+def test_comparison_makes_both_clips(micro, monkeypatch):
+    """One preset on both sides, or a second clip from other noise."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Comparison, wipe
+
+    browser = Browser(monkeypatch, Comparison)
+    monkeypatch.setattr(wipe, "open_session", lambda config: StreamingSession(micro_pipeline(
+        **POINT, use_static_kv=config.use_static_kv, name=config.name)))
+    pictures = {}
+    for together in (False, True):
+        browser.sent.clear()
+        comparison = Comparison("baseline", "static_kv", prompt="a fox", blocks=2, together=together)
+        comparison.run()
+        assert comparison.wait(SOON) and comparison.status["state"] == "done"
+        assert None not in comparison.status["ms_per_frame"]
+        order = [(content["side"], content["number"]) for content, _ in browser.kinds("picture")]
+        assert sorted(order) == [(side, number) for side in (0, 1) for number in range(21)]
+        assert (order == sorted(order)) is not together
+        pictures[together] = [buffers[0] for _, buffers in sorted(
+            browser.kinds("picture"), key=lambda it: (it[0]["side"], it[0]["number"]))]
+        comparison.close()
+    assert pictures[False] == pictures[True]
+    with pytest.raises(UserError, match="length of a clip"):
+        Comparison(blocks=0)
+
+
+def test_presets_that_a_player_opens():
+    """A preset in the list that cannot be opened, or a model that a laptop would wait for all day."""
+    names = preset_names()
+    assert "static_kv" in names and not {"smoke", "ablation"} & set(names)
+    for name in names:
+        config = live_config(name, {})
+        half = config.attention_backend == "gluon"
+        assert (config.model, config.device) == ("tiny", "cpu")
+        assert config.model_dtype == ("bfloat16" if half else "float32")
+        assert config.max_blocks is None
+    assert live_config("realtime", {"model": "longlive-1.3b", "device": "cuda"}).model_dtype == "bfloat16"
+    assert model_names("cpu") == ["tiny"] and "longlive-1.3b" in model_names("cuda:1")
+    with pytest.raises(UserError, match="unknown; choose one of"):
+        live_config("nonsense", {})

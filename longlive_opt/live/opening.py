@@ -37,18 +37,20 @@ def default_weights(model: str) -> str:
 
 
 def live_config(preset: str, keys: Mapping[str, Any]) -> ExperimentConfig:
-    """The config of `preset` with `keys` on top. Without them: the tiny model on the CPU, in float32 there,
-    with relative positions, since a live stream has no end.
+    """The config of `preset` with `keys` on top. Without them: the tiny model on the CPU, in float32 there
+    unless the preset's attention has none, with relative positions, since a live stream has no end.
 
     Raises:
         UserError: an unknown preset, or keys that cannot be.
     """
     if preset not in preset_names():
         raise UserError(f"preset: {preset!r} is unknown; choose one of {', '.join(preset_names())}.")
+    asked = load_yaml(project_path(f"params/{preset}.yaml"))
     model, device = keys.get("model", "tiny"), keys.get("device", "cpu")
+    half = device != "cpu" or asked.get("attention_backend", "auto") not in ("auto", "math")
     given = {"model": model, "weights": default_weights(model), "device": device, "relative_rope": True,
-             "model_dtype": "float32" if device == "cpu" else "bfloat16"}
-    return ExperimentConfig.from_mapping(load_yaml(project_path(f"params/{preset}.yaml")) | given | keys)
+             "model_dtype": "bfloat16" if half else "float32"}
+    return ExperimentConfig.from_mapping(asked | given | keys)
 
 
 def open_session(config: ExperimentConfig) -> StreamingSession:

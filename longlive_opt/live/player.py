@@ -166,6 +166,8 @@ class Player(anywidget.AnyWidget):
 
     def close(self) -> None:
         """End the video, free the session and take the widget away."""
+        if "engine" not in self.__dict__:  # refused while it was made, and nothing is there to close
+            return
         self.engine.close()
         self._news.set()
         if Player._opened is self:

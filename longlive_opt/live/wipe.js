@@ -7,19 +7,15 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const clips = new WeakMap(); // model -> the pictures of both sides; a second view finds them there
-
-function initialize({ model }) {
-  clips.set(model, [[], []]);
+function initialize({ model, sides }) {
   model.on("msg:custom", (content, buffers) => {
-    const sides = clips.get(model);
     if (content.kind === "clear") sides[0].length = sides[1].length = 0;
     if (content.kind === "picture")
       sides[content.side][content.number] = new Blob([buffers[0]], { type: "image/jpeg" });
   });
 }
 
-function render({ model, el }) {
+function render({ model, el, sides }) {
   const root = make("div", { class: "ll-player ll-comparison" });
   const run = make("button", { type: "button", class: "ll-run" }, "Compare");
   const stop = make("button", { type: "button", class: "ll-stop" }, "Stop");
@@ -38,7 +34,6 @@ function render({ model, el }) {
   let frame = 0, alive = true, timer = 0;
 
   async function tick() {
-    const sides = clips.get(model) || [[], []];
     const counts = sides.map((side) => side.length), some = counts.filter((count) => count);
     if (some.length) {
       frame = (frame + 1) % Math.min(...some);
@@ -94,4 +89,11 @@ function render({ model, el }) {
   };
 }
 
-export default { initialize, render };
+// Once per model: a second view finds the pictures of both sides here.
+export default () => {
+  const sides = [[], []];
+  return {
+    initialize: (given) => initialize({ ...given, sides }),
+    render: (given) => render({ ...given, sides }),
+  };
+};

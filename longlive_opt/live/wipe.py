@@ -52,13 +52,13 @@ class Comparison(anywidget.AnyWidget):
         Raises:
             UserError: an unknown preset, keys that cannot be, or a length that cannot be.
         """
+        self._unwanted = threading.Event()
         if type(blocks) is not int or not 1 <= blocks <= MAX_BLOCKS:
             raise UserError(f"blocks: {blocks!r} is no length of a clip; write 1 to {MAX_BLOCKS}.")
         self._configs = [live_config(preset, keys) for preset in (left, right)]
         self._prompt = prompt or script_of(self._configs[0]).prompts[0]
         self._blocks, self._together = blocks, together
         self._thread: threading.Thread | None = None
-        self._unwanted = threading.Event()
         titles = [config.title for config in self._configs]
         super().__init__(status={"state": "ready", "message": "", "titles": titles, "prompt": self._prompt,
                                  "ms_per_frame": [None, None],
