@@ -126,10 +126,11 @@ def test_what_becomes_of_a_request(engine, screen):
     first = {frame.first_of: frame for frame in screen.frames if frame.first_of is not None}
     assert [first[request.number].prompt for request in requests] == ["a whale", "a bear"]
     assert [first[request.number].block for request in requests] == [request.block for request in requests]
-    told = engine.status()
-    assert told["ps_ms"] == requests[1].latency_ms and told["ms_per_frame"] > 0
-    assert [entry["block"] for entry in told["blocks"] if entry["switched"]] == [it.block for it in requests]
-    json.dumps(told)
+    status = engine.status()
+    assert status["ps_ms"] == requests[1].latency_ms and status["ms_per_frame"] > 0
+    switched = [entry["block"] for entry in status["blocks"] if entry["switched"]]
+    assert switched == [request.block for request in requests]
+    json.dumps(status)
 
 
 def test_set_pace_is_kept(engine, screen):
@@ -342,6 +343,7 @@ def test_player_does_what_its_browser_asks(pipeline, monkeypatch, tmp_path):
         assert all(buffers[0][:2] == b"\xff\xd8" for _, buffers in frames)
         assert [content["first_of"] for content, _ in frames].count(0) == 1
         assert list(player.requests()["prompt"]) == ["a whale"]
+        assert repr(player).startswith("Player(stopped, block ") and len(repr(player)) < 300
         video, script = player.save(tmp_path / "take")
         assert video.is_file() and Recording.read(script).seed == 7
         click("reset", seed="3")
@@ -351,6 +353,35 @@ def test_player_does_what_its_browser_asks(pipeline, monkeypatch, tmp_path):
     finally:
         player.close()
     assert engine.state == "closed"
+
+
+def test_another_preset_takes_the_place_of_the_first(micro, monkeypatch):
+    """Two models in memory after a cell ran twice, or a preset that cannot be and leaves nothing to play."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Player
+    from longlive_opt.live import player as module
+
+    browser = Browser(monkeypatch, Player)
+    opened = []
+    monkeypatch.setattr(module, "open_session", lambda config: opened.append(config.name) or StreamingSession(
+        micro_pipeline(**POINT, use_static_kv=config.use_static_kv, name=config.name)))
+    first = Player.preset("static_kv", seed=4)
+    second = Player.preset("static_kv", seed=4)
+    try:
+        assert first.engine.state == "closed" and first.engine.session is None
+        assert second.engine.wait(lambda it: it.state == "ready", SOON)
+        assert "baseline" in second.choices["presets"] and second.choices["prompt"]
+        for click in ({"preset": "nonsense"}, {"preset": "cuda_graphs"}, {"preset": "baseline"}):
+            second._on_message(second, {"kind": "load", "model": "tiny", **click}, [])
+            assert ("nonsense" in second._notice) is (click["preset"] == "nonsense")
+            assert second.engine.wait(lambda it: it.state == "ready", SOON)
+        assert opened[-1] == "baseline" and second.engine.session.pipeline.config.name == "baseline"
+        second._on_message(second, {"kind": "play", "prompt": "a unicorn", "seed": ""}, [])
+        assert "small world" in second._notice and not browser.kinds("asked")
+    finally:
+        second.close()
+    with pytest.raises(UserError, match="unknown"):
+        Player.preset("nonsense")
 
 
 def test_nobody_watches(pipeline, monkeypatch):

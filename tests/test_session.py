@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longlive_opt.errors import UserError
+from longlive_opt.kernels.torch_internals import compiled_graphs
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampling_plan
@@ -511,8 +512,10 @@ def test_seed_of_the_noise(point):
             session.reset(seed)
 
 
-@pytest.mark.parametrize("keys", [{"use_static_kv": True}, {"use_static_kv": True, "use_early_decode": True,
-                                                            "use_async_vae": True}])
+@pytest.mark.parametrize("keys", [
+    {"use_static_kv": True}, {"use_static_kv": True, "use_early_decode": True, "use_async_vae": True},
+    {"local_attn_size": 7, "sink_size": 2, "global_sink": False},
+    {"use_static_kv": True, "local_attn_size": 10, "sink_size": 1, "block_frames": 4}], ids=str)
 def test_warm_up_meets_every_kind_of_pass(keys):
     """A viewer who waits for a compiler at the first switch; warm-up that changes the video."""
     pipeline = micro_pipeline(**POINT, **keys, name="warm")
@@ -538,6 +541,21 @@ def test_warm_up_meets_every_kind_of_pass(keys):
     assert same_video(list(session.stream("a", 2)), list(StreamingSession(pipeline).stream("a", 2)))
     with pytest.raises(UserError, match=r"reset\(\) before warm_up"):
         session.warm_up()
+
+
+def test_nothing_is_compiled_after_the_warm_up(cheap_compile):
+    """The first switch of a live stream waits for the compiler."""
+    keys = {"use_static_kv": True, "use_torch_compile": True, "name": "warm"}
+    session = StreamingSession(micro_pipeline(**POINT, **keys))
+    session.warm_up()
+    compiled = compiled_graphs()
+    assert compiled > 0
+    for switch_at in (1, 2, 5, 7):
+        for _ in session.stream("a", 9):
+            if session.next_block == switch_at:
+                session.switch_prompt("b")
+        session.reset()
+    assert compiled_graphs() == compiled
 
 
 def test_reprs_are_short(pipeline):

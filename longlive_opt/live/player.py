@@ -93,6 +93,13 @@ class Player(anywidget.AnyWidget):
         player.load(preset)
         return player
 
+    def __repr__(self) -> str:
+        if "engine" not in self.__dict__:
+            return "Player()"
+        status = self.engine.status()
+        at = "" if status["block"] is None else f", block {status['block']}"
+        return f"Player({status['state']}{at}, {status['about'] or 'no session'})"
+
     # ---- verbs
 
     def load(self, preset: str, model: str | None = None) -> None:

@@ -19,14 +19,14 @@ function render({ model, el, sides }) {
   const root = make("div", { class: "ll-player ll-comparison" });
   const run = make("button", { type: "button", class: "ll-run" }, "Compare");
   const stop = make("button", { type: "button", class: "ll-stop" }, "Stop");
-  const beside = make("input", { type: "checkbox", class: "ll-beside" });
+  const both = make("input", { type: "checkbox", class: "ll-both" });
   const state = make("span", { class: "ll-state", role: "status" });
   const canvas = make("canvas", { class: "ll-screen", width: 16, height: 9, role: "img", "aria-label": "both videos" });
   const slider = make("input", { type: "range", min: 0, max: 100, value: 50, class: "ll-wipe",
                                  "aria-label": "where one preset ends and the other begins", style: "width:100%" });
   const words = make("div", {});
   root.append(
-    make("div", { class: "ll-row" }, run, stop, make("label", {}, beside, "side by side"), state),
+    make("div", { class: "ll-row" }, run, stop, make("label", {}, both, "side by side"), state),
     make("div", { class: "ll-stage" }, canvas), slider, words,
   );
   el.append(root);
@@ -46,12 +46,12 @@ function render({ model, el, sides }) {
 
   function draw([left, right]) {
     const { width, height } = left || right;
-    const gap = 4, wide = beside.checked ? 2 * width + gap : width;
+    const gap = 4, wide = both.checked ? 2 * width + gap : width;
     if (canvas.width !== wide || canvas.height !== height) [canvas.width, canvas.height] = [wide, height];
     canvas.classList.toggle("ll-small", width < 320);
     const pen = canvas.getContext("2d");
     pen.clearRect(0, 0, wide, height);
-    if (beside.checked) {
+    if (both.checked) {
       if (left) pen.drawImage(left, 0, 0);
       if (right) pen.drawImage(right, width + gap, 0);
     } else {
@@ -76,7 +76,7 @@ function render({ model, el, sides }) {
       + `prompt: ${status.prompt}`;
   }
 
-  beside.addEventListener("change", () => { slider.disabled = beside.checked; });
+  both.addEventListener("change", () => { slider.disabled = both.checked; });
   run.addEventListener("click", () => model.send({ kind: "run" }));
   stop.addEventListener("click", () => model.send({ kind: "stop" }));
   model.on("change:status", onStatus);

@@ -65,6 +65,9 @@ class Comparison(anywidget.AnyWidget):
                                  "fps": self._configs[0].model_config().fps})
         self.on_msg(self._on_message)
 
+    def __repr__(self) -> str:
+        return f"Comparison({' against '.join(self.status['titles'])}, {self.status['state']})"
+
     def run(self) -> None:
         """Make both clips, in the background.
 

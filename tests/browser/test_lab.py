@@ -226,7 +226,7 @@ def test_comparison(lab: Lab) -> None:
     canvas = comparison.locator(".ll-screen")
     canvas.evaluate("canvas => new Promise(done => setTimeout(done, 500))")
     assert canvas.evaluate("canvas => canvas.width") == SETTINGS["width"]
-    comparison.locator(".ll-beside").check()
+    comparison.locator(".ll-both").check()
     lab.page.wait_for_function("() => document.querySelector('.ll-comparison .ll-screen').width > 60",
                                timeout=STEP_MS)
     assert re.search(r"left: Baseline, [\d.]+ ms per frame; right: Static KV, [\d.]+ ms per frame",
