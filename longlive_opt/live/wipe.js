@@ -23,7 +23,7 @@ function render({ model, el, sides }) {
   const state = make("span", { class: "ll-state", role: "status" });
   const canvas = make("canvas", { class: "ll-screen", width: 16, height: 9, role: "img", "aria-label": "both videos" });
   const slider = make("input", { type: "range", min: 0, max: 100, value: 50, class: "ll-wipe",
-                                 "aria-label": "where one preset ends and the other begins", style: "width:100%" });
+                                 "aria-label": "where one preset ends and the other begins" });
   const words = make("div", {});
   root.append(
     make("div", { class: "ll-row" }, run, stop, make("label", {}, both, "side by side"), state),
@@ -46,10 +46,15 @@ function render({ model, el, sides }) {
 
   function draw([left, right]) {
     const { width, height } = left || right;
-    const gap = 4, wide = both.checked ? 2 * width + gap : width;
-    if (canvas.width !== wide || canvas.height !== height) [canvas.width, canvas.height] = [wide, height];
-    canvas.classList.toggle("ll-small", width < 320);
+    // Small pictures are drawn larger, so that the line between them stays thin.
+    const gap = 4, wide = both.checked ? 2 * width + gap : width, scale = Math.max(1, Math.round(384 / width));
+    if (canvas.width !== wide * scale || canvas.height !== height * scale)
+      [canvas.width, canvas.height] = [wide * scale, height * scale];
+    canvas.style.width = `${wide * scale}px`;
+    slider.style.width = `${canvas.clientWidth}px`;
     const pen = canvas.getContext("2d");
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    pen.imageSmoothingEnabled = false;
     pen.clearRect(0, 0, wide, height);
     if (both.checked) {
       if (left) pen.drawImage(left, 0, 0);
@@ -59,7 +64,7 @@ function render({ model, el, sides }) {
       if (right) pen.drawImage(right, 0, 0);
       if (left && x) pen.drawImage(left, 0, 0, x, height, 0, 0, x, height);
       pen.fillStyle = "#fff";
-      pen.fillRect(x - 0.5, 0, 1, height);
+      pen.fillRect(x - 1 / scale, 0, 2 / scale, height);
     }
     canvas.dataset.frame = frame;
     for (const picture of [left, right]) if (picture) picture.close();
