@@ -20,7 +20,7 @@ from longlive_opt.errors import UserError
 from longlive_opt.live.engine import Engine, Frame
 from longlive_opt.live.opening import live_config, model_names, preset_names
 from longlive_opt.live.recording import Recording, Reel, encode_picture, save
-from longlive_opt.prompts import Script
+from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import StreamingSession
 
@@ -266,7 +266,7 @@ def test_a_script_of_something_else_is_refused(engine, tmp_path):
 
 def test_nothing_shown_cannot_be_saved(tmp_path):
     """An mp4 without a frame."""
-    empty = Recording(Script(("a",)), 1, 0, 0, 16.0, {}, {})
+    empty = Recording(PromptSchedule(("a",)), 1, 0, 0, 16.0, {}, {})
     with pytest.raises(UserError, match="play\\(\\) comes first"):
         save(tmp_path / "x", empty, Reel())
     assert not list(tmp_path.iterdir())

@@ -458,7 +458,7 @@ def test_prompt_may_be_switched_from_another_thread(point):
             other.join()
     assert [chunk.prompt for chunk in chunks] == ["a", "a", "b", "b", "b"]
     session.reset()
-    assert same_video(chunks, list(session.play(Script(("a", "b"), (6,)), 5)))
+    assert same_video(chunks, list(session.play(PromptSchedule(("a", "b"), (6,)), 5)))
 
 
 def test_second_thread_is_refused_in_the_middle_of_a_step(point, monkeypatch):

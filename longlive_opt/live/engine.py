@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..prompts import Script
+from ..prompts import PromptSchedule
 from ..streaming.session import MAX_SEED, Chunk, StreamingSession
 from .recording import Recording, Reel, encode_picture
 
@@ -206,7 +206,7 @@ class Engine:
             else:
                 if not isinstance(prompt, str) or not prompt.strip():
                     raise UserError(f"prompt: {prompt!r} is empty; describe the video in words.")
-                self._begin(Script((prompt,)), None, seed)
+                self._begin(PromptSchedule((prompt,)), None, seed)
         self._changed()
 
     def replay(self, recording: Recording) -> None:
@@ -329,7 +329,7 @@ class Engine:
                 raise UserError("save: nothing was shown yet; play() comes first.")
             pipeline, plan = self._session.pipeline, self._session.plan
             switches = [block for block in self._switch_blocks if block <= self._shown_block]
-            script = Script(tuple(self._prompts[:len(switches) + 1]),
+            script = PromptSchedule(tuple(self._prompts[:len(switches) + 1]),
                             tuple(block * plan.block_frames for block in switches))
             parameters = pipeline.config.to_dict() | {"height": pipeline.model.height,
                                                       "width": pipeline.model.width}
@@ -345,7 +345,7 @@ class Engine:
     def _set(self, state: str, message: str = "") -> None:
         self._state, self._message = state, message
 
-    def _begin(self, script: Script, blocks: int | None, seed: int | None) -> None:
+    def _begin(self, script: PromptSchedule, blocks: int | None, seed: int | None) -> None:
         self._require_open()
         if self._session is None:
             raise UserError(f"play: there is no session (the player is {self._state}"
@@ -427,7 +427,7 @@ class Engine:
             self._set("ready")
             self._turn.notify_all()
 
-    def _start(self, script: Script, blocks: int | None, video: int) -> None:
+    def _start(self, script: PromptSchedule, blocks: int | None, video: int) -> None:
         session = self._session
 
         def note(done: int, count: int) -> None:

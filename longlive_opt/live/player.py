@@ -29,7 +29,7 @@ import traitlets
 from ..config import ExperimentConfig
 from ..errors import UserError
 from ..files import project_path
-from ..prompts import script_of
+from ..prompts import schedule_of
 from ..streaming.session import StreamingSession
 from ..tiny.shapes.captions import parse
 from .engine import Engine, Frame, Request
@@ -185,7 +185,7 @@ class Player(anywidget.AnyWidget):
 
     def _offer(self, config: ExperimentConfig, presets: list[str], models: list[str]) -> None:
         self.choices = {"presets": presets, "models": models, "preset": config.name, "model": config.model,
-                        "prompt": script_of(config).prompts[0]}
+                        "prompt": schedule_of(config).prompts[0]}
 
     def _show(self, frame: Frame) -> None:
         if frame.number == 0:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import check_switches, check_switches_fit
 from ..errors import UserError
 from ..files import atomic_path, check_texts
-from ..prompts import Script, parse_switch_frames
+from ..prompts import PromptSchedule, parse_switch_frames
 from ..report.video import write_pictures
 from ..streaming.pipeline import Pipeline
 
@@ -93,7 +93,7 @@ class Recording:
     pace at which its mp4 plays; `parameters` are those of the preset, `weights` the SHA-256 of each file.
     """
 
-    script: Script
+    script: PromptSchedule
     blocks: int
     frames: int
     seed: int
@@ -129,7 +129,7 @@ class Recording:
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise UserError(f"{where}, prompts: they must be a list of texts that are not empty.")
         switches = parse_switch_frames(entry.get("switch_frame_indices"), f"{where}, switch_frame_indices")
-        script = Script(tuple(prompts), switches or ())
+        script = PromptSchedule(tuple(prompts), switches or ())
         check_switches(script.switch_frames, len(prompts), f"{where}, switch_frame_indices")
         if entry["blocks"] < 1 or entry["fps"] <= 0:
             raise UserError(f"{where}: blocks and fps must be greater than 0.")

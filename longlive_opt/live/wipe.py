@@ -23,7 +23,7 @@ import traitlets
 
 from ..config import ExperimentConfig
 from ..errors import UserError
-from ..prompts import script_of
+from ..prompts import schedule_of
 from ..streaming.session import StreamingSession
 from .opening import live_config, open_session
 from .recording import encode_picture
@@ -56,7 +56,7 @@ class Comparison(anywidget.AnyWidget):
         if type(blocks) is not int or not 1 <= blocks <= MAX_BLOCKS:
             raise UserError(f"blocks: {blocks!r} is no length of a clip; write 1 to {MAX_BLOCKS}.")
         self._configs = [live_config(preset, keys) for preset in (left, right)]
-        self._prompt = prompt or script_of(self._configs[0]).prompts[0]
+        self._prompt = prompt or schedule_of(self._configs[0]).prompts[0]
         self._blocks, self._together = blocks, together
         self._thread: threading.Thread | None = None
         titles = [config.title for config in self._configs]
