@@ -59,7 +59,7 @@ class Pipeline:
     def __repr__(self) -> str:
         size = f"{self.model.width}x{self.model.height}"
         dtype = str(self.dtype).removeprefix("torch.")
-        done = ", ".join(room["name"] for room in self.rooms) or "no optimization"
+        done = ", ".join(one["name"] for one in self.optimizations) or "no optimization"
         return (f"Pipeline({self.model.name} {size}, {self.device}, {dtype}, "
                 f"weights: {self.weights['kind']}, attention: {self.attention_backend}, {done})")
 
