@@ -184,6 +184,13 @@ def _summarise(name: str, values: list[float], indices: list[int], identical: bo
                       "max": max(finite.values()), "worst_frame": pick(finite, key=finite.get)}
 
 
+def perceptual_metrics() -> dict[str, str]:
+    """Perceptual metric -> why it is n/a on this machine, empty where it can be computed."""
+    loaded = {"LPIPS": _load_lpips(None, "cpu"), "ST-LPIPS": _load_st_lpips("cpu")}
+    return {name: f"n/a: {one['reason']}; {one['how_to_fix']}" if is_na(one) else ""
+            for name, one in loaded.items()}
+
+
 def _load_lpips(folder: str | Path | None,
                 device: "torch.device") -> "Callable[..., torch.Tensor] | dict[str, Any]":
     """A scorer (variant, reference) -> LPIPS per frame, or n/a if no trunk fits the hash in its name."""
