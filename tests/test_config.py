@@ -237,7 +237,7 @@ def test_model_sizes():
 @pytest.mark.parametrize("text, says", [
     ("", "found nothing"), ("# only a comment\n", "found nothing"), ("- a\n- b\n", "found list"),
     ("just text\n", "found str"),
-    ("seed: 1\nseed: 2\n", "'seed' stands twice"), ("a: {b: 1, b: 2}\n", "'b' stands twice"),
+    ("seed: 1\nseed: 2\n", "'seed' occurs twice"), ("a: {b: 1, b: 2}\n", "'b' occurs twice"),
     ("seed: [1\n", "not plain YAML"), ("seed:\t1\n\t- x: 2", "not plain YAML"),
     ("seed: 1\n---\nseed: 2\n", "not plain YAML"),
     ("seed: !!python/object/apply:os.system ['true']\n", "not plain YAML"),

@@ -1,5 +1,4 @@
-"""The product's heart: a session streams blocks of video frames, for ever if asked, and changes the prompt
-meanwhile.
+"""A session streams blocks of video frames, optionally without end, and can switch the prompt in between.
 
     session = StreamingSession(pipeline)
     for chunk in session.stream("a red fox"):
@@ -7,7 +6,8 @@ meanwhile.
         if bored:
             session.switch_prompt("a blue whale")
 
-Memory is constant: the cache holds one window, the session the latents of one window for the recache.
+Memory is constant: the cache holds one window, and the session holds the latents of one window for the
+recache.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .timeline import NullTimeline, Timeline
 class Chunk:
     """One block of video.
 
-    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory;
-    `latents` [B, F, C, h, w]; `start_frame` is its first latent frame; `switched` says that `prompt` took
+    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory.
+    `latents` is [B, F, C, h, w]. `start_frame` is the first latent frame. `switched` is true if `prompt` took
     over with this block.
     """
 
@@ -50,12 +50,12 @@ class Chunk:
 
 
 class StreamingSession:
-    """Streams one video at a time. `timeline` records what happened when."""
+    """Streams one video at a time. `timeline` records the events."""
 
     def __init__(self, pipeline: Pipeline, *, noise: NoiseSource | None = None,
                  timeline: Timeline | NullTimeline | None = None, host_frames: bool = False):
         """Args:
-            noise: None draws from the seed of the pipeline's config.
+            noise: None draws noise from the config's seed.
             host_frames: see the property.
         """
         self.pipeline = pipeline
@@ -87,10 +87,11 @@ class StreamingSession:
 
     @property
     def host_frames(self) -> bool:
-        """Whether chunks come with their frames in page-locked host memory, complete there, instead of on the
-        device. That memory is used again: a chunk keeps its frames until the next one was handed out and the
-        one after it is asked for; copy what has to stay. Setting it takes effect with the next block. On the
-        CPU frames are in host memory anyway, and stay.
+        """Whether chunks have their frames in page-locked host memory instead of on the device. This memory
+        is
+        reused: a chunk's frames stay valid until the next chunk was handed out and the one after it is
+        requested, so copy frames to keep them. A change takes effect with the next block. On the CPU, frames
+        are in host memory anyway and stay valid.
         """
         return self._delivery.to_host
 
@@ -100,38 +101,38 @@ class StreamingSession:
 
     @property
     def next_block(self) -> int:
-        """Index of the block that is denoised next."""
+        """Index of the block to be denoised next."""
         return self._block
 
     def switch_prompt(self, prompt: str) -> None:
-        """Let `prompt` take over at the next block boundary. Requests queue up: each block boundary serves
-        one, as in LongLive.
+        """Let `prompt` take over at the next block boundary. Requests queue up; as in LongLive, each block
+        boundary serves one.
 
         Raises:
-            UserError: the prompt is empty, or holds half a character.
+            UserError: the prompt is empty or contains half a character.
         """
         prompt = _checked_prompt(prompt)
         self._requests.append(prompt)
         self.timeline.mark("switch_request", self._block + len(self._requests) - 1)
 
     def stream(self, prompt: str, blocks: int | None = None) -> Iterator[Chunk]:
-        """Start a video with `prompt` and yield its chunks; `blocks` None never ends.
+        """Start a video with `prompt` and yield its chunks; without end if `blocks` is None.
 
-        A decoder that works asynchronously may hold a chunk back while the next block is denoised; every
-        chunk comes, in order.
+        An asynchronous decoder may deliver a chunk while the next block is denoised. All chunks arrive in
+        order.
 
         Raises:
-            UserError: an empty prompt, a block count that is not positive, a session that already streams and
-                was not reset, or absolute positions that ended (`relative_rope: true` has no end).
+            UserError: the prompt is empty, the block count is not positive, the session was not reset since
+                its last stream, or absolute positions end (`relative_rope: true` has no end).
         """
         return self._start(PromptSchedule((prompt,)), blocks)
 
     def play(self, schedule: PromptSchedule, blocks: int) -> Iterator[Chunk]:
-        """Stream a schedule: its prompts take over at its switch frames (latent frames), rounded up to a
-        block, at most one a block.
+        """Stream a schedule. Its prompts take over at its switch frames (latent frames), rounded up to a
+        block, at most one per block.
 
         Raises:
-            UserError: a switch past the end of the video, or what `stream` refuses.
+            UserError: a switch is past the end of the video, or `stream` raises.
         """
         check_switches_fit(schedule.switch_frames, blocks, self.plan.block_frames)
         return self._start(schedule, blocks)
@@ -153,7 +154,8 @@ class StreamingSession:
         prompts = deque(schedule.prompts)
         switch_frames = deque(schedule.switch_frames)
         if switch_frames and switch_frames[0] == 0:
-            # A switch before anything exists is a start; LongLive never uses the first prompt then either.
+            # A switch before the first block replaces the first prompt, which LongLive never uses then
+            # either.
             switch_frames.popleft()
             prompts.popleft()
         prompt = prompts.popleft()
