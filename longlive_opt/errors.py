@@ -6,5 +6,4 @@ class UserError(ValueError):
 
 
 class NotAvailable(UserError):
-    """The request is valid, but this machine cannot run it. A campaign continues and reports `n/a: reason`.
-    """
+    """The request is valid, but this machine cannot run it. A campaign goes on and reports `n/a: reason`."""

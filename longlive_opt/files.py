@@ -1,6 +1,4 @@
-"""File handling: project paths, atomic writes, strict YAML and checks that text can be written. Needs no
-torch.
-"""
+"""File handling: project paths, atomic writes, strict YAML, and text that can be written. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ from .errors import UserError
 
 
 def project_path(path: str | Path) -> Path:
-    """Resolve a relative `path` from the project's folder: JupyterLab and papermill start in different ones.
-    """
+    """Resolve `path` from the project's folder if relative: JupyterLab and papermill start elsewhere."""
     return Path(__file__).resolve().parent.parent / path
 
 

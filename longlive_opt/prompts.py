@@ -25,7 +25,7 @@ class PromptSchedule:
     switch_frames: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Return plain JSON-ready values: the `schedule` section of a result."""
+        """Return plain JSON-ready values: the `prompt_schedule` section of a result."""
         return {"prompts": list(self.prompts), "switch_frames": list(self.switch_frames)}
 
 

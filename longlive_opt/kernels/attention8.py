@@ -101,8 +101,7 @@ def _attention8_fake(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int) -> None:
-    """Check shapes against the module `quantize`: a wrong one would make the kernel read elsewhere, not fail.
-    """
+    """Check shapes against the module `quantize`: a wrong one would read elsewhere instead of failing."""
     batch, _, heads, dim = q.shape
     slots = k.shape[1]
     per_head, per_token = (batch, heads), (batch, heads, slots)

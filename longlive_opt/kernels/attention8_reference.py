@@ -72,8 +72,7 @@ def attention8_dequantized(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_s
 
 
 def _round_p(p: Tensor, v_dtype: torch.dtype, v_scale: Tensor | None, cols: slice) -> Tensor:
-    """Round P as the second matrix product takes it: to V's dtype or, for int8 V, times its scales to fp16.
-    """
+    """Round P as the second matrix product takes it: to V's dtype; for int8 V, times its scales to fp16."""
     if v_dtype == torch.int8:
         return (p * v_scale[..., None, cols]).to(torch.float16)
     return p.to(v_dtype)

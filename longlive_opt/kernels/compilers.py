@@ -55,8 +55,7 @@ def check_triton(key: str) -> None:
 
 @functools.cache
 def build_fault(compiler: str, language: str, folder: str | None = None) -> str | None:
-    """Explain why `compiler` cannot build, or Python cannot load, an extension in c or c++; None if both
-    work.
+    """Explain why `compiler` cannot build, or Python cannot load, a c or c++ extension; None if both work.
 
     Args:
         compiler: a command, optionally with arguments.

@@ -117,8 +117,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, channels, eps, BLOCK: tl.constex
 @triton.jit
 def _store_row(pointer, scale_ptr, x, batch, slot, slots, heads, N: tl.constexpr, D: tl.constexpr,
                KIND: tl.constexpr):
-    """Write a token x [heads, D] to its cache row: int8 with new scales, e4m3 with the existing scales, or
-    plain.
+    """Write a token x [heads, D] to its cache row: int8 with new scales, e4m3 with existing ones, or plain.
 
     A negative slot stores nothing.
     """

@@ -1,5 +1,4 @@
-"""The int8 matrix product in plain Triton: one persistent program per multiprocessor iterates over output
-tiles.
+"""The int8 matrix product in plain Triton: one persistent program per multiprocessor loops over the tiles.
 
 It runs on every GPU with int8 tensor cores; on Hopper `gemm8_gluon` is faster. Tensor descriptors load the
 operands `num_stages` steps ahead; on GPUs without a copy engine, Triton turns these into plain loads.

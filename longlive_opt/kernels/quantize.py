@@ -117,8 +117,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def token_slots(slots: Tensor, frame_tokens: int) -> Tensor:
-    """First slot of each latent frame, int [F] -> slot of each token, int64 [F*frame_tokens]; -1: not stored.
-    """
+    """First slot of each latent frame, int [F] -> slot of each token, int64 [F*frame_tokens]; -1: none."""
     table = slots.long()[:, None] + torch.arange(frame_tokens, device=slots.device)
     return torch.where(slots[:, None] < 0, -1, table).flatten()
 

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 CROWDED = "Something else ran on the machine in the meantime: not fit for comparison."
 NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
-# Preset keys that metrics depend on and that no optimization may change. A result older than a key has its
-# default.
+# Preset keys that metrics depend on and that no optimization may change. Older results have the default.
 _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
               "local_attn_size", "sink_size", "global_sink", "relative_rope")
 # Fidelity also depends on these: both videos must have the same length.
@@ -55,8 +54,7 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """Return an empty string if the frames of the two are comparable, else why not: unequal length, or
-    `unfair`.
+    """Return an empty string if the two runs' frames are comparable, else why not: length, or `unfair`.
 
     `result` may be a planned run.
     """
@@ -307,8 +305,7 @@ def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None
 
 def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise: Mapping[str, Any] | None,
            gate: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `decision` section: keep is True or False by a stated rule, or None if the rule does not
-    apply.
+    """Return the `decision` section: keep is True or False by a stated rule, None if it does not apply.
 
     A run that fails its gate is dropped at any speed. A run without a gain is dropped too, so no change stays
     for its own sake. Undecided runs are those not comparable with the baseline (`fidelity_reason`), those

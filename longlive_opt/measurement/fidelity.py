@@ -126,8 +126,8 @@ class Truth:
     [blocks, B, F, C, h, w], its uint8 `frames` [T, 3, H, W] with the number per block, and the baseline's own
     `video` [T, 3, H, W] for viewing.
 
-    `facts` describes what it is the truth of (`made_of`). It also has the `schedule`, the rows `baseline` and
-    `nulls`, and digests of the baseline's own streams.
+    `facts` describes what it is the truth of (`made_of`). It also has the `prompt_schedule`, the rows
+    `baseline` and `nulls`, and digests of the baseline's own streams.
     """
 
     latents: Tensor
@@ -175,9 +175,7 @@ class Null:
 
 
 def nulls_of(config: ExperimentConfig, schedule: FidelitySchedule) -> tuple[list[Null], list[dict[str, Any]]]:
-    """Return the null rows that a baseline of this config can have, and rows that explain why others are
-    missing.
-    """
+    """Return the null rows that a baseline of this config can have, and rows that explain missing ones."""
     window, sink, block = config.local_attn_size, config.sink_size, config.block_frames
     switch = schedule.switch_block
     found = [Null("other_seed", "another seed", 0, {"seed": config.seed ^ 1}, forced=False)]
@@ -419,8 +417,7 @@ def _decoded(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
 
 def _null_rows(pipeline: Pipeline, truth: Truth, free: Stream,
                decoders: Mapping[int, StreamingDecoder]) -> list[dict[str, Any]]:
-    """Return one row per null. Before its first block it equals the baseline, so only the rest is computed.
-    """
+    """Return one row per null. It equals the baseline before its first block, so only the rest runs."""
     schedule, own = truth.schedule, truth.facts["baseline"]
     nulls, absent = nulls_of(pipeline.config, schedule)
     return [_null_row(pipeline, truth, free, decoders, null, own) for null in nulls] + absent

@@ -116,8 +116,7 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
     chunk_ready[k - 1] and includes the consumer's work between blocks. Measured blocks with a
     "switch_request" mark count in PS (prompt switch), the others in SS (steady state). `switch_events`: a
     second stream with the same warm-up that provides the PS metrics, for runs whose switches would use up the
-    steady-state samples.
-    `target_ms`: per frame, for `ss_over_target`.
+    steady-state samples. `target_ms`: per frame, for `ss_over_target`.
 
     Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
     """
@@ -175,8 +174,8 @@ def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[
 
 def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
     """{n, mean, p95} of the wait for a switch requested at a random moment. `latencies` are those of requests
-    at a block's edge, each after a block that took `before` ms; the random request comes at any time in that
-    block.
+    at a block's edge, each after a block that took `before` ms; the random request comes at any time
+    in that block.
     """
     spans = [(least, least + wait) for least, wait in zip(latencies, before, strict=True)]
 
@@ -195,8 +194,7 @@ def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> di
 
 def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
                     threshold: float = CLOCK_THRESHOLD) -> dict[str, Any]:
-    """Compare the host's block interval with the sum of the CUDA spans of `STAGES` over the steady-state
-    blocks.
+    """Compare the host's block interval with the sum of the CUDA spans of `STAGES` in the steady state.
 
     `share` is (host - cuda) / host of the totals: positive if no stage covers some host work and gaps,
     negative if stages overlap on several streams. `flag` is set when |share| exceeds `threshold`; `sentence`
@@ -280,13 +278,11 @@ def playback(chunk_ready_ms: Sequence[float], frames_per_chunk: Sequence[int], f
     """Simulate a viewer who sees frame i at start + i / fps, given the time when each chunk became ready.
 
     `startup_buffer_ms`: the smallest delay after the first chunk's arrival that never stalls. Without a
-    delay,
-    playback pauses when the next chunk is late and resumes on its arrival: `stalls_at_zero_buffer` pauses,
-    with a total of `stall_ms_at_zero_buffer` (which equals the start-up buffer: one waits at once or in
-    pieces).
-    `deadline_miss_share`: the share of chunks after the first that arrive later than the previous chunk lasts
-    on screen. `sustained`: production keeps up with `fps`; otherwise the buffer grows with the stream's
-    length.
+    delay, playback pauses when the next chunk is late and resumes on its arrival: `stalls_at_zero_buffer`
+    pauses, with a total of `stall_ms_at_zero_buffer` (which equals the start-up buffer: one waits at once or
+    in pieces). `deadline_miss_share`: the share of chunks after the first that arrive later than the previous
+    chunk lasts on screen. `sustained`: production keeps up with `fps`; otherwise the buffer grows with the
+    stream's length.
 
     Raises UserError for fps <= 0, unequal lengths, empty chunks or decreasing times.
     """

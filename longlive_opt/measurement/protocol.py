@@ -127,9 +127,8 @@ class Measurement:
 
     def _record(self, blocks: int, switches: list[int]) -> tuple[list[Event], Samples]:
         """Return the events of a stream's first `blocks` blocks and the GPU's samples. If decoding overlaps
-        the next
-        block, the stream has one more block: nothing competes with the decoding of its last block, which is
-        not a steady state.
+        the next block, the stream has one more block: nothing competes with the decoding of its last block,
+        which is not a steady state.
         """
         gc.collect()
         self._start_over()

@@ -47,13 +47,11 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
     Computed on `device`, by default the reference's, a few frames at a time. `identical` covers all frames;
     the other metrics cover at most `max_frames` of them, evenly spaced (`frame_indices`). `prompts`: one for
     all frames, or one per frame, for the CLIP score. `lpips_folder`: the folder with the AlexNet trunk, by
-    default torch's hub cache.
-    `metrics`: the metrics to compute; the section omits the others.
+    default torch's hub cache. `metrics`: the metrics to compute; the section omits the others.
 
     A metric is {mean, min, max, per_frame, worst_frame}. A frame equal to its reference has PSNR null, and
     the mean is over the others; identical clips have no PSNR. `flags` lists problems that invalidate the
-    numbers, such as
-    constant frames: a broken decoder's black frames match black frames perfectly.
+    numbers, such as constant frames: a broken decoder's black frames match black frames perfectly.
 
     Raises UserError for unequal lengths, sizes or dtypes, non-finite frames, or values outside 0..1.
     """
@@ -132,9 +130,7 @@ def _spread(total: int, most: int | None) -> list[int]:
 def _batches(reference: "torch.Tensor", variant: "torch.Tensor",
              indices: Sequence[int],
              device: "torch.device | None" = None) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """Yield the chosen frames of both clips, checked, as float32 in 0..1 on `device` (default: the
-    reference's).
-    """
+    """Yield the chosen frames of both clips, checked, as float32 in 0..1 on `device` or the reference's."""
     device = device or reference.device
     for start in range(0, len(indices), _BATCH):
         chosen = list(indices[start:start + _BATCH])
@@ -177,8 +173,7 @@ def _ms_ssim(variant: "torch.Tensor", reference: "torch.Tensor") -> "torch.Tenso
 
 
 def _summarise(name: str, values: list[float], indices: list[int], identical: bool) -> dict[str, Any]:
-    """Return mean, extremes and worst frame. Equal clips score exactly, without rounding; infinity is null.
-    """
+    """Return mean, extremes and worst frame. Equal clips score without rounding; infinity is null."""
     if identical:
         values = [{"psnr_db": math.inf, **dict.fromkeys(_FALLING, 0.0)}.get(name, 1.0)] * len(indices)
     finite = {index: value for index, value in zip(indices, values, strict=True) if value != math.inf}
@@ -192,9 +187,7 @@ def _summarise(name: str, values: list[float], indices: list[int], identical: bo
 
 def _load_lpips(folder: str | Path | None,
                 device: "torch.device") -> "Callable[..., torch.Tensor] | dict[str, Any]":
-    """Return a scorer (variant, reference) -> LPIPS per frame, or n/a if no trunk matches the hash in its
-    name.
-    """
+    """Return a scorer (variant, reference) -> LPIPS per frame, or n/a if no trunk has the right hash."""
     import torch
 
     path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / LPIPS_TRUNK

@@ -239,8 +239,7 @@ class QuantizationStudy:
         return pd.DataFrame(rows).round(3)
 
     def calls_table(self) -> pd.DataFrame:
-        """Return milliseconds of single calls: linear layers by format, and attention over the full window.
-        """
+        """Return ms of single calls: linear layers by format, and attention over the full window."""
         rows = [{"call": call, "ms": ms, "of": kind} for kind, calls in self.calls.items()
                 for call, ms in calls.items()]
         return pd.DataFrame(rows).round(4)

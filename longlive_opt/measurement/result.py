@@ -98,8 +98,7 @@ from ..files import atomic_path, whole_text
 SCHEMA_VERSION = 2
 REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, next to the baseline's result.json
 
-# Kind (see _KINDS) -> dotted paths of required fields and optional ones (with a question mark); others are
-# allowed.
+# Kind (see _KINDS) -> dotted paths of required fields, or of optional ones (question mark). Others may exist.
 _SCHEMA = {
     "int": "seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
            "latency.ss_ms_per_frame.n latency.ps_ms.n",
@@ -134,8 +133,7 @@ def run_label(preset: str, run: int) -> str:
 
 
 def na(reason: str, how_to_fix: str) -> dict[str, Any]:
-    """A metric that could not be measured: the reason, and what the reader can do about it (both non-empty).
-    """
+    """A metric that could not be measured: the reason, and the reader's remedy (both non-empty)."""
     if not reason or not how_to_fix:
         raise ValueError("na() needs a reason and a remedy")
     return {"value": None, "reason": reason, "how_to_fix": how_to_fix}
@@ -252,7 +250,7 @@ def upgraded(result: Any) -> Any:
 
 
 def _with_exactness(entry: Any) -> Any:
-    """Rename an optimization's or gate's exactness to the key `exactness` and the value `bitwise`."""
+    """Rename `level` to `exactness`, and its value `exact` to `bitwise`, in an optimization or a gate."""
     if not isinstance(entry, dict) or "level" not in entry:
         return entry
     value = "bitwise" if entry["level"] == "exact" else entry["level"]
@@ -289,8 +287,7 @@ def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[
     reason)).
 
     One bad file never hides the others. A preset folder with an executed notebook but without a result is a
-    problem
-    too: that run did not finish. Raises UserError only if `folder` is not a folder.
+    problem too: that run did not finish. Raises UserError only if `folder` is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():

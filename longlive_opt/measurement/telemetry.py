@@ -87,8 +87,7 @@ class Telemetry:
             thread.join()
 
     def read(self) -> dict[str, float | int | None]:
-        """Take one reading of `FIELDS`, null for values that this GPU does not report; `throttle` is a mask.
-        """
+        """Take one reading of `FIELDS`, null for values that are not reported; `throttle` is a mask."""
         nvml = self._nvml
         # NVML renamed this query; old drivers and old bindings know only one name.
         masks = (self._ask(getattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", None))

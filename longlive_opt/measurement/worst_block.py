@@ -16,8 +16,7 @@ LAUNCH_BOUND = 0.95  # share of a stage's time on the GPU; below it, the host wa
 
 
 def explain(result: Mapping[str, Any]) -> str:
-    """Name the stages in which the slowest block was slower than the median block; empty if it was no
-    outlier.
+    """Name the stages in which the slowest block was slower than the median; empty if it was no outlier.
 
     If a GPU stage took longer because the host launched it late, the text says so: launching took as long as
     the stage, and exceeded its usual time by at least half of what the stage lost.

@@ -1,5 +1,4 @@
-"""Untrusted weights files: opened lazily, checked from the first bytes, and refused with a one-sentence
-reason.
+"""Untrusted weights files: opened lazily, checked from the first bytes, refused with a short reason.
 
 Torch pickles are only ever opened with `weights_only=True`, so a file that holds anything but tensors is
 refused before any of its code runs. Tensors stay in the memory-mapped file until they are read.
@@ -111,8 +110,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[str], Te
 
 def _load_pickle(path: Path) -> Any:
     try:
-        # The format of torch before 1.6 is not a zip archive and cannot be memory-mapped, so it is read
-        # whole.
+        # The format of torch before 1.6 is not a zip archive and cannot be memory-mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except DAMAGED as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))

@@ -1,6 +1,5 @@
 """The causal video diffusion transformer (DiT) of LongLive-1.3B (Wan 2.1 T2V-1.3B, arXiv:2503.20314;
-LongLive,
-arXiv:2509.22622).
+LongLive, arXiv:2509.22622).
 
 The module uses a key-value (KV) cache but never builds or inspects one: each block passes q, k, v to its
 `LayerCache`, which rotates, stores and attends. Parameter names are those of the official checkpoints.

@@ -91,7 +91,7 @@ class CheckpointFiles:
 
     Args:
         files: path in the folder by part: `dit`, `vae`, `text`, `tokenizer`, and `lora` if an adapter is
-        merged.
+            merged.
         containers: keys that may hold the transformer's tensors in its torch file, in order of preference;
             None means the file itself.
         sources: where the files are published; empty for weights that come with the project.

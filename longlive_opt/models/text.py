@@ -37,8 +37,7 @@ FETCH_TEXT = f"{FETCH_COMMAND} DIR --what text"
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention with an additive position bias and, as in every T5, without 1/sqrt(D) scaling.
-    """
+    """Bidirectional attention with an additive position bias and, as in every T5, no 1/sqrt(D) scale."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -158,9 +157,7 @@ class Tokenizer:
     to_ids: Callable[[str], list[int]]
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return ids and mask of the cleaned prompts, int64 [B, text_len]; truncate longer ones with a
-        warning.
-        """
+        """Return ids and mask of the cleaned prompts, int64 [B, text_len]; cut long ones with a warning."""
         ids = torch.full((len(prompts), self.text_len), PAD_ID)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -249,9 +246,7 @@ class TextEncoder:
         self.report: dict[str, Any] = {"loaded": False}
 
     def hosted(self, make: Callable[[UMT5Encoder], nn.Module]) -> TextEncoder:
-        """Return the same encoder, unloaded, with weights in host memory; `make` creates the module that
-        runs.
-        """
+        """Return the same encoder, unloaded, with weights in host memory; `make` makes what runs."""
         return TextEncoder(self.config, self.tokenizer, self.identity, self._load, make)
 
     def load(self) -> nn.Module:

@@ -377,8 +377,7 @@ class WanVAE(nn.Module):
 
 
 class StreamingDecoder:
-    """Decodes blocks of latents to frames immediately and keeps the history for the next block; one video at
-    a time.
+    """Decodes blocks of latents to frames at once and keeps the history; one video at a time.
 
     Makes one decoder call per `chunk_latents` latents (1: as upstream). Larger chunks give the same frames,
     up to rounding, with fewer and larger kernels. The first latent of a video is always decoded alone.

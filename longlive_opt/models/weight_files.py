@@ -44,8 +44,7 @@ class WeightFiles:
 
     @property
     def kind(self) -> str:
-        """`random` or `files`. Files have the official layout; only their SHA-256 shows if they are official.
-        """
+        """`random` or `files`. Only their SHA-256 shows whether files are the official ones."""
         return "random" if self.root is None else "files"
 
     def sha256(self, parts: Iterable[str] = PARTS) -> dict[str, str]:

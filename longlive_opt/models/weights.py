@@ -1,5 +1,4 @@
-"""Load weights into modules: official checkpoints with the LoRA (low-rank adapter) merged, or seeded random
-values.
+"""Load weights into modules: official ones with the LoRA (low-rank adapter) merged, or seeded random ones.
 
 A module is built on the meta device and then filled tensor by tensor on its final device in its final dtype.
 So neither host nor device ever holds a second copy of the model. Names, shapes and dtypes are checked from
@@ -246,8 +245,7 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device 
 def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
              seed: int = 0, lora_alpha: float = LORA_ALPHA,
              window_tokens: int = WINDOW_TOKENS) -> tuple[CausalDiT, WeightsReport]:
-    """Load the transformer for inference on `device`: from `files` with the LoRA merged, or random from
-    `seed`.
+    """Load the transformer for inference: from `files` with the LoRA merged, or random from `seed`.
 
     `window_tokens` is for random weights (`random_init_`).
 

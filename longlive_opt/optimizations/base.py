@@ -24,9 +24,7 @@ class Stats(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Optimization:
-    """Base class of all optimizations. Fields are settings; class attributes define how it combines with
-    others.
-    """
+    """Base class of all optimizations. Fields are settings; class attributes say what it combines with."""
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness]

@@ -192,9 +192,7 @@ class FusedBlock:
         self._end = end
 
     def write(self, h: Operand, layer: RingLayer) -> Tensor:
-        """Write the keys and values of h, normed and modulated, to `layer`; return rotated queries [B, L, N,
-        D].
-        """
+        """Write keys and values of the normed, modulated h to `layer`; return rotated q [B, L, N, D]."""
         attention, cache = self.block.self_attn, layer.cache
         qkv = self.products.qkv(h)
         q = fused.qk_norm_rope_write(

@@ -111,9 +111,7 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, ...] | None = None):
-        """Args: shape: that of every embedding; None accepts any. Raises UserError if `folder` cannot be
-        made.
-        """
+        """Args: shape: that of every embedding; None: any. Raises UserError if `folder` cannot be made."""
         self._fingerprint = fingerprint
         self._shape = shape
         self._folder = folder

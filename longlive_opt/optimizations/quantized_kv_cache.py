@@ -94,9 +94,7 @@ class QuantizedKV(Optimization):
 
 
 class CodeCounts:
-    """A `Stats` of the newest cache as its last stream left it. When that cache is gone, the last counts
-    stay.
-    """
+    """A `Stats` of the newest cache as its last stream left it; the last counts outlive that cache."""
 
     def __init__(self) -> None:
         self._cache: Callable[[], QuantizedKVCache | None] = lambda: None
@@ -133,7 +131,7 @@ def check_kernels(head_dim: int, capability: tuple[int, int]) -> None:
 
     Raises:
         NotAvailable: the GPU is older than Hopper, or Triton or something it needs to start kernels is
-        missing.
+            missing.
         UserError: the kernels do not support the size of the heads.
     """
     if capability < (9, 0):

@@ -1,5 +1,4 @@
-"""Text offload: weights that only read the prompt stay in host memory and move to the GPU one block at a
-time.
+"""Text offload: weights that only read the prompt stay on the host and visit the GPU block by block.
 
 Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes. The same
 holds for the transformer's projections of the prompt to keys and values, 0.3 GB. Their weights are in

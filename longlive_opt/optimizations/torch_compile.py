@@ -98,9 +98,7 @@ def many_recompiles() -> Any:
 
 
 class CompiledDecoder(StreamingDecoder):
-    """A decoder with compiled stages for full chunks of latents, and plain ones for the first block of a
-    video.
-    """
+    """A decoder with compiled stages for full chunks of latents, and plain ones for a first block."""
 
     def __init__(self, stages: Sequence[nn.Module], *arguments: Any):
         super().__init__(*arguments)

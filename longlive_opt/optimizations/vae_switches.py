@@ -3,13 +3,11 @@
 These are three optimizations, each independent of the compiler, which switches all three on by default.
 
 - `VAEChannelsLast`. Idea: cuDNN's bf16 convolutions read and write channels last and convert any other
-layout.
-  Replaces: the layout of `vae`'s weights, history and activations. On the CPU this is the reference's layout,
-  because norms over the channels take half of the time otherwise.
+  layout. Replaces: the layout of `vae`'s weights, history and activations. On the CPU this is the reference's
+  layout, because norms over the channels take half of the time otherwise.
 - `VAEChunk`. Idea: several latents per call make fewer and larger kernels, and read weights and history less
-often.
-  Replaces: `make_vae_decoder`. Costs: the activations of all of them in memory at once. The first latent of a
-  video is always decoded alone.
+  often. Replaces: `make_vae_decoder`. Costs: the activations of all of them in memory at once. The first
+  latent of a video is always decoded alone.
 - `CudnnBenchmark`. Idea: let cuDNN time its kernels for each shape and use the fastest. On an H100 its
   heuristic chooses a kernel of an older generation for the 96-channel convolutions. Replaces:
   `make_vae_decoder`, whose calls run with the flag. Costs: the search, once per shape, during set-up. Two

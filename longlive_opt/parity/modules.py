@@ -1,6 +1,4 @@
-"""Checks of everything around the transformer: schedule, VAE, text encoder, and keys of the full-size
-modules.
-"""
+"""Checks around the transformer: schedule, VAE, text encoder, and keys of the full-size modules."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ def check_scheduler(comparison: Comparison, recorded: Tensors, config: Mapping[s
 
 
 def check_vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -> None:
-    """Check the decoder latent by latent, streamed and in chunks, and the encoder if its weights are
-    recorded.
-    """
+    """Check the decoder by latent, streamed and in chunks, and the encoder if its weights are recorded."""
     vae = WanVAE(VAEConfig(config["dim"], tuple(config["dim_mult"]), config["num_res_blocks"]))
     missing, unexpected = vae.load_state_dict(below(recorded, "weights."), strict=False)
     encodes = not missing

@@ -66,9 +66,7 @@ class Delivery:
         return self._to_host and self._copies
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Move frames, uint8 [B, T, 3, H, W], to their destination; complete when the current stream gets
-        here.
-        """
+        """Move frames, uint8 [B, T, 3, H, W]; complete when the current stream gets here."""
         if not self.copies:
             return frames
         buffer = self._buffers[self._turn][:frames.numel()].view(frames.shape)

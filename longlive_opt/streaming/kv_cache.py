@@ -1,6 +1,5 @@
 """The key-value (KV) cache: a window of past latent frames with an attention sink (LongLive,
-arXiv:2509.22622; sinks:
-arXiv:2309.17453).
+arXiv:2509.22622; sinks: arXiv:2309.17453).
 
 `plan_pass` defines which slot holds what, in latent frames and plain integers. `WindowCache` does the
 bookkeeping around it. Every cache uses both. `RollingKVCache` is the reference; it applies the plan with
@@ -51,9 +50,8 @@ class PassPlan:
 
     First, slots [sink, sink + evict) leave the window. New frame i belongs to slot `first + i` and is stored
     there unless the slot is below `write_from` (a recomputed frame never overwrites the sink). Afterwards
-    `filled` slots
-    hold frames, and `attended` slots are attended: the filled ones and all of the sink, even while it is
-    empty and zero (only with a sink larger than a block).
+    `filled` slots hold frames, and `attended` slots are attended: the filled ones and all of the sink, even
+    while it is empty and zero (only with a sink larger than a block).
     """
 
     start: int

@@ -194,8 +194,7 @@ class FlowSchedule:
     def _sigma_on(self, timestep: float | Tensor, device: torch.device) -> Tensor:
         if isinstance(timestep, Tensor):
             return self.sigma(timestep).to(device)
-        # Copied once: copying from the host waits for the stream, which would happen in every step of every
-        # block.
+        # Copied once, because a copy from the host would wait for the stream in every step of every block.
         key = (timestep, device)
         if key not in self._on_device:
             self._on_device[key] = self.sigma(timestep).to(device)

@@ -88,8 +88,7 @@ class StreamingSession:
     @property
     def host_frames(self) -> bool:
         """Whether chunks have their frames in page-locked host memory instead of on the device. This memory
-        is
-        reused: a chunk's frames stay valid until the next chunk was handed out and the one after it is
+        is reused: a chunk's frames stay valid until the next chunk was handed out and the one after it is
         requested, so copy frames to keep them. A change takes effect with the next block. On the CPU, frames
         are in host memory anyway and stay valid.
         """
@@ -154,8 +153,7 @@ class StreamingSession:
         prompts = deque(schedule.prompts)
         switch_frames = deque(schedule.switch_frames)
         if switch_frames and switch_frames[0] == 0:
-            # A switch before the first block replaces the first prompt, which LongLive never uses then
-            # either.
+            # A switch before the first block replaces the first prompt, as in LongLive.
             switch_frames.popleft()
             prompts.popleft()
         prompt = prompts.popleft()

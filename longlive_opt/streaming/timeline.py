@@ -77,8 +77,7 @@ class Timeline:
 
     @contextlib.contextmanager
     def span(self, name: str, block: int | None = None) -> Iterator[None]:
-        """Time the body on the host clock and, on CUDA, on the stream that is current at its begin and end.
-        """
+        """Time the body on the host clock and, on CUDA, on the stream current at its begin and end."""
         start_ms = self.now_ms()
         start = self._record() if self._cuda else None
         yield
@@ -107,8 +106,7 @@ class Timeline:
             gc.callbacks.remove(note)
 
     def resolve(self) -> list[Event]:
-        """Synchronise once, convert CUDA events to times, and return all events sorted by start. Idempotent.
-        """
+        """Synchronise once, convert CUDA events to times, and return all events by start. Idempotent."""
         if self._pending:
             self._cuda.synchronize(self.device)
             for name, block, start, end in self._pending:
