@@ -56,7 +56,7 @@ def write(path: Path, text: str) -> Path:
     ("measure_blocks", 400, "relative_rope"), ("prompts", [], "at least one prompt"),
     ("prompts", ["a", " "], "write some"),
     ("switch_frame_indices", [3, 6, 9], "3 prompts need 2"),
-    ("switch_frame_indices", [-3, 3], "not be negative"),
+    ("switch_frame_indices", [-3, 3], "not negative"),
     ("switch_frame_indices", [3, 18], "video_latent_frames"),
     ("video_latent_frames", 10, "use 9 or 12"),
     ("max_error_ratio", -5, "greater than 0"), ("linear_layers", ["head"], "at least one of qkv"),
@@ -317,7 +317,7 @@ def test_half_a_character_in_a_file_is_refused_with_its_line(tmp_path):
     """A message that names the key and leaves one to look for it in two files."""
     path = tmp_path / "p.yaml"
     path.write_text('name: mine\nprompts:\n- "a"\n- "fox \\ud83e"\n')
-    with pytest.raises(UserError, match=r"p\.yaml line 2, prompts\[1\]: 'fox \\ud83e' holds"):
+    with pytest.raises(UserError, match=r"p\.yaml line 2, prompts\[1\]: 'fox \\ud83e' contains"):
         load_yaml(path)
     path.write_text('name: mine\ntitle: "\\ud83e\\udd8a"\n')
     assert load_yaml(path)["title"] == "\U0001f98a"

@@ -143,7 +143,7 @@ def test_a_different_file_of_the_user_is_kept(hub, tmp_path):
 def test_full_disk_is_noticed_first(hub, tmp_path, monkeypatch):
     """Better now than after an hour."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="1.07 GB are needed .* has 10 B free"):
+    with pytest.raises(UserError, match="1.07 GB are needed, .* has 10 B free"):
         fetch(tmp_path / "not" / "there", hub, plan(hub))
     assert not hub.log
 

@@ -70,7 +70,7 @@ def test_single_prompt_needs_no_switches(tmp_path):
     ('{"prompts": ["a", "b"], "switch_frame_indices": [1, 2]}\n', "2 switch frames for 2 prompts"),
     ('{"prompts": ["a"], "switch_frame_indices": [1]}\n', "1 switch frames for 1 prompts"),
     ('{"prompts": ["a", "b", "c"], "switch_frame_indices": [5, 5]}\n', "must be strictly increasing"),
-    ('{"prompts": ["a", "b"], "switch_frame_indices": [-1]}\n', "not be negative"),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": [-1]}\n', "not negative"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": [1.5]}\n', "line 1, switch_frame_indices: [1.5]"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": true}\n', "line 1, switch_frame_indices: True"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": "x"}\n', "line 1, switch_frame_indices: 'x'"),
