@@ -20,7 +20,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py $(if $(filter-out 0,$(NEWEST)),--n
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-versions test-gpu lint lab summary training-report quantization parameters readme wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
+.PHONY: help install demo test test-browser test-versions test-gpu lint lab summary training-report quantization parameters readme wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,10 @@ demo: ## run every preset but the studies on the tiny model (CPU, minutes): outp
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest -n auto $(ARGS)
+
+test-browser: ## play the live notebook in JupyterLab with a headless Chromium (needs it, and the extra browser)
+	@$(SETUP); "$$py" -m pip install --quiet -c constraints.txt playwright && \
+		"$$py" -m pytest tests/browser --browser-tests $(ARGS)
 
 test-versions: ## run the tests that touch torch's internals with the oldest and the newest torch allowed
 	@$(PYTHON) scripts/test_versions.py $(ARGS)

@@ -68,6 +68,10 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
 RESULT_FILE = "result.json"
+# What a verb leaves behind, and the verb: who asks for it too early reads which step is missing.
+MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "measured": "measure",
+           "company": "measure", "clocks": "measure", "chunks": "film", "frames": "film",
+           "quality": "compare"}
 
 
 class Experiment:
@@ -80,6 +84,17 @@ class Experiment:
         self.folder = folder
         self.schedule = schedule_of(config)
         self.adherence: dict[str, Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if (verb := MADE_BY.get(name)) is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise UserError(f"{name}: there is none yet; call {verb}() first.")
+
+    def __repr__(self) -> str:
+        done = [verb for verb in dict.fromkeys(MADE_BY.values())
+                if all(name in self.__dict__ for name, maker in MADE_BY.items() if maker == verb)]
+        return (f"Experiment({self.config.name}, run {self.number} of campaign {self.campaign}, "
+                f"{self.config.model} on {self.config.device}; done: {', '.join(done) or 'nothing yet'})")
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Experiment:

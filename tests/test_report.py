@@ -723,7 +723,7 @@ def test_world_is_told_per_run_and_tabled():
             ) in part
     assert "Wrong: red circle: motion. Not evaluated: blue star: letter." in part
     assert "switch delay in blocks n/a (never came) (3 of 3" in section(text, "### Experiment 5")
-    why = "- Moving Shapes: n/a, a prompt is none of .*; write another\\."
+    why = "- Moving Shapes: n/a, a prompt is not of .*; write another\\."
     assert re.search(why, section(text, "### Experiment 6"))
     assert "mall world" not in section(text, "### Experiment 2")
     assert "mall world" not in section(text, "## Baseline Measurement")
@@ -734,7 +734,7 @@ def test_world_is_told_per_run_and_tabled():
     assert numbers.loc[["baseline", "speed"], "adherence_after"].isna().all()
     table = report.adherence_table(runs).set_index("preset")
     assert table.loc["quality", "switch delay, blocks"] == "1.5, 1 of 3 never"
-    assert table.loc["speed", "permanence"].startswith("n/a (a prompt is none")
+    assert table.loc["speed", "permanence"].startswith("n/a (a prompt is not of")
     assert table.loc["baseline", "adherence after"] == "n/a (not evaluated)"
 
 

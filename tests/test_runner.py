@@ -422,13 +422,13 @@ def test_finished_is_judged_by_the_weights_in_a_folder(whole: Path, tmp_path: Pa
     shutil.copytree(plan.TINY_WEIGHTS, weights)
     finish(whole, weights=str(weights))
     assert plan.is_finished(job_of(whole, weights=str(weights)))
-    changed = weights / "lora.safetensors"
+    changed = weights / "longlive_base.safetensors"
     assert changed.exists()
     content = bytearray(changed.read_bytes())
     content[-1] ^= 1
     changed.write_bytes(content)
     assert error_of(whole, capsys, "--set", f"weights={weights}") == (
-        "error: baseline is finished with other weights (lora: another SHA-256); take --overwrite or another "
+        "error: baseline is finished with other weights (dit: another SHA-256); take --overwrite or another "
         "--campaign")
 
 

@@ -89,7 +89,8 @@ TEXT = TextEncoderConfig(
 )
 DIT = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=64, freq_dim=32, text_dim=TEXT.dim,
                 text_len=TEXT.text_len)
-SMALL = ModelSpec("small", DIT, VAEConfig(dim=4, num_res_blocks=1), TEXT, height=32, width=32)
+SMALL = ModelSpec("small", "small", MODELS["tiny"].checkpoint, DIT, VAEConfig(dim=4, num_res_blocks=1), TEXT,
+                  height=32, width=32, full_size=False)
 CPU = torch.device("cpu")
 
 

@@ -6,7 +6,8 @@ numpy, PIL and PyAV are imported where they are needed; PyAV brings its own x264
 
 import base64
 import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,30 +63,41 @@ def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float,
     so. Returns {frames, fps, width, height, padded, bytes}. Raises UserError without PyAV or when writing
     fails.
     """
+    images = as_images(frames)
+    size = write_pictures(path, images, fps, crf=crf)
+    return {"frames": len(images), "fps": fps, **size, "bytes": Path(path).stat().st_size}
+
+
+def write_pictures(path: str | Path, pictures: "Iterable[np.ndarray]", fps: float, *,
+                   crf: int = 20) -> dict[str, Any]:
+    """`write_mp4` of pictures, uint8 [H,W,3] each and of one size, that come one by one and need not fit into
+    memory together. Returns {width, height, padded}. Raises UserError as `write_mp4` does, or for no picture.
+    """
     import numpy as np
 
     try:
         import av
     except ImportError as error:
         raise UserError("writing mp4 needs PyAV, which is not installed: pip install 'av>=14'.") from error
-    images = as_images(frames)
     if fps <= 0:
         raise UserError(f"fps: {fps} must be greater than 0.")
-    odd = [size % 2 for size in images.shape[1:3]]
-    images = np.pad(images, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-    path = Path(path)
+    pictures = iter(pictures)
+    first = next(pictures, None)
+    if first is None:
+        raise UserError("frames: there is none; give at least one.")
+    odd = [size % 2 for size in first.shape[:2]]
     with atomic_path(path) as temporary:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-            stream.height, stream.width = images.shape[1:3]
+            stream.height, stream.width = first.shape[0] + odd[0], first.shape[1] + odd[1]
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf)}
-            for image in images:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            for picture in itertools.chain([first], pictures):
+                padded = np.pad(picture, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-    return {"frames": len(images), "fps": fps, "width": images.shape[2], "height": images.shape[1],
-            "padded": bool(any(odd)), "bytes": path.stat().st_size}
+    return {"width": first.shape[1] + odd[1], "height": first.shape[0] + odd[0], "padded": any(odd)}
 
 
 def contact_sheet(path: str | Path, frames: "torch.Tensor | np.ndarray", *, columns: int = 4,

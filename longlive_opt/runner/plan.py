@@ -41,6 +41,7 @@ TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
 QUANTIZATION = "quantization"
 QUANTIZATION_NOTEBOOK = "91_quantization.ipynb"
+LIVE_NOTEBOOK = "20_live.ipynb"
 MIN_FREE_BYTES = 2**30
 _DEFAULTS = ExperimentConfig().to_dict()
 # Words about a run: written anew, they leave what was measured as it is.
@@ -81,7 +82,7 @@ class Layout:
 
     def presets(self) -> dict[str, Path]:
         """Preset -> notebook, in the order of the notebooks' numbers, without those that run no preset."""
-        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK)
+        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK, LIVE_NOTEBOOK)
         paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in others]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 

@@ -27,7 +27,7 @@ from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
     """Everything a session needs.
 
@@ -54,6 +54,13 @@ class Pipeline:
     weights: dict[str, Any]
     setup_s: dict[str, float]
     optimizations: tuple[dict[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        size = f"{self.model.width}x{self.model.height}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        done = ", ".join(room["name"] for room in self.rooms) or "no optimization"
+        return (f"Pipeline({self.model.name} {size}, {self.device}, {dtype}, "
+                f"weights: {self.weights['kind']}, attention: {self.attention_backend}, {done})")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
