@@ -29,4 +29,4 @@ class EarlyDecode(Optimization):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         sampler = dataclasses.replace(pipeline.sampler, defer_clean_pass=True)
         return self.report(dataclasses.replace(pipeline, sampler=sampler),
-                           "blocks are decoded before their clean pass, which a following recache replaces")
+                           "blocks are decoded before their clean pass, which a recache makes unnecessary")
