@@ -110,7 +110,7 @@ def whole_text(text: str, where: str) -> str:
     except UnicodeDecodeError:
         half = next(character for character in _paired(text) if "\ud800" <= character <= "\udfff")
         raise UserError(
-            f"{where}: {text!a} contains {half!a}, half of a character, which cannot be written as UTF-8; "
+            f"{where}: {text!a} holds {half!a}, half of a character, which cannot be written as UTF-8; "
             "write the whole character, or leave it out."
         ) from None
 

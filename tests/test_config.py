@@ -317,7 +317,7 @@ def test_half_a_character_in_a_file_is_refused_with_its_line(tmp_path):
     """A message that names the key and leaves one to look for it in two files."""
     path = tmp_path / "p.yaml"
     path.write_text('name: mine\nprompts:\n- "a"\n- "fox \\ud83e"\n')
-    with pytest.raises(UserError, match=r"p\.yaml line 2, prompts\[1\]: 'fox \\ud83e' contains"):
+    with pytest.raises(UserError, match=r"p\.yaml line 2, prompts\[1\]: 'fox \\ud83e' holds"):
         load_yaml(path)
     path.write_text('name: mine\ntitle: "\\ud83e\\udd8a"\n')
     assert load_yaml(path)["title"] == "\U0001f98a"
