@@ -71,7 +71,7 @@ def test_scope_says_what_the_figures_cannot_tell(baseline):
     """Would catch: seconds on a laptop read as those of the hypothesis."""
     assert scope(baseline) == ""
     crowded = dict(baseline, environment={"gpu": "NVIDIA H100", "co_scheduled": True})
-    assert scope(crowded) == "Something else ran on the machine meanwhile: not fit for comparison."
+    assert scope(crowded) == "Something else ran on the machine in the meantime: not fit for comparison."
     quick = example_result(steady=2, switches=1)
     assert scope(quick).startswith("Quick run: 2 steady-state blocks")
     tiny = dict(baseline, model={"name": "tiny"}, environment={"gpu": None, "cpu": "Example CPU"})

@@ -578,7 +578,7 @@ def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) 
     ("", "found nothing"),
     ("- a\n- b\n", "found list"),
     ("just text\n", "found str"),
-    ("name: baseline\nseed: 1\nseed: 2\n", "stands twice"),
+    ("name: baseline\nseed: 1\nseed: 2\n", "occurs twice"),
     ("name: !!python/object/apply:os.getcwd []\n", "not plain YAML"),
     ("name: baseline\ntimestep_shift: 1e-3\n", "1.0e-3"),
     ("name: baseline\nsede: 1\n", "did you mean 'seed'"),

@@ -1,10 +1,10 @@
-"""Fused GPU kernels as PyTorch operators, each with a plain PyTorch form that CPUs run.
+"""Fused GPU kernels as PyTorch operators, each with a plain PyTorch form for CPUs.
 
 quantize     8-bit cache formats: `allocate_kv`, `QuantizedKV`, the reference writer
-attention8   `attention8(q, cache, num_keys)`, attention that eats them; `Tile`, `default_tile`
+attention8   `attention8(q, cache, num_keys)`, attention over those caches; `Tile`, `default_tile`
 fused        LayerNorm + modulation, gated residuals, RMS norm + RoPE + cache write, cache write alone
-emulation    the arithmetic of the attention kernels, and float32 attention
+attention8_reference   the arithmetic of the attention kernels, and float32 attention
 
-The kernels are in `attention8_triton`, `attention_gluon` and `fused_triton`: these import Triton, and are
-imported at the first call on a CUDA tensor, so that everything else loads without it.
+The kernels are in `attention8_triton`, `attention_gluon` and `fused_triton`. These modules need Triton and
+are imported at the first call on a CUDA tensor, so everything else loads without it.
 """

@@ -1,6 +1,4 @@
-"""A block's frames as a small clip inside HTML, for the reprs of a notebook. PIL is imported when it is
-needed.
-"""
+"""A block's frames as a small HTML clip for the reprs in a notebook. PIL is imported at its first use."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ MAX_WIDTH = 320
 
 
 def clip_html(frames: Tensor, caption: str = "") -> str:
-    """HTML of an animated picture of `frames`, uint8 [T, 3, H, W] on any device, at `PREVIEW_FPS` and at most
-    `MAX_WIDTH` pixels wide; the caption is escaped.
+    """Return HTML with a clip of `frames`, uint8 [T, 3, H, W] on any device, at `PREVIEW_FPS` and
+    at most `MAX_WIDTH` pixels wide; the caption is escaped.
     """
     from PIL import Image
 

@@ -1,5 +1,4 @@
-"""The product's heart: a session streams blocks of video frames, for ever if asked, and changes the prompt
-meanwhile.
+"""A session streams blocks of video frames, optionally without end, and can switch the prompt in between.
 
     session = StreamingSession(pipeline)
     for chunk in session.stream("a red fox"):
@@ -7,8 +6,8 @@ meanwhile.
         if bored:
             session.switch_prompt("a blue whale")
 
-Memory is constant: the cache holds one window, the session the latents of one window for the recache.
-`warm_up` comes first where nobody is to wait for compilation later.
+Memory is constant: the cache holds one window, and the session holds the latents of one window for the
+recache. Call `warm_up` first to avoid compilation later.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ BUSY = ("session: another thread is using it; a stream, reset() and warm_up() be
 class Chunk:
     """One block of video.
 
-    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory;
-    `latents` [B, F, C, h, w]; `start_frame` is its first latent frame; `switched` says that `prompt` took
+    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory.
+    `latents` is [B, F, C, h, w]. `start_frame` is the first latent frame. `switched` is true if `prompt` took
     over with this block.
     """
 
@@ -64,23 +63,23 @@ class Chunk:
                 f"prompt={self.prompt!r})")
 
     def _repr_html_(self) -> str:
-        """The frames as a small clip that plays by itself, for a notebook."""
+        """Return the frames as a small clip that plays by itself in a notebook."""
         return clip_html(self.frames[0], repr(self))
 
 
 class StreamingSession:
-    """Streams one video at a time. `timeline` records what happened when.
+    """Streams one video at a time. `timeline` records the events.
 
-    One thread owns a session: iterating over `stream` or `play`, `reset`, `warm_up` and setting `host_frames`
-    belong to it. It may change while no step of a stream runs, but what a compiler or cuDNN remembers per
-    thread is then lost. `switch_prompt` may be called, and `next_block` and `seed` read, from any thread at
-    any time. A second thread in the middle of a step raises UserError.
+    One thread owns a session: it iterates over `stream` or `play`, calls `reset` and `warm_up`, and sets
+    `host_frames`. The owner may change while no step of a stream runs, but then the per-thread state of
+    compilers and cuDNN is lost. Any thread may call `switch_prompt` and read `next_block` and `seed` at any
+    time. A second thread in the middle of a step raises UserError.
     """
 
     def __init__(self, pipeline: Pipeline, *, noise: NoiseSource | None = None,
                  timeline: Timeline | NullTimeline | None = None, host_frames: bool = False):
         """Args:
-            noise: None draws from the seed of the pipeline's config.
+            noise: None draws noise from the config's seed.
             host_frames: see the property.
         """
         self.pipeline = pipeline
@@ -119,10 +118,10 @@ class StreamingSession:
 
     def reset(self, seed: int | None = None) -> None:
         """Forget the video; the next `stream` starts a new one, with the same noise or with that of `seed`.
-        A stream that was being iterated over ends.
+        This ends a stream that is still iterated over.
 
         Raises:
-            UserError: no such seed, or another thread is in the middle of a step.
+            UserError: the seed is invalid, or another thread is in the middle of a step.
         """
         if seed is not None and not (type(seed) is int and 0 <= seed <= MAX_SEED):
             raise UserError(f"seed: {seed!r} is no seed; write a whole number from 0 to {MAX_SEED}.")
@@ -139,20 +138,20 @@ class StreamingSession:
 
     @property
     def seed(self) -> int:
-        """Of the noise. The weights, where they are random, keep the seed of the pipeline's config."""
+        """The seed of the noise. Random weights keep the seed of the pipeline's config."""
         return self._seed
 
     def warm_up(self, on_block: Callable[[int, int], None] | None = None) -> None:
-        """Meet everything that a later block can meet for the first time: compilation, capture of CUDA
-        graphs, the choice of convolutions. No block of a later stream, its first prompt switch included,
-        waits for any of it. Garbage is collected too, since compiling leaves much of it.
+        """Run everything that a later block could be the first to need: compilation, capture of CUDA graphs,
+        and the choice of convolutions. Then no block of a later stream waits for it, not even at the first
+        prompt switch. Collects garbage as well, because compiling leaves a lot.
 
-        Two short streams pass until the window is full and has moved: one without a switch, one with a switch
-        at every block, so that each length of a recache comes. The session must hold no video, and holds none
-        afterwards; its timeline is cleared. Call it in the thread that streams later.
+        Runs two short streams until the window is full and has moved: one without a switch, and one with a
+        switch at every block, so that each length of a recache occurs. The session must hold no video and
+        holds none afterwards; its timeline is cleared. Call it in the thread that streams later.
 
         Args:
-            on_block: called with (blocks that are done, blocks in all) after each block; may raise to stop.
+            on_block: called with (finished blocks, all blocks) after each block; may raise to stop.
 
         Raises:
             UserError: the session holds a video, or another thread is in the middle of a step.
@@ -184,10 +183,10 @@ class StreamingSession:
 
     @property
     def host_frames(self) -> bool:
-        """Whether chunks come with their frames in page-locked host memory, complete there, instead of on the
-        device. That memory is used again: a chunk keeps its frames until the next one was handed out and the
-        one after it is asked for; copy what has to stay. Setting it takes effect with the next block. On the
-        CPU frames are in host memory anyway, and stay.
+        """Whether chunks have their frames in page-locked host memory instead of on the device. This memory
+        is reused: a chunk's frames stay valid until the next chunk was handed out and the one after it is
+        requested, so copy frames to keep them. A change takes effect with the next block. On the CPU, frames
+        are in host memory anyway and stay valid.
         """
         return self._delivery.to_host
 
@@ -197,38 +196,38 @@ class StreamingSession:
 
     @property
     def next_block(self) -> int:
-        """Index of the block that is denoised next."""
+        """Index of the block to be denoised next."""
         return self._block
 
     def switch_prompt(self, prompt: str) -> None:
-        """Let `prompt` take over at the next block boundary. Requests queue up: each block boundary serves
-        one, as in LongLive. May be called from any thread.
+        """Let `prompt` take over at the next block boundary. Requests queue up; as in LongLive, each block
+        boundary serves one. Any thread may call this.
 
         Raises:
-            UserError: the prompt is empty, or holds half a character.
+            UserError: the prompt is empty or contains half a character.
         """
         prompt = _checked_prompt(prompt)
         self._requests.append(prompt)
         self.timeline.mark("switch_request", self._block + len(self._requests) - 1)
 
     def stream(self, prompt: str, blocks: int | None = None) -> Iterator[Chunk]:
-        """Start a video with `prompt` and yield its chunks; `blocks` None never ends.
+        """Start a video with `prompt` and yield its chunks; without end if `blocks` is None.
 
-        A decoder that works asynchronously may hold a chunk back while the next block is denoised; every
-        chunk comes, in order.
+        An asynchronous decoder may deliver a chunk while the next block is denoised. All chunks arrive in
+        order.
 
         Raises:
-            UserError: an empty prompt, a block count that is not positive, a session that already streams and
-                was not reset, or absolute positions that ended (`relative_rope: true` has no end).
+            UserError: the prompt is empty, the block count is not positive, the session was not reset since
+                its last stream, or absolute positions end (`relative_rope: true` has no end).
         """
         return self._start(PromptSchedule((prompt,)), blocks)
 
     def play(self, schedule: PromptSchedule, blocks: int) -> Iterator[Chunk]:
-        """Stream a schedule: its prompts take over at its switch frames (latent frames), rounded up to a
-        block, at most one a block.
+        """Stream a schedule. Its prompts take over at its switch frames (latent frames), rounded up to a
+        block, at most one per block.
 
         Raises:
-            UserError: a switch past the end of the video, or what `stream` refuses.
+            UserError: a switch is past the end of the video, or `stream` raises.
         """
         check_switches_fit(schedule.switch_frames, blocks, self.plan.block_frames)
         return self._start(schedule, blocks)
@@ -245,7 +244,7 @@ class StreamingSession:
         return self._stepwise(self._stream(schedule, blocks), self._video)
 
     def _stepwise(self, chunks: Iterator[Chunk], video: int) -> Iterator[Chunk]:
-        """`chunks`, each made while no other thread may, until the session is reset."""
+        """Yield `chunks` until the session is reset; no other thread may make one meanwhile."""
         while True:
             with self._owned():
                 if video != self._video:
@@ -254,7 +253,7 @@ class StreamingSession:
             if chunk is None:
                 return
             yield chunk
-            del chunk  # or its frames would stay while the next ones are made
+            del chunk  # otherwise its frames would stay in memory while the next ones are made
 
     @torch.no_grad()
     def _stream(self, schedule: PromptSchedule, blocks: int | None) -> Iterator[Chunk]:
@@ -262,7 +261,7 @@ class StreamingSession:
         prompts = deque(schedule.prompts)
         switch_frames = deque(schedule.switch_frames)
         if switch_frames and switch_frames[0] == 0:
-            # A switch before anything exists is a start; LongLive never uses the first prompt then either.
+            # A switch before the first block replaces the first prompt, as in LongLive.
             switch_frames.popleft()
             prompts.popleft()
         self._prompt = prompt = prompts.popleft()
