@@ -626,7 +626,7 @@ def test_streams_run_on_and_switch(maker, dit):
     assert streams.position.tolist() == [12] * 4
 
 
-OPENINGS = dict(opening_batch=3, opening_beside=2, opening_chunk=4, opening_ring_chunks=2,
+OPENINGS = dict(opening_batch=3, opening_with_clips=2, opening_chunk=4, opening_ring_chunks=2,
                 opening_first_chunks=1, opening_refresh_every=2)
 
 

@@ -59,13 +59,13 @@ class Recorder:
     def _record(self, function: Function, inputs: Sequence[Tensor]) -> _Recording:
         inputs = [t.detach().clone() for t in inputs]
         numbers = self.generator.get_state()
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # compiles, picks kernels and fills tables
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # compiles, picks kernels and fills tables
             for _ in range(WARM_CALLS):
                 function(*inputs)
                 self._forget_gradients()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         self.generator.set_state(numbers)  # the replay draws what a call would have drawn
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)

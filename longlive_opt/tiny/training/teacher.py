@@ -50,7 +50,7 @@ class TeacherSettings:
     muon_rate: float | None = 6e-3
     clips_from: float = 0.3
     opening_batch: int = 192
-    opening_beside: int = 96
+    opening_with_clips: int = 96
     opening_share: float = 0.3
     opening_chunk: int = 256
     opening_ring_chunks: int = 64
@@ -178,7 +178,7 @@ class TeacherStage:
         if progress < settings.clips_from:
             pools = {OPENING: settings.opening_batch}
         else:
-            pools = {OPENING: settings.opening_beside} | self._clip_pools(step)
+            pools = {OPENING: settings.opening_with_clips} | self._clip_pools(step)
         clips = {pool: (self.openings if pool == OPENING else self.ring).sample(pool, count, self.generator)
                  for pool, count in pools.items()}
         names = ["opening_flow", "flow", "switch_flow"][:len(pools)] + ["reading", "read_right"]

@@ -97,7 +97,7 @@ class Settings:
 QUICK = Settings(
     vae=VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=9, horizon=8,
                     ring_videos=2, ring_chunks=4, first_chunks=1, refresh_every=2),
-    teacher=TeacherSettings(opening_batch=2, opening_beside=1, opening_chunk=4, opening_ring_chunks=4,
+    teacher=TeacherSettings(opening_batch=2, opening_with_clips=1, opening_chunk=4, opening_ring_chunks=4,
                             opening_first_chunks=1, plain_batch=2, switch_batch=1, ring_chunks=4,
                             first_chunks=1, refresh_every=4),
     student=StudentSettings(

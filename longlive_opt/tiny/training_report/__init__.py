@@ -20,12 +20,12 @@ from IPython.display import HTML
 
 from ...files import project_path
 from ...report.charts import Chart
-from .compare import beside_conclusions, beside_table
+from .compare import compare_conclusions, compare_table
 from .curves import loss_chart, stage_table
 from .reader import CHECK, LOG, check_command, read_check, read_log, train_command
 from .scores import ablation_chart, ablation_table, check_table, conclusions, conditions
 
-__all__ = ["TrainingReport", "ablation_chart", "ablation_table", "beside_conclusions", "beside_table",
+__all__ = ["TrainingReport", "ablation_chart", "ablation_table", "compare_conclusions", "compare_table",
            "check_table", "conclusions", "conditions", "loss_chart", "read_check", "read_log", "stage_table"]
 
 
@@ -78,13 +78,13 @@ class TrainingReport:
         """What the check says in the end."""
         return self._of_check(lambda check: _paragraphs(conclusions(check)))
 
-    def beside(self, other_dir: str) -> pd.DataFrame | HTML:
+    def compare(self, other_dir: str) -> pd.DataFrame | HTML:
         """Every figure beside that of another training."""
-        return self._of_two(other_dir, beside_table)
+        return self._of_two(other_dir, compare_table)
 
     def same(self, other_dir: str) -> HTML:
         """Whether another training led to the same."""
-        return self._of_two(other_dir, lambda *checks: _paragraphs(beside_conclusions(*checks)))
+        return self._of_two(other_dir, lambda *checks: _paragraphs(compare_conclusions(*checks)))
 
     def _of_two(self, other_dir: str, show: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
         other = project_path(other_dir)

@@ -26,7 +26,7 @@ from .scores import (
 )
 
 
-def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
+def compare_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
     """A check beside that of another training, figure by figure; the difference is counted in its own
     standard errors. Variants too, but for those that were evaluated on fewer videos.
     """
@@ -36,7 +36,7 @@ def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataF
     return pd.DataFrame.from_dict(table, orient="index")
 
 
-def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def compare_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """How many of the figures of MIN_VIDEOS and more differ by more than twice the error of the difference,
     and which; whether what the variants changed is found in both; what the other check says by itself.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ...report.charts import Chart
-from .reader import BESIDE, Row
+from .reader import ROW_KEYS, Row
 
 _TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
 _SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
@@ -88,7 +88,7 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
 
 
 def _series(rows: Sequence[Row]) -> list[str]:
-    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in BESIDE]
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ROW_KEYS]
 
 
 COLOURS = ("#3b75af", "#d1491b", "#5aa469", "#9467bd", "#8a8a8a", "#e0a100")

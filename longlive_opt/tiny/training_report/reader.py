@@ -13,7 +13,7 @@ from ...measurement.result import lookup, number
 
 LOG = "training/log.jsonl"
 CHECK = "check.json"
-BESIDE = ("stage", "step", "progress", "ms_per_step")
+ROW_KEYS = ("stage", "step", "progress", "ms_per_step")
 """What a row of the log holds beside its curves."""
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ def read_log(folder: str | Path, name: str = "") -> list[Row]:
     for line, content in enumerate(text.splitlines(), 1):
         row = _parse(content)
         if not isinstance(row, dict) or not isinstance(row.get("stage"), str) \
-                or not all(_is_number(row.get(key)) for key in BESIDE[1:]) \
+                or not all(_is_number(row.get(key)) for key in ROW_KEYS[1:]) \
                 or not all(_is_number(value) for key, value in row.items() if key != "stage"):
             raise UserError(f"{path}: line {line} is damaged; delete that line, or delete the folder "
                             f"{name}/training and train again: {train_command(name)}")
