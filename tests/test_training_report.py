@@ -101,7 +101,7 @@ def test_a_resumption_costs_what_it_took(tmp_path: Path) -> None:
 
 def test_figures_against_targets(trained: Path) -> None:
     """A target that is met the wrong way round, or that n/a meets."""
-    table = check_table(read_check(trained)).set_index("figure")
+    table = check_table(read_check(trained)).set_index("metric")
     met = {name: value for name, value in table["met"].items() if value}
     assert list(met.values()) == ["yes", "no", "yes"]
     assert list(table["target"][:3]) == [">= 0.90", ">= 0.85", "<= 0.05"]
@@ -114,7 +114,7 @@ def test_what_was_not_measured_meets_no_target(tmp_path: Path) -> None:
     """A quick check without long videos passes for a model without drift."""
     quick = checked(long=None, switch={"videos": 1, "adherence": 0.1, "later_adherence": 0.1,
                                        "delay_blocks": None, "delay_blocks_never": 1, "permanence": 0.9})
-    table = check_table(read_check(write(tmp_path, check=quick))).set_index("figure")
+    table = check_table(read_check(write(tmp_path, check=quick))).set_index("metric")
     assert table.loc["adherence lost over 60 s (first 5 s minus last 5 s)", "met"] == "not measured"
     assert table.loc["switch delay in blocks, where the new scene came", "value"] == "none came"
 
@@ -202,7 +202,7 @@ def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
         loss_chart([one | {"read_right": 0.9} for one in rows if one["stage"] == "text"])
     assert [ax.get_yscale() for ax in vae.axes] == ["log", "linear"]
     assert [ax.get_title(loc="left") for ax in right.axes] == \
-        ["text encoder alone: losses", "norm of the gradient", "share read rightly"]
+        ["text encoder alone: losses", "norm of the gradient", "share read correctly"]
     assert right.axes[2].get_yscale() == "linear"
     for chart in (vae, right, ablation_chart(read_check(trained)), loss_chart([row("vae", 50, 0.0)])):
         picture, metadata = chart._repr_png_()
@@ -253,7 +253,7 @@ def test_two_trainings_beside_each_other(trained: Path) -> None:
     assert table.loc["no sink: in place", "difference in errors"] == "+0.0"
     assert not any("window" in name for name in table.index)
     first, *alone = compare_conclusions(check, other)
-    assert first.startswith("Of 12 figures 1 differ from the other training's by more than twice the error")
+    assert first.startswith("Of 12 metrics 1 differ from the other training's by more than twice the error")
     assert first.endswith("; by chance alone, one in twenty, 0.6 would: prompt adherence, 5 s of one "
                           "held-out prompt 0.930 ± 0.05 here, 0.500 ± 0.05 there.")
     alone = [line for line in alone if line.startswith("The other")]
