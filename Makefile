@@ -35,7 +35,7 @@ demo: ## run every preset except the studies on the tiny model (CPU, minutes): o
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest -n auto $(ARGS)
 
-test-browser: ## play the live notebook in JupyterLab with a headless Chromium (needs it, and the extra browser)
+test-browser: ## test the live notebook in JupyterLab with a headless Chromium (needs Chromium and playwright)
 	@$(SETUP); "$$py" -m pip install --quiet -c constraints.txt playwright && \
 		"$$py" -m pytest tests/browser --browser-tests $(ARGS)
 

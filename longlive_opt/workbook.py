@@ -68,10 +68,10 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
 RESULT_FILE = "result.json"
-# What a verb leaves behind, and the verb: who asks for it too early reads which step is missing.
+# Attribute -> the method that sets it. Reading it too early raises an error that names the missing step.
 MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "measured": "measure",
-           "company": "measure", "clocks": "measure", "chunks": "film", "frames": "film",
-           "quality": "compare"}
+           "company": "measure", "clocks": "measure", "chunks": "generate_video",
+           "frames": "generate_video", "quality": "compare"}
 
 
 class Experiment:

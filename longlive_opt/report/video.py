@@ -69,8 +69,9 @@ def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float,
 
 def write_pictures(path: str | Path, pictures: "Iterable[np.ndarray]", fps: float, *,
                    crf: int = 20) -> dict[str, Any]:
-    """`write_mp4` of pictures, uint8 [H,W,3] each and of one size, that come one by one and need not fit into
-    memory together. Returns {width, height, padded}. Raises UserError as `write_mp4` does, or for no picture.
+    """`write_mp4` for pictures, each uint8 [H,W,3] and of the same size, that arrive one by one and need not
+    fit into memory together. Returns {width, height, padded}. Raises UserError as `write_mp4` does, or if
+    there is no picture.
     """
     import numpy as np
 
@@ -83,7 +84,7 @@ def write_pictures(path: str | Path, pictures: "Iterable[np.ndarray]", fps: floa
     pictures = iter(pictures)
     first = next(pictures, None)
     if first is None:
-        raise UserError("frames: there is none; give at least one.")
+        raise UserError("frames: no frame was given; give at least one.")
     odd = [size % 2 for size in first.shape[:2]]
     with atomic_path(path) as temporary:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
