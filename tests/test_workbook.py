@@ -532,8 +532,8 @@ def test_wrong_order_names_the_missing_step(tmp_path):
     """An AttributeError about the inside of a class where a sentence would say what to call first."""
     experiment = open_run(tmp_path / "early")
     assert "done: nothing yet" in repr(experiment)
-    for verb in ("film", "measure", "judge", "save"):
-        with pytest.raises(UserError, match=r"call (build|film)\(\) first"):
+    for verb in ("generate_video", "measure", "check_adherence", "save"):
+        with pytest.raises(UserError, match=r"call (build|generate_video)\(\) first"):
             getattr(experiment, verb)()
     with pytest.raises(AttributeError, match="nonsense"):
         _ = experiment.nonsense
