@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import site
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,34 @@ import yaml
 
 from .errors import UserError
 
+HOME_VARIABLE = "LONGLIVE_OPT_HOME"
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def project_root() -> Path:
+    """The project's folder: the clone that holds this package. Where the package was installed without a
+    clone, $LONGLIVE_OPT_HOME or the current folder, and outputs/ goes there.
+    """
+    if (_PACKAGE.parent / "params").is_dir() and (_PACKAGE.parent / "notebooks").is_dir():
+        return _PACKAGE.parent
+    return Path(os.environ.get(HOME_VARIABLE) or Path.cwd())
+
 
 def project_path(path: str | Path) -> Path:
-    """Resolve `path` from the project's folder if relative: JupyterLab and papermill start elsewhere."""
-    return Path(__file__).resolve().parent.parent / path
+    """Resolve `path` from the project's folder if relative: JupyterLab and papermill start elsewhere. Without
+    a clone, what the folder lacks is taken from the files that were installed with the package: presets,
+    notebooks and the tiny model's weights.
+    """
+    own = project_root() / path
+    if own.exists() or Path(path).is_absolute():
+        return own
+    return next((found for folder in _shipped_folders() if (found := folder / path).exists()), own)
+
+
+def _shipped_folders() -> list[Path]:
+    """Where pip puts the data files of a package: with `--target`, in an environment, or for a user."""
+    bases = (_PACKAGE.parent, Path(sysconfig.get_path("data")), Path(site.getuserbase()))
+    return [base / "share" / "longlive_opt" for base in bases]
 
 
 @contextlib.contextmanager

@@ -201,3 +201,48 @@ def test_compare_ends_with_a_status_and_a_page(tmp_path: Path, capsys: pytest.Ca
     assert "no finished run" in capsys.readouterr().err
     with pytest.raises(UserError):
         load(tmp_path / "nowhere")
+
+
+# ---- outside of a clone
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as pip installs it from a wheel, without a clone around it."""
+    folder = tmp_path_factory.mktemp("installed")
+    build = folder / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z", "longlive_opt", "params", "notebooks", "weights",
+                              "pyproject.toml"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("no git history here")
+    for name in filter(None, tracked.stdout.split("\0")):
+        (build / name).parent.mkdir(parents=True, exist_ok=True)
+        (build / name).symlink_to(ROOT / name)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    made = subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(build)],
+                          capture_output=True, text=True)
+    if "setuptools" in made.stderr and made.returncode:
+        pytest.skip("setuptools is too old or missing here, and there is no network to get it")
+    assert made.returncode == 0, made.stderr
+    wheel = next(folder.glob("*.whl"))
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
+    return folder / "site"
+
+
+def run_installed(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from longlive_opt.__main__ import main; " \
+           "sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True)
+
+
+def test_presets_and_the_tiny_model_come_along(installed: Path, tmp_path: Path) -> None:
+    """`pip install .` in an environment of one's own: presets, notebooks and weights that stay in the clone.
+    """
+    listed = run_installed(installed, tmp_path, "list")
+    assert listed.returncode == 0 and "realtime" in listed.stdout, listed.stderr
+    shown = run_installed(installed, tmp_path, "show", "balanced")
+    assert "torch_compile" in shown.stdout and "nothing yet" in shown.stdout, shown.stderr
+    made = run_installed(installed, tmp_path, "generate", "a red circle", "--blocks", "1", "-o", "a.mp4")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "a.mp4").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]

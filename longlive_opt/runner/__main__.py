@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -26,7 +27,7 @@ from typing import Any
 
 from ..config import BASELINE
 from ..errors import UserError
-from ..files import load_yaml
+from ..files import HOME_VARIABLE, load_yaml, project_root
 from ..models.weight_files import TINY_WEIGHTS
 from .execute import export_report, export_reports, locked, run_jobs
 from .parameters import refresh
@@ -211,7 +212,9 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return arguments.command(Layout(root or Path(__file__).resolve().parents[2]), arguments)
+        root = root or project_root()
+        os.environ.setdefault(HOME_VARIABLE, str(root))  # for the notebooks' kernels
+        return arguments.command(Layout(root), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

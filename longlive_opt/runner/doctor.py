@@ -10,13 +10,12 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ..config import ExperimentConfig
 from ..errors import UserError
-from ..files import load_yaml
+from ..files import load_yaml, project_root
 from ..kernels.compilers import check_cpp, check_triton
 from ..measurement import environment
 from ..measurement.quality import perceptual_metrics
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or cuda:N (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    layout = Layout(Path(__file__).resolve().parents[2])
+    layout = Layout(project_root())
     try:
         ExperimentConfig.from_mapping({"device": arguments.device})
         if arguments.device != "cpu" and not torch.cuda.is_available():

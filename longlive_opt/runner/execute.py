@@ -222,8 +222,10 @@ def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
     try:
         # papermill records its paths in the notebook, so they are relative. The log level hides a warning at
         # every start of the kernel and a traceback at an interrupt.
+        installed = not job.notebook.is_relative_to(root)  # without a clone: among the package's data
+        notebook = job.notebook if installed else job.notebook.relative_to(root)
         with contextlib.chdir(root):
-            papermill.execute_notebook(job.notebook.relative_to(root), output / "notebook.ipynb", parameters,
+            papermill.execute_notebook(notebook, output / "notebook.ipynb", parameters,
                                        cwd=".", kernel_name="python3", progress_bar=False, log_output=True,
                                        stdout_file=_Lines(job.label), stderr_file=_Lines(job.label, stderr),
                                        extra_arguments=["--log-level=50"])

@@ -27,7 +27,7 @@ import yaml
 
 from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
 from ..errors import UserError
-from ..files import check_texts, load_yaml, whole_text
+from ..files import check_texts, load_yaml, project_path, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights
@@ -58,11 +58,15 @@ class Layout:
 
     @property
     def notebooks(self) -> Path:
-        return self.root / "notebooks"
+        return self._own_or_shipped("notebooks")
 
     @property
     def params(self) -> Path:
-        return self.root / "params"
+        return self._own_or_shipped("params")
+
+    def _own_or_shipped(self, name: str) -> Path:
+        folder = self.root / name
+        return folder if folder.is_dir() else project_path(name)
 
     def campaign(self, name: str) -> Path:
         """The folder of campaign `name`.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import KEYS, ExperimentConfig
 from ..errors import UserError
-from ..files import load_yaml
+from ..files import load_yaml, project_root
 from ..measurement.catalogue import metric_of
 from ..measurement.result import read_campaign
 from .plan import Layout, choose_presets, parse_settings
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="over both")
     parser.add_argument("--all", action="store_true", help="show the keys that have their defaults, too")
     arguments = parser.parse_args(argv)
-    layout = Layout(Path(__file__).resolve().parents[2])
+    layout = Layout(project_root())
     try:
         print("\n".join(describe(layout, arguments.preset, arguments.profile, arguments.set, arguments.all)))
     except UserError as error:
