@@ -302,7 +302,7 @@ def test_folded_latents_are_normal_and_decode_as_before(vae):
 
 
 def test_dead_latent_is_refused(vae):
-    with pytest.raises(UserError, match="dead"):
+    with pytest.raises(UserError, match="is constant"):
         fold_statistics(vae, torch.zeros(16), torch.cat([torch.ones(15), torch.zeros(1)]))
 
 
