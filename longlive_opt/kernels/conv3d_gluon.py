@@ -1,0 +1,286 @@
+"""The convolutions of the VAE's decoder as matrix products, scheduled by hand for Hopper in Gluon.
+
+A program makes 192 outputs (rows) of 256 pixels (columns): three consumer warpgroups of 64 rows each, and one
+producer warp that fetches for all of them. The rows are 192 channels of one frame, or 96 channels of two frames
+that follow one another, or of two neighbouring pixels of an enlarged picture (`conv3d.Plan`). Weights are
+therefore the left operand and pixels the right one, although pixels are what there is much of: 96 is no size
+that Triton knows, and 96 columns read the shared memory faster than Hopper allows.
+
+The pixels are two boxes of 8 x 16 of a frame. A step of the product is one tap and 32 or 64 input channels: the
+copy engine fetches both boxes moved by the tap from memory [T, H, W, C], and writes zeros for what lies outside
+of the picture; frames before the first come from the history, which is a tensor of its own. So nothing is
+padded or joined. A table that the host makes says what each step fetches. A residual is a few more steps, with
+the identity as weights, and a shortcut the same with its own: they are added before the only rounding.
+
+Two frames or pixels of 96 channels have some taps apart and some in common. A consumer whose rows have no part
+in a step passes it over; the one in the middle, half of whose rows have, multiplies the rest by zeros: 10 units
+of work for 9 of two frames.
+
+Persistent: one program per multiprocessor, and the producer is ahead by as many steps as fit while consumers
+store what they have, each by itself: turned to [pixels, channels] in shared memory, from where the copy engine
+writes it and leaves out what lies outside of the picture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from .gluon_api import (
+    TensorDescriptor,
+    barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+if TYPE_CHECKING:
+    from .conv3d import Plan
+
+CONSUMERS = 3
+CONSUMER_ROWS = 64
+BOX_HEIGHT, BOX_WIDTH = 8, 16
+PIECE_ROWS = 32
+STAGES = {64: 3, 32: 6}
+"""By the channels of a step: 168 KB."""
+
+
+@gluon.jit
+def _place(box, frames, boxes_across, TIME: gl.constexpr):
+    """Number of a box -> its first frame, row and column: frames follow one another, for the L2 cache."""
+    spot = box // frames
+    return box % frames * TIME, spot // boxes_across * 8, spot % boxes_across * 16
+
+
+@gluon.jit
+def _halves(x):
+    """Left and right half of x's columns; nothing moves between threads."""
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1]
+    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def _skip(first, last, at, ready, empty, STAGES: gl.constexpr):
+    """Steps in which a consumer has no part."""
+    for k in range(first, last):
+        slot = (at + k) % STAGES
+        mbarrier.wait(ready.index(slot), (at + k) // STAGES & 1)
+        mbarrier.arrive(empty.index(slot), count=1)
+
+
+@gluon.jit
+def _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX: gl.constexpr, STAGES: gl.constexpr):
+    """acc + the products of steps first ... last - 1; there is one at least."""
+    for k in range(first, last):
+        slot = (at + k) % STAGES
+        mbarrier.wait(ready.index(slot), (at + k) // STAGES & 1)
+        acc = warpgroup_mma(w_smem.index(slot * 3 + INDEX), x_smem.index(slot).permute((1, 0)), acc,
+                            is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((at + k + STAGES - 1) % STAGES), count=1, pred=k > first)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((at + last + STAGES - 1) % STAGES), count=1)
+    return acc
+
+
+@gluon.jit
+def _send(out_a, out_b, out_c, out_d, piece, buffer, frame, row, column, OUTPUTS: gl.constexpr):
+    """Write 32 channels of 64 pixels to where `piece` says: which output, which frame, from which channel."""
+    channel = piece & 0xFFFF
+    frame += piece >> 16 & 15
+    which = piece >> 20
+    if OUTPUTS == 1:
+        tma.async_copy_shared_to_global(out_a, [frame, row, column, channel], buffer)
+    else:
+        if which == 0:
+            tma.async_copy_shared_to_global(out_a, [frame, row, column, channel], buffer)
+        elif which == 1:
+            tma.async_copy_shared_to_global(out_b, [frame, row, column, channel], buffer)
+        elif which == 2:
+            tma.async_copy_shared_to_global(out_c, [frame, row, column, channel], buffer)
+        else:
+            tma.async_copy_shared_to_global(out_d, [frame, row, column, channel], buffer)
+
+
+@gluon.jit
+def _store(sums, out_a, out_b, out_c, out_d, low, high, turned, boxes, PLACE: gl.constexpr, frame, row, column,
+           OUTPUTS: gl.constexpr):
+    """Round 64 rows of 64 pixels and store them through buffer PLACE, not that of the piece before."""
+    out = gl.permute(gl.reshape(sums.to(gl.bfloat16), [2, 32, 64]), (0, 2, 1))
+    tma.store_wait(2)
+    barrier()
+    turned.index(PLACE).store(out)
+    fence_async_shared()
+    barrier()
+    _send(out_a, out_b, out_c, out_d, low, boxes.index(2 * PLACE), frame, row, column, OUTPUTS)
+    _send(out_a, out_b, out_c, out_d, high, boxes.index(2 * PLACE + 1), frame, row, column, OUTPUTS)
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames,
+             boxes_across, steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty,
+             TIME: gl.constexpr, OWN: gl.constexpr, OUTPUTS: gl.constexpr, STAGES: gl.constexpr):
+    """One warpgroup: 64 rows of every tile of this program."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    at = 0
+    for tile in range(gl.program_id(0), blocks * pairs, gl.num_programs(0)):
+        block = tile % blocks
+        pair = tile // blocks
+        rows = (block * 3 + INDEX) * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        bias = gl.load(bias_ptr + rows)
+        acc = gl.full([64, 256], 0.0, gl.float32, layout) + bias[:, None]
+        first = 0
+        last = dense
+        if INDEX == 2:
+            first = apart
+        if INDEX == 0:
+            last = dense - apart
+        _skip(0, first, at, ready, empty, STAGES)
+        acc = _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX, STAGES)
+        if OWN > 0:
+            own = dense + INDEX * OWN
+            _skip(last, own, at, ready, empty, STAGES)
+            acc = _multiply(acc, own, own + OWN, at, w_smem, x_smem, ready, empty, INDEX, STAGES)
+            _skip(own + OWN, steps, at, ready, empty, STAGES)
+        else:
+            _skip(last, steps, at, ready, empty, STAGES)
+        at += steps
+        low = gl.load(pieces_ptr + (block * 3 + INDEX) * 2)
+        high = gl.load(pieces_ptr + (block * 3 + INDEX) * 2 + 1)
+        left, right = _halves(acc)
+        a, b = _halves(left)
+        frame, row, column = _place(pair * 2, frames, boxes_across, TIME)
+        _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column, OUTPUTS)
+        _store(b, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX + 1, frame, row + 4, column,
+               OUTPUTS)
+        a, b = _halves(right)
+        frame, row, column = _place(pair * 2 + 1, frames, boxes_across, TIME)
+        _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column, OUTPUTS)
+        _store(b, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX + 1, frame, row + 4, column,
+               OUTPUTS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, target, PAST: gl.constexpr,
+           OTHER: gl.constexpr, STEP: gl.constexpr):
+    """One box as `step` says: which tensor, how far moved, from which channel."""
+    channel = (step & 0xFF) * STEP
+    column += (step >> 8 & 3) - 1
+    row += (step >> 10 & 3) - 1
+    frame += (step >> 12 & 15) - 2
+    from_other = (step >> 16) > 0
+    from_past = frame < 0
+    if OTHER:
+        if from_other:
+            tma.async_copy_global_to_shared(other_desc, [frame, row, column, channel], ready, target)
+    if PAST:
+        if from_past:
+            tma.async_copy_global_to_shared(past_desc, [frame + 2, row, column, channel], ready, target)
+    tma.async_copy_global_to_shared(x_desc, [frame, row, column, channel], ready, target,
+                                    pred=(from_other | from_past) == 0)
+
+
+@gluon.jit
+def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across, steps,
+             w_smem, x_boxes, ready, empty, PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr,
+             STEP: gl.constexpr, STAGES: gl.constexpr):
+    """One warp: pixels and weights of one step after the other, into slots that all consumers have left."""
+    at = 0
+    for tile in range(gl.program_id(0), blocks * pairs, gl.num_programs(0)):
+        block = tile % blocks
+        pair = tile // blocks
+        frame_a, row_a, column_a = _place(pair * 2, frames, boxes_across, TIME)
+        frame_b, row_b, column_b = _place(pair * 2 + 1, frames, boxes_across, TIME)
+        step = gl.load(steps_ptr + block * steps)
+        for k in range(steps):
+            following = gl.load(steps_ptr + block * steps + gl.minimum(k + 1, steps - 1))
+            slot = (at + k) % STAGES
+            mbarrier.wait(empty.index(slot), (at + k) // STAGES & 1 ^ 1)
+            mbarrier.expect(ready.index(slot), 2 * x_desc.block_type.nbytes + 3 * w_desc.block_type.nbytes)
+            for i in gl.static_range(3):
+                tma.async_copy_global_to_shared(w_desc, [(block * 3 + i) * 64, k * STEP], ready.index(slot),
+                                                w_smem.index(slot * 3 + i))
+            _fetch(x_desc, past_desc, other_desc, step, frame_a, row_a, column_a, ready.index(slot),
+                   x_boxes.index(slot * 2), PAST, OTHER, STEP)
+            _fetch(x_desc, past_desc, other_desc, step, frame_b, row_b, column_b, ready.index(slot),
+                   x_boxes.index(slot * 2 + 1), PAST, OTHER, STEP)
+            step = following
+        at += steps
+
+
+@gluon.jit(do_not_specialize=["pairs", "frames", "boxes_across"])
+def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_d, bias_ptr, steps_ptr,
+                pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, PAST: gl.constexpr,
+                OTHER: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr, OUTPUTS: gl.constexpr,
+                STEP: gl.constexpr, STAGES: gl.constexpr):
+    """`ready` completes with its stage, `empty` with the third consumer's arrival."""
+    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * STEP, element_bitwidth=16, rank=2)
+    pieces: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3)
+    x_boxes = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES] + x_desc.block_shape, x_desc.layout)
+    w_smem = gl.allocate_shared_memory(gl.bfloat16, [3 * STAGES] + w_desc.block_shape, w_desc.layout)
+    boxes = gl.allocate_shared_memory(gl.bfloat16, [12] + out_a.block_shape, out_a.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_smem = x_boxes._reinterpret(gl.bfloat16, [STAGES, 256, STEP], flat)
+    turned = boxes._reinterpret(gl.bfloat16, [6, 2, 64, 32], pieces)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=3)
+    fence_async_shared()
+    # The tuples are written out: one bound to a name would lose its compile-time constants.
+    gl.warp_specialize(
+        [(_consume, (0, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames, boxes_across,
+                     steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
+                     STAGES)),
+         (_consume, (1, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames, boxes_across,
+                     steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
+                     STAGES)),
+         (_consume, (2, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames, boxes_across,
+                     steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
+                     STAGES)),
+         (_produce, (x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across,
+                     steps, w_smem, x_boxes, ready, empty, PAST, OTHER, TIME, STEP, STAGES))],
+        [4, 4, 1], [160, 160, 24])
+
+
+def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None, outputs: Sequence[Tensor]) -> None:
+    """Convolve x [T, H, W, C] into `outputs`, views [T, H, W, C'] of the result that may have any strides.
+
+    Args:
+        past: the two frames before x, [2, H, W, C].
+        other: what the plan's residual or shortcut reads, [T, H, W, C''].
+    """
+    frames, height, width, _ = x.shape
+    units = triton.cdiv(frames, plan.frames)
+    across = triton.cdiv(width, BOX_WIDTH)
+    pairs = triton.cdiv(units * across * triton.cdiv(height, BOX_HEIGHT), 2)
+    programs = min(pairs * plan.blocks, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    step = plan.step
+    sources = [_boxes(t, [1, BOX_HEIGHT, BOX_WIDTH, step]) for t in
+               (x, x if past is None else past, x if other is None else other)]
+    weight = TensorDescriptor.from_tensor(plan.weight, [CONSUMER_ROWS, step], _layout(2 * step, 2))
+    targets = [_boxes(out, [1, BOX_HEIGHT // 2, BOX_WIDTH, PIECE_ROWS]) for out in outputs]
+    targets += targets[:1] * (4 - len(targets))
+    conv_kernel[(programs,)](
+        *sources, weight, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks, pairs, units, across,
+        plan.steps.shape[1], plan.dense, plan.apart, PAST=past is not None, OTHER=other is not None,
+        TIME=plan.frames, OWN=plan.own, OUTPUTS=len(outputs), STEP=step, STAGES=STAGES[step], num_warps=4,
+        maxnreg=128)
+
+
+def _layout(width: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=rank)
+
+
+def _boxes(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Copy-engine descriptor of [T, H, W, C] in boxes, laid out as the matrix product reads them."""
+    return TensorDescriptor.from_tensor(tensor, block, _layout(2 * block[-1], 4))
