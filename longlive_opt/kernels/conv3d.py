@@ -25,6 +25,9 @@ ROWS = 192
 """Outputs per pixel that a program of the kernel makes."""
 PIECE = 32
 CONSUMERS = 3
+PIXELS = 256
+"""Of one frame, or one of several that follow, in a tile: two boxes of `BOX`."""
+BOX = (8, 16)
 Kind = Literal["same", "frames", "picture"]
 """What the result is compared to the input: of its size, of twice the frames, of twice the height and width."""
 Shift = tuple[int, int, int]
@@ -55,8 +58,10 @@ class Plan(NamedTuple):
         kind: what the result is like; channels: how many it has.
         step: input channels per step.
         frames: that follow one another in a tile.
-        dense: steps before those of a residual, of which each consumer has `own`.
-        apart: steps at the beginning that the last consumer, and at the end that the first has no part in.
+        dense: steps before those in which only one consumer has a part, `own` for each of them.
+        adds: whether there is another tensor to add.
+        apart: steps at the beginning in which the last consumer, and at the end of the dense ones in which the
+            first has no part.
     """
 
     weight: Tensor
@@ -70,15 +75,29 @@ class Plan(NamedTuple):
     dense: int
     apart: int
     own: int
+    adds: bool
 
     @property
     def blocks(self) -> int:
         return self.steps.shape[0]
 
+    @property
+    def stop(self) -> int:
+        """Step from which the first consumer's weights are not needed any more."""
+        return self.dense - self.apart if self.apart else self.steps.shape[1]
+
 
 def supported(in_channels: int, out_channels: int) -> bool:
-    """Whether the kernel can convolve that many channels."""
-    return in_channels % PIECE == 0 and (out_channels == ROWS // 2 or out_channels % ROWS == 0)
+    """Whether the kernels can convolve that many channels: from 96 times 2^n to 96 or a multiple of 192."""
+    parts, rest = divmod(in_channels, 3 * PIECE)
+    powers = parts > 0 and rest == 0 and parts & (parts - 1) == 0
+    return powers and (out_channels == ROWS // 2 or out_channels % ROWS == 0)
+
+
+def tiles(plan: Plan, frames: int, height: int, width: int) -> int:
+    """How many tiles a convolution of that many frames and pixels has."""
+    boxes = -(-frames // plan.frames) * -(-height // BOX[0]) * -(-width // BOX[1])
+    return -(-boxes // (PIXELS // (BOX[0] * BOX[1]))) * plan.blocks
 
 
 def causal_plan(weight: Tensor, bias: Tensor, residual: bool = False, shortcut: Tensor | None = None,
@@ -94,6 +113,8 @@ def causal_plan(weight: Tensor, bias: Tensor, residual: bool = False, shortcut: 
     if shortcut_bias is not None:
         bias = bias + shortcut_bias.float()
     pair = outputs == ROWS // 2
+    if pair and shortcut is not None:
+        raise ValueError(f"{outputs} channels with a shortcut: the kernel takes one where channels grow only")
     blocks = []
     for channel in range(0, outputs, ROWS):
         part = slice(channel, channel + ROWS)
@@ -141,35 +162,26 @@ def _plan(blocks: Sequence[Sequence[Rows]], kind: Kind, channels: int, frames: i
           shortcut: Tensor | None = None) -> Plan:
     inputs = next(iter(blocks[0][0].taps.values())).shape[1]
     if not supported(inputs, channels):
-        raise ValueError(f"{inputs} to {channels} channels: the kernel takes multiples of {PIECE} and makes "
-                         f"{ROWS // 2} or multiples of {ROWS}")
+        raise ValueError(f"{inputs} to {channels} channels: the kernel takes {3 * PIECE} * 2^n of them and makes "
+                         f"{ROWS // 2} or a multiple of {ROWS}")
     step = 2 * PIECE if inputs % (2 * PIECE) == 0 else PIECE
     tables, weights, biases, pieces = [], [], [], []
     dense = apart = 0
     for units in blocks:
-        table, columns = [], []
-        shifts = sorted({shift for rows in units for shift in rows.taps},
-                        key=lambda shift: [shift in rows.taps for rows in reversed(units)])
+        parts = [_Product(step, units), _Product(step, units), _Product(step, units)]
         first, last = units[0], units[-1]
-        apart = sum(shift not in last.taps for shift in shifts) * (inputs // step)
-        for shift in shifts:
-            column = torch.cat([rows.taps[shift] if shift in rows.taps
-                                else torch.zeros_like(next(iter(rows.taps.values()))) for rows in units])
-            for channel in range(0, inputs, step):
-                table.append(_pack_step(0, shift, channel // step))
-                columns.append(column[:, channel:channel + step])
+        for shift in sorted({shift for rows in units for shift in rows.taps}):
+            parts[0 if shift not in last.taps else 2 if shift not in first.taps else 1].add_tap(shift)
         if shortcut is not None:
-            part = shortcut.float()[first.channel:first.channel + ROWS]
-            for channel in range(0, shortcut.shape[1], step):
-                table.append(_pack_step(1, (0, 0, 0), channel // step))
-                columns.append(part[:, channel:channel + step])
-        dense = len(table)
-        if residual:
-            size = ROWS // len(units)
-            for row in range(0, ROWS, step):
-                rows = units[row // size]
-                table.append(_pack_step(1, (rows.frame, 0, 0), (rows.channel + row % size) // step))
-                columns.append(torch.eye(ROWS, device=column.device)[:, row:row + step])
+            parts[1].add_shortcut(shortcut.float()[first.channel:first.channel + ROWS])
+        if residual and len(units) == 2:
+            for part, rows in zip(parts, (range(64), range(64, 128), range(128, ROWS))):
+                part.spread_residual(rows)
+        apart, dense = len(parts[0].steps), sum(len(part.steps) for part in parts)
+        if residual and len(units) == 1:
+            parts[2].spread_residual(range(ROWS))
+        table = [code for part in parts for code in part.steps]
+        columns = [column for part in parts for column in part.columns]
         tables.append(table)
         weights.append(torch.cat(columns, 1))
         biases += [rows.bias for rows in units]
@@ -180,7 +192,46 @@ def _plan(blocks: Sequence[Sequence[Rows]], kind: Kind, channels: int, frames: i
         torch.cat(weights).to(torch.bfloat16).contiguous(), torch.cat(biases).contiguous(),
         torch.tensor(tables, dtype=torch.int32, device=device),
         torch.tensor(pieces, dtype=torch.int32, device=device), kind, channels, step, frames, dense, apart,
-        ROWS // CONSUMERS // step if residual else 0)
+        ROWS // CONSUMERS // step if residual and dense < len(tables[0]) else 0,
+        residual or shortcut is not None)
+
+
+class _Product:
+    """Steps of the product of one tile, with the columns of its weights."""
+
+    def __init__(self, step: int, units: Sequence[Rows]):
+        self.step = step
+        self.units = units
+        self.steps: list[int] = []
+        self.columns: list[Tensor] = []
+
+    def add_tap(self, shift: Shift) -> None:
+        """All input channels, moved by `shift`, times the weights of the rows that have this tap."""
+        some = next(iter(self.units[0].taps.values()))
+        self._add(0, shift, torch.cat([rows.taps.get(shift, torch.zeros_like(some)) for rows in self.units]))
+
+    def add_shortcut(self, weight: Tensor) -> None:
+        """The other tensor's channels times `weight` [ROWS, C']."""
+        self._add(1, (0, 0, 0), weight)
+
+    def _add(self, source: int, shift: Shift, weight: Tensor) -> None:
+        for channel in range(0, weight.shape[1], self.step):
+            self.steps.append(_pack_step(source, shift, channel // self.step))
+            self.columns.append(weight[:, channel:channel + self.step])
+
+    def spread_residual(self, wanted: range) -> None:
+        """What the other tensor adds to the `wanted` rows, evenly among the steps that are there: it is read
+        once, from device memory, and the copy engine should not have to wait for much of it at a time.
+        """
+        size = ROWS // len(self.units)
+        starts = wanted[::self.step]
+        for i, row in reversed(list(enumerate(starts))):
+            rows = self.units[row // size]
+            place = (i + 1) * len(self.steps) // (len(starts) + 1)
+            self.steps.insert(place, _pack_step(1, (rows.frame, 0, 0),
+                                                (rows.channel + row % size) // self.step))
+            identity = torch.eye(ROWS, device=self.units[0].bias.device)
+            self.columns.insert(place, identity[:, row:row + self.step])
 
 
 def _pack_step(source: int, shift: Shift, chunk: int) -> int:
@@ -206,7 +257,7 @@ def convolve(plan: Plan, x: Tensor, past: Tensor | None = None, other: Tensor | 
     """
     return torch.ops.longlive.vae_conv(
         x, past, other, plan.weight, plan.bias, plan.steps, plan.pieces, plan.kind,
-        [plan.channels, plan.step, plan.frames, plan.dense, plan.apart, plan.own])
+        [plan.channels, plan.step, plan.frames, plan.dense, plan.apart, plan.own, int(plan.adds)])
 
 
 @torch.library.custom_op("longlive::vae_conv", mutates_args=())
@@ -257,12 +308,22 @@ def convolve_reference(plan: Plan, x: Tensor, past: Tensor | None = None,
                 picked = picture[[first + t for first in base], row:row + x.shape[3],
                                  column:column + x.shape[4], chunk:chunk + plan.step]
                 part = weight[block * ROWS:(block + 1) * ROWS, k * plan.step:(k + 1) * plan.step]
-                total = total + picked @ part.t()
+                total = total + picked @ (part * _taking_part(plan, k)).t()
             for i, code in enumerate(plan.pieces[block].tolist()):
                 first, channel = code >> 16 & 15, code & 0xFFFF
                 kept = total[:len(range(first, frames, plan.frames)), ..., i * PIECE:(i + 1) * PIECE]
                 views[code >> 20][first::plan.frames, ..., channel:channel + PIECE] = kept
     return out
+
+
+def _taking_part(plan: Plan, k: int) -> Tensor:
+    """1 for the rows [ROWS, 1] of the consumers that multiply in step k, else 0."""
+    consumer = torch.arange(CONSUMERS)
+    if k >= plan.dense:
+        takes = consumer == (k - plan.dense) // plan.own
+    else:
+        takes = ~((consumer == 0) & (k >= plan.dense - plan.apart) | (consumer == 2) & (k < plan.apart))
+    return takes.repeat_interleave(ROWS // CONSUMERS)[:, None]
 
 
 def _result(x: Tensor, kind: str, channels: int) -> Tensor:
@@ -288,6 +349,14 @@ def _views(out: Tensor, kind: str) -> list[Tensor]:
 
 def _check(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None) -> None:
     """Refuse what the kernel would misread."""
+    _check_input(x, past, other)
+    if plan.adds and other is None:
+        raise ValueError("the plan adds another tensor, and there is none")
+    if other is not None and tuple(other.shape[2:]) != tuple(x.shape[2:]):
+        raise ValueError(f"other is {tuple(other.shape)}; x is {tuple(x.shape)}")
+
+
+def _check_input(x: Tensor, past: Tensor | None, other: Tensor | None) -> None:
     for name, t in (("x", x), ("past", past), ("other", other)):
         if t is None:
             continue
@@ -298,11 +367,106 @@ def _check(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None) -> 
     batch, channels, frames, height, width = x.shape
     if past is not None and tuple(past.shape) != (batch, channels, 2, height, width):
         raise ValueError(f"past is {tuple(past.shape)}; x {tuple(x.shape)} needs two frames of its size")
-    used = (plan.steps >> 16).amax() if not x.is_cuda else plan.dense < plan.steps.shape[1]
-    if other is None and bool(used):
-        raise ValueError("the plan adds another tensor, and there is none")
-    if other is not None and tuple(other.shape[2:]) != tuple(x.shape[2:]):
-        raise ValueError(f"other is {tuple(other.shape)}; x is {tuple(x.shape)}")
+
+
+# ---- the last convolution
+
+HEAD_FRAMES, HEAD_ROWS = 4, 4
+COLOURS = 3
+
+
+class HeadPlan(NamedTuple):
+    """The convolution to three colours: outputs of 4 frames x 4 rows are rows of one product.
+
+    Attributes:
+        weight: bf16 [64, steps * 32], rows (frame, row, colour), 16 of them zero.
+        bias: float32 [3].
+        steps: int32, how far the input is moved and from which channel it is read.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    steps: Tensor
+
+
+def head_plan(weight: Tensor, bias: Tensor) -> HeadPlan:
+    """Of a convolution [3, C, 3, 3, 3]."""
+    channels = weight.shape[1]
+    if weight.shape[0] != COLOURS or channels % PIECE:
+        raise ValueError(f"{channels} to {weight.shape[0]} channels: the kernel takes multiples of {PIECE} and "
+                         f"makes {COLOURS}")
+    steps, columns = [], []
+    for t in range(HEAD_FRAMES + 2):
+        for y in range(HEAD_ROWS + 2):
+            for x in range(3):
+                column = weight.new_zeros(64, channels)
+                for f in range(max(t - 2, 0), min(t + 1, HEAD_FRAMES)):
+                    for r in range(max(y - 2, 0), min(y + 1, HEAD_ROWS)):
+                        row = (f * HEAD_ROWS + r) * COLOURS
+                        column[row:row + COLOURS] = weight[:, :, t - f, y - r, x]
+                group, inner = divmod(y - 1, HEAD_ROWS)
+                for chunk in range(channels // PIECE):
+                    steps.append(chunk | x << 8 | inner << 10 | (group + 1) << 12 | t << 14)
+                    columns.append(column[:, chunk * PIECE:(chunk + 1) * PIECE])
+    return HeadPlan(torch.cat(columns, 1).to(torch.bfloat16).contiguous(), bias.float(),
+                    torch.tensor(steps, dtype=torch.int32, device=weight.device))
+
+
+def convolve_head(plan: HeadPlan, x: Tensor, past: Tensor) -> Tensor:
+    """Convolve bf16 x [B, C, T, H, W] after past [B, C, 2, H, W], both channels last -> [B, 3, T, H, W], each
+    colour of a frame a picture of its own in memory. H is a multiple of 4.
+    """
+    return torch.ops.longlive.vae_head(x, past, plan.weight, plan.bias, plan.steps).transpose(1, 2)
+
+
+@torch.library.custom_op("longlive::vae_head", mutates_args=())
+def _convolve_head(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, steps: Tensor) -> Tensor:
+    plan = HeadPlan(weight, bias, steps)
+    _check_input(x, past, None)
+    if x.shape[3] % HEAD_ROWS:
+        raise ValueError(f"x is {tuple(x.shape)}; its height must be a multiple of {HEAD_ROWS}")
+    if not x.is_cuda:
+        return convolve_head_reference(plan, x, past).to(x.dtype)
+    from . import conv3d_head_gluon
+
+    out = _head_result(x)
+    for b in range(x.shape[0]):
+        conv3d_head_gluon.launch(plan, _rows(x, b), _rows(past, b), out[b])
+    return out
+
+
+@_convolve_head.register_fake
+def _convolve_head_fake(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, steps: Tensor) -> Tensor:
+    return _head_result(x)
+
+
+def convolve_head_reference(plan: HeadPlan, x: Tensor, past: Tensor) -> Tensor:
+    """`convolve_head` [B, T, 3, H, W] step by step in plain PyTorch, in float32 or, for such an x, float64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch, _, frames, height, width = x.shape
+    out = _head_result(x).to(wide).fill_(float("nan"))
+    groups, rows = -(-frames // HEAD_FRAMES), height // HEAD_ROWS
+    weight = plan.weight.to(wide)
+    for b in range(batch):
+        padded = F.pad(torch.cat([_rows(past, b), _rows(x, b)]).to(wide),
+                       (0, 0, 1, 1, HEAD_ROWS, HEAD_ROWS, 0, 2 * HEAD_FRAMES))
+        total = torch.zeros(groups, rows, width, 64, dtype=wide, device=x.device)
+        for k, code in enumerate(plan.steps.tolist()):
+            chunk, column, inner = (code & 0xFF) * PIECE, code >> 8 & 3, code >> 10 & 3
+            row, t = (code >> 12 & 3) * HEAD_ROWS + inner, code >> 14
+            picked = padded[t:t + groups * HEAD_FRAMES:HEAD_FRAMES, row:row + height:HEAD_ROWS,
+                            column:column + width, chunk:chunk + PIECE]
+            total += picked @ weight[:, k * PIECE:(k + 1) * PIECE].t()
+        shape = (groups, rows, width, HEAD_FRAMES, HEAD_ROWS, COLOURS)
+        pictures = total[..., :shape[3] * shape[4] * COLOURS].reshape(shape).permute(0, 3, 5, 1, 4, 2)
+        pictures = pictures.reshape(groups * HEAD_FRAMES, COLOURS, height, width)[:frames]
+        out[b] = pictures + plan.bias.to(wide)[:, None, None]
+    return out
+
+
+def _head_result(x: Tensor) -> Tensor:
+    batch, _, frames, height, width = x.shape
+    return x.new_empty(batch, frames, COLOURS, height, width)
 
 
 # ---- norm
@@ -333,4 +497,4 @@ def norm_silu_reference(x: Tensor, gamma: Tensor) -> Tensor:
     """The norm and SiLU in float32 (float64 for such an x), rounded once."""
     wide = x if x.dtype == torch.float64 else x.float()
     norm = F.normalize(wide, dim=1, eps=1e-12) * x.shape[1]**0.5 * gamma.to(wide.dtype).view(-1, 1, 1, 1)
-    return F.silu(norm).to(x.dtype)
+    return F.silu(norm).to(x.dtype).contiguous(memory_format=torch.channels_last_3d)

@@ -1,16 +1,16 @@
 """The convolutions of the VAE's decoder as matrix products, scheduled by hand for Hopper in Gluon.
 
 A program makes 192 outputs (rows) of 256 pixels (columns): three consumer warpgroups of 64 rows each, and one
-producer warp that fetches for all of them. The rows are 192 channels of one frame, or 96 channels of two frames
-that follow one another, or of two neighbouring pixels of an enlarged picture (`conv3d.Plan`). Weights are
-therefore the left operand and pixels the right one, although pixels are what there is much of: 96 is no size
-that Triton knows, and 96 columns read the shared memory faster than Hopper allows.
+producer warp that fetches for all of them. The rows are 192 channels of one frame, or 96 channels of two
+frames that follow one another, or of two neighbouring pixels of an enlarged picture (`conv3d.Plan`). Weights
+are therefore the left operand and pixels the right one, although pixels are what there is much of: 96 is no
+size that Triton knows, and 64 + 32 columns would read shared memory faster than Hopper can.
 
 The pixels are two boxes of 8 x 16 of a frame. A step of the product is one tap and 32 or 64 input channels: the
 copy engine fetches both boxes moved by the tap from memory [T, H, W, C], and writes zeros for what lies outside
 of the picture; frames before the first come from the history, which is a tensor of its own. So nothing is
 padded or joined. A table that the host makes says what each step fetches. A residual is a few more steps, with
-the identity as weights, and a shortcut the same with its own: they are added before the only rounding.
+the identity as weights, and a shortcut the same with its own weights: both are added before the only rounding.
 
 Two frames or pixels of 96 channels have some taps apart and some in common. A consumer whose rows have no part
 in a step passes it over; the one in the middle, half of whose rows have, multiplies the rest by zeros: 10 units
@@ -23,12 +23,13 @@ writes it and leaves out what lies outside of the picture.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from typing import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
+from .conv3d import BOX, Plan, tiles
 from .gluon_api import (
     TensorDescriptor,
     barrier,
@@ -41,12 +42,9 @@ from .gluon_api import (
     warpgroup_mma_wait,
 )
 
-if TYPE_CHECKING:
-    from .conv3d import Plan
-
 CONSUMERS = 3
 CONSUMER_ROWS = 64
-BOX_HEIGHT, BOX_WIDTH = 8, 16
+BOX_HEIGHT, BOX_WIDTH = BOX
 PIECE_ROWS = 32
 STAGES = {64: 3, 32: 6}
 """By the channels of a step: 168 KB."""
@@ -111,8 +109,8 @@ def _send(out_a, out_b, out_c, out_d, piece, buffer, frame, row, column, OUTPUTS
 
 
 @gluon.jit
-def _store(sums, out_a, out_b, out_c, out_d, low, high, turned, boxes, PLACE: gl.constexpr, frame, row, column,
-           OUTPUTS: gl.constexpr):
+def _store(sums, out_a, out_b, out_c, out_d, low, high, turned, boxes, PLACE: gl.constexpr, frame, row,
+           column, OUTPUTS: gl.constexpr):
     """Round 64 rows of 64 pixels and store them through buffer PLACE, not that of the piece before."""
     out = gl.permute(gl.reshape(sums.to(gl.bfloat16), [2, 32, 64]), (0, 2, 1))
     tma.store_wait(2)
@@ -158,12 +156,14 @@ def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_p
         left, right = _halves(acc)
         a, b = _halves(left)
         frame, row, column = _place(pair * 2, frames, boxes_across, TIME)
-        _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column, OUTPUTS)
+        _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column,
+               OUTPUTS)
         _store(b, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX + 1, frame, row + 4, column,
                OUTPUTS)
         a, b = _halves(right)
         frame, row, column = _place(pair * 2 + 1, frames, boxes_across, TIME)
-        _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column, OUTPUTS)
+        _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column,
+               OUTPUTS)
         _store(b, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX + 1, frame, row + 4, column,
                OUTPUTS)
     tma.store_wait(0)
@@ -191,8 +191,8 @@ def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, targe
 
 @gluon.jit
 def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across, steps,
-             w_smem, x_boxes, ready, empty, PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr,
-             STEP: gl.constexpr, STAGES: gl.constexpr):
+             stop, apart, w_smem, x_boxes, ready, empty, PAST: gl.constexpr, OTHER: gl.constexpr,
+             TIME: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
     """One warp: pixels and weights of one step after the other, into slots that all consumers have left."""
     at = 0
     for tile in range(gl.program_id(0), blocks * pairs, gl.num_programs(0)):
@@ -205,10 +205,20 @@ def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, fr
             following = gl.load(steps_ptr + block * steps + gl.minimum(k + 1, steps - 1))
             slot = (at + k) % STAGES
             mbarrier.wait(empty.index(slot), (at + k) // STAGES & 1 ^ 1)
-            mbarrier.expect(ready.index(slot), 2 * x_desc.block_type.nbytes + 3 * w_desc.block_type.nbytes)
-            for i in gl.static_range(3):
-                tma.async_copy_global_to_shared(w_desc, [(block * 3 + i) * 64, k * STEP], ready.index(slot),
-                                                w_smem.index(slot * 3 + i))
+            for_first = k < stop
+            for_last = k >= apart
+            for_all = for_first & for_last
+            mbarrier.expect(ready.index(slot), 2 * x_desc.block_type.nbytes + 3 * w_desc.block_type.nbytes,
+                            pred=for_all)
+            mbarrier.expect(ready.index(slot), 2 * x_desc.block_type.nbytes + 2 * w_desc.block_type.nbytes,
+                            pred=for_all == 0)
+            row = block * 192
+            tma.async_copy_global_to_shared(w_desc, [row, k * STEP], ready.index(slot),
+                                            w_smem.index(slot * 3), pred=for_first)
+            tma.async_copy_global_to_shared(w_desc, [row + 64, k * STEP], ready.index(slot),
+                                            w_smem.index(slot * 3 + 1))
+            tma.async_copy_global_to_shared(w_desc, [row + 128, k * STEP], ready.index(slot),
+                                            w_smem.index(slot * 3 + 2), pred=for_last)
             _fetch(x_desc, past_desc, other_desc, step, frame_a, row_a, column_a, ready.index(slot),
                    x_boxes.index(slot * 2), PAST, OTHER, STEP)
             _fetch(x_desc, past_desc, other_desc, step, frame_b, row_b, column_b, ready.index(slot),
@@ -219,7 +229,7 @@ def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, fr
 
 @gluon.jit(do_not_specialize=["pairs", "frames", "boxes_across"])
 def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_d, bias_ptr, steps_ptr,
-                pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, PAST: gl.constexpr,
+                pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, stop, PAST: gl.constexpr,
                 OTHER: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr, OUTPUTS: gl.constexpr,
                 STEP: gl.constexpr, STAGES: gl.constexpr):
     """`ready` completes with its stage, `empty` with the third consumer's arrival."""
@@ -248,11 +258,13 @@ def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_
                      steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
                      STAGES)),
          (_produce, (x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across,
-                     steps, w_smem, x_boxes, ready, empty, PAST, OTHER, TIME, STEP, STAGES))],
+                     steps, stop, apart, w_smem, x_boxes, ready, empty, PAST, OTHER, TIME, STEP,
+                     STAGES))],
         [4, 4, 1], [160, 160, 24])
 
 
-def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None, outputs: Sequence[Tensor]) -> None:
+def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None,
+           outputs: Sequence[Tensor]) -> None:
     """Convolve x [T, H, W, C] into `outputs`, views [T, H, W, C'] of the result that may have any strides.
 
     Args:
@@ -262,8 +274,8 @@ def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None, out
     frames, height, width, _ = x.shape
     units = triton.cdiv(frames, plan.frames)
     across = triton.cdiv(width, BOX_WIDTH)
-    pairs = triton.cdiv(units * across * triton.cdiv(height, BOX_HEIGHT), 2)
-    programs = min(pairs * plan.blocks, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    total = tiles(plan, frames, height, width)
+    programs = min(total, torch.cuda.get_device_properties(x.device).multi_processor_count)
     step = plan.step
     sources = [_boxes(t, [1, BOX_HEIGHT, BOX_WIDTH, step]) for t in
                (x, x if past is None else past, x if other is None else other)]
@@ -271,8 +283,8 @@ def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None, out
     targets = [_boxes(out, [1, BOX_HEIGHT // 2, BOX_WIDTH, PIECE_ROWS]) for out in outputs]
     targets += targets[:1] * (4 - len(targets))
     conv_kernel[(programs,)](
-        *sources, weight, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks, pairs, units, across,
-        plan.steps.shape[1], plan.dense, plan.apart, PAST=past is not None, OTHER=other is not None,
+        *sources, weight, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks, total // plan.blocks, units, across,
+        plan.steps.shape[1], plan.dense, plan.apart, plan.stop, PAST=past is not None, OTHER=other is not None,
         TIME=plan.frames, OWN=plan.own, OUTPUTS=len(outputs), STEP=step, STAGES=STAGES[step], num_warps=4,
         maxnreg=128)
 

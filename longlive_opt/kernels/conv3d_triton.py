@@ -7,33 +7,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 8192
-"""Of x per program."""
+ELEMENTS = 2048
+"""Of each third of the channels, per program."""
+
+
+@triton.jit
+def _norm_third(x, factor, gamma, out_type: tl.constexpr):
+    y = x * factor[:, None] * gamma[None, :]
+    return (y / (1.0 + tl.exp2(y * -1.4426950408889634))).to(out_type)
 
 
 @triton.jit(do_not_specialize=["pixels", "first_kept"])
 def norm_silu_kernel(x_ptr, gamma_ptr, past_ptr, out_ptr, new_past_ptr, pixels, first_kept, scale,
-                     C: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, ONE_FRAME: tl.constexpr):
-    """Program: ROWS pixels of C channels. From pixel `first_kept` on the result goes to the history, too; of
-    one frame, `first_kept` is -pixels and the history's second frame becomes its first.
+                     C: tl.constexpr, ROWS: tl.constexpr, ONE_FRAME: tl.constexpr):
+    """Program: ROWS pixels of C channels, in thirds, which are powers of two. From pixel `first_kept` on the
+    result goes to the history, too; of one frame, `first_kept` is -pixels, and the history's second frame
+    becomes its first.
     """
+    THIRD: tl.constexpr = C // 3
+    kind: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channels = tl.arange(0, CHANNELS)
-    inside = (rows < pixels)[:, None] & (channels < C)[None, :]
+    channels = tl.arange(0, THIRD)
+    inside = (rows < pixels)[:, None]
     offsets = rows[:, None] * C + channels[None, :]
-    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    length = tl.sqrt(tl.sum(x * x, 1))
-    gamma = tl.load(gamma_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)
-    y = x * (scale / tl.maximum(length, 1e-12))[:, None] * gamma[None, :]
-    y = (y / (1.0 + tl.exp(-y))).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, y, mask=inside)
+    a = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + THIRD + offsets, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(x_ptr + 2 * THIRD + offsets, mask=inside, other=0.0).to(tl.float32)
+    factor = scale / tl.maximum(tl.sqrt(tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(c * c, 1)), 1e-12)
+    a = _norm_third(a, factor, tl.load(gamma_ptr + channels).to(tl.float32), kind)
+    b = _norm_third(b, factor, tl.load(gamma_ptr + THIRD + channels).to(tl.float32), kind)
+    c = _norm_third(c, factor, tl.load(gamma_ptr + 2 * THIRD + channels).to(tl.float32), kind)
+    tl.store(out_ptr + offsets, a, mask=inside)
+    tl.store(out_ptr + THIRD + offsets, b, mask=inside)
+    tl.store(out_ptr + 2 * THIRD + offsets, c, mask=inside)
     if tl.program_id(0) * ROWS + ROWS > first_kept:
         kept = rows - first_kept
-        tl.store(new_past_ptr + kept[:, None] * C + channels[None, :], y,
-                 mask=inside & (kept >= 0)[:, None])
+        keeps = inside & (kept >= 0)[:, None]
+        new_past = new_past_ptr + kept[:, None] * C + channels[None, :]
+        tl.store(new_past, a, mask=keeps)
+        tl.store(new_past + THIRD, b, mask=keeps)
+        tl.store(new_past + 2 * THIRD, c, mask=keeps)
     if ONE_FRAME:
-        size = pixels.to(tl.int64) * C
-        tl.store(new_past_ptr + offsets, tl.load(past_ptr + size + offsets, mask=inside), mask=inside)
+        old = past_ptr + pixels.to(tl.int64) * C + offsets
+        for third in tl.static_range(3):
+            tl.store(new_past_ptr + third * THIRD + offsets, tl.load(old + third * THIRD, mask=inside),
+                     mask=inside)
 
 
 def norm_silu(x: Tensor, gamma: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,10 +61,9 @@ def norm_silu(x: Tensor, gamma: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
     out, new_past = torch.empty_like(x), torch.empty_like(past)
     batch, channels, frames, height, width = x.shape
     pixels = frames * height * width
-    padded = triton.next_power_of_2(channels)
-    rows = max(ELEMENTS // padded, 1)
+    rows = ELEMENTS // (channels // 3)
     for b in range(batch):
         norm_silu_kernel[(triton.cdiv(pixels, rows),)](
             x[b], gamma, past[b], out[b], new_past[b], pixels, pixels - 2 * height * width, channels**0.5,
-            C=channels, CHANNELS=padded, ROWS=rows, ONE_FRAME=frames == 1, num_warps=8)
+            C=channels, ROWS=rows, ONE_FRAME=frames == 1, num_warps=4)
     return out, new_past
