@@ -20,7 +20,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py $(if $(filter-out 0,$(NEWEST)),--n
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-versions test-gpu lint lab summary training-report quantization wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
+.PHONY: help install demo test test-versions test-gpu lint lab summary training-report quantization parameters readme wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,13 @@ campaign-h100-tiny: CAMPAIGN ?= h100_tiny
 campaign-h100-tiny: ## the trained tiny model through the kernels of an H100: adherence, drift, fidelity: outputs/h100_tiny
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100_tiny.yaml --repeat-baseline 1 \
 		--presets baseline static_kv balanced speed realtime $(ARGS)
+
+readme: CAMPAIGN ?= h100
+readme: ## write the table of results into README.md (CAMPAIGN=h100)
+	@$(SETUP); "$$py" -m longlive_opt.report outputs/$(CAMPAIGN) --readme README.md
+
+parameters: ## write params/README.md and the notebooks' parameters cells from the keys, presets and profiles
+	@$(RUNNER) parameters
 
 wheelhouse: ## collect wheels for an offline Linux x86-64 host (PYTHON_TARGET=3.12, HAVE=its pip list)
 	@$(PYTHON) scripts/wheelhouse.py --python $(PYTHON_TARGET) $(if $(HAVE),--have $(HAVE)) wheelhouse

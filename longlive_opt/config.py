@@ -1,6 +1,8 @@
 """What can be configured: the flat preset that names one experiment.
 
-A preset speaks the vocabulary of the log; its keys are the parameters of the notebooks.
+A preset speaks the vocabulary of the log; its keys are the parameters of the notebooks. The fields of
+`ExperimentConfig` are the catalogue of the keys: each line states type, default, meaning, group and bounds of
+one key. `params/README.md`, the notebooks' parameters cells and the log's lists of switches derive from it.
 `ExperimentConfig.from_mapping` is the door: an unknown key, a wrong type or an impossible combination stops
 here, before anything is built. This module imports no torch, so that command lines can refuse a preset at
 once.
@@ -12,9 +14,10 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from .errors import UserError
 from .files import whole_text
@@ -23,14 +26,7 @@ from .models.specs import MODELS, ROPE_POSITIONS, ModelSpec
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
 """Presets that take others apart: measured and shown, never recommended."""
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-KV_QUANTIZATIONS = ("int8", "fp8")
-KV_READ_PATHS = ("fused", "dequantize")
-LINEAR_QUANTIZATIONS = ("int8", "fp8")
 LINEAR_LAYERS = ("qkv", "query", "up", "down")
-DTYPES = ("bfloat16", "float32")
-ATTENTION_BACKENDS = ("auto", "cudnn", "gluon", "flash", "efficient", "math")
-OBJECTIVES = ("latency", "switch", "memory")
 REHEARSED_BLOCKS = 4
 """After warm-up, in the rehearsal: two prompt switches, each with the block behind it."""
 _FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
@@ -43,83 +39,189 @@ NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "vae_offload_ahead": (("use_vae_offload",), "it is a way to move what lies in host memory"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
-RUN_KEYS = ("campaign", "run", "output_dir")
-"""What a notebook is told beside its configuration."""
+# What a notebook takes besides the keys of a preset: name -> default and meaning.
+RUN_KEYS: Mapping[str, tuple[Any, str]] = MappingProxyType({
+    "campaign": ("manual", "results go to outputs/<campaign>/<name>"),
+    "run": (1, "2 for a repetition that shows the noise"),
+    "output_dir": ("", "empty: outputs/<campaign>/<name>"),
+})
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the catalogue says of one key besides its name, type and default.
+
+    Attributes:
+        doc: the meaning, in a few words.
+        group: the part of the catalogue that lists the key.
+        choices: the values that are allowed; of a list, those of its items, of which there is one or more.
+        least, most: the smallest and the largest value.
+        above: every value must be greater.
+    """
+
+    doc: str
+    group: str
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    @property
+    def comment(self) -> str:
+        """The meaning with the choices, as one line."""
+        if not self.choices:
+            return self.doc
+        *others, last = self.choices
+        return f"{self.doc}: {', '.join(others)} or {last}"
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value that is none of the choices, or out of bounds.
+
+        Raises:
+            UserError: naming the key `name`, the value and the remedy.
+        """
+        if isinstance(value, tuple):
+            if self.choices and (not value or not set(value) <= set(self.choices)):
+                raise UserError(f"{name}: {list(value)} must name at least one of {', '.join(self.choices)}, "
+                                "and no other.")
+        elif self.choices and value not in self.choices:
+            raise UserError(f"{name}: {value!r} is unknown; choose one of {', '.join(self.choices)}.")
+        elif value is None:
+            return
+        elif self.least is not None and value < self.least:
+            raise UserError(f"{name}: {value} is too small; it must be at least {self.least}.")
+        elif self.most is not None and value > self.most:
+            raise UserError(f"{name}: {value} is too large; it can be at most {self.most}.")
+        elif self.above is not None and value <= self.above:
+            raise UserError(f"{name}: {value} must be greater than {self.above}.")
+
+
+def key(default: Any, doc: str, **more: Any) -> Any:
+    """A field of `ExperimentConfig` with its entry in the catalogue; `more` as the attributes of `Key`."""
+    return dataclasses.field(default=default, metadata={"key": Key(doc, **more)})
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One experiment, flat: exactly the keys of `params/*.yaml` and of the notebooks' parameters cell.
+    """One experiment, flat: exactly the keys of `params/*.yaml` and of the notebooks' parameters.
 
     Frames in `local_attn_size`, `sink_size`, `block_frames` and `switch_frame_indices` are latent frames.
+    What is left to the model (`denoising_steps`, `local_attn_size`, `sink_size`) and the warm-up that follows
+    from the window have their values as soon as the config is made.
     """
 
-    name: str = BASELINE
-    title: str = "Baseline"
-    hypothesis: str = ""
+    name: str = key(BASELINE, "names the folder of the results", group="identity")
+    title: str = key("Baseline", "heading of reports", group="identity")
+    hypothesis: str = key("", "what is expected, in numbers, before the run", group="identity")
 
-    model: str = "tiny"
-    weights: str = "weights/tiny"
-    lora_alpha: float = 256.0
-    device: str = "cpu"
-    model_dtype: str = "bfloat16"
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
+    model: str = key("tiny", " or ".join(MODELS), group="model and machine")
+    weights: str = key("weights/tiny", "random, or a folder: weights/tiny, or one with the official files",
+                       group="model and machine")
+    lora_alpha: float = key(256.0, "scale of lora.pt is lora_alpha / rank", group="model and machine",
+                            above=0)
+    device: str = key("cpu", "cpu, cuda or cuda:N", group="model and machine")
+    model_dtype: str = key("bfloat16", "of weights and activations", group="model and machine",
+                           choices=("bfloat16", "float32"))
+    height: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine")
+    width: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine")
+    gpu_memory_limit_gb: float | None = key(None, "GB for PyTorch on the GPU; None: all",
+                                            group="model and machine", least=0.1)
 
-    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    timestep_shift: float = 5.0
-    context_noise: int = 0
-    block_frames: int = 3
-    local_attn_size: int = 12
-    sink_size: int = 3
-    global_sink: bool = True
-    relative_rope: bool = False
-    attention_backend: str = "auto"
+    seed: int = key(0, "of the noise, and of weights drawn at random", group="sampling", least=0,
+                    most=2**63 - 1)
+    denoising_steps: tuple[int, ...] | None = key(None, "nominal timesteps, falling, in 1..1000; None: the "
+                                                  "model's own", group="sampling")
+    timestep_shift: float = key(5.0, "of the flow-matching schedule", group="sampling", above=0)
+    context_noise: int = key(0, "timestep of the clean pass (LongLive uses 0)", group="sampling", least=0,
+                             most=999)
+    block_frames: int = key(3, "latent frames per block", group="sampling", least=1)
+    local_attn_size: int | None = key(None, "attention window with its sink, latent frames; None: the "
+                                      "model's own", group="sampling")
+    sink_size: int | None = key(None, "attention sink, latent frames; None: the model's own",
+                                group="sampling", least=0)
+    global_sink: bool = key(True, "keep the sink at a prompt switch", group="sampling")
+    relative_rope: bool = key(False, "LongLive's infinity variant: no length limit", group="sampling")
 
-    use_cuda_graphs: bool = False
-    capture_recache: bool = True
-    use_torch_compile: bool = False
-    compile_mode: str = "default"
-    use_static_kv: bool = False
-    use_quantized_kv: bool = False
-    kv_quantization: str = "int8"
-    kv_read_path: str = "fused"
-    use_async_vae: bool = False
-    use_prompt_cache: bool = False
-    use_fused_kernels: bool = False
-    use_quantized_linears: bool = False
-    linear_quantization: str = "int8"
-    linear_layers: tuple[str, ...] = LINEAR_LAYERS
-    use_text_offload: bool = False
-    use_vae_offload: bool = False
-    vae_offload_ahead: bool = False
-    use_early_decode: bool = False
-    vae_chunk_latents: int | None = None
-    vae_channels_last: bool | None = None
-    cudnn_benchmark: bool | None = None
-    gpu_memory_limit_gb: float | None = None
-    prompt_cache_mb: int = 1024
-    prompt_cache_dir: str | None = None
+    attention_backend: str = key("auto", "kernel; gluon: Hopper only", group="optimizations",
+                                 choices=("auto", "cudnn", "gluon", "flash", "efficient", "math"))
+    use_cuda_graphs: bool = key(False, "capture and replay each kind of pass", group="optimizations")
+    capture_recache: bool = key(True, "False: graphs, of whichever key, leave a recache out and take less "
+                                "memory", group="optimizations")
+    use_torch_compile: bool = key(False, "compile transformer and VAE; needs a static or quantized cache",
+                                  group="optimizations")
+    compile_mode: str = key("default", "how it is compiled", group="optimizations",
+                            choices=("default", "reduce-overhead", "max-autotune"))
+    use_static_kv: bool = key(False, "KV cache as a ring of fixed memory", group="optimizations")
+    use_quantized_kv: bool = key(False, "8-bit KV cache; takes precedence over static", group="optimizations")
+    kv_quantization: str = key("int8", "format of the 8-bit KV cache", group="optimizations",
+                               choices=("int8", "fp8"))
+    kv_read_path: str = key("fused", "attend on the 8-bit cache, or convert it first", group="optimizations",
+                            choices=("fused", "dequantize"))
+    use_async_vae: bool = key(False, "decode a block while the next is denoised", group="optimizations")
+    use_prompt_cache: bool = key(False, "encode a prompt once and remember it", group="optimizations")
+    use_fused_kernels: bool = key(False, "one kernel between two matrix products; needs a static or "
+                                  "quantized cache", group="optimizations")
+    use_quantized_linears: bool = key(False, "8-bit linear layers behind a norm or GELU; needs fused kernels",
+                                      group="optimizations")
+    linear_quantization: str = key("int8", "format of the 8-bit linear layers", group="optimizations",
+                                   choices=("int8", "fp8"))
+    linear_layers: tuple[str, ...] = key(LINEAR_LAYERS, "linear layers in 8 bit, one or more",
+                                         group="optimizations", choices=LINEAR_LAYERS)
+    use_text_offload: bool = key(False, "weights that only read prompts in host memory",
+                                 group="optimizations")
+    use_vae_offload: bool = key(False, "the VAE's history in host memory", group="optimizations")
+    vae_offload_ahead: bool = key(False, "move the history while the VAE works; needs use_vae_offload",
+                                  group="optimizations")
+    use_early_decode: bool = key(False, "decode a block before its clean pass; skip that pass before a "
+                                 "recache", group="optimizations")
+    vae_chunk_latents: int | None = key(None, "latent frames per VAE call; None: 1, or a block if compiled",
+                                        group="optimizations", least=1)
+    vae_channels_last: bool | None = key(None, "the VAE's memory layout; None: if compiled, and on the CPU",
+                                         group="optimizations")
+    cudnn_benchmark: bool | None = key(None, "cuDNN times its convolutions and takes the fastest; None: if "
+                                       "compiled", group="optimizations")
+    prompt_cache_mb: int = key(1024, "MiB of remembered prompts", group="optimizations", least=0)
+    prompt_cache_dir: str | None = key(None, "folder of prompts that outlives the run; None: memory only",
+                                       group="optimizations")
 
-    prompts: tuple[str, ...] = (
+    prompts: tuple[str, ...] = key((
         "a large red square with the letter A pulses and a small blue circle orbits, on a dotted grey ground",
         "a large white star with the letter A pulses and a small blue circle orbits, on a dotted grey ground",
-        "a large white star with the letter A pulses and a small red circle orbits, on a striped teal ground")
-    prompts_file: str | None = None
-    switch_frame_indices: tuple[int, ...] | None = None
-    video_latent_frames: int = 18
-    video_width: int | None = None
-    video_crf: int = 23
+        "a large white star with the letter A pulses and a small red circle orbits, on a striped teal ground",
+    ), "one after the other in one video", group="prompts and video")
+    prompts_file: str | None = key(None, ".txt or .jsonl; instead of prompts", group="prompts and video")
+    switch_frame_indices: tuple[int, ...] | None = key(None, "latent frames; None: evenly spread",
+                                                       group="prompts and video")
+    video_latent_frames: int = key(18, "length of the video, a multiple of block_frames",
+                                   group="prompts and video", least=1)
+    video_width: int | None = key(None, "pixels of the mp4; None: full size", group="prompts and video",
+                                  least=16)
+    video_crf: int = key(23, "of the mp4; larger is smaller", group="prompts and video", least=0, most=51)
 
-    fidelity_blocks: int = 6
-    warmup_blocks: int = 5
-    measure_blocks: int = 4
-    num_switches: int = 1
-    playback_fps: float = 25.0
-    objective: str = "latency"
-    max_error_ratio: float | None = None
-    target_ms_per_frame: float = 40.0
+    fidelity_blocks: int = key(6, "blocks compared with the float32 baseline", group="measurement", least=2)
+    warmup_blocks: int | None = key(None, "blocks before the first measured one; None: the window and one "
+                                    "more", group="measurement")
+    measure_blocks: int = key(4, "steady-state blocks", group="measurement", least=2)
+    num_switches: int = key(1, "measured prompt switches", group="measurement", least=0)
+    playback_fps: float = key(25.0, "frames per second of the simulated viewer", group="measurement", above=0,
+                              most=1000)
+    objective: str = key("latency", "what the decision looks at", group="measurement",
+                         choices=("latency", "switch", "memory"))
+    max_error_ratio: float | None = key(None, "quality gate: error / the bf16 baseline's own; None: 1.1",
+                                        group="measurement", above=0)
+    target_ms_per_frame: float = key(40.0, "the line to stay under, ms per video frame", group="measurement",
+                                     above=0)
+
+    def __post_init__(self) -> None:
+        spec = MODELS.get(self.model)
+        if spec is None:  # `validate` says so
+            return
+        for name, own in (("denoising_steps", spec.steps), ("local_attn_size", spec.window),
+                          ("sink_size", spec.sink)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own)
+        if self.warmup_blocks is None and self.block_frames > 0:
+            object.__setattr__(self, "warmup_blocks", self.window_blocks + 1)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ExperimentConfig:
@@ -199,24 +301,10 @@ class ExperimentConfig:
         Raises:
             UserError: naming the key, the value and the remedy.
         """
-        def one_of(key: str, allowed: tuple[str, ...]) -> None:
-            if getattr(self, key) not in allowed:
-                raise UserError(
-                    f"{key}: {getattr(self, key)!r} is unknown; choose one of {', '.join(allowed)}."
-                )
-
-        def at_least(key: str, least: float) -> None:
-            if getattr(self, key) < least:
-                raise UserError(f"{key}: {getattr(self, key)} is too small; it must be at least {least}.")
-
-        one_of("model", tuple(MODELS))
-        one_of("model_dtype", DTYPES)
-        one_of("compile_mode", COMPILE_MODES)
-        one_of("kv_quantization", KV_QUANTIZATIONS)
-        one_of("kv_read_path", KV_READ_PATHS)
-        one_of("linear_quantization", LINEAR_QUANTIZATIONS)
-        one_of("attention_backend", ATTENTION_BACKENDS)
-        one_of("objective", OBJECTIVES)
+        for name, entry in KEYS.items():
+            entry.check(name, getattr(self, name))
+        if self.model not in MODELS:
+            raise UserError(f"model: {self.model!r} is unknown; choose one of {', '.join(MODELS)}.")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device: {self.device!r} is unknown; write cpu, cuda or cuda:N.")
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
@@ -224,30 +312,12 @@ class ExperimentConfig:
                 f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' or a later '.'."
             )
         self.model_config()
-        if not self.linear_layers or not set(self.linear_layers) <= set(LINEAR_LAYERS):
-            raise UserError(f"linear_layers: {list(self.linear_layers)} must name at least one of "
-                            f"{', '.join(LINEAR_LAYERS)}, and no other.")
-        self._validate_sampling(at_least)
+        self._validate_sampling()
         self._validate_inputs()
         self._validate_combinations()
-        for key, least in (
-            ("seed", 0),
-            ("video_latent_frames", 1),
-            ("fidelity_blocks", 2),
-            ("warmup_blocks", self.window_blocks),
-            ("measure_blocks", 2),
-            ("num_switches", 0),
-            ("video_crf", 0),
-            ("prompt_cache_mb", 0),
-        ):
-            at_least(key, least)
-        for key, most in (("seed", 2**63 - 1), ("video_crf", 51), ("playback_fps", 1000)):
-            if getattr(self, key) is not None and getattr(self, key) > most:
-                raise UserError(f"{key}: {getattr(self, key)} is too large; it can be at most {most}.")
-        for key in ("playback_fps", "target_ms_per_frame", "lora_alpha", "timestep_shift",
-                    "max_error_ratio"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise UserError(f"{key}: {getattr(self, key)} must be greater than 0.")
+        if self.warmup_blocks < self.window_blocks:
+            raise UserError(f"warmup_blocks: {self.warmup_blocks} is too small; it must be at least "
+                            f"{self.window_blocks}.")
         frames, block = self.video_latent_frames, self.block_frames
         if frames % block:
             nearest = [str(n) for n in (frames // block * block, (frames // block + 1) * block) if n]
@@ -255,9 +325,6 @@ class ExperimentConfig:
                 f"video_latent_frames: {frames} is not a multiple of block_frames {block}; use "
                 f"{' or '.join(nearest)}."
             )
-        for key, least in (("video_width", 16), ("vae_chunk_latents", 1), ("gpu_memory_limit_gb", 0.1)):
-            if getattr(self, key) is not None:
-                at_least(key, least)
         self._validate_length()
 
     @property
@@ -286,7 +353,7 @@ class ExperimentConfig:
             f"end after {self.max_blocks}; use a smaller one or set relative_rope: true."
         )
 
-    def _validate_sampling(self, at_least: Any) -> None:
+    def _validate_sampling(self) -> None:
         steps = self.denoising_steps
         if not steps:
             raise UserError(
@@ -295,12 +362,6 @@ class ExperimentConfig:
         if any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
             raise UserError(f"denoising_steps: {list(steps)} must fall strictly and lie in 1..1000, "
                             "such as [1000, 750, 500, 250].")
-        at_least("block_frames", 1)
-        at_least("sink_size", 0)
-        if not 0 <= self.context_noise < 1000:
-            raise UserError(
-                f"context_noise: {self.context_noise} is no timestep; choose 0..999 (LongLive uses 0)."
-            )
         if self.local_attn_size == -1:
             raise UserError(
                 "local_attn_size: -1 (global attention) needs memory that grows with the video and is not "
@@ -342,6 +403,20 @@ class ExperimentConfig:
             check_switches_fit(self.switch_frame_indices, self.video_blocks, self.block_frames)
 
 
+KEYS: Mapping[str, Key] = MappingProxyType(
+    {field.name: field.metadata["key"] for field in dataclasses.fields(ExperimentConfig)})
+"""The catalogue: every key of a preset, in the order of the fields."""
+
+
+def keys_of(group: str) -> tuple[str, ...]:
+    """The keys of one group of the catalogue."""
+    return tuple(name for name, entry in KEYS.items() if entry.group == group)
+
+
+SWITCHES = tuple(name for name in keys_of("optimizations") if getattr(ExperimentConfig, name) is False)
+"""The optimizations that are on or off, and off by default."""
+
+
 def check_baseline(config: ExperimentConfig) -> None:
     """Refuse what would be run under the baseline's name with optimizations: every other run of its campaign
     would be compared with it. A config in Python, of which nothing is stored, may have this name.
@@ -349,7 +424,7 @@ def check_baseline(config: ExperimentConfig) -> None:
     Raises:
         UserError: naming the flags and the remedy.
     """
-    switched_on = [key for key, value in config.to_dict().items() if key.startswith("use_") and value]
+    switched_on = [key for key in SWITCHES if getattr(config, key)]
     switched_on += [key for key in config.vae_switches if getattr(config, key) is not None]
     switched_on += ["attention_backend"] if config.attention_backend == "gluon" else []
     if config.name == BASELINE and switched_on:
@@ -363,7 +438,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     """What to say of `key`, with the known key that it resembles most."""
     close = difflib.get_close_matches(key, known, n=1)
     return f"unknown key {key!r}" + (
-        f" (did you mean {close[0]!r}?)" if close else " (README lists the keys)"
+        f" (did you mean {close[0]!r}?)" if close else " (params/README.md lists the keys)"
     )
 
 

@@ -26,13 +26,12 @@ from typing import Protocol, Sequence
 
 from .errors import UserError
 from .files import file_sha256
-from .models.specs import FETCH_COMMAND, MODELS, Source
+from .models.specs import FETCH_COMMAND, LONGLIVE, MODELS, Source
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".fetch"
 SPARE_BYTES = 1 << 30
-MODEL = "longlive-1.3b"
 FETCHED = tuple(name for name, spec in MODELS.items() if spec.checkpoint.sources)
 PARTS = ("all", "dit", "vae", "text")
 
@@ -109,7 +108,7 @@ def _sources(what: str, model: str) -> list[Source]:
     return [source for source in MODELS[model].checkpoint.sources if what in ("all", source.part)]
 
 
-def plan(hub: Hub, what: str = "all", model: str = MODEL) -> list[Download]:
+def plan(hub: Hub, what: str = "all", model: str = LONGLIVE) -> list[Download]:
     """Ask the hub for every file of the part `what` of `model`.
 
     Raises:
@@ -204,7 +203,7 @@ def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
     parser = argparse.ArgumentParser(prog=FETCH_COMMAND, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the files go")
-    parser.add_argument("--model", choices=FETCHED, default=MODEL, help="whose (default: %(default)s)")
+    parser.add_argument("--model", choices=FETCHED, default=LONGLIVE, help="whose (default: %(default)s)")
     parser.add_argument("--what", choices=PARTS, default="all", help="which part (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only show sizes and check the free space")
     args = parser.parse_args(argv)

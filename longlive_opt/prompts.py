@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Script:
+class PromptSchedule:
     """One video: its prompts in order, and the latent frame at which each but the first takes over."""
 
     prompts: tuple[str, ...]
     switch_frames: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Plain JSON-ready values: the `script` section of a result."""
+        """Plain JSON-ready values: the `schedule` section of a result."""
         return {"prompts": list(self.prompts), "switch_frames": list(self.switch_frames)}
 
 
-def read_scripts(
+def read_schedules(
     path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None
-) -> list[Script]:
+) -> list[PromptSchedule]:
     """Read `*.txt` (one prompt a line, each its own video) or `*.jsonl` ({"prompts": [...]} a line, one video
     each).
 
@@ -56,21 +56,21 @@ def read_scripts(
         raise UserError(f"prompts_file: {path} holds no prompt; write one prompt a line.")
     if path.suffix == ".jsonl":
         shared = parse_switch_frames(switch_frame_indices, "switch_frame_indices")
-        scripts = [_script(where, line, shared) for where, line in numbered]
-        counts = {len(script.prompts) for script in scripts}
+        schedules = [_schedule(where, line, shared) for where, line in numbered]
+        counts = {len(schedule.prompts) for schedule in schedules}
         if len(counts) > 1:
             raise UserError(
                 f"prompts_file: the lines of {path} hold {sorted(counts)} prompts; every line needs the same "
                 "number."
             )
-        return scripts
+        return schedules
     if switch_frame_indices is not None:
         raise UserError(
             f"switch_frame_indices: {path} has one prompt a video; use a .jsonl file to switch prompts."
         )
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
-    return [Script((line,)) for _, line in numbered]
+    return [PromptSchedule((line,)) for _, line in numbered]
 
 
 def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> tuple[int, ...] | None:
@@ -94,7 +94,7 @@ def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> 
         ) from error
 
 
-def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
+def _schedule(where: str, line: str, shared: tuple[int, ...] | None) -> PromptSchedule:
     try:
         entry = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -121,28 +121,28 @@ def _script(where: str, line: str, shared: tuple[int, ...] | None) -> Script:
             )
         switches = ()
     check_switches(switches, len(prompts), f"{where}, switch_frame_indices")
-    return Script(tuple(prompts), switches)
+    return PromptSchedule(tuple(prompts), switches)
 
 
-def script_of(config: ExperimentConfig) -> Script:
+def schedule_of(config: ExperimentConfig) -> PromptSchedule:
     """The prompts of a preset and when they take over in its video: as given, or spread evenly.
 
     Raises:
         UserError: a prompt file that cannot be read, or switches that do not fit.
     """
     if config.prompts_file is not None:
-        script, *others = read_scripts(project_path(config.prompts_file), config.switch_frame_indices)
+        schedule, *others = read_schedules(project_path(config.prompts_file), config.switch_frame_indices)
         if others:
             logger.warning("prompts_file: %d videos; this run uses the first", len(others) + 1)
-        check_switches_fit(script.switch_frames, config.video_blocks, config.block_frames)
-        return script
+        check_switches_fit(schedule.switch_frames, config.video_blocks, config.block_frames)
+        return schedule
     if config.switch_frame_indices is not None:
-        return Script(config.prompts, config.switch_frame_indices)
+        return PromptSchedule(config.prompts, config.switch_frame_indices)
     return spread_evenly(config.prompts, config.video_blocks, config.block_frames)
 
 
-def spread_evenly(prompts: Sequence[str], blocks: int, block_frames: int) -> Script:
+def spread_evenly(prompts: Sequence[str], blocks: int, block_frames: int) -> PromptSchedule:
     """The first `blocks` of `prompts`, spread evenly over a video of so many blocks."""
     used = tuple(prompts[:blocks])
     starts = [blocks * i // len(used) for i in range(1, len(used))]
-    return Script(used, tuple(start * block_frames for start in starts))
+    return PromptSchedule(used, tuple(start * block_frames for start in starts))

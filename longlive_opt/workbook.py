@@ -1,14 +1,14 @@
 """What the notebooks call: one experiment from its parameters to its result.json, a few verbs in order.
 
-    run = Experiment.open(globals())   # check the parameters
+    run = Experiment.from_notebook(globals())   # check the parameters
     run.build()                        # load the model, apply the optimizations
     run.measure()                      # rehearse, then measure the stream
-    run.film()                         # a short video
-    run.judge()                        # does it show its prompts? (of the small world; may be left out)
-    run.compare()                      # fidelity: errors against the baseline in float32
+    run.generate_video()                         # a short video
+    run.check_adherence()                        # does it show its prompts? (of Moving Shapes; may be left
+    out) run.compare()                      # fidelity: errors against the baseline in float32
     run.save()                         # result.json, the only sign of success
-    run.vary({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
-    run.reading()                      # what was expected, what was measured, what follows
+    run.ablate({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
+    run.conclusion()                      # what was expected, what was measured, what follows
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .config import RUN_KEYS, ExperimentConfig, check_baseline, notebook_paramet
 from .errors import UserError
 from .files import check_texts, project_path
 from .measurement import decision, environment, fidelity, quality
-from .measurement.fidelity import FidelityScript, Truth, variation_fidelity
+from .measurement.fidelity import FidelitySchedule, Truth, ablation_fidelity
 from .measurement.protocol import Measurement
 from .measurement.result import (
     REFERENCE_FILE,
@@ -48,17 +48,17 @@ from .measurement.result import (
 from .models.weight_files import check_weights
 from .optimizations import build_pipeline
 from .optimizations.base import Stats
-from .prompts import script_of
+from .prompts import schedule_of
 from .report import charts, video
-from .report.conclusion import definitions_html, reading_html
+from .report.conclusion import conclusion_html, definitions_html
 from .report.tables import (
+    ablation_summary,
+    ablations_table,
     fidelity_table,
     headline_table,
+    optimizations_table,
     parameters_table,
     plain,
-    rooms_table,
-    variation_summary,
-    variations_table,
 )
 from .tiny.shapes import adherence
 
@@ -78,11 +78,11 @@ class Experiment:
         self.campaign = campaign
         self.number = run
         self.folder = folder
-        self.script = script_of(config)
-        self.world: dict[str, Any] | None = None
+        self.schedule = schedule_of(config)
+        self.adherence: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, namespace: Mapping[str, Any]) -> Experiment:
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> Experiment:
         """Check the notebook's parameters, `globals()` of its first cells, before anything is built.
 
         Raises:
@@ -90,8 +90,7 @@ class Experiment:
                 that could not be compared with the campaign's baseline, or a folder that cannot be written.
         """
         given = notebook_parameters(namespace)
-        campaign, run, output_dir = (given.pop(key, default) for key, default in
-                                     zip(RUN_KEYS, ("manual", 1, "")))
+        campaign, run, output_dir = (given.pop(key, default) for key, (default, _) in RUN_KEYS.items())
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
         check_texts([campaign, output_dir], "campaign, output_dir")
@@ -121,7 +120,8 @@ class Experiment:
         digests = None
         if lookup(baseline, "weights.sha256"):
             digests = check_weights(self.config.weights, self.config.model_config()).sha256()
-        if reason := decision.fidelity_reason(decision.planned(self.config, self.script, digests), baseline):
+        if reason := decision.fidelity_reason(decision.planned(self.config, self.schedule, digests),
+                                              baseline):
             raise UserError(f"campaign: this run could not be compared with the baseline of {self.campaign}, "
                             f"since {reason}; run the baseline with the same settings, or choose another "
                             "campaign (papermill: -p campaign mine).")
@@ -133,13 +133,13 @@ class Experiment:
     def build(self) -> pd.DataFrame:
         """Load the model and apply the optimizations; returns what each did."""
         self.pipeline = build_pipeline(self.config)
-        self.measurement = Measurement(self.pipeline, self.script)
+        self.measurement = Measurement(self.pipeline, self.schedule)
         self.session = self.measurement.session
         print(f"ready after {self.pipeline.setup_s['load']:.1f} s: {self.pipeline.model.name}, weights: "
               f"{self.pipeline.weights['kind']}, attention: {self.pipeline.attention_backend}")
         if reason := self.fidelity_reason():
             print(f"Warning: no comparison with the baseline, {reason}")
-        return rooms_table(self.pipeline.rooms)
+        return optimizations_table(self.pipeline.optimizations)
 
     def measure(self) -> pd.DataFrame:
         """Rehearse, so that compilation and capture stay out of every latency, then measure a stream without
@@ -147,7 +147,7 @@ class Experiment:
         """
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
-        self._room_reports()  # what optimizations count in a cache is gone after the next reset
+        self._optimization_reports()  # what optimizations count in a cache is gone after the next reset
         print(self.measured["sizes"]["note"])
         print(self.measured["latency"]["clock_disagreement"]["sentence"])
         if self.company["co_scheduled"]:
@@ -156,12 +156,12 @@ class Experiment:
             print(f"Warning: {beside}; these latencies are not fit for comparison.")
         return headline_table(self.measured)
 
-    def film(self) -> HTML:
-        """Generate the script's video with its prompt switches; returns a player. Not measured."""
+    def generate_video(self) -> HTML:
+        """Generate the schedule's video with its prompt switches; returns a player. Not measured."""
         self.session.reset()
-        self.world = None  # of the video before
+        self.adherence = None  # of the video before
         self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
-                       for chunk in self.session.play(self.script, self.config.video_blocks)]
+                       for chunk in self.session.play(self.schedule, self.config.video_blocks)]
         self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
         shown = video.shrink(self.frames, self.config.video_width)
         video.write_mp4(self.folder / "video.mp4", shown, self.pipeline.model.fps, crf=self.config.video_crf)
@@ -174,21 +174,21 @@ class Experiment:
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )
-        return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.script.prompts)))
+        return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.schedule.prompts)))
 
-    def judge(self) -> pd.DataFrame:
-        """Whether the video of `film` shows its prompts, one row for each; n/a where they are none of the
-        small world. Call it before `charts` and `save`, or the result is without it.
+    def check_adherence(self) -> pd.DataFrame:
+        """Whether the video of `video` shows its prompts, one row for each; n/a where they are not of
+        Moving Shapes. Call it before `charts` and `save`, or the result is without it.
 
         Raises:
             UserError: the result was put together already.
         """
         if "result" in self.__dict__:
-            raise UserError("judge: the result was put together already; call judge() before charts() and "
-                            "save().")
+            raise UserError("check_adherence: the result was put together already; call it before "
+                            "charts() and save().")
         prompts = [chunk.prompt for chunk in self.chunks for _ in range(chunk.frames.shape[1])]
-        self.world = adherence.judge(self.frames, prompts, weights_kind=self.pipeline.weights["kind"])
-        return adherence.table(self.world, prompts).map(plain)
+        self.adherence = adherence.evaluate(self.frames, prompts, weights_kind=self.pipeline.weights["kind"])
+        return adherence.table(self.adherence, prompts).map(plain)
 
     def compare(self) -> pd.DataFrame:
         """Fidelity: errors against the baseline in float32 on the same noise and prompts (`fidelity`),
@@ -197,9 +197,9 @@ class Experiment:
         The campaign's first baseline makes the truth and the null rows. Where a campaign has no truth, or
         that of something else, all of it is n/a with the reason.
         """
-        script, kind = FidelityScript.of(self.config, self.script), self.pipeline.weights["kind"]
+        schedule, kind = FidelitySchedule.of(self.config, self.schedule), self.pipeline.weights["kind"]
         if self.is_reference:
-            truth, self.quality = fidelity.establish(self.pipeline, script, self.frames)
+            truth, self.quality = fidelity.establish(self.pipeline, schedule, self.frames)
             truth.save(self.folder / REFERENCE_FILE)
             self.__dict__["reference"] = truth
         elif (truth := self.reference) is None:
@@ -211,7 +211,7 @@ class Experiment:
             )
         else:
             try:
-                self.quality = fidelity.measure(self.pipeline, self.session, script, truth)
+                self.quality = fidelity.measure(self.pipeline, self.session, schedule, truth)
             except Exception as error:  # what was measured before is none the worse for it
                 why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 why = (why.splitlines() or [""])[0]
@@ -227,7 +227,7 @@ class Experiment:
         """
         if self.is_reference or (baseline := self.baseline()) is None:
             return ""
-        known = decision.planned(self.config, self.script)
+        known = decision.planned(self.config, self.schedule)
         known |= {"weights": self.pipeline.weights, "environment": environment.machine(self.pipeline.device)}
         return decision.fidelity_reason(known, baseline)
 
@@ -280,14 +280,14 @@ class Experiment:
         write_result(self.folder / RESULT_FILE, self.result)
         print(f"{RESULT_FILE} is written")
 
-    def reading(self) -> HTML:
+    def conclusion(self) -> HTML:
         """The hypothesis, and what was measured against the baseline; the campaign's summary decides."""
-        return HTML(reading_html(self.result, self.baseline()))
+        return HTML(conclusion_html(self.result, self.baseline()))
 
-    def vary(self, changes: Mapping[str, Sequence[Any]],
+    def ablate(self, changes: Mapping[str, Sequence[Any]],
              together: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
         """Measure the preset again with one key changed at a time, and add the figures to result.json; only
-        `reading` may follow, since it lets go of the pipeline. A variation that cannot run is n/a and says
+        `conclusion` may follow, since it lets go of the pipeline. An ablation that cannot run is n/a and says
         why.
 
         Each runs in a thread of its own: cuDNN's kernels, once chosen for a shape, are remembered per thread.
@@ -296,30 +296,30 @@ class Experiment:
             changes: the values to try instead of the preset's, by key.
             together: changes of several keys at a time, measured after those of one.
         """
-        rows = self.result["variations"] = []
+        rows = self.result["ablations"] = []
         del self.pipeline, self.session, self.measurement
         for changed in (*({key: value} for key, values in changes.items() for value in values), *together):
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            print("variation", ", ".join(f"{key}: {value}" for key, value in changed.items()), flush=True)
-            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="variation") as thread:
+            print("ablation", ", ".join(f"{key}: {value}" for key, value in changed.items()), flush=True)
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ablation") as thread:
                 # Settings of torch's compiler belong to a context, and a new thread has a new one.
                 context = contextvars.copy_context()
-                measured = thread.submit(context.run, self._variation, changed).result()
+                measured = thread.submit(context.run, self._ablation, changed).result()
             rows.append(plain_json({"changed": dict(changed)} | measured))
             write_result(self.folder / RESULT_FILE, self.result)
-        return variations_table(self.result).map(plain)
+        return ablations_table(self.result).map(plain)
 
-    def _variation(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+    def _ablation(self, changed: Mapping[str, Any]) -> dict[str, Any]:
         try:
             config = ExperimentConfig.from_mapping(self.config.to_dict() | dict(changed))
             variant = Experiment(config, self.campaign, self.number, self.folder)
             variant.build()
             variant.measure()
-            script = FidelityScript.of(config, variant.script)
-            exactness = variation_fidelity(variant.pipeline, variant.session, script, variant.reference)
-            return variation_summary(variant.measured, exactness, variant.pipeline.setup_s)
+            schedule = FidelitySchedule.of(config, variant.schedule)
+            exactness = ablation_fidelity(variant.pipeline, variant.session, schedule, variant.reference)
+            return ablation_summary(variant.measured, exactness, variant.pipeline.setup_s)
         except (UserError, torch.OutOfMemoryError) as error:
             return {"failure": na(str(error).splitlines()[0], "see the message")}
 
@@ -339,12 +339,12 @@ class Experiment:
                 "title": config.title,
                 "hypothesis": config.hypothesis,
                 "parameters": config.to_dict(),
-                "script": self.script.to_dict(),
+                "prompt_schedule": self.schedule.to_dict(),
                 "environment": machine | self.clocks,
                 "model": {
                     "name": pipeline.model.name,
                     "parameters": pipeline.weights["dit"]["parameters"],
-                    "sizes": dataclasses.asdict(pipeline.model),
+                    "sizes": pipeline.model.sizes(),
                 },
                 "weights": pipeline.weights,
                 "tokenizer": pipeline.weights["tokenizer"]["tokenizer"],
@@ -352,12 +352,12 @@ class Experiment:
                 **self.measured,
                 "setup_s": pipeline.setup_s,
                 "quality": self.quality,
-                **({} if self.world is None else {"world": self.world}),
-                "rooms": self._room_reports(),
+                **({} if self.adherence is None else {"adherence": self.adherence}),
+                "optimizations": self._optimization_reports(),
                 "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         )
-        gate = decision.gate_of(config, result["rooms"])
+        gate = decision.gate_of(config, result["optimizations"])
         # The gate stays with the result: once every run is there, the campaign's summary decides.
         noise = decision.noise_of_preset(config.name, self._noise)
         decided = decision.decide(result, self.baseline(), noise, gate)
@@ -375,7 +375,7 @@ class Experiment:
         campaign, _ = read_campaign(self.folder.parent)
         return decision.campaign_noise(campaign)
 
-    def _room_reports(self) -> list[dict[str, Any]]:
-        return [room | {"report": {key: value.summary() if isinstance(value, Stats) else value
-                                   for key, value in room["report"].items()}}
-                for room in self.pipeline.rooms]
+    def _optimization_reports(self) -> list[dict[str, Any]]:
+        return [optimization | {"report": {key: value.summary() if isinstance(value, Stats) else value
+                                   for key, value in optimization["report"].items()}}
+                for optimization in self.pipeline.optimizations]

@@ -5,7 +5,7 @@ import random
 from collections.abc import Collection
 from typing import Any
 
-from longlive_opt.measurement import decision, metrics
+from longlive_opt.measurement import catalogue, decision, metrics
 from longlive_opt.measurement.result import SCHEMA_VERSION, na
 from longlive_opt.streaming.timeline import Event
 
@@ -56,16 +56,16 @@ def example_quality(preset: str, exact: bool = False, ratio: float = 1.3) -> dic
     def errors(scale: float) -> dict[str, Any]:
         return {"latent_error": latent_metric(0.0104 * scale), "error_ratio": latent_metric(scale)}
 
-    def running(scale: float, level: float) -> dict[str, Any]:
-        return {"psnr_db": frame_metric(level - 4, level), "ssim": frame_metric(0.93, 0.995),
-                "lpips": absent, "psnr_by_block": [level] * 12, **errors(scale)}
+    def running(scale: float, exactness: float) -> dict[str, Any]:
+        return {"psnr_db": frame_metric(exactness - 4, exactness), "ssim": frame_metric(0.93, 0.995),
+                "lpips": absent, "psnr_by_block": [exactness] * 12, **errors(scale)}
 
     absent = na("the AlexNet trunk alexnet-owt-7be5be79.pth was not found", "fetch it, see README")
     section = {
         "reference": "the baseline in float32", "label": "numerical fidelity with random weights",
         "identical": None if preset == "baseline" else exact, "flags": [], "frames_compared": 24,
         "frames_total": 24, "protocol": 2, "ms_ssim": frame_metric(0.96, 0.998),
-        "script": {"prompts": ["a fox", "a whale"], "blocks": 12, "switch_block": 6},
+        "prompt_schedule": {"prompts": ["a fox", "a whale"], "blocks": 12, "switch_block": 6},
         **running(ratio, psnr), "st_lpips": frame_metric(0.004, 0.001), "worst_ratio": ratio,
         "clip_delta": na("random weights: prompt alignment has no meaning", "use official weights"),
         "free_running": running(ratio, psnr - 0.5)}
@@ -92,7 +92,7 @@ def _gpu(end_ms: float, frames: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1, steady: int = 300,
                    switches: int = 20, exact: bool = False, seed: int = 0,
                    gpu: str | None = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
-    """A complete result; `scale` multiplies every stage's time, `exact`: frames equal the baseline's."""
+    """A complete result; `scale` multiplies every stage's time, `bitwise`: frames equal the baseline's."""
     first = 8
     events = example_events(scale, first + steady, seed=seed + run)
     last = first + 2 * switches
@@ -112,7 +112,7 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
                        "use_static_kv": preset == "static_kv", "use_quantized_kv": False,
                        "use_async_vae": False, "use_prompt_cache": False, "measure_blocks": steady,
                        "warmup_blocks": first, "num_switches": switches},
-        "script": {"prompts": ["a fox", "a whale"], "switch_frames": [9]},
+        "prompt_schedule": {"prompts": ["a fox", "a whale"], "switch_frames": [9]},
         "environment": {"gpu": gpu, "driver": "580.159", "cuda": "13.0", "torch": "2.11.0+cu130",
                         "cudnn": "91002", "triton": "3.6.0", "python": "3.11.7", "cpu": "Example CPU",
                         "attention_backend": "cudnn", "git_commit": "0123456789abcdef" * 2 + "01234567",
@@ -127,7 +127,7 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
         "memory_gb": memory,
         "setup_s": {"load": 12.5, "compile": 0.0, "capture": 0.0, "first_block": 1.9},
         "quality": example_quality(preset, exact),
-        "rooms": [] if preset == "baseline" else [{"name": preset, "applied": True, "report": {}}],
+        "optimizations": [] if preset == "baseline" else [{"name": preset, "applied": True, "report": {}}],
         "events": [event.to_row() for event in events],
         "switch_events": [event.to_row() for event in switch_events],
         "created_utc": "2026-01-31T12:00:00Z",
@@ -140,7 +140,8 @@ def example_result(preset: str = "baseline", scale: float = 1.0, *, run: int = 1
                                                                     found[1])}
         elif gpu:
             result["gpu_samples"]["switch_stream"], result["energy"]["switch_stream"] = found
-    gate = {"level": "exact", "max_error_ratio": 1.1} if exact else {"level": "lossy", "max_error_ratio": 1.6}
+    gate = {"exactness": "bitwise", "max_error_ratio": 1.1} if exact else {"exactness": "lossy",
+                                                                           "max_error_ratio": 1.6}
     baseline = None if preset == "baseline" else example_result(steady=steady, switches=switches, gpu=gpu)
-    noise = dict.fromkeys(decision.FIGURES, 0.004)
+    noise = dict.fromkeys((metric.key for metric in catalogue.shown_in("noise")), 0.004)
     return result | {"decision": decision.decide(result, baseline, noise, gate)}

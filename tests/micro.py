@@ -11,7 +11,7 @@ import torch
 
 from longlive_opt import config
 from longlive_opt.config import ExperimentConfig
-from longlive_opt.models.specs import DiTConfig, ModelSpec, TextEncoderConfig, VAEConfig
+from longlive_opt.models.specs import MODELS, DiTConfig, ModelSpec, TextEncoderConfig, VAEConfig
 from longlive_opt.optimizations import build_pipeline
 from longlive_opt.streaming.pipeline import Pipeline
 
@@ -19,7 +19,9 @@ _TEXT = TextEncoderConfig(vocab_size=384, dim=16, dim_attn=16, dim_ffn=16, num_h
                           text_len=32)
 _DIT = DiTConfig(dim=48, num_heads=2, num_layers=2, ffn_dim=64, freq_dim=32, text_dim=_TEXT.dim,
                  text_len=_TEXT.text_len)
-MICRO = ModelSpec("micro", _DIT, VAEConfig(dim=2, num_res_blocks=1), _TEXT, height=32, width=48)
+MICRO = ModelSpec("micro", "micro", MODELS["tiny"].checkpoint, _DIT, VAEConfig(dim=2, num_res_blocks=1),
+                  _TEXT,
+                  height=32, width=48, full_size=False)
 
 
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longlive_opt.config import ExperimentConfig
+from longlive_opt.config import KEYS, RUN_KEYS, SWITCHES, ExperimentConfig, keys_of
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
-from longlive_opt.models.specs import MODELS, ModelSpec
+from longlive_opt.measurement import decision
+from longlive_opt.models.specs import MODELS
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))
@@ -45,8 +46,8 @@ def write(path: Path, text: str) -> Path:
     ("denoising_steps", [250, 500], "fall strictly"), ("denoising_steps", [1001], "1..1000"),
     ("denoising_steps", [500, 0], "1..1000"), ("block_frames", 0, "at least 1"),
     ("sink_size", -1, "at least 0"),
-    ("context_noise", 1000, "0..999"), ("context_noise", -1, "0..999"), ("local_attn_size", -1, "21"),
-    ("local_attn_size", 5, "at least 6"), ("seed", -1, "at least 0"),
+    ("context_noise", 1000, "at most 999"), ("context_noise", -1, "at least 0"),
+    ("local_attn_size", -1, "21"), ("local_attn_size", 5, "at least 6"), ("seed", -1, "at least 0"),
     ("video_latent_frames", 0, "at least 1"),
     ("warmup_blocks", 3, "at least 4"), ("measure_blocks", 1, "at least 2"),
     ("num_switches", -1, "at least 0"),
@@ -148,9 +149,10 @@ def test_no_mapping_is_refused(mapping):
 
 
 @pytest.mark.parametrize("key, value", [
+    ("vae_chunk_latents", 0), ("gpu_memory_limit_gb", 0.0), ("playback_fps", 1001), ("prompt_cache_mb", -1),
     ("height", 0), ("width", 0), ("device", "cuda:x"), ("device", "cuda:-1"), ("device", "cuda:"),
     ("name", ".."),
-    ("name", "."), ("seed", 2**64), ("prompt_cache_mb", -1), ("video_crf", -5),
+    ("name", "."), ("seed", 2**64), ("video_crf", -5),
     ("playback_fps", 10**400), ("video_crf", 99), ("video_width", 0), ("video_width", -64),
 ], ids=lambda part: str(part)[:24])
 def test_value_at_the_edge_is_refused_at_the_door(key, value):
@@ -228,8 +230,8 @@ def test_model_sizes():
     assert (full.latent_height, full.latent_width, full.tokens_per_frame) == (60, 104, 1560)
     assert full.dit.head_dim == 128
     assert tiny.dit.text_dim == tiny.text.dim and tiny.dit.text_len == tiny.text.text_len
-    assert ModelSpec("m").with_size(64, None).height == 64
-    assert ModelSpec("m").with_size(64, None).width == 832
+    assert full.with_size(64, None).height == 64
+    assert full.with_size(64, None).width == 832
 
 
 @pytest.mark.parametrize("text, says", [
@@ -332,11 +334,26 @@ def test_profiles_leave_the_experiment_alone():
     in it would change what is compared.
     """
     assert {"laptop", "h100"} <= {path.stem for path in PROFILES}
-    experiment = {"name", "title", "hypothesis", "seed", "denoising_steps", "local_attn_size",
-                  "sink_size"}
+    experiment = {*keys_of("identity"), *keys_of("sampling")}
     for profile in PROFILES:
         keys = load_yaml(profile).keys()
-        assert not experiment & keys and not [key for key in keys if key.startswith("use_")]
+        assert not experiment & keys and not keys & {*SWITCHES}
+
+
+def test_the_catalogue_is_whole_and_its_defaults_are_allowed():
+    """A key without its words, one with bounds that its own default breaks, a group of one misspelt name, or
+    a switch under another group, which the log and the check of the baseline would overlook.
+    """
+    groups = list(dict.fromkeys(entry.group for entry in KEYS.values()))
+    assert groups == ["identity", "model and machine", "sampling", "optimizations", "prompts and video",
+                      "measurement"]
+    assert [name for group in groups for name in keys_of(group)] == list(KEYS), "groups are contiguous"
+    for name, entry in KEYS.items():
+        assert entry.doc and len(entry.comment) <= 90 and not entry.doc.endswith("."), name
+        entry.check(name, getattr(ExperimentConfig, name))
+    assert {name for name in KEYS if name.startswith("use_")} | {"vae_offload_ahead"} == {*SWITCHES}
+    assert not KEYS.keys() & RUN_KEYS.keys()
+    assert {*keys_of("sampling"), "model_dtype"} == {*decision._SAME_KEYS}, "what makes runs comparable"
 
 
 def test_importing_the_config_needs_no_torch():
@@ -344,3 +361,15 @@ def test_importing_the_config_needs_no_torch():
     code = ("import sys, longlive_opt.config, longlive_opt.prompts, longlive_opt.errors; "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_window_sink_and_steps_come_with_the_model(name: str) -> None:
+    """Self-Forcing with LongLive's window and sink: another model's behaviour, without a word."""
+    spec = MODELS[name]
+    config = ExperimentConfig.from_mapping({"model": name})
+    assert (config.local_attn_size, config.sink_size, config.denoising_steps) == (
+        spec.window, spec.sink, spec.steps)
+    assert config.warmup_blocks == config.window_blocks + 1
+    own = ExperimentConfig.from_mapping({"model": name, "local_attn_size": 9, "sink_size": 0})
+    assert (own.local_attn_size, own.sink_size) == (9, 0)

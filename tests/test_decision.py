@@ -8,14 +8,14 @@ from example_results import example_quality, example_result
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
-from longlive_opt.measurement import decision, metrics
+from longlive_opt.measurement import catalogue, decision, metrics
 from longlive_opt.measurement.result import lookup, na, read_result
 from longlive_opt.streaming.timeline import Event
 
 ROOT = Path(decision.__file__).resolve().parents[2]
 NOISE = {"ss_mean": 0.004, "ps_mean": 0.03, "peak_allocated": 0.0}
-EXACT = {"level": "exact", "max_error_ratio": 1.1}
-LOSSY = {"level": "lossy", "max_error_ratio": 1.6}
+EXACT = {"exactness": "bitwise", "max_error_ratio": 1.1}
+LOSSY = {"exactness": "lossy", "max_error_ratio": 1.6}
 
 
 def test_aa_noise_is_relative_and_needs_one_preset():
@@ -72,8 +72,9 @@ def test_a_comparison_has_to_exceed_the_noise_of_both_its_sides():
     or a preset's own small one used against a baseline that spreads more.
     """
     absent = na("no CUDA device", "run on a GPU")
-    noise = {"baseline": dict.fromkeys(decision.FIGURES, 0.03) | {"peak_allocated": absent},
-             "realtime": dict.fromkeys(decision.FIGURES, 0.01) | {"ss_mean": 0.05, "peak_allocated": 0.0}}
+    keys = [metric.key for metric in catalogue.shown_in("noise")]
+    noise = {"baseline": dict.fromkeys(keys, 0.03) | {"peak_allocated": absent},
+             "realtime": dict.fromkeys(keys, 0.01) | {"ss_mean": 0.05, "peak_allocated": 0.0}}
     found = decision.noise_of_preset("realtime", noise)
     assert (found["ss_mean"], found["ss_max"], found["peak_allocated"]) == (0.05, 0.03, 0.0)
     assert decision.noise_of_preset("speed", noise)["ss_mean"] == 0.03
@@ -92,10 +93,10 @@ def changed(result, path, value):
 
 
 @pytest.mark.parametrize(("path", "value", "named"), [
-    ("script.prompts", ["a fox", "a wolf"], "prompts[1] is 'a wolf' against 'a whale'"),
-    ("script.prompts", ["a fox"], "prompts is ['a fox'] against"),
+    ("prompt_schedule.prompts", ["a fox", "a wolf"], "prompts[1] is 'a wolf' against 'a whale'"),
+    ("prompt_schedule.prompts", ["a fox"], "prompts is ['a fox'] against"),
     ("parameters.prompts", ["a fox"], "prompts is ['a fox'] against"),
-    ("script.switch_frames", [6], "switch frames[0] is 6 against 9"),
+    ("prompt_schedule.switch_frames", [6], "switch frames[0] is 6 against 9"),
     ("weights.sha256", {"dit": "b" * 64}, "weights.sha256 of dit is 'bbb"),
     ("weights.kind", "files", "weights.kind"), ("seed", 1, "seed is 1 against 0"),
     ("parameters.seed", 1, "seed is 1"), ("parameters.local_attn_size", 9, "local_attn_size is 9 against 12"),
@@ -136,9 +137,9 @@ def test_prompts_of_older_results_follow_from_their_parameters():
     """Would catch: the committed campaigns unreadable, or two of their prompt lists taken for equal."""
     small = {"steady": 30, "switches": 2}
     old, new = example_result("speed", **small), example_result(**small)
-    del old["script"]
+    del old["prompt_schedule"]
     old["parameters"] |= {"prompts": ["a fox", "a whale"], "video_latent_frames": 18}
-    assert decision.script_of_result(old) == (["a fox", "a whale"], [9]) == decision.script_of_result(new)
+    assert decision.schedule_of_result(old) == (["a fox", "a whale"], [9]) == decision.schedule_of_result(new)
     old["parameters"]["prompts"] = ["a fox", "a wolf"]
     assert "prompts[1]" in decision.unfair(old, new)
     old["parameters"]["prompts_file"] = "p.txt"  # whose content nobody recorded
@@ -164,7 +165,7 @@ def test_a_study_gets_no_verdict():
     """Would catch: an ablation recommended as the preset to take."""
     small = {"steady": 30, "switches": 2}
     for study in (example_result("ablation", 0.5, **small),
-                  example_result("speed", 0.5, **small) | {"variations": [{"changed": {"sink_size": 0}}]}):
+                  example_result("speed", 0.5, **small) | {"ablations": [{"changed": {"sink_size": 0}}]}):
         verdict = decision.decide(study, example_result(**small), NOISE, LOSSY)
         assert verdict["keep"] is None and verdict["rule"] == "study"
 
@@ -208,12 +209,12 @@ def test_a_shortened_run_keeps_its_own_settings():
 
 
 def test_a_run_that_was_not_alone_is_undecided():
-    """Would catch: a verdict on a run, or against a baseline, beside which something else ran."""
+    """Would catch: a verdict on a run, or against a baseline, during which something else ran."""
     for crowded in (0, 1):
         runs = [example_result("variant", 0.5, steady=30, switches=2), example_result(steady=30, switches=2)]
         runs[crowded]["environment"] |= {"co_scheduled": True}
         found = decision.decide(*runs, NOISE, LOSSY)
-        assert found["keep"] is None and f"beside {runs[crowded]['preset']};" in found["rationale"]
+        assert found["keep"] is None and f"during {runs[crowded]['preset']};" in found["rationale"]
 
 
 def test_a_run_keeps_its_switches_where_the_other_has_none():
@@ -239,8 +240,8 @@ def with_ratio(ratio, **changes):
 
 @pytest.mark.parametrize("gate, ratio, kept", [
     (EXACT, 1.05, True), (EXACT, 1.2, False), (LOSSY, 1.5, True), (LOSSY, 1.7, False),
-    ({"level": "rounding", "max_error_ratio": 1.1}, 0.9, True),
-    ({"level": "rounding", "max_error_ratio": 1.1}, 1.11, False)])
+    ({"exactness": "rounding", "max_error_ratio": 1.1}, 0.9, True),
+    ({"exactness": "rounding", "max_error_ratio": 1.1}, 1.11, False)])
 def test_the_gate_is_the_error_ratio(gate, ratio, kept):
     """Would catch: a stale slot praised for its speed, or rounding in another order dropped for its bits."""
     verdict = decide(0.5, gate, change=with_ratio(ratio))
@@ -284,10 +285,11 @@ def test_a_gate_that_passes_a_null_row_decides_nothing():
 def test_results_from_before_the_protocol_can_be_read():
     """Would catch: a committed campaign that ends the summary, or is kept by a gate known to be blind."""
     old = {"identical": False, "flags": [], "psnr_db": {"mean": 40.0}, "protocol": "one block"}
-    gate = {"level": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9, "objective": "latency"}
+    gate = {"exactness": "lossy", "min_psnr_db": 30.0, "min_ssim": 0.9, "objective": "latency"}
     verdict = decide(0.5, gate, change={"quality": old})
     assert verdict["keep"] is None and "older" in verdict["rationale"]
-    assert decide(0.5, {"level": "exact"}, change={"quality": old | {"identical": True}})["keep"] is True
+    assert decide(0.5, {"exactness": "bitwise"},
+                  change={"quality": old | {"identical": True}})["keep"] is True
     for path in sorted((ROOT / "outputs").glob("h100*/*/result.json")):
         result = read_result(path)
         if found := lookup(result, "decision.gate"):
@@ -324,9 +326,9 @@ def test_the_baseline_is_the_reference():
 
 
 def test_other_objectives():
-    """Would catch: a memory preset judged by its latency."""
+    """Would catch: a memory preset evaluated by its latency."""
     assert decide(0.5, EXACT | {"objective": "memory"}, exact=True)["keep"] is True
-    assert "peak allocated" in decide(0.5, EXACT | {"objective": "memory"}, exact=True)["rationale"]
+    assert "peak memory" in decide(0.5, EXACT | {"objective": "memory"}, exact=True)["rationale"]
     assert decide(1.1, EXACT | {"objective": "switch"}, exact=True)["keep"] is False
     on_cpu = {"gpu": None, "steady": 30, "switches": 2}
     verdict = decision.decide(example_result("variant", 0.5, exact=True, **on_cpu),
@@ -334,8 +336,8 @@ def test_other_objectives():
     assert verdict["keep"] is None and "no CUDA device" in verdict["rationale"]
 
 
-@pytest.mark.parametrize("gate", [{}, {"level": "lossy"}, EXACT | {"max_error_ratio": 0},
-                                  EXACT | {"min_snr": 3}, {"level": "rough", "max_error_ratio": 1},
+@pytest.mark.parametrize("gate", [{}, {"exactness": "lossy"}, EXACT | {"max_error_ratio": 0},
+                                  EXACT | {"min_snr": 3}, {"exactness": "rough", "max_error_ratio": 1},
                                   EXACT | {"objective": "beauty"}])
 def test_a_gate_that_gates_nothing_is_refused(gate):
     """Would catch: a misspelt limit that lets everything pass."""
@@ -345,10 +347,10 @@ def test_a_gate_that_gates_nothing_is_refused(gate):
 
 def test_the_gate_of_a_preset_is_that_of_its_loosest_part():
     """Would catch: one exact optimization that makes a lossy preset look exact, or a stated limit ignored."""
-    rooms = [{"level": level} for level in ("exact", "lossy", "rounding")]
-    assert decision.gate_of(ExperimentConfig(), rooms) == {
-        "level": "lossy", "objective": "latency", "max_error_ratio": 1.1}
-    assert decision.gate_of(ExperimentConfig(), rooms[:1])["level"] == "exact"
-    assert decision.gate_of(ExperimentConfig(), [])["level"] == "exact"
-    assert decision.gate_of(ExperimentConfig(max_error_ratio=1.6), rooms[2:]) == {
-        "level": "rounding", "objective": "latency", "max_error_ratio": 1.6}
+    optimizations = [{"exactness": exactness} for exactness in ("bitwise", "lossy", "rounding")]
+    assert decision.gate_of(ExperimentConfig(), optimizations) == {
+        "exactness": "lossy", "objective": "latency", "max_error_ratio": 1.1}
+    assert decision.gate_of(ExperimentConfig(), optimizations[:1])["exactness"] == "bitwise"
+    assert decision.gate_of(ExperimentConfig(), [])["exactness"] == "bitwise"
+    assert decision.gate_of(ExperimentConfig(max_error_ratio=1.6), optimizations[2:]) == {
+        "exactness": "rounding", "objective": "latency", "max_error_ratio": 1.6}

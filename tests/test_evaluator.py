@@ -1,4 +1,4 @@
-"""The checker of the small world: right on the truth, wrong on everything else."""
+"""The evaluator of Moving Shapes: right on the truth, wrong on everything else."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def worn(frames: Tensor, sigma: float = 0.8, noise: float = 4) -> Tensor:
 
 
 def test_truth_is_right_and_other_scenes_are_not() -> None:
-    """A checker that blames the model for its own misreadings, or that lets anything pass."""
+    """An evaluator that blames the model for its own misreadings, or that lets anything pass."""
     rng = np.random.default_rng(0)
     truth, blurred, others = [], [], []
     for turn in range(6):
@@ -72,7 +72,7 @@ def test_truth_is_right_and_other_scenes_are_not() -> None:
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_motions_are_told_apart(motion: str) -> None:
-    """Two motions that the checker cannot tell apart in one block, at any size."""
+    """Two motions that the evaluator cannot tell apart in one block, at any size."""
     for size in ("small", "large"):
         scene = SceneSpec((ObjectSpec(size, "white", "star", motion),), "teal", "checked")
         trace = read_traces(video((0, scene), frames=12))[0]["white"]
@@ -109,7 +109,8 @@ def test_letters_and_shapes_are_read(shape: str, letter: str) -> None:
 
 
 def test_missing_object_is_wrong_in_everything() -> None:
-    """Attributes of an object that is not there counted as not judged: an empty picture would be perfect."""
+    """Attributes of an object that is not there counted as not evaluated: an empty picture would be perfect.
+    """
     result = check(video((0, replace(SCENE, objects=(RED,)))), SCENE)
     assert not any(result.objects[1].values()) and set(result.objects[1]) >= {"colour", "shape", "motion"}
     assert result.adherence == pytest.approx(2 / 3)

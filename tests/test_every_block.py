@@ -17,9 +17,9 @@ from micro import micro_config
 from test_quantized_kv import models
 
 from longlive_opt.measurement import fidelity
-from longlive_opt.measurement.fidelity import FidelityScript, error_ratios, latent_errors
+from longlive_opt.measurement.fidelity import FidelitySchedule, error_ratios, latent_errors
 from longlive_opt.optimizations import build_pipeline
-from longlive_opt.prompts import script_of
+from longlive_opt.prompts import schedule_of
 from longlive_opt.streaming.pipeline import Pipeline, float32_twin
 from longlive_opt.streaming.session import StreamingSession
 
@@ -60,16 +60,16 @@ def known_models() -> Iterator[None]:
     baseline.cache_clear()
 
 
-def pipeline_of(where: dict[str, Any], **keys: Any) -> tuple[Pipeline, FidelityScript]:
+def pipeline_of(where: dict[str, Any], **keys: Any) -> tuple[Pipeline, FidelitySchedule]:
     config = micro_config(**KEYS, **where, **keys)
-    return build_pipeline(config), FidelityScript.of(config, script_of(config))
+    return build_pipeline(config), FidelitySchedule.of(config, schedule_of(config))
 
 
 @torch.no_grad()
-def forced_errors(pipeline: Pipeline, script: FidelityScript, truth: torch.Tensor) -> dict[str, Any]:
+def forced_errors(pipeline: Pipeline, schedule: FidelitySchedule, truth: torch.Tensor) -> dict[str, Any]:
     past = list(truth.to(pipeline.device, pipeline.dtype))
     cache = StreamingSession(pipeline).cache
-    made = fidelity._passes(pipeline, pipeline.sampler, cache, script, fidelity._noise(pipeline), past, 0,
+    made = fidelity._passes(pipeline, pipeline.sampler, cache, schedule, fidelity._noise(pipeline), past, 0,
                             forced=True)
     return latent_errors(torch.stack([latents.cpu() for latents in made]), truth)
 
@@ -78,22 +78,22 @@ def forced_errors(pipeline: Pipeline, script: FidelityScript, truth: torch.Tenso
 @torch.no_grad()
 def baseline(where: tuple[tuple[str, Any], ...]) -> tuple[torch.Tensor, dict[str, Any]]:
     """The truth's latents and the errors of the baseline in bfloat16."""
-    pipeline, script = pipeline_of({key: list(value) if isinstance(value, tuple) else value
+    pipeline, schedule = pipeline_of({key: list(value) if isinstance(value, tuple) else value
                                     for key, value in where})
     twin = float32_twin(pipeline)
     noise = ((noise.float(), steps.float()) for noise, steps in fidelity._noise(pipeline))
     with fidelity.full_float32():
         truth = torch.stack([latents.cpu() for latents in fidelity._passes(
-            twin, twin.sampler, twin.make_cache(), script, noise, (), 0)])
-    return truth, forced_errors(pipeline, script, truth)
+            twin, twin.sampler, twin.make_cache(), schedule, noise, (), 0)])
+    return truth, forced_errors(pipeline, schedule, truth)
 
 
 def check(where: dict[str, Any], keys: dict[str, Any], bound: float) -> None:
     truth, own = baseline(tuple((key, tuple(value) if isinstance(value, list) else value)
                                 for key, value in where.items()))
-    pipeline, script = pipeline_of(where, **keys)
-    assert script.switch_block == 5 < script.blocks - 3
-    ratios = error_ratios(forced_errors(pipeline, script, truth), own)
+    pipeline, schedule = pipeline_of(where, **keys)
+    assert schedule.switch_block == 5 < schedule.blocks - 3
+    ratios = error_ratios(forced_errors(pipeline, schedule, truth), own)
     assert max(ratios["by_block"]) < bound, ratios
     # What grows with the window shows in its full blocks.
     full = ratios["by_block"][4:]
@@ -113,8 +113,8 @@ def test_what_is_broken_is_beyond_every_bound(broken):
     """Bounds that a stream without sink would pass."""
     truth, own = baseline(tuple((key, tuple(value) if isinstance(value, list) else value)
                                 for key, value in ON_CPU.items()))
-    pipeline, script = pipeline_of(ON_CPU, **broken)
-    ratios = error_ratios(forced_errors(pipeline, script, truth), own)
+    pipeline, schedule = pipeline_of(ON_CPU, **broken)
+    ratios = error_ratios(forced_errors(pipeline, schedule, truth), own)
     assert max(ratios["by_block"]) > EIGHT_BIT_LINEARS
 
 

@@ -1,4 +1,4 @@
-"""The pictures and scores of the small world that the notebook on the training shows."""
+"""The pictures and scores of Moving Shapes that the notebook on the training shows."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_pictures_are_drawn_under_their_prompts() -> None:
 
 
 def test_sample_scores_its_own_prompt_best() -> None:
-    """A table that would show a checker to which every prompt is right."""
+    """A table that would show an evaluator to which every prompt is right."""
     sample = examples.Sample.of(0)
     scores, seen = sample.scores(), sample.seen()
     assert set(seen["colour"]) == {thing.colour for thing in sample.scene.objects}

@@ -11,9 +11,9 @@ from micro import micro_config, micro_model, micro_pipeline
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
 from longlive_opt.measurement import fidelity
-from longlive_opt.measurement.fidelity import FidelityScript, Truth, error_ratios, latent_errors
+from longlive_opt.measurement.fidelity import FidelitySchedule, Truth, error_ratios, latent_errors
 from longlive_opt.measurement.result import is_na, plain_json
-from longlive_opt.prompts import Script, script_of
+from longlive_opt.prompts import PromptSchedule, schedule_of
 from longlive_opt.report.tables import fidelity_table
 from longlive_opt.streaming.pipeline import _components, float32_twin
 from longlive_opt.streaming.session import StreamingSession
@@ -30,21 +30,21 @@ def micro():
 
 
 @pytest.fixture(scope="module")
-def script(micro) -> FidelityScript:
+def schedule(micro) -> FidelitySchedule:
     config = micro_config(**KEYS)
-    return FidelityScript.of(config, script_of(config))
+    return FidelitySchedule.of(config, schedule_of(config))
 
 
 @pytest.fixture(scope="module")
-def baseline(micro, script):
+def baseline(micro, schedule):
     """(pipeline, truth, quality section) of the campaign's first baseline."""
     pipeline = micro_pipeline(**KEYS)
-    return pipeline, *fidelity.establish(pipeline, script, VIDEO)
+    return pipeline, *fidelity.establish(pipeline, schedule, VIDEO)
 
 
-def measured(truth, script, **keys):
+def measured(truth, schedule, **keys):
     pipeline = micro_pipeline(**KEYS | keys)
-    return fidelity.measure(pipeline, StreamingSession(pipeline), script, truth)
+    return fidelity.measure(pipeline, StreamingSession(pipeline), schedule, truth)
 
 
 @pytest.mark.parametrize("blocks, window, switch", [(12, 12, 6), (8, 12, 5), (6, 12, 5), (5, 12, None),
@@ -52,27 +52,29 @@ def measured(truth, script, **keys):
 def test_the_switch_comes_when_the_window_is_full(blocks, window, switch):
     """A switch before a frame was dropped never meets a recache that leaves frames out."""
     config = ExperimentConfig(fidelity_blocks=blocks, local_attn_size=window, warmup_blocks=5)
-    script = FidelityScript.of(config, Script(("a", "b", "c"), (3, 6)))
-    assert (script.prompts, script.blocks, script.switch_block) == (("a", "b"), blocks, switch)
-    assert script.played(3) == (Script(("a", "b"), (3 * switch,)) if switch else Script(("a",)))
+    schedule = FidelitySchedule.of(config, PromptSchedule(("a", "b", "c"), (3, 6)))
+    assert (schedule.prompts, schedule.blocks, schedule.switch_block) == (("a", "b"), blocks, switch)
+    assert schedule.played(3) == (PromptSchedule(("a", "b"), (3 * switch,)) if switch
+                                  else PromptSchedule(("a",)))
     counts = [9] + [12] * (blocks - 1)
-    assert script.frame_prompts(counts).count("b") == (12 * (blocks - switch) if switch else 0)
+    assert schedule.frame_prompts(counts).count("b") == (12 * (blocks - switch) if switch else 0)
 
 
 def test_prompts_are_those_that_the_video_shows():
     """LongLive never uses a first prompt that is switched away at frame 0; a single prompt has no second."""
     config = ExperimentConfig()
-    assert FidelityScript.of(config, Script(("a", "b", "c"), (0, 6))).prompts == ("b", "c")
-    alone = FidelityScript.of(config, Script(("a",)))
-    assert alone.prompts == ("a", fidelity.OTHER_PROMPT + "a") and alone == FidelityScript.of(
-        config, Script(("a",)))
+    assert FidelitySchedule.of(config, PromptSchedule(("a", "b", "c"), (0, 6))).prompts == ("b", "c")
+    alone = FidelitySchedule.of(config, PromptSchedule(("a",)))
+    assert alone.prompts == ("a", fidelity.OTHER_PROMPT + "a") and alone == FidelitySchedule.of(
+        config, PromptSchedule(("a",)))
 
 
-def test_the_truth_is_a_float32_run_on_the_baselines_noise(baseline, script):
+def test_the_truth_is_a_float32_run_on_the_baselines_noise(baseline, schedule):
     """A twin with other weights, its own noise, or a switch elsewhere: then every error is large."""
     pipeline, truth, _ = baseline
     twin = float32_twin(pipeline)
-    assert twin.dit.dtype == torch.float32 and twin.text_encoder is pipeline.text_encoder and twin.rooms == ()
+    assert twin.dit.dtype == torch.float32 and twin.optimizations == ()
+    assert twin.text_encoder is pipeline.text_encoder
 
     class Widened:
         def next_block(self):
@@ -83,11 +85,11 @@ def test_the_truth_is_a_float32_run_on_the_baselines_noise(baseline, script):
 
     noise = Widened()
     noise.reset()
-    chunks = list(StreamingSession(twin, noise=noise).play(script.played(3), script.blocks))
+    chunks = list(StreamingSession(twin, noise=noise).play(schedule.played(3), schedule.blocks))
     assert truth.latents.dtype == torch.float32 and truth.frames.dtype == torch.uint8
     torch.testing.assert_close(truth.latents, torch.stack([chunk.latents for chunk in chunks]), rtol=1e-4,
                                atol=1e-4)
-    assert chunks[script.switch_block].switched and chunks[script.switch_block].start_frame > 12
+    assert chunks[schedule.switch_block].switched and chunks[schedule.switch_block].start_frame > 12
 
 
 def test_the_baseline_is_measured_against_the_truth(baseline):
@@ -122,7 +124,7 @@ def test_null_rows_are_much_farther_away_than_rounding(baseline):
 
 @pytest.mark.parametrize("name, keys", [
     ("no_sink", {"sink_size": 0}), ("smaller_window", {"local_attn_size": 9}), ("other_seed", {"seed": 1})])
-def test_a_null_row_is_a_whole_run_with_that_key(baseline, script, name, keys):
+def test_a_null_row_is_a_whole_run_with_that_key(baseline, schedule, name, keys):
     """Only the blocks that can differ are computed: a fork from the wrong state, or a decoder that remembers
     another past."""
     pipeline, truth, section = baseline
@@ -133,7 +135,7 @@ def test_a_null_row_is_a_whole_run_with_that_key(baseline, script, name, keys):
                         pipeline.text_encoder)
     variant = replace(pipeline, config=config, **parts)
     session = StreamingSession(variant)
-    chunks = list(session.play(script.played(3), script.blocks))
+    chunks = list(session.play(schedule.played(3), schedule.blocks))
     error = latent_errors(torch.stack([chunk.latents for chunk in chunks]), truth.latents)
     assert row["free_running"]["latent_error"]["by_block"] == pytest.approx(error["by_block"], rel=1e-3)
     frames = torch.cat([chunk.frames[0] for chunk in chunks])
@@ -150,7 +152,7 @@ def test_null_rows_that_a_baseline_cannot_have_say_why():
     """A row of zeros for a stream that was too short, or a window smaller than a block."""
     def found(**keys):
         config = ExperimentConfig(warmup_blocks=8, **keys)
-        nulls, absent = fidelity.nulls_of(config, FidelityScript.of(config, Script(("a", "b"))))
+        nulls, absent = fidelity.nulls_of(config, FidelitySchedule.of(config, PromptSchedule(("a", "b"))))
         return [null.name for null in nulls], {row["name"]: row["latent_error"]["reason"] for row in absent}
 
     assert found() == (["other_seed", "no_sink", "smaller_window", "no_recache", "no_switch"], {})
@@ -160,15 +162,15 @@ def test_null_rows_that_a_baseline_cannot_have_say_why():
     assert "no sink" in found(sink_size=0)[1]["no_sink"]
 
 
-def test_what_has_the_baselines_bits_is_identical(baseline, script):
+def test_what_has_the_baselines_bits_is_identical(baseline, schedule):
     """An exact preset whose bits are held against the truth's, or one bit that nobody notices."""
     pipeline, truth, _ = baseline
-    section = measured(truth, script, use_prompt_cache=True, use_async_vae=True)
+    section = measured(truth, schedule, use_prompt_cache=True, use_async_vae=True)
     assert section["identical"] is True and section["free_running"]["identical"] is True
     assert section["worst_ratio"] == 1 and section["psnr_db"]["mean"] is not None
     facts = plain_json(truth.facts)
     facts["digests"]["free_running"] = "another"
-    assert measured(replace(truth, facts=facts), script)["identical"] is False
+    assert measured(replace(truth, facts=facts), schedule)["identical"] is False
 
 
 @pytest.mark.parametrize("other, says", [
@@ -179,7 +181,7 @@ def test_the_truth_of_something_else_gives_no_number(baseline, other, says):
     """A shape error deep in a convolution; or PSNR 14 for other prompts, without a word."""
     _, truth, _ = baseline
     pipeline = micro_pipeline(**KEYS | other)
-    own = FidelityScript.of(pipeline.config, script_of(pipeline.config))
+    own = FidelitySchedule.of(pipeline.config, schedule_of(pipeline.config))
     found = fidelity.measure(pipeline, StreamingSession(pipeline), own, truth)
     assert says in found["psnr_db"]["reason"] and found["identical"] is None
     table = fidelity_table(found, truth.facts)
@@ -187,10 +189,10 @@ def test_the_truth_of_something_else_gives_no_number(baseline, other, says):
     assert table.loc["null: no switch, free-running", "error ratio"] > 2
 
 
-def test_a_lossy_preset_is_between_rounding_and_the_null_rows(baseline, script):
+def test_a_lossy_preset_is_between_rounding_and_the_null_rows(baseline, schedule):
     """Free-running or teacher-forced from the wrong past, where both would be as far away as a null row."""
     _, truth, section = baseline
-    found = measured(truth, script, use_quantized_kv=True)
+    found = measured(truth, schedule, use_quantized_kv=True)
     mildest = min(row["worst_ratio"] for row in section["nulls"])
     assert found["identical"] is False and 0.9 < found["worst_ratio"] < mildest
     assert found["worst_ratio"] == max(found["error_ratio"]["all"],
@@ -198,7 +200,7 @@ def test_a_lossy_preset_is_between_rounding_and_the_null_rows(baseline, script):
     assert len(found["latent_error"]["by_block"]) == len(found["free_running"]["psnr_by_block"]) == 8
 
 
-def test_errors_of_one_block_stay_in_it_when_forced(baseline, script, monkeypatch):
+def test_errors_of_one_block_stay_in_it_when_forced(baseline, schedule, monkeypatch):
     """A block that is put into the cache or the decoder's history instead of the truth's."""
     _, truth, _ = baseline
     pipeline = micro_pipeline(**KEYS)
@@ -209,7 +211,7 @@ def test_errors_of_one_block_stay_in_it_when_forced(baseline, script, monkeypatc
         return [estimate + (start == 9) for estimate in estimates]
 
     monkeypatch.setattr(type(pipeline.sampler), "denoise", broken)
-    found = fidelity.measure(pipeline, StreamingSession(pipeline), script, truth)
+    found = fidelity.measure(pipeline, StreamingSession(pipeline), schedule, truth)
     forced, free = found["error_ratio"]["by_block"], found["free_running"]["error_ratio"]["by_block"]
     assert forced[3] > 20 and forced[:3] == free[:3] == [1] * 3
     assert forced[4:] == pytest.approx([1] * 4, abs=0.02) and min(free[3:5]) > 5
@@ -217,14 +219,14 @@ def test_errors_of_one_block_stay_in_it_when_forced(baseline, script, monkeypatc
     assert found["psnr_by_block"][3] < min(found["psnr_by_block"][4:]) - 6
 
 
-def test_output_that_is_not_finite_is_flagged(baseline, script, monkeypatch):
+def test_output_that_is_not_finite_is_flagged(baseline, schedule, monkeypatch):
     """NaN that passes as a number, or ends the run without a result."""
     _, truth, _ = baseline
     pipeline = micro_pipeline(**KEYS)
     denoise = type(pipeline.sampler).denoise
     monkeypatch.setattr(type(pipeline.sampler), "denoise", lambda self, *given: [
         estimate * float("nan") for estimate in denoise(self, *given)])
-    found = fidelity.measure(pipeline, StreamingSession(pipeline), script, truth)
+    found = fidelity.measure(pipeline, StreamingSession(pipeline), schedule, truth)
     assert any("block 0 are not finite" in flag for flag in found["flags"])
     assert is_na(found["latent_error"]) and is_na(found["error_ratio"]) and is_na(found["worst_ratio"])
 
@@ -234,7 +236,7 @@ def test_a_truth_comes_back_from_its_file(baseline, tmp_path):
     _, truth, _ = baseline
     truth.save(tmp_path / "truth.safetensors")
     again = Truth.load(tmp_path / "truth.safetensors")
-    assert again.facts == truth.facts and again.script == truth.script
+    assert again.facts == truth.facts and again.schedule == truth.schedule
     for name in ("latents", "frames", "frames_per_block", "video"):
         assert torch.equal(getattr(again, name), getattr(truth, name))
     fidelity.save_file({"latents": truth.latents}, tmp_path / "old.safetensors")
@@ -244,14 +246,14 @@ def test_a_truth_comes_back_from_its_file(baseline, tmp_path):
         Truth.load(tmp_path / "broken.safetensors")
 
 
-def test_variations_are_held_against_the_same_truth(baseline, script):
+def test_variations_are_held_against_the_same_truth(baseline, schedule):
     """A smaller window compared with itself; fewer steps, whose noise is another, compared at all."""
     _, truth, section = baseline
     row = next(row for row in section["nulls"] if row["name"] == "smaller_window")
 
     def fidelity_of(**keys):
         pipeline = micro_pipeline(**KEYS | keys)
-        return fidelity.variation_fidelity(pipeline, StreamingSession(pipeline), script, truth)
+        return fidelity.ablation_fidelity(pipeline, StreamingSession(pipeline), schedule, truth)
 
     smaller = fidelity_of(local_attn_size=9)
     assert smaller["error_ratio"]["all"] == pytest.approx(row["error_ratio"]["all"], rel=1e-3)
@@ -259,7 +261,7 @@ def test_variations_are_held_against_the_same_truth(baseline, script):
     assert "other noise" in fidelity_of(denoising_steps=[1000])["psnr_db"]["reason"]
     assert "denoising_steps" in fidelity_of(denoising_steps=[1000, 400])["psnr_db"]["reason"]
     pipeline = micro_pipeline(**KEYS)
-    assert is_na(fidelity.variation_fidelity(pipeline, StreamingSession(pipeline), script, None)["psnr_db"])
+    assert is_na(fidelity.ablation_fidelity(pipeline, StreamingSession(pipeline), schedule, None)["psnr_db"])
 
 
 def test_errors_are_relative_and_over_all_blocks():

@@ -20,12 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from longlive_opt.errors import UserError
 from longlive_opt.models.dit import TextContext
-from longlive_opt.optimizations import rooms_of
+from longlive_opt.optimizations import optimizations_of
 from longlive_opt.optimizations.cuda_graphs import GraphedForward
 from longlive_opt.optimizations.fused_kernels import FusedForward, check_triton, gelu_linear
 from longlive_opt.optimizations.ring_cache import RingKVCache
 from longlive_opt.optimizations.torch_compile import CompiledDecoder
-from longlive_opt.prompts import Script
+from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.kv_cache import KVCache
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.sampler import EagerForward, Forward
@@ -154,13 +154,13 @@ def test_weights_are_joined_and_not_copied():
     joined = fused.sampler.forward._blocks[1].products.weight
     assert {p.untyped_storage().data_ptr() for p in (attention.q.weight, attention.v.weight, joined)} == {
         joined.untyped_storage().data_ptr()}
-    assert fused.rooms[-1]["report"]["joined_weight_bytes"] == 2 * (3 * 48 * 48 + 3 * 48) * 4
+    assert fused.optimizations[-1]["report"]["joined_weight_bytes"] == 2 * (3 * 48 * 48 + 3 * 48) * 4
 
 
 def test_room_comes_before_what_wraps_passes():
     """A compiled or captured forward that the fused one then replaces."""
     flags = {"use_cuda_graphs": True, "use_torch_compile": True, "use_fused_kernels": True}
-    assert [room.name for room in rooms_of(micro_config(**flags, **INT8))] == [
+    assert [optimization.name for optimization in optimizations_of(micro_config(**flags, **INT8))] == [
         "quantized_kv", "fused_kernels", "vae_chunk", "torch_compile", "cuda_graphs"]
     with pytest.raises(UserError, match="heads of 2\\^n channels, and this model has 24"):
         check_triton(24)
@@ -173,7 +173,7 @@ def test_compile_leaves_the_transformer_alone():
     assert isinstance(pipeline.sampler.forward, FusedForward)
     assert not any(module._compiled_call_impl for module in pipeline.dit.modules())
     assert isinstance(pipeline.make_vae_decoder(), CompiledDecoder)
-    assert "transformer" not in pipeline.rooms[-1]["report"]["done"]
+    assert "transformer" not in pipeline.optimizations[-1]["report"]["done"]
 
 
 class Replayed:
@@ -207,8 +207,8 @@ def test_a_pass_can_be_captured_and_replayed(keys):
     replayed = Replayed(pipeline.sampler.forward)
     captured = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(replayed))
     # One prompt throughout: graphs find the prompt at a fixed address, which is their business.
-    script = Script(("a", "a", "a"), (6, 21))
-    assert same_video(*(list(StreamingSession(p).play(script, 12)) for p in (pipeline, captured)))
+    schedule = PromptSchedule(("a", "a", "a"), (6, 21))
+    assert same_video(*(list(StreamingSession(p).play(schedule, 12)) for p in (pipeline, captured)))
     assert replayed.replays > len(replayed.traces)
 
 
@@ -267,7 +267,7 @@ def test_gpu_replay_equals_eager_bit_for_bit(keys):
     """A table, a slot or a descriptor that moves; growth, switches, wrap-around, a return, a reset."""
     eager, graphed = gpu_pipeline(**keys), gpu_pipeline(use_cuda_graphs=True, **keys)
     assert same_video(video(eager), video(graphed))
-    stats = graphed.rooms[-1]["report"]["stats"]
+    stats = graphed.optimizations[-1]["report"]["stats"]
     assert stats.replayed > stats.captured == stats.eager
 
 
@@ -290,7 +290,9 @@ def test_gpu_next_video_is_captured_while_a_flow_of_the_last_is_held(cache):
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("cache", PASSES, ids=str)
 def test_gpu_composes_with_compile(cache, graphs):
-    """Two rooms that both capture, a compiled block under the fused one, a fused forward that is lost."""
+    """Two optimizations that both capture, a compiled block under the fused one, a fused forward that is
+    lost.
+    """
     torch._dynamo.reset()
     fused = gpu_pipeline(**cache)
     both = gpu_pipeline(use_torch_compile=True, compile_mode="reduce-overhead", use_cuda_graphs=graphs,
@@ -322,6 +324,6 @@ def test_gpu_steady_state_neither_waits_nor_allocates_nor_captures(cache):
     assert len(set(allocated[6:])) == 1
 
     captured = gpu_pipeline(relative_rope=True, use_cuda_graphs=True, **cache)
-    stats = captured.rooms[-1]["report"]["stats"]
+    stats = captured.optimizations[-1]["report"]["stats"]
     counts = [stats.captured for _ in StreamingSession(without_pixels(captured)).stream("a", 20)]
     assert counts[8] == counts[19]

@@ -25,7 +25,7 @@ from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import TextContext
 from longlive_opt.models.vae import StreamingDecoder
-from longlive_opt.optimizations import build_pipeline, rooms_of
+from longlive_opt.optimizations import build_pipeline, optimizations_of
 from longlive_opt.optimizations.async_vae import AsyncVAE
 from longlive_opt.optimizations.cuda_graphs import graphed
 from longlive_opt.optimizations.fused_kernels import check_triton
@@ -35,7 +35,7 @@ from longlive_opt.optimizations.ring_cache import RingKVCache
 from longlive_opt.optimizations.static_kv_cache import StaticKVCache
 from longlive_opt.optimizations.vae_switches import CudnnBenchmark
 from longlive_opt.parity.comparison import TARGET
-from longlive_opt.prompts import Script
+from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.kv_cache import CacheGeometry, RollingKVCache
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import Chunk, StreamingSession
@@ -75,9 +75,10 @@ def video(pipeline: Pipeline) -> list[Chunk]:
 
 
 def scripted(pipeline: Pipeline) -> list[Chunk]:
-    """The same with a script: an asynchronous decoder hands chunks out later, so live switches come later."""
+    """The same with a schedule: an asynchronous decoder hands chunks out later, so live switches come later.
+    """
     session = StreamingSession(pipeline)
-    chunks = list(session.play(Script(tuple("abcab"), (6, 24, 27, 39)), 15))
+    chunks = list(session.play(PromptSchedule(tuple("abcab"), (6, 24, 27, 39)), 15))
     session.reset()
     return chunks + list(session.stream("c", 5))
 
@@ -98,11 +99,14 @@ COMBINATIONS = [subset for size in (1, 2, 3, len(FLAGS)) for subset in combinati
 
 @pytest.mark.parametrize("flags", COMBINATIONS, ids="+".join)
 def test_every_combination_equals_the_reference(reference, flags):
-    """Rooms that are right alone and replace each other's seams together; each within its stated level."""
+    """Optimizations that are right alone and replace each other's components together; each within its stated
+    exactness.
+    """
     pipeline = micro_pipeline(**dict.fromkeys(flags, True), **SMALL)
-    assert ["use_" + room["name"] for room in pipeline.rooms] == [f for f in FLAGS if f in flags]
+    assert ["use_" + optimization["name"] for optimization in pipeline.optimizations] == [f for f in FLAGS
+                                                                                          if f in flags]
     chunks = scripted(pipeline)
-    if all(room["level"] == "exact" for room in pipeline.rooms):
+    if all(optimization["exactness"] == "bitwise" for optimization in pipeline.optimizations):
         assert same_video(chunks, reference)
         return
     assert len(chunks) == len(reference)
@@ -114,8 +118,8 @@ def test_every_combination_equals_the_reference(reference, flags):
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
 def test_quantized_cache_together_with_others(reference, quantization):
-    """Lossy by itself; with exact rooms beside it not a bit may change, with fused kernels no more than it
-    loses.
+    """Lossy by itself; with exact optimizations beside it not a bit may change, with fused kernels no more
+    than it loses.
     """
     keys = {"use_quantized_kv": True, "kv_quantization": quantization, **SMALL}
     alone = scripted(micro_pipeline(**keys))
@@ -165,27 +169,30 @@ def test_rooms_apply_in_a_fixed_order_and_report():
              "use_cuda_graphs",
              *EXACT_FLAGS]
     keys = dict.fromkeys(reversed(flags), True)
-    names = [room.name for room in rooms_of(micro_config(vae_chunk_latents=1, **keys))]
+    names = [optimization.name for optimization in optimizations_of(micro_config(vae_chunk_latents=1,
+                                                                                 **keys))]
     assert [f"use_{name}" for name in names] == flags
-    on_gpu = [room.name for room in rooms_of(micro_config(device="cuda", use_vae_offload=True,
+    on_gpu = [optimization.name for optimization in optimizations_of(micro_config(device="cuda",
+                                                                                  use_vae_offload=True,
                                                           use_static_kv=True, use_torch_compile=True))]
     assert on_gpu == ["static_kv", *VAE_SWITCHES[:2], "torch_compile", VAE_SWITCHES[2], "vae_offload"]
     both = micro_config(use_static_kv=True, use_quantized_kv=True)
-    assert [room.name for room in rooms_of(both)] == ["quantized_kv"]
-    assert rooms_of(micro_config()) == []
+    assert [optimization.name for optimization in optimizations_of(both)] == ["quantized_kv"]
+    assert optimizations_of(micro_config()) == []
     pipeline = micro_pipeline(use_static_kv=True, use_prompt_cache=True, prompt_cache_mb=7, **SMALL)
-    assert [(room["name"], room["level"], room["applied"]) for room in pipeline.rooms] == [
-        ("static_kv", "rounding", True), ("prompt_cache", "exact", True)]
-    assert pipeline.rooms[1]["knobs"]["limit_mb"] == 7
-    assert all(room["report"]["done"] for room in pipeline.rooms)
+    assert [(optimization["name"], optimization["exactness"], optimization["applied"])
+            for optimization in pipeline.optimizations] == [
+        ("static_kv", "rounding", True), ("prompt_cache", "bitwise", True)]
+    assert pipeline.optimizations[1]["knobs"]["limit_mb"] == 7
+    assert all(optimization["report"]["done"] for optimization in pipeline.optimizations)
 
 
 @pytest.mark.parametrize("flag", [
     field.name for field in dataclasses.fields(ExperimentConfig) if field.name.startswith("use_")])
 def test_every_flag_has_its_room(flag):
     """A flag that is accepted and does nothing: the report would show an optimization that was not there."""
-    room, = rooms_of(ExperimentConfig(**{flag: True, "vae_chunk_latents": 1}))
-    assert flag == f"use_{room.name}" and room.level in ("exact", "rounding", "lossy")
+    optimization, = optimizations_of(ExperimentConfig(**{flag: True, "vae_chunk_latents": 1}))
+    assert flag == f"use_{optimization.name}" and optimization.exactness in ("bitwise", "rounding", "lossy")
 
 
 VAE_SWITCHES = ("vae_channels_last", "vae_chunk", "cudnn_benchmark")
@@ -204,9 +211,11 @@ VAE_SWITCHES = ("vae_channels_last", "vae_chunk", "cudnn_benchmark")
     ("cpu", {"use_torch_compile": True}, VAE_SWITCHES[1:2])], ids=str)
 def test_what_the_compiler_mixed_has_switches_of_its_own(device, keys, expected):
     """A layout, a chunk or cuDNN's search that is on and named nowhere: its gain is the compiler's then."""
-    rooms = rooms_of(micro_config(device=device, use_static_kv=True, **keys))
-    assert tuple(room.name for room in rooms if room.name in VAE_SWITCHES) == expected
-    assert {room.level for room in rooms if room.name in VAE_SWITCHES} <= {"rounding"}
+    optimizations = optimizations_of(micro_config(device=device, use_static_kv=True, **keys))
+    assert tuple(optimization.name for optimization in optimizations
+                 if optimization.name in VAE_SWITCHES) == expected
+    assert {optimization.exactness for optimization in optimizations
+            if optimization.name in VAE_SWITCHES} <= {"rounding"}
 
 
 @pytest.mark.parametrize("keys", [{"vae_chunk_latents": 2}, {"vae_channels_last": False},
@@ -426,7 +435,8 @@ def test_static_cache_reproduces_the_recorded_video(case, global_sink, infinity)
         pipeline, sampler=dataclasses.replace(pipeline.sampler, trim_recache=True),
         make_cache=lambda: both_caches(session.cache.geometry)[1])
     session = StreamingSession(static, noise=session._noise)
-    latents = torch.cat([chunk.latents for chunk in session.play(Script(("0", "1", "2"), (6, 15)), 6)], dim=1)
+    latents = torch.cat([chunk.latents for chunk in session.play(PromptSchedule(("0", "1", "2"), (6, 15)),
+                                                                 6)], dim=1)
     recorded = load_file(GOLDEN / f"{case}.safetensors")["latents"]
     assert (latents - recorded).abs().max() <= TARGET
 
@@ -635,12 +645,14 @@ def test_early_decode_leaves_out_only_what_a_recache_replaces(size, cache):
     plain, early = micro_pipeline(**keys), micro_pipeline(**keys, use_early_decode=True)
     block = plain.config.block_frames
     for switches in ((1, 2), (3, 5, 6, 9)):
-        script = Script(tuple("abcde"[:len(switches) + 1]), tuple(block * at for at in switches))
-        assert same_video(*(list(StreamingSession(p).play(script, 12)) for p in (plain, early)))
+        schedule = PromptSchedule(tuple("abcde"[:len(switches) + 1]), tuple(block * at for at in switches))
+        assert same_video(*(list(StreamingSession(p).play(schedule, 12)) for p in (plain, early)))
 
 
 def test_early_decode_comes_before_the_clean_pass():
-    """The room that is on and changes nothing: passes of a block, of one with a switch, of one before it."""
+    """The optimization that is on and changes nothing: passes of a block, of one with a switch, of one before
+    it.
+    """
     pipeline = micro_pipeline(**SMALL, use_early_decode=True, sink_size=0)
     forward, order = pipeline.sampler.forward, []
 
@@ -650,7 +662,7 @@ def test_early_decode_comes_before_the_clean_pass():
 
     session = StreamingSession(
         dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(counted)))
-    for _ in session.play(Script(("a", "b"), (6,)), 3):
+    for _ in session.play(PromptSchedule(("a", "b"), (6,)), 3):
         order.append("frames")
     noisy = ["noisy"] * 4
     assert order == [*noisy, "frames", "clean", *noisy, "frames", "recache", *noisy, "frames"]
@@ -701,7 +713,7 @@ def test_prompt_cache_gives_the_same_bits(micro):
     for prompt in ("a", "b", "a", "b"):
         expected, found = plain.encode_prompt(prompt), caching.encode_prompt(prompt)
         assert all(map(torch.equal, (*expected.keys, *expected.values), (*found.keys, *found.values)))
-    assert caching.rooms[0]["report"]["stats"].outcomes == ["miss", "miss", "hit", "hit"]
+    assert caching.optimizations[0]["report"]["stats"].outcomes == ["miss", "miss", "hit", "hit"]
 
 
 def test_prompt_store_outlives_the_run(tmp_path):
@@ -738,10 +750,10 @@ def test_prompt_store_follows_the_pipeline(tmp_path, micro, keys):
     again = micro_pipeline(use_prompt_cache=True, prompt_cache_dir=folder, **SMALL)
     found, expected = again.encode_prompt("a fox"), first.encode_prompt("a fox")
     assert all(map(torch.equal, found.keys, expected.keys))
-    assert again.rooms[0]["report"]["stats"].outcomes == ["disk"]
+    assert again.optimizations[0]["report"]["stats"].outcomes == ["disk"]
     other = micro_pipeline(use_prompt_cache=True, prompt_cache_dir=folder, **keys, **SMALL)
     other.encode_prompt("a fox")
-    assert other.rooms[0]["report"]["stats"].outcomes == ["miss"]
+    assert other.optimizations[0]["report"]["stats"].outcomes == ["miss"]
 
 
 def truncate(path: Path) -> None:
@@ -797,7 +809,7 @@ def test_text_offload_gives_the_same_bits(micro):
     assert offloaded.text_encoder.report["loaded"] and offloaded.weights["text_encoder"]["loaded"]
     own = [part for block in plain.dit.blocks for part in (block.cross_attn.k, block.cross_attn.v,
                                                            block.cross_attn.norm_k)]
-    assert offloaded.rooms[0]["report"]["hosted_projection_bytes"] == sum(
+    assert offloaded.optimizations[0]["report"]["hosted_projection_bytes"] == sum(
         p.nbytes for module in own for p in module.parameters())
 
 
@@ -864,13 +876,13 @@ def test_compiled_regions_equal_the_reference_and_never_compile_again(cheap_comp
     pipeline = micro_pipeline(use_static_kv=True, use_torch_compile=True, use_prompt_cache=True, **keys)
     session = StreamingSession(pipeline)
     rehearse(session, 5)
-    script = Script(tuple("abc"), (21, 27))
+    schedule = PromptSchedule(tuple("abc"), (21, 27))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        chunks = list(session.play(script, 12))
+        chunks = list(session.play(schedule, 12))
         session.reset()
         again = list(session.stream("a", 6))
     assert same_video(again, chunks[:6])
-    expected = StreamingSession(micro_pipeline(**keys)).play(script, 12)
+    expected = StreamingSession(micro_pipeline(**keys)).play(schedule, 12)
     for ours, theirs in zip(chunks, expected, strict=True):
         assert (ours.latents - theirs.latents).abs().max() <= VIDEO_TOLERANCE
         assert (ours.frames.int() - theirs.frames.int()).abs().max() <= 1
@@ -878,7 +890,8 @@ def test_compiled_regions_equal_the_reference_and_never_compile_again(cheap_comp
 
 @pytest.mark.parametrize("others", [(flag,) for flag in EXACT_FLAGS] + [EXACT_FLAGS], ids="+".join)
 def test_compiled_with_exact_rooms_keeps_every_bit(cheap_compile, others):
-    """A room that wraps the plain decoder or encoder instead of the compiled one, or runs it twice."""
+    """An optimization that wraps the plain decoder or encoder instead of the compiled one, or runs it twice.
+    """
     keys = {"use_static_kv": True, "use_torch_compile": True, **SMALL}
     alone = scripted(micro_pipeline(**keys))
     assert same_video(alone, scripted(micro_pipeline(**dict.fromkeys(others, True), **keys)))
@@ -924,7 +937,7 @@ def test_gpu_replay_equals_eager_bit_for_bit(keys):
     """Growth, steady state, switches in both, a return, a reset: a stale address anywhere shows."""
     eager, graphed = gpu_pipeline(**keys), gpu_pipeline(use_cuda_graphs=True, **keys)
     assert same_video(video(eager), video(graphed))
-    stats = graphed.rooms[-1]["report"]["stats"]
+    stats = graphed.optimizations[-1]["report"]["stats"]
     assert stats.replayed > stats.captured == stats.eager
 
 
@@ -935,7 +948,7 @@ def test_gpu_replay_after_a_recache_without_graph_equals_eager_bit_for_bit(stati
     eager = gpu_pipeline(use_static_kv=static)
     pipeline = gpu_pipeline(use_static_kv=static, use_cuda_graphs=True, capture_recache=False)
     assert same_video(video(eager), video(pipeline))
-    stats = pipeline.rooms[-1]["report"]["stats"]
+    stats = pipeline.optimizations[-1]["report"]["stats"]
     assert stats.eager == stats.captured + 4 and stats.replayed > stats.captured
 
 
@@ -944,7 +957,7 @@ def test_gpu_replay_after_a_recache_without_graph_equals_eager_bit_for_bit(stati
 def test_gpu_steady_state_captures_nothing(static):
     """A capture in the steady state is a stall of its own, and its memory adds up."""
     pipeline = without_pixels(gpu_pipeline(use_cuda_graphs=True, use_static_kv=static))
-    session, stats = StreamingSession(pipeline), pipeline.rooms[-1]["report"]["stats"]
+    session, stats = StreamingSession(pipeline), pipeline.optimizations[-1]["report"]["stats"]
     counts = []
     for chunk in session.stream("a", 60):
         if chunk.block % 7 == 6:
@@ -1006,8 +1019,8 @@ def test_gpu_compiled_is_within_rounding(mode):
     session = StreamingSession(gpu_pipeline(use_static_kv=True, use_torch_compile=True, compile_mode=mode))
     rehearse(session, 5)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        chunks = list(session.play(Script(("a", "b"), (18,)), 9))
-    expected = list(eager.play(Script(("a", "b"), (18,)), 9))
+        chunks = list(session.play(PromptSchedule(("a", "b"), (18,)), 9))
+    expected = list(eager.play(PromptSchedule(("a", "b"), (18,)), 9))
     ours, theirs = chunks[0].latents.float(), expected[0].latents.float()
     assert (ours - theirs).norm() / theirs.norm() < 0.05  # all others: test_every_block
     torch._dynamo.reset()

@@ -1,7 +1,6 @@
 """The house: packaging, set-up, and the rules that every notebook and tracked file keeps."""
 
 import ast
-import dataclasses
 import importlib
 import json
 import re
@@ -13,13 +12,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from longlive_opt.config import ExperimentConfig
+from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
 from longlive_opt.errors import UserError
+from longlive_opt.files import load_yaml
+from longlive_opt.report.campaign import load
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
+from longlive_opt.report.readme import page_with_results
+from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
 from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
 
@@ -125,6 +129,60 @@ def test_notebook_is_clean(path: Path) -> None:
         assert not re.search(r"sys\.path|chdir|https?://|['\"]/", cell.source), cell.source
     for statement in ast.parse(tagged[0].source).body:
         ast.literal_eval(statement.value)
+
+
+@pytest.mark.parametrize("preset", Layout(ROOT).presets())
+def test_parameters_cell_is_the_presets(preset: str) -> None:
+    """A notebook that shows other values than its preset has, or words that the catalogue does not know; a
+    cell of 60 lines that hides what the experiment is about.
+    """
+    source = parameters_source(Layout(ROOT).presets()[preset])
+    found = {node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id:
+             ast.literal_eval(node.value) for node in ast.parse(source).body}
+    own, laptop = (load_yaml(ROOT / f"params/{name}.yaml") for name in (preset, "profiles/laptop"))
+    expected = {key: default for key, (default, _) in RUN_KEYS.items()}
+    expected |= {key: ExperimentConfig().to_dict()[key] for key in parameters.READER_KEYS}
+    expected |= {key: laptop.get(key, value) for key, value in own.items() if key != "hypothesis"}
+    if preset == "cuda_graphs":
+        expected["device"] = "cuda"
+    assert found == expected
+    comments = {name: comment for name, (_, comment) in RUN_KEYS.items()}
+    comments |= {name: entry.comment for name, entry in KEYS.items()}
+    for line in source.splitlines():
+        name = "prompts" if line.startswith("]") else re.match(r"\w*", line)[0]
+        assert len(line) <= 110 and (not name or name == "prompts" and line.endswith("[")
+                                     or line.endswith(f"  # {comments[name]}")), line
+
+
+def parameters_source(notebook: Path) -> str:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+
+
+@pytest.mark.parametrize("profile", [None, *PROFILES], ids=lambda path: path.name if path else "no profile")
+def test_what_is_planned_reaches_the_notebook(profile: Path | None, tmp_path: Path,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    """A key that the cell does not state lost on its way, a value of the cell that nobody asked for, or
+    dozens of papermill's warnings. papermill's own injection, without a kernel.
+    """
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    settings = {"kv_read_path": "dequantize", "num_switches": 3, "linear_layers": ["up"], "seed": 4,
+                "prompts_file": str(tmp_path / "p.txt"), "switch_frame_indices": None, "height": 64,
+                "global_sink": False, "video_width": None}
+    for job in plan(Layout(ROOT), "house", profile=profile, settings=settings, repeats=1):
+        caplog.clear()
+        notebook = papermill.execute_notebook(job.notebook, None, dict(job.parameters), prepare_only=True,
+                                              progress_bar=False)
+        names: dict[str, object] = {}
+        for cell in notebook.cells:
+            if {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", [])}:
+                exec(cell.source, names)
+        given = notebook_parameters(names)
+        assert {given.pop(key) for key in RUN_KEYS} == {job.parameters[key] for key in RUN_KEYS}
+        assert ExperimentConfig.from_mapping(given).to_dict() == job.known["parameters"]
+        warned = [message for message in caplog.messages if "unknown parameter" in message]
+        assert len(warned) <= 12, warned
+        assert not [key for key in ("warmup_blocks", "playback_fps") if key in job.parameters]
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.name)
@@ -475,17 +533,21 @@ def test_report_opens_with_its_card(tmp_path: Path) -> None:
     assert 'id="verdict"' not in report.read_text(encoding="utf-8")
 
 
-def test_parameters_are_folded(tmp_path: Path) -> None:
-    """A report whose first two screens are eighty lines of parameters, or one that lacks them."""
+def test_parameters_and_code_are_folded(tmp_path: Path) -> None:
+    """A report whose first two screens are parameters and code, or one that lacks them."""
     notebook, report = tmp_path / "notebook.ipynb", tmp_path / "report.html"
     v4 = nbformat.v4
     tagged = [v4.new_code_cell(f"{tag}_cell", metadata={"tags": [tag]})
               for tag in ("parameters", "injected-parameters")]
-    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("open_cell")]), notebook)
+    shown = v4.new_code_cell("experiment.parameters()",
+                             outputs=[v4.new_output("display_data", data={"text/plain": "seed_and_size"})])
+    nbformat.write(v4.new_notebook(cells=[*tagged, v4.new_code_cell("own_cell"), shown]), notebook)
     export_html(notebook, report, title="x")
+    page = report.read_text(encoding="utf-8")
+    assert page.index("<summary>Parameters that are not the defaults") < page.index("seed_and_size")
     folded = re.findall(r"(?s)<details.*?</details>", report.read_text(encoding="utf-8"))
-    assert len(folded) == 2 and "Parameters of this run" in folded[1]
-    assert "parameters_cell" in folded[0] and "open_cell" not in "".join(folded)
+    assert len(folded) == 5 and "Parameters of this run" in folded[1]
+    assert "parameters_cell" in folded[0] and "Code" in folded[2] and "own_cell" in folded[2]
 
 
 def test_only_styles_that_nothing_asks_for_are_dropped() -> None:
@@ -522,8 +584,28 @@ def test_references_are_found(html: str) -> None:
     assert len(network_references(html)) == 1
 
 
-def test_readme_lists_every_key():
+def test_generated_files_are_current() -> None:
+    """A key, a preset or a profile that was changed, and the page or a notebook that still has the old one:
+    run `make parameters`.
+    """
+    stale = [path.name for path, text in parameters.generated(Layout(ROOT)).items()
+             if path.read_text(encoding="utf-8") != text]
+    assert stale == []
+
+
+def test_readme_shows_the_campaigns_results():
+    """A headline that is not that of the log; two homes for one number."""
+    campaign = load(ROOT / "outputs/h100")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page_with_results(text, campaign) == text, "run make readme"
+    with pytest.raises(UserError, match="end of results"):
+        page_with_results("no marks", campaign)
+
+
+def test_page_lists_every_key_preset_and_profile() -> None:
     """A key that a refused preset's author cannot look up where the message sends him."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [f.name for f in dataclasses.fields(ExperimentConfig) if f"| `{f.name}` |" not in readme]
-    assert not missing
+    page = (ROOT / "params/README.md").read_text(encoding="utf-8")
+    assert not [key for key, entry in KEYS.items()
+                if not re.search(rf"\| `{key}` \|.*{re.escape(entry.doc)}", page)]
+    assert not [path for path in (ROOT / "params").rglob("*.yaml") if f"[{path.stem}](" not in page]
+    assert "params/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")

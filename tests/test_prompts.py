@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longlive_opt.errors import UserError
-from longlive_opt.prompts import Script, parse_switch_frames, read_scripts
+from longlive_opt.prompts import PromptSchedule, parse_switch_frames, read_schedules
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -18,7 +18,7 @@ def write(path: Path, text: str | bytes) -> Path:
 
 def refusal(path: Path, switches: object = None) -> str:
     with pytest.raises(UserError) as error:
-        read_scripts(path, switches)  # type: ignore[arg-type]
+        read_schedules(path, switches)  # type: ignore[arg-type]
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -31,8 +31,8 @@ def line(*prompts: str, **more: object) -> str:
 def test_text_file_is_one_prompt_a_line(tmp_path):
     """Right-stripped only, and an empty line at the end is no prompt."""
     path = write(tmp_path / "p.txt", " a fox \r\n\n\ta whale, \u00e9\u4e2d\n\n")
-    assert read_scripts(path) == [Script((" a fox",)), Script(("\ta whale, \u00e9\u4e2d",))]
-    assert read_scripts(str(path)) == read_scripts(path)
+    assert read_schedules(path) == [PromptSchedule((" a fox",)), PromptSchedule(("\ta whale, \u00e9\u4e2d",))]
+    assert read_schedules(str(path)) == read_schedules(path)
 
 
 @pytest.mark.parametrize("switches", ["40,80,120,160,200", [40, 80, 120, 160, 200], (40, 80, 120, 160, 200),
@@ -40,22 +40,22 @@ def test_text_file_is_one_prompt_a_line(tmp_path):
 def test_jsonl_with_shared_switches(tmp_path, switches):
     """LongLive's own example: six prompts, switches from the config as text or list."""
     path = write(tmp_path / "p.jsonl", line(*"abcdef") + "\n" + line(*"ghijkl"))
-    assert read_scripts(path, switches) == [Script(tuple("abcdef"), (40, 80, 120, 160, 200)),
-                                            Script(tuple("ghijkl"), (40, 80, 120, 160, 200))]
+    assert read_schedules(path, switches) == [PromptSchedule(tuple("abcdef"), (40, 80, 120, 160, 200)),
+                                            PromptSchedule(tuple("ghijkl"), (40, 80, 120, 160, 200))]
 
 
 def test_switches_as_one_number_or_on_the_line(tmp_path):
     """Two prompts need one number; what stands on the line goes before the shared list."""
     path = write(tmp_path / "p.jsonl", line("a", "b") + line("c", "d", switch_frame_indices="7"))
-    assert [script.switch_frames for script in read_scripts(path, 40)] == [(40,), (7,)]
+    assert [schedule.switch_frames for schedule in read_schedules(path, 40)] == [(40,), (7,)]
     path = write(tmp_path / "q.jsonl", line("a", "b", switch_frame_indices=[0]))
-    assert read_scripts(path) == [Script(("a", "b"), (0,))]
+    assert read_schedules(path) == [PromptSchedule(("a", "b"), (0,))]
 
 
 def test_single_prompt_needs_no_switches(tmp_path):
     """A JSONL of plain videos."""
     path = write(tmp_path / "p.jsonl", line("a") + line("b"))
-    assert read_scripts(path) == [Script(("a",)), Script(("b",))]
+    assert read_schedules(path) == [PromptSchedule(("a",)), PromptSchedule(("b",))]
 
 
 @pytest.mark.parametrize("content, says", [
@@ -89,7 +89,7 @@ def test_half_a_character_is_refused_and_a_pair_is_joined(tmp_path):
     assert "p.jsonl line 2, prompts[0]: 'a fox \\ud83e' holds '\\ud83e'" in message
     message.encode()
     path = write(tmp_path / "p.jsonl", '{"prompts": ["a \\ud83e\\udd8a"]}\n')
-    assert read_scripts(path) == [Script(("a \U0001f98a",))]
+    assert read_schedules(path) == [PromptSchedule(("a \U0001f98a",))]
 
 
 def test_lines_need_the_same_number_of_prompts(tmp_path):
@@ -124,13 +124,14 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_line_separators_inside_json_texts_do_not_cut_the_line(tmp_path):
     """JSON allows a bare U+2028 or U+0085 in a text; only a line feed ends a line of JSONL."""
     path = write(tmp_path / "p.jsonl", '{"prompts": ["a\u2028b\u0085c"]}\n')
-    assert read_scripts(path) == [Script(("a\u2028b\u0085c",))]
+    assert read_schedules(path) == [PromptSchedule(("a\u2028b\u0085c",))]
 
 
 def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
     """Editors on Windows put one at the start of a UTF-8 file."""
-    assert read_scripts(write(tmp_path / "p.txt", "\ufeffa fox\n")) == [Script(("a fox",))]
-    assert read_scripts(write(tmp_path / "p.jsonl", "\ufeff" + line("a fox"))) == [Script(("a fox",))]
+    assert read_schedules(write(tmp_path / "p.txt", "\ufeffa fox\n")) == [PromptSchedule(("a fox",))]
+    assert read_schedules(write(tmp_path / "p.jsonl",
+                                "\ufeff" + line("a fox"))) == [PromptSchedule(("a fox",))]
 
 
 def test_switches_for_a_text_file_are_refused(tmp_path):

@@ -69,7 +69,7 @@ def test_tables_chart_and_file_show_every_combination(study):
     assert error_against_time(study.rows).alt.count("ratio") == count + 1
     calls = set(study.calls_table()["call"])
     assert {"qkv, as they are", "down, int8", "feed-forward, e4m3", "K and V e4m3"} <= calls
-    assert "ms per video frame" in study.reading()
+    assert "ms per video frame" in study.conclusion()
     saved = json.loads(study.save().read_text(encoding="utf-8"))
     assert len(saved["rows"]) == count and len(saved["reference_errors"]) == 6
 

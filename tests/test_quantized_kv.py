@@ -25,7 +25,7 @@ from longlive_opt import config
 from longlive_opt.kernels.attention8 import Tile, attention8
 from longlive_opt.kernels.quantize import allocate_kv, write_kv
 from longlive_opt.models.attention import make_attention
-from longlive_opt.optimizations import build_pipeline, rooms_of
+from longlive_opt.optimizations import build_pipeline, optimizations_of
 from longlive_opt.optimizations.quantized_kv_cache import (
     QuantizedKVCache,
     choose_tile,
@@ -35,7 +35,7 @@ from longlive_opt.optimizations.quantized_kv_cache import (
 from longlive_opt.optimizations.ring_cache import RingKVCache
 from longlive_opt.optimizations.static_kv_cache import StaticKVCache
 from longlive_opt.optimizations.torch_compile import CompiledForward
-from longlive_opt.prompts import Script
+from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.kv_cache import CacheGeometry
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import StreamingSession
@@ -176,8 +176,8 @@ def stream(request) -> tuple[dict[str, Any], list[Tensor]]:
 def latents_of(pipeline: Pipeline) -> list[Tensor]:
     """The blocks of a video with a switch while the window fills, and one when it has turned."""
     block = pipeline.config.block_frames
-    script = Script(("a", "b", "c"), (2 * block, 8 * block))
-    return [chunk.latents for chunk in StreamingSession(without_pixels(pipeline)).play(script, 12)]
+    schedule = PromptSchedule(("a", "b", "c"), (2 * block, 8 * block))
+    return [chunk.latents for chunk in StreamingSession(without_pixels(pipeline)).play(schedule, 12)]
 
 
 @pytest.mark.parametrize("quantization, read_path", LATENT_TOLERANCE)
@@ -194,9 +194,9 @@ def test_reset_starts_the_same_video_in_the_same_memory():
     pipeline = without_pixels(micro_pipeline(use_quantized_kv=True, relative_rope=True))
     session = StreamingSession(pipeline)
     addresses = [part.data_ptr() for part in tensors(session.cache)]
-    first = list(session.play(Script(("a", "b"), (15,)), 8))
+    first = list(session.play(PromptSchedule(("a", "b"), (15,)), 8))
     session.reset()
-    assert same_video(first, list(session.play(Script(("a", "b"), (15,)), 8)))
+    assert same_video(first, list(session.play(PromptSchedule(("a", "b"), (15,)), 8)))
     assert addresses == [part.data_ptr() for part in tensors(session.cache)]
 
 
@@ -208,30 +208,30 @@ def test_blocks_compile_whole_and_never_again_in_the_steady_state(cheap_compile,
     forward = CompiledForward(compiled.dit, {})
     compiled = dataclasses.replace(compiled, sampler=compiled.sampler.with_forward(forward))
     session = StreamingSession(without_pixels(compiled))
-    list(session.play(Script(("a", "b"), (18,)), 8))  # fills, rolls, recaches: all is compiled
+    list(session.play(PromptSchedule(("a", "b"), (18,)), 8))  # fills, rolls, recaches: all is compiled
     session.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = list(session.play(Script(("a", "b", "c"), (21, 30)), 12))
-    expected = StreamingSession(without_pixels(eager)).play(Script(("a", "b", "c"), (21, 30)), 12)
+        found = list(session.play(PromptSchedule(("a", "b", "c"), (21, 30)), 12))
+    expected = StreamingSession(without_pixels(eager)).play(PromptSchedule(("a", "b", "c"), (21, 30)), 12)
     assert same_video(found, list(expected))
 
 
-# The room.
+# The optimization.
 
 
 def test_room_says_what_it_did():
     """int8 that is not all int8 and does not say so; a flag that was set and had no effect."""
     pipeline = micro_pipeline(use_quantized_kv=True, use_static_kv=True, **SMALL)
-    room, = pipeline.rooms
-    assert (room["name"], room["level"]) == ("quantized_kv", "lossy")
-    assert room["knobs"] == {"quantization": "int8", "read_path": "fused"}
-    assert room["report"]["done"].startswith("K int8, V e4m3; attention: ")
-    assert "emulating" in room["report"]["kernel"]
-    assert room["report"]["done"].endswith("use_static_kv was not applied, this ring takes its place")
+    optimization, = pipeline.optimizations
+    assert (optimization["name"], optimization["exactness"]) == ("quantized_kv", "lossy")
+    assert optimization["knobs"] == {"quantization": "int8", "read_path": "fused"}
+    assert optimization["report"]["done"].startswith("K int8, V e4m3; attention: ")
+    assert "emulating" in optimization["report"]["kernel"]
+    assert optimization["report"]["done"].endswith("use_static_kv was not applied, this ring takes its place")
     assert pipeline.sampler.trim_recache
     keys = {"kv_quantization": "fp8", "kv_read_path": "dequantize", **SMALL}
-    room, = micro_pipeline(use_quantized_kv=True, **keys).rooms
-    report = dict(room["report"])
+    optimization, = micro_pipeline(use_quantized_kv=True, **keys).optimizations
+    report = dict(optimization["report"])
     assert report.pop("e4m3").summary() == {}
     assert report == {"done": "K e4m3, V e4m3; attention: cpu, after a cast to float32",
                       "formats": "K e4m3, V e4m3", "kernel": "cpu, after a cast to float32"}
@@ -267,7 +267,7 @@ def test_bf16_cast_before_attention_reads_the_same_numbers():
 def test_report_counts_what_e4m3_cannot_hold():
     """A head that saturates or vanishes with official weights shows as a dB or two, and nothing says why."""
     pipeline = micro_pipeline(use_quantized_kv=True, kv_quantization="fp8", **SMALL)
-    codes = pipeline.rooms[0]["report"]["e4m3"]
+    codes = pipeline.optimizations[0]["report"]["e4m3"]
     assert codes.summary() == {}
     cache = pipeline.make_cache()
     cache.begin(0, 3)
@@ -296,7 +296,7 @@ def test_report_counts_what_e4m3_cannot_hold():
     cache = int8.make_cache()
     cache.begin(0, 3)
     cache.end()
-    assert set(int8.rooms[0]["report"]["e4m3"].summary()["worst_saturated"][:1]) == {"V"}
+    assert set(int8.optimizations[0]["report"]["e4m3"].summary()["worst_saturated"][:1]) == {"V"}
 
 
 # On a GPU. Heads of 128 take the Gluon kernel, heads of 64 the Triton kernel.
@@ -337,7 +337,7 @@ def test_gpu_replay_equals_eager_bit_for_bit(model, keys):
     eager = gpu_pipeline(model=model, **keys)
     graphed = gpu_pipeline(model=model, use_cuda_graphs=True, **keys)
     assert same_video(video(eager), video(graphed))
-    stats = graphed.rooms[-1]["report"]["stats"]
+    stats = graphed.optimizations[-1]["report"]["stats"]
     assert stats.replayed > stats.captured == stats.eager
 
 
@@ -349,7 +349,7 @@ def test_gpu_compiled_blocks_use_the_same_cache(quantization, mode):
     torch._dynamo.reset()
     eager = gpu_pipeline(kv_quantization=quantization)
     compiled = gpu_pipeline(kv_quantization=quantization, use_torch_compile=True, compile_mode=mode)
-    videos = [list(StreamingSession(without_pixels(p)).play(Script(("a", "b"), (18,)), 9))
+    videos = [list(StreamingSession(without_pixels(p)).play(PromptSchedule(("a", "b"), (18,)), 9))
               for p in (eager, compiled)]
     assert relative_error(videos[1][0].latents, videos[0][0].latents) < 0.05
     assert all(chunk.latents.isfinite().all() for chunk in videos[1])
@@ -359,6 +359,7 @@ def test_gpu_compiled_blocks_use_the_same_cache(quantization, mode):
 @pytest.mark.gpu
 def test_gpu_room_names_its_kernel():
     """A kernel chosen in silence."""
-    assert gpu_pipeline().rooms[0]["report"]["kernel"].startswith("Gluon")
-    assert gpu_pipeline(model="tiny").rooms[0]["report"]["kernel"].startswith("Triton")
-    assert [room.name for room in rooms_of(micro_config(use_quantized_kv=True))] == ["quantized_kv"]
+    assert gpu_pipeline().optimizations[0]["report"]["kernel"].startswith("Gluon")
+    assert gpu_pipeline(model="tiny").optimizations[0]["report"]["kernel"].startswith("Triton")
+    assert [optimization.name
+            for optimization in optimizations_of(micro_config(use_quantized_kv=True))] == ["quantized_kv"]

@@ -34,7 +34,7 @@ from longlive_opt.config import LINEAR_LAYERS
 from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.kernels import fused, linear8
 from longlive_opt.kernels.quantize import dequantize
-from longlive_opt.optimizations import rooms_of
+from longlive_opt.optimizations import optimizations_of
 from longlive_opt.optimizations.quantized_linears import QuantizedLinear, check_linears
 
 FUSED = {"use_fused_kernels": True}
@@ -235,7 +235,7 @@ def test_each_named_layer_is_rounded_and_no_other(form):
         alone[layers] = max(map(relative_error, flows, plain))
         assert 0 < alone[layers] < FLOW_TOLERANCE[form]
         others = [name for name in LINEAR_LAYERS if name not in layers]
-        report = pipeline.rooms[-1]["report"]["done"]
+        report = pipeline.optimizations[-1]["report"]["done"]
         assert all(f"{name}," not in report and f"{name})" not in report for name in others)
     assert len(set(alone.values())) == len(alone)
 
@@ -263,8 +263,8 @@ def test_plain_weights_are_released():
     """1.1 GB more than in bfloat16 alone instead of 1.1 GB less; a plain pass that multiplies nonsense."""
     fused_only = micro_pipeline(**STATIC, **FUSED, **SMALL)
     joined = weakref.ref(fused_only.sampler.forward.products[0].weight)
-    pipeline = next(room for room in rooms_of(micro_config(**STATIC, **FUSED, **LINEARS["int8"], **SMALL))
-                    if room.name == "quantized_linears").apply(fused_only)
+    wanted = optimizations_of(micro_config(**STATIC, **FUSED, **LINEARS["int8"], **SMALL))
+    pipeline = next(one for one in wanted if one.name == "quantized_linears").apply(fused_only)
     on_meta = [name for name, weight in pipeline.dit.named_parameters() if weight.is_meta]
     linears = ("self_attn.q", "self_attn.k", "self_attn.v", "cross_attn.q", "ffn.0", "ffn.2")
     assert on_meta == [f"blocks.{block}.{linear}.{part}"
@@ -278,7 +278,7 @@ def test_plain_weights_are_released():
 
 def test_report_counts_layers_and_bytes():
     """Memory that nobody accounts for, or layers that were left out unseen."""
-    report = micro_pipeline(**STATIC, **FUSED, **LINEARS["int8"]).rooms[-1]["report"]
+    report = micro_pipeline(**STATIC, **FUSED, **LINEARS["int8"]).optimizations[-1]["report"]
     assert report["done"].startswith("8 of 12 linear layers of a pass in int8 (qkv, query, up, down), scales")
     outputs = 3 * 48 + 48 + 64 + 48
     weights = 4 * 48 * 48 + 2 * 48 * 64
@@ -300,10 +300,10 @@ def test_exact_optimizations_with_it_keep_every_bit(cache, form):
 def test_it_comes_after_the_kernels_and_before_what_wraps_passes():
     """A captured pass that goes on multiplying in bfloat16, or a format that is not the preset's."""
     flags = {"use_cuda_graphs": True, "use_torch_compile": True, **FUSED, **LINEARS["fp8"], **INT8}
-    rooms = rooms_of(micro_config(**flags, linear_layers=["qkv", "up"]))
-    assert [room.name for room in rooms] == [
+    optimizations = optimizations_of(micro_config(**flags, linear_layers=["qkv", "up"]))
+    assert [optimization.name for optimization in optimizations] == [
         "quantized_kv", "fused_kernels", "quantized_linears", "vae_chunk", "torch_compile", "cuda_graphs"]
-    assert (rooms[2].quantization, rooms[2].layers) == ("fp8", ("qkv", "up"))
+    assert (optimizations[2].quantization, optimizations[2].layers) == ("fp8", ("qkv", "up"))
 
 
 @pytest.mark.parametrize("form, dim, capability, kind, says", [

@@ -18,7 +18,15 @@ from example_results import example_result
 
 from longlive_opt.errors import UserError
 from longlive_opt.measurement import environment, telemetry
-from longlive_opt.measurement.result import is_na, na, read_campaign, read_result, validate, write_result
+from longlive_opt.measurement.result import (
+    is_na,
+    na,
+    read_campaign,
+    read_result,
+    upgraded,
+    validate,
+    write_result,
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +92,7 @@ def test_missing_fields_are_named(example, path):
 
 @pytest.mark.parametrize(("path", "value"), [
     ("fps", "fast"), ("fps", True), ("fps", None), ("decision.keep", "yes"), ("preset", 3),
-    ("latency.ps_ms.mean", None), ("memory_gb.kv_cache", {"value": None}), ("rooms", {}),
+    ("latency.ps_ms.mean", None), ("memory_gb.kv_cache", {"value": None}), ("optimizations", {}),
     ("latency.ss_block_ms", [1.0, "2"]), ("sizes.blocks_measured", 3.0)])
 def test_wrong_types_are_named(example, path, value):
     """Would catch: a bare null where a reason is due, or true passing for 1."""
@@ -103,7 +111,7 @@ def test_na_is_a_metric(example):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("", "not valid JSON"), ('{"schema_version": 1, "status"', "truncated"), ("[1]", "not an object"),
-    ('{"schema_version": 0}', "run the preset again"), ('{"schema_version": 2}', "update this package"),
+    ('{"schema_version": 0}', "run the preset again"), ('{"schema_version": 3}', "update this package"),
     ('{"fps": NaN}', "contains NaN"), ('{"schema_version": 1, "status": "running"}', "'running'"),
     ("[" * 9999, "JSON")])
 def test_bad_files_are_one_sentence_with_the_file_in_it(tmp_path, text, words):
@@ -385,6 +393,31 @@ def test_memory_is_na_on_a_cpu():
     memory = environment.memory_gb("cpu", 3_450_000_000)
     assert is_na(memory["peak_allocated"]) and memory["kv_cache"] == 3.45
     assert is_na(environment.memory_gb("cpu")["kv_cache"])
+
+
+def test_results_of_version_1_are_read_with_the_names_of_version_2(example, tmp_path):
+    """Would catch: the campaigns that come with the project unreadable, or half of a result under old names.
+    """
+    rows = [{"name": "a", "applied": True, "level": "exact", "report": {}},
+            {"name": "b", "applied": True, "level": "lossy", "report": {}}]
+    segments = [{"judged_from": 0, "judged_frames": 9, "not_judged": []}]
+    new = example | {"schema_version": 2, "adherence": {"segments": [], "not_evaluated": ["shape"]}}
+    old = {"optimizations": "rooms", "prompt_schedule": "script", "adherence": "world"}
+    old = {old.get(key, key): value for key, value in new.items()} | {
+        "schema_version": 1, "rooms": rows, "world": {"segments": segments, "not_judged": ["shape"]}}
+    old["quality"] = {"script" if key == "prompt_schedule" else key: value
+                      for key, value in old["quality"].items()}
+    old["decision"] = old["decision"] | {"gate": {"level": "exact", "max_error_ratio": 1.1}}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(old))
+    read = read_result(path)
+    assert [row["exactness"] for row in read["optimizations"]] == ["bitwise", "lossy"]
+    assert read["prompt_schedule"] == example["prompt_schedule"] and read["quality"] == example["quality"]
+    assert read["decision"]["gate"] == {"exactness": "bitwise", "max_error_ratio": 1.1}
+    assert read["adherence"] == {"segments": [{"evaluated_from": 0, "evaluated_frames": 9,
+                                               "not_evaluated": []}],
+                                 "not_evaluated": ["shape"]}
+    assert upgraded(read) is read and upgraded([1]) == [1]
 
 
 def git(folder, *words):

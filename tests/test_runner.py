@@ -344,6 +344,22 @@ def test_other_parameters_are_refused(project: Path, capsys: pytest.CaptureFixtu
     assert "seed: 4, not 3" in error_of(project, capsys)
 
 
+def test_keys_that_the_notebook_does_not_state_are_passed_and_judged(project: Path,
+                                                                     capsys: pytest.CaptureFixture) -> None:
+    """A run finished with another window taken for the one that is asked for, since the notebook's cell does
+    not name it; a failure that forgets the keys with the default's value.
+    """
+    finish(project, context_noise=1)
+    job = job_of(project, context_noise=1)
+    assert plan.is_finished(job) and job.parameters["context_noise"] == 1
+    assert not {"sink_size", "prompts"} & job.parameters.keys(), "the notebook has the defaults of these"
+    assert job.configuration["sink_size"] == 3
+    with pytest.raises(UserError, match=r"parameters \(context_noise: 1, not 0\)"):
+        plan.is_finished(job_of(project))
+    write_notebook(project / "notebooks/01_baseline.ipynb", "name = 'x'", [FINISH])
+    assert "would ignore campaign, run, output_dir" in error_of(project, capsys)
+
+
 def test_other_words_are_no_other_parameters(project: Path) -> None:
     """A campaign of hours that cannot go on, since a sentence of its hypothesis was mended."""
     path = pretend_finished(project)
@@ -406,13 +422,13 @@ def test_finished_is_judged_by_the_weights_in_a_folder(whole: Path, tmp_path: Pa
     shutil.copytree(plan.TINY_WEIGHTS, weights)
     finish(whole, weights=str(weights))
     assert plan.is_finished(job_of(whole, weights=str(weights)))
-    changed = weights / "lora.safetensors"
+    changed = weights / "longlive_base.safetensors"
     assert changed.exists()
     content = bytearray(changed.read_bytes())
     content[-1] ^= 1
     changed.write_bytes(content)
     assert error_of(whole, capsys, "--set", f"weights={weights}") == (
-        "error: baseline is finished with other weights (lora: another SHA-256); take --overwrite or another "
+        "error: baseline is finished with other weights (dit: another SHA-256); take --overwrite or another "
         "--campaign")
 
 
@@ -567,7 +583,6 @@ def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) 
     ("name: baseline\ntimestep_shift: 1e-3\n", "1.0e-3"),
     ("name: baseline\nsede: 1\n", "did you mean 'seed'"),
     ("name: other\n", "name is 'other'"),
-    ("name: baseline\nwidth: 64\n", "would ignore width"),
 ])
 def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
                                  content: str, words: str) -> None:

@@ -160,7 +160,7 @@ def test_trimmed_recache_leaves_the_same_cache(window, sink, start):
 
 
 def test_variants_of_a_sampler_keep_everything_else():
-    """A room that replaces `forward` and switches the trimming of another room off."""
+    """An optimization that replaces `forward` and switches the trimming of another optimization off."""
     first, second = FakeForward(), FakeForward()
     sampler = Sampler(SamplingPlan(shift=3.0), first, True, True).with_forward(second)
     assert sampler == Sampler(SamplingPlan(shift=3.0), second, trim_recache=True, defer_clean_pass=True)
@@ -195,7 +195,7 @@ def test_block_is_sampled_without_gradients():
 
 
 def test_noise_is_one_seeded_stream_in_a_fixed_order():
-    """Rooms are compared frame by frame: noise may not depend on what else draws."""
+    """Optimizations are compared frame by frame: noise may not depend on what else draws."""
     plan = SamplingPlan(denoising_steps=(1000, 500, 250), block_frames=2)
     source = StreamNoise(plan, SHAPE, 5, CPU, torch.float32)
     torch.manual_seed(99)

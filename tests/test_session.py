@@ -19,7 +19,7 @@ from longlive_opt.errors import UserError
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampling_plan
-from longlive_opt.prompts import Script
+from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.decoder import HOST_BUFFERS, Delivery
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.sampler import EagerForward, Sampler, StreamNoise
@@ -142,8 +142,8 @@ def test_script_reproduces_the_recorded_video(pipeline, case, global_sink, infin
     """The product's own loop, not only the parity check's: switches at frames 6 and 15, as recorded."""
     recorded = load_file(GOLDEN / f"{case}.safetensors")["latents"]
     session = recorded_session(pipeline, global_sink, infinity)
-    script = Script(("0", "1", "2"), (6, 15))
-    latents = torch.cat([chunk.latents for chunk in session.play(script, 6)], dim=1)
+    schedule = PromptSchedule(("0", "1", "2"), (6, 15))
+    latents = torch.cat([chunk.latents for chunk in session.play(schedule, 6)], dim=1)
     assert (latents - recorded).abs().max() <= TARGET
     session.reset()
     live = []
@@ -170,7 +170,8 @@ def test_reset_starts_the_same_video_again(pipeline):
         if chunk.block == 3:
             session.switch_prompt("a whale")
     assert same_video(first, second)
-    assert same_video(second, list(StreamingSession(pipeline).play(Script(("a fox", "a whale"), (12,)), 6)))
+    assert same_video(second, list(StreamingSession(pipeline).play(PromptSchedule(("a fox", "a whale"),
+                                                                                  (12,)), 6)))
 
 
 def test_seed_changes_the_video(point):
@@ -228,10 +229,10 @@ def test_requests_queue_up_and_each_block_serves_one(point):
 
 def test_two_switch_frames_in_one_block(point):
     """SPEC 5: at most one switch per block start; frames 4 and 5 act at frames 6 and 9."""
-    play = StreamingSession(point).play(Script(("0", "1", "2"), (4, 5)), 5)
+    play = StreamingSession(point).play(PromptSchedule(("0", "1", "2"), (4, 5)), 5)
     assert [chunk.prompt for chunk in play] == list("00122")
-    rounded = StreamingSession(point).play(Script(("0", "1", "2"), (6, 9)), 5)
-    play = StreamingSession(point).play(Script(("0", "1", "2"), (4, 5)), 5)
+    rounded = StreamingSession(point).play(PromptSchedule(("0", "1", "2"), (6, 9)), 5)
+    play = StreamingSession(point).play(PromptSchedule(("0", "1", "2"), (4, 5)), 5)
     assert same_video(list(play), list(rounded))
 
 
@@ -239,10 +240,10 @@ def test_switch_at_frame_0_is_a_start(point):
     """LongLive never uses the first prompt then; there is nothing to recache and nothing was switched."""
     encoded = []
     pipeline = dataclasses.replace(point, encode_prompt=lambda p: encoded.append(p) or point.encode_prompt(p))
-    chunks = list(StreamingSession(pipeline).play(Script(("0", "1", "2"), (0, 3)), 3))
+    chunks = list(StreamingSession(pipeline).play(PromptSchedule(("0", "1", "2"), (0, 3)), 3))
     assert encoded == ["1", "2"]
     assert [(chunk.prompt, chunk.switched) for chunk in chunks] == [("1", False), ("2", True), ("2", False)]
-    assert same_video(chunks, list(StreamingSession(point).play(Script(("1", "2"), (3,)), 3)))
+    assert same_video(chunks, list(StreamingSession(point).play(PromptSchedule(("1", "2"), (3,)), 3)))
 
 
 def test_request_before_the_first_block_recaches_nothing(point):
@@ -256,9 +257,9 @@ def test_request_before_the_first_block_recaches_nothing(point):
 
 
 def test_request_during_a_script_waits_its_turn(point):
-    """A viewer's request and the script's own switch at the same block: first come, first served."""
+    """A viewer's request and the schedule's own switch at the same block: first come, first served."""
     session, prompts = StreamingSession(point), []
-    for chunk in session.play(Script(("0", "1"), (6,)), 5):
+    for chunk in session.play(PromptSchedule(("0", "1"), (6,)), 5):
         prompts.append(chunk.prompt)
         if chunk.block == 1:
             session.switch_prompt("mine")
@@ -270,7 +271,7 @@ def test_empty_prompt_is_refused_at_once(point, prompt):
     """An empty prompt gives a video of nothing; it must not take the session with it."""
     session = StreamingSession(point)
     for call in (lambda: session.stream(prompt), lambda: session.switch_prompt(prompt),
-                 lambda: session.play(Script(("a", prompt), (3,)), 2)):
+                 lambda: session.play(PromptSchedule(("a", prompt), (3,)), 2)):
         with pytest.raises(UserError, match="prompt: .* is empty"):
             call()
     assert len(list(session.stream("a", 1))) == 1
@@ -282,7 +283,7 @@ def test_number_of_blocks_must_be_positive(point, blocks):
     with pytest.raises(UserError, match=f"blocks: {blocks} is not positive"):
         StreamingSession(point).stream("a", blocks)
     with pytest.raises(UserError):
-        StreamingSession(point).play(Script(("a",)), blocks)
+        StreamingSession(point).play(PromptSchedule(("a",)), blocks)
 
 
 def test_second_stream_needs_a_reset(point):
@@ -294,17 +295,17 @@ def test_second_stream_needs_a_reset(point):
     next(stream)
     stream.close()
     with pytest.raises(UserError, match="call reset"):
-        session.play(Script(("b",)), 1)
+        session.play(PromptSchedule(("b",)), 1)
     session.reset()
     assert same_video(list(session.stream("b", 2)), list(StreamingSession(point).stream("b", 2)))
 
 
 def test_switch_past_the_end_is_refused(point):
-    """A script that is longer than the video would silently lose its last prompt."""
+    """A schedule that is longer than the video would silently lose its last prompt."""
     session = StreamingSession(point)
     with pytest.raises(UserError, match="switch_frame_indices: 6 takes effect .* past the end of the video"):
-        session.play(Script(("a", "b"), (6,)), 2)
-    assert [chunk.prompt for chunk in session.play(Script(("a", "b"), (5,)), 3)] == ["a", "a", "b"]
+        session.play(PromptSchedule(("a", "b"), (6,)), 2)
+    assert [chunk.prompt for chunk in session.play(PromptSchedule(("a", "b"), (5,)), 3)] == ["a", "a", "b"]
 
 
 @pytest.mark.parametrize("frames, blocks", [((4,), 2), ((4, 5), 3)])
@@ -312,7 +313,7 @@ def test_switch_that_no_block_serves_is_refused(point, frames, blocks):
     """A switch inside the last block, or the second of two before it, has no block to take effect at."""
     prompts = tuple("abc"[:len(frames) + 1])
     with pytest.raises(UserError, match="past the end"):
-        StreamingSession(point).play(Script(prompts, frames), blocks)
+        StreamingSession(point).play(PromptSchedule(prompts, frames), blocks)
 
 
 def test_absolute_positions_end_and_relative_ones_do_not():

@@ -1,4 +1,4 @@
-"""The small world: scenes, their prompts and their pictures."""
+"""Moving Shapes: scenes, their prompts and their pictures."""
 
 from dataclasses import fields
 

@@ -9,7 +9,7 @@ import torch
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.files import project_path
 from longlive_opt.models.weight_files import resolve_weights
-from longlive_opt.prompts import Script
+from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.pipeline import build_reference
 from longlive_opt.streaming.session import StreamingSession
 from longlive_opt.tiny.shapes.captions import describe, parse
@@ -48,9 +48,9 @@ def test_videos_show_their_prompts_before_and_after_a_switch(pipeline):
     for i in range(4):
         rng = np.random.default_rng([5, i])
         scene, second = (sample_scene(rng, held_out=True) for _ in range(2))
-        script = Script((describe(scene), describe(second)), (3 * SWITCH,))
+        schedule = PromptSchedule((describe(scene), describe(second)), (3 * SWITCH,))
         session = StreamingSession(pipeline)
-        frames = torch.cat([chunk.frames[0] for chunk in session.play(script, BLOCKS)])
+        frames = torch.cat([chunk.frames[0] for chunk in session.play(schedule, BLOCKS)])
         first, last = frames[:33], frames[-24:]
         own.append(check(first, scene).adherence)
         other.append(check(first, change_scene(rng, sample_scene(rng, held_out=True))).adherence)

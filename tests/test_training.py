@@ -34,7 +34,7 @@ from longlive_opt.streaming.pipeline import build_reference
 from longlive_opt.streaming.sampler import EagerForward, Sampler, SamplingPlan
 from longlive_opt.streaming.session import StreamingSession
 from longlive_opt.tiny import evaluate as check_module
-from longlive_opt.tiny.evaluate import SWITCH_BLOCK, NoRecache, check_weights, judge_long, judge_switch
+from longlive_opt.tiny.evaluate import SWITCH_BLOCK, NoRecache, check_weights, evaluate_long, evaluate_switch
 from longlive_opt.tiny.shapes.render import render, simulate, to_uint8
 from longlive_opt.tiny.shapes.scene import ObjectSpec, SceneSpec, change_scene, sample_scene
 from longlive_opt.tiny.training import __main__ as command
@@ -89,7 +89,8 @@ TEXT = TextEncoderConfig(
 )
 DIT = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=64, freq_dim=32, text_dim=TEXT.dim,
                 text_len=TEXT.text_len)
-SMALL = ModelSpec("small", DIT, VAEConfig(dim=4, num_res_blocks=1), TEXT, height=32, width=32)
+SMALL = ModelSpec("small", "small", MODELS["tiny"].checkpoint, DIT, VAEConfig(dim=4, num_res_blocks=1), TEXT,
+                  height=32, width=32, full_size=False)
 CPU = torch.device("cpu")
 
 
@@ -488,10 +489,10 @@ def test_compiled_transformer_is_the_transformer(maker):
         sizes = dict(plain_batch=plain, switch_batch=switch, clips_from=0, **OPENINGS)
         stage = TeacherStage(SMALL, PLAN, maker, CPU, torch.float32, 0, TeacherSettings(**sizes))
         stage.ring, stage.openings = ring, openings
-        for parameter in stage.trainee.work.parameters():
+        for parameter in stage.masters.work.parameters():
             parameter.data.add_(0.02)  # gates begin at zero
         stage.step(0, 0.0)
-        return [parameter.grad for parameter in stage.trainee.work.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in stage.masters.work.parameters() if parameter.grad is not None]
 
     ring, openings = OneBatch(maker), OneBatch(maker, 4)
     plain = gradients(3, 2)
@@ -656,7 +657,7 @@ def test_resumed_training_is_uninterrupted_training(maker, dit, tmp_path, name):
     assert run_stage(whole, tmp_path / "a", Budget(steps=6), log_steps=2)
     assert not run_stage(part, tmp_path / "b", Interrupted(6, at=4), log_steps=2)
     assert run_stage(rest, tmp_path / "b", Budget(steps=6), log_steps=2)
-    a, b = whole.trainee.groups(), rest.trainee.groups()
+    a, b = whole.masters.groups(), rest.masters.groups()
     for group in a:
         assert a[group].keys() == b[group].keys()
         assert all(torch.equal(a[group][key], b[group][key]) for key in a[group]), group
@@ -706,8 +707,8 @@ def test_weights_that_are_no_numbers_are_not_saved(maker, dit, tmp_path):
     run_stage(make(), tmp_path, Interrupted(4, at=2))
     stage = make()
     with torch.no_grad():
-        stage.trainee._master[0].fill_(float("nan"))
-    stage.trainee.restore = lambda groups, steps: None
+        stage.masters._master[0].fill_(float("nan"))
+    stage.masters.restore = lambda groups, steps: None
     with pytest.raises(UserError, match="--rate-scale"):
         run_stage(stage, tmp_path, Interrupted(4, at=3))
     assert [path.name for path in checkpoints(tmp_path, "text")] == ["text-0000002"]
@@ -725,7 +726,7 @@ def falls(stage, steps: int, key: str, share: float) -> None:
     losses = []
     for step in range(steps):
         losses.append(float(stage.step(step, 0.0)[key].detach()))
-        stage.trainee.update(0.0)
+        stage.masters.update(0.0)
     assert np.mean(losses[-5:]) < share * np.mean(losses[:5]), losses
 
 
@@ -801,7 +802,7 @@ def test_what_is_recorded_asks_the_host_for_nothing(maker, dit, monkeypatch, nam
     stage = stages(maker, dit)[name]()
     for step in range(48):
         stage.step(step, step / 48)
-        stage.trainee.update(0.0)
+        stage.masters.update(0.0)
     assert sum(count > 1 for count in seen.values()) >= 4, seen
 
 
@@ -825,9 +826,9 @@ def test_replayed_steps_are_steps(vae, dit, name):
         losses = []
         for step in range(24):
             losses.append({key: float(value) for key, value in stage.step(step, step / 24).items()})
-            stage.trainee.update(0.0)
+            stage.masters.update(0.0)
         assert bool(stage.recorder._recordings) == graphs
-        return losses, [p.detach().cpu() for p in stage.trainee._master]
+        return losses, [p.detach().cpu() for p in stage.masters._master]
 
     (eager, weights), (replayed, again) = train(False), train(True)
     for a, b in zip(eager, replayed):
@@ -856,7 +857,7 @@ def test_student_learns(maker, dit):
     stage = student(maker, dit, rate=1e-2, guidance=1.0)
     stage.ring = OneBatch(maker)
     with torch.no_grad():
-        for parameter in stage.trainee._master:
+        for parameter in stage.masters._master:
             parameter.mul_(0.5)
     falls(stage, 20, "true", 0.7)
 
@@ -973,11 +974,11 @@ def test_true_videos_pass_the_check():
     other = change_scene(rng, scene)
     start = first_video_frame(3 * SWITCH_BLOCK)
     tracks = simulate([[(0, scene), (start, other)]], start + 48, 0)
-    found = judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
+    found = evaluate_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
     assert found["delay_blocks"] == 1 and found["adherence"] > 0.9 and found["permanence"] == 1.0
     assert found["old_left"] == 0 and found["new_shown"] == 1
     tracks = simulate([[(0, scene)]], start + 48, 0)
-    found = judge_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
+    found = evaluate_switch(to_uint8(render(tracks, slice(None)))[0], scene, other)
     assert found["old_left"] == 1 and found["new_shown"] == 0
 
 
@@ -1021,7 +1022,7 @@ def test_things_out_of_place_fail_the_check():
     for shift, share in ((0, 1), (15, 0)):
         tracks.position[..., 0, :] = torch.tensor([60.0, 60.0])
         tracks.position[:, 80:, 0, :] += shift
-        found = judge_long(to_uint8(render(tracks, slice(None)))[0], scene)
+        found = evaluate_long(to_uint8(render(tracks, slice(None)))[0], scene)
         assert found["in_place"] == share and found["first"] == found["last"] == 1
 
 

@@ -14,7 +14,7 @@ from micro import micro_model, micro_pipeline
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.models.vae import StreamingDecoder
 from longlive_opt.optimizations import build_pipeline, vae_offload
-from longlive_opt.optimizations.vae_offload import HostedHistory, Passage, VisitingHistory
+from longlive_opt.optimizations.vae_offload import OffloadedHistory, PrefetchedHistory, Transfer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,9 +23,9 @@ def known_models():
         yield
 
 
-class RecordedTraffic:
-    """`Traffic` without a GPU: copies arrive when they are received and are back when the next ones are sent,
-    the latest moments at which they may.
+class RecordedStreams:
+    """`TransferStreams` without a GPU: copies arrive when they are received and are back when the next ones
+    are sent, the latest moments at which they may.
     """
 
     device = torch.device("cpu")
@@ -67,17 +67,17 @@ def test_visiting_history_is_that_of_the_next_stage():
     """
     pipeline = micro_pipeline(height=16, width=16)
     counts = [len(stage.history_channels) for stage in pipeline.vae.decoder.stages()]
-    traffic = RecordedTraffic()
+    streams = RecordedStreams()
     expected, found = pipeline.make_vae_decoder(), pipeline.make_vae_decoder()
-    found.keep_history_on_host(lambda parts: VisitingHistory(parts, counts, traffic))
+    found.keep_history_on_host(lambda parts: PrefetchedHistory(parts, counts, streams))
     places = [h.data_ptr() for h in found.history]
     for part in torch.randn(3, 1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0)):
         assert torch.equal(found.push(part)[0], expected.push(part)[0])
-    assert traffic.fetched == 9 * len(places) and [h.data_ptr() for h in found.history] == places
+    assert streams.fetched == 9 * len(places) and [h.data_ptr() for h in found.history] == places
 
     simple = pipeline.make_vae_decoder()
-    simple.keep_history_on_host(lambda parts: HostedHistory(parts, torch.device("cpu")))
-    failing = VisitingHistory(list(found.history), counts, traffic)
+    simple.keep_history_on_host(lambda parts: OffloadedHistory(parts, torch.device("cpu")))
+    failing = PrefetchedHistory(list(found.history), counts, streams)
     failing.take(counts[0])
     for decoder in (expected, found):
         decoder.reset()
@@ -91,7 +91,7 @@ def test_nothing_of_a_stage_outlives_it():
     decoder = micro_pipeline(height=16, width=16).make_vae_decoder()
     made, alive = [], []
 
-    class Watched(HostedHistory):
+    class Watched(OffloadedHistory):
         def take(self, count):
             alive.append(sum(part() is not None for part in made))
             return tuple(part.clone() for part in super().take(count))
@@ -136,14 +136,14 @@ def test_vae_offload_gives_the_same_bits(compiled, ahead):
 @pytest.mark.parametrize("slow", [("coming",), ("going",), ("coming", "going")], ids=str)
 def test_vae_offload_waits_for_a_slow_bus(slow, monkeypatch):
     """A stage that reads before its part is there, memory that is used again while it is still copied."""
-    class SlowPassage(Passage):
+    class SlowTransfer(Transfer):
         def __init__(self, sources, parts, stream, decoding):
             if ("coming" if parts[0].is_cuda else "going") in slow:
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(5_000_000)
             super().__init__(sources, parts, stream, decoding)
 
-    monkeypatch.setattr(vae_offload, "Passage", SlowPassage)
+    monkeypatch.setattr(vae_offload, "Transfer", SlowTransfer)
     latents = torch.randn(4, 1, 3, 16, 16, 16, device="cuda", dtype=torch.bfloat16)
     expected, found, _ = gpu_decoders(ahead=True)
     wanted = [expected.push(part)[0] for part in latents]
@@ -155,7 +155,7 @@ def test_vae_offload_waits_for_a_slow_bus(slow, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("ahead", [False, True])
 def test_vae_offload_leaves_the_history_on_the_host(ahead):
-    """Copies that stay on the GPU: the memory that the room is for."""
+    """Copies that stay on the GPU: the memory that the optimization is for."""
     plain, offloaded, _ = gpu_decoders(ahead)
     latents, held = torch.randn(1, 3, 16, 16, 16, device="cuda", dtype=torch.bfloat16), []
     gc.collect()

@@ -22,7 +22,7 @@ from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.measurement import environment, metrics, protocol, telemetry
 from longlive_opt.measurement.protocol import SWITCH_EVERY, switch_blocks
 from longlive_opt.measurement.result import is_na, na, read_result
-from longlive_opt.prompts import Script, script_of
+from longlive_opt.prompts import PromptSchedule, schedule_of
 from longlive_opt.report import video
 from longlive_opt.streaming.decoder import Delivery
 from longlive_opt.streaming.timeline import GARBAGE, GARBAGE_MS
@@ -41,7 +41,7 @@ def micro():
 
 
 def open_run(folder: Path, **parameters: Any) -> Experiment:
-    return Experiment.open({**SMALLEST, "campaign": "test", "output_dir": str(folder), **parameters})
+    return Experiment.from_notebook({**SMALLEST, "campaign": "test", "output_dir": str(folder), **parameters})
 
 
 def execute(folder: Path, **parameters: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def execute(folder: Path, **parameters: Any) -> dict[str, Any]:
     run = open_run(folder, **parameters)
     run.build()
     run.measure()
-    run.film()
+    run.generate_video()
     run.compare()
     run.save()
     return read_result(folder / RESULT_FILE)
@@ -74,7 +74,7 @@ def test_baseline_from_parameters_to_result(campaign):
     assert len(result["latency"]["ss_block_ms"]) == 2 and len(result["latency"]["ps_ms_all"]) == 1
     assert result["setup_s"].keys() >= {"load", "compile", "capture", "first_block", "rehearsal"}
     assert result["weights"]["kind"] == "random" and result["model"]["name"] == "micro"
-    assert result["rooms"] == [] and result["decision"]["keep"] is None
+    assert result["optimizations"] == [] and result["decision"]["keep"] is None
     assert result["quality"]["identical"] is None and result["quality"]["worst_ratio"] == 1
     assert [row["name"] for row in result["quality"]["nulls"]] == [
         "other_seed", "no_sink", "smaller_window", "no_recache", "no_switch"]
@@ -96,19 +96,19 @@ def test_repetition_is_compared_with_the_first_run(campaign):
     assert result["quality"]["error_ratio"]["by_block"] == [1.0] * 6 and "nulls" not in result["quality"]
 
 
-@pytest.mark.parametrize("name, level", [("prompt_cache", "exact"), ("static_kv", "rounding"),
+@pytest.mark.parametrize("name, exactness", [("prompt_cache", "bitwise"), ("static_kv", "rounding"),
                                          ("quantized_kv", "lossy")])
-def test_variant_is_compared_and_decided(campaign, name, level):
+def test_variant_is_compared_and_decided(campaign, name, exactness):
     """The rule must come to a decision where baseline, repetition and quality are there."""
     result = execute(campaign / name, name=name, max_error_ratio=4.0, **{f"use_{name}": True})
     quality, decision = result["quality"], result["decision"]
-    assert [room["name"] for room in result["rooms"]] == [name]
-    assert decision["gate"] == {"level": level, "objective": "latency", "max_error_ratio": 4.0}
+    assert [optimization["name"] for optimization in result["optimizations"]] == [name]
+    assert decision["gate"] == {"exactness": exactness, "objective": "latency", "max_error_ratio": 4.0}
     # Kept, dropped or within the noise of this machine; or its gate is missed, or passes a null row.
     assert any(words in decision["rationale"]
                for words in ("threshold", "the quality gate is missed", "would pass a stream"))
     assert len(quality["latent_error"]["by_block"]) == 6
-    if level == "exact":
+    if exactness == "bitwise":
         assert quality["identical"] is True and quality["free_running"]["identical"] is True
     assert quality["error_ratio"]["all"] < (4 if name == "quantized_kv" else 1.3)
     json.dumps(result, allow_nan=False)
@@ -120,26 +120,26 @@ def test_judged_video_stands_in_the_result(campaign, monkeypatch):
 
     def judge(frames: torch.Tensor, frame_prompts: list[str], *, weights_kind: str) -> dict[str, Any]:
         seen.update(frames=len(frames), prompts=frame_prompts, weights=weights_kind)
-        return na("a prompt is none of the small world: 'a fox'", "write another")
+        return na("a prompt is not of Moving Shapes: 'a fox'", "write another")
 
     monkeypatch.setattr(workbook.adherence, "judge", judge)
-    folder = campaign / "judged"
-    run = open_run(folder, name="judged", use_static_kv=True)
+    folder = campaign / "evaluated"
+    run = open_run(folder, name="evaluated", use_static_kv=True)
     run.build()
     run.measure()
-    run.film()
-    table = run.judge()
+    run.generate_video()
+    table = run.check_adherence()
     run.compare()
     run.save()
     assert seen == {"frames": 21, "prompts": ["a fox"] * 9 + ["a whale"] * 12, "weights": "random"}
     assert list(table["prompt"]) == ["a fox", "a whale"]
-    assert set(table["adherence"]) == {"n/a: a prompt is none of the small world: 'a fox'"}
-    assert read_result(folder / RESULT_FILE)["world"] == run.world
-    assert "world" not in read_result(campaign / "baseline" / RESULT_FILE)
+    assert set(table["adherence"]) == {"n/a: a prompt is not of Moving Shapes: 'a fox'"}
+    assert read_result(folder / RESULT_FILE)["adherence"] == run.adherence
+    assert "adherence" not in read_result(campaign / "baseline" / RESULT_FILE)
     with pytest.raises(UserError, match="before charts"):
-        run.judge()
-    run.film()
-    assert run.world is None, "of another video"
+        run.check_adherence()
+    run.generate_video()
+    assert run.adherence is None, "of another video"
 
 
 def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch):
@@ -149,7 +149,7 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     run = open_run(campaign / "prompt_cache_again", name="prompt_cache", use_prompt_cache=True)
     run.build()
     run.measure()
-    run.film()
+    run.generate_video()
     table = run.compare()
     assert list(table.index)[:4] == ["this run, free-running", "this run, teacher-forced",
                                      "baseline, free-running", "baseline, teacher-forced"]
@@ -161,8 +161,8 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     with av.open(str(run.folder / "side_by_side.mp4")) as container:
         width = 2 * run.frames.shape[3] + 4
         assert "data:video/mp4" in player and container.streams.video[0].width == width
-    assert "Hypothesis" in (text := run.reading().data) and "error ratio, free-running" in text
-    assert "ss_ms_per_frame" in run.definitions().data
+    assert "Hypothesis" in (text := run.conclusion().data) and "error ratio, free-running" in text
+    assert "SS mean; SS p50" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"
 
 
@@ -223,7 +223,7 @@ def test_a_result_holds_the_prompts_of_a_file(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompts": ["a fox \\ud83e\\udd8a", "a whale"], "switch_frame_indices": [3]}\n')
     result = execute(tmp_path / "baseline", **{**SMALLEST, "prompts_file": str(path)})
-    assert result["script"] == {"prompts": ["a fox \U0001f98a", "a whale"], "switch_frames": [3]}
+    assert result["prompt_schedule"] == {"prompts": ["a fox \U0001f98a", "a whale"], "switch_frames": [3]}
     assert result["parameters"]["prompts"] == [] and result["parameters"]["prompts_file"] == str(path)
     assert result["decision"]["provisional"] is True
 
@@ -273,7 +273,7 @@ def test_notebook_parameters_are_the_public_plain_values():
                                               "title": "t", "flag": True, "rate": 0.5}
 
 
-@pytest.mark.parametrize("step", ["build", "measure", "film", "compare"])
+@pytest.mark.parametrize("step", ["build", "measure", "video", "compare"])
 def test_no_result_when_a_step_fails(tmp_path, monkeypatch, step):
     """result.json is the only sign of success: a run that failed half-way must leave none."""
     def fail(*args: Any, **keys: Any) -> None:
@@ -281,12 +281,12 @@ def test_no_result_when_a_step_fails(tmp_path, monkeypatch, step):
 
     run = open_run(tmp_path / "run")
     target = {"build": (workbook, "build_pipeline"), "measure": (metrics, "measurements"),
-              "film": (video, "write_mp4"), "compare": (workbook.fidelity, "establish")}[step]
+              "video": (video, "write_mp4"), "compare": (workbook.fidelity, "establish")}[step]
     monkeypatch.setattr(*target, fail)
     with pytest.raises(RuntimeError, match="broken"):
         run.build()
         run.measure()
-        run.film()
+        run.generate_video()
         run.compare()
         run.save()
     with pytest.raises(AttributeError):
@@ -348,7 +348,7 @@ def test_everything_that_is_measured_was_rehearsed(tmp_path, keys):
 
 
 def test_hits_and_misses_of_the_prompt_cache_are_told_apart(tmp_path):
-    """A variation that the rehearsal asked for already is no miss; nothing is built in what is measured."""
+    """An ablation that the rehearsal asked for already is no miss; nothing is built in what is measured."""
     run = open_run(tmp_path / "run", name="mine", **{**SMALLEST, "num_switches": 4, "use_prompt_cache": True})
     run.build()
     run.measure()
@@ -416,7 +416,7 @@ def test_energy_is_that_of_the_measured_blocks_of_each_stream(tmp_path, monkeypa
 
 
 def test_frames_come_to_host_memory_while_they_are_measured_and_only_then(tmp_path, monkeypatch):
-    """Latencies that end on the GPU; a film whose first chunks are overwritten by its last ones."""
+    """Latencies that end on the GPU; a video whose first chunks are overwritten by its last ones."""
     wanted = []
     monkeypatch.setattr(Delivery, "__call__", lambda self, frames: wanted.append(self.to_host) or frames)
     monkeypatch.setattr(Delivery, "copies", property(lambda self: True))
@@ -431,7 +431,7 @@ def test_frames_come_to_host_memory_while_they_are_measured_and_only_then(tmp_pa
     assert run.measured["latency"]["ps_random_ms"]["n"] == 1
     assert headline.loc["PS mean at a random moment, ms", "value"] > headline.loc["PS mean, ms", "value"]
     del wanted[:]
-    run.film()
+    run.generate_video()
     assert wanted == [False, False]
 
 
@@ -455,7 +455,7 @@ def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
     headline = run.measure()
     assert "Warning: other processes kept 0.9 CPU cores busy" in capsys.readouterr().out
     assert headline.loc["SS blocks over 0.001 ms per frame, %", "value"] == 100
-    run.film()
+    run.generate_video()
     run.compare()
     assert run.result["environment"]["co_scheduled"] is True
 
@@ -477,28 +477,29 @@ def test_last_block_of_an_asynchronous_stream_does_not_count(tmp_path, asynchron
 
 def test_script_of_a_preset(tmp_path):
     """Prompts spread over the video, as given, or from a file; never a switch past the end."""
-    def script(**keys: Any) -> Script:
-        return script_of(micro_config(**keys))
+    def schedule(**keys: Any) -> PromptSchedule:
+        return schedule_of(micro_config(**keys))
 
-    assert script(prompts=["a", "b", "c"], video_latent_frames=18) == Script(("a", "b", "c"), (6, 12))
-    assert script(prompts=["a", "b", "c"], video_latent_frames=6) == Script(("a", "b"), (3,))
-    assert script(prompts=["a"], video_latent_frames=9) == Script(("a",), ())
-    given = script(prompts=["a", "b"], switch_frame_indices=[4], video_latent_frames=9)
-    assert given == Script(("a", "b"), (4,))
+    assert schedule(prompts=["a", "b", "c"], video_latent_frames=18) == PromptSchedule(("a", "b", "c"),
+                                                                                       (6, 12))
+    assert schedule(prompts=["a", "b", "c"], video_latent_frames=6) == PromptSchedule(("a", "b"), (3,))
+    assert schedule(prompts=["a"], video_latent_frames=9) == PromptSchedule(("a",), ())
+    given = schedule(prompts=["a", "b"], switch_frame_indices=[4], video_latent_frames=9)
+    assert given == PromptSchedule(("a", "b"), (4,))
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompts": ["x", "y"]}\n')
-    assert script(prompts_file=str(path), switch_frame_indices=[3]) == Script(("x", "y"), (3,))
+    assert schedule(prompts_file=str(path), switch_frame_indices=[3]) == PromptSchedule(("x", "y"), (3,))
     with pytest.raises(UserError, match="switch_frame_indices: 9 takes effect .* past the end"):
-        script(prompts_file=str(path), switch_frame_indices=[9], video_latent_frames=9)
+        schedule(prompts_file=str(path), switch_frame_indices=[9], video_latent_frames=9)
 
 
 def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
-    """The preset's own figures must stay, and a variation that cannot run must not take the others along."""
-    folder = campaign / "varied"
-    run = open_run(folder, name="varied", use_static_kv=True)
+    """The preset's own figures must stay, and an ablation that cannot run must not take the others along."""
+    folder = campaign / "ablated"
+    run = open_run(folder, name="ablated", use_static_kv=True)
     run.build()
     run.measure()
-    run.film()
+    run.generate_video()
     run.compare()
     run.save()
     alone = read_result(folder / RESULT_FILE)
@@ -506,12 +507,12 @@ def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
     measure = Experiment.measure
     monkeypatch.setattr(Experiment, "measure",
                         lambda self: threads.append(threading.get_ident()) or measure(self))
-    table = run.vary({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]},
+    table = run.ablate({"local_attn_size": [9, 2], "denoising_steps": [[1000]], "use_static_kv": [False]},
                      together=[{"sink_size": 0, "vae_chunk_latents": 3}])
     assert threading.get_ident() not in threads, "cuDNN remembers the kernels of a shape per thread"
     result = read_result(folder / RESULT_FILE)
-    assert {key: value for key, value in result.items() if key != "variations"} == alone
-    nine, two, one_step, rolling, both = result["variations"]
+    assert {key: value for key, value in result.items() if key != "ablations"} == alone
+    nine, two, one_step, rolling, both = result["ablations"]
     assert both["changed"] == {"sink_size": 0, "vae_chunk_latents": 3} and "failure" not in both
     assert nine["changed"] == {"local_attn_size": 9} and one_step["changed"] == {"denoising_steps": [1000]}
     assert nine["memory_gb"]["kv_cache"] == pytest.approx(0.75 * alone["memory_gb"]["kv_cache"])

@@ -97,5 +97,5 @@ def allow_recompiles(limit: int) -> None:
 
 
 def leave_open(tensor: Tensor, axis: int) -> None:
-    """Let the length of an axis vary from call to call without compiling again."""
+    """Let the length of an axis ablate from call to call without compiling again."""
     private("_dynamo.maybe_mark_dynamic", "Compiled training")(tensor, axis)

@@ -1,6 +1,8 @@
 """Two runs compared, and the verdict on one: may they be compared and over which blocks, how large is the
-noise, is the preset kept? Pure functions of results; `metrics` says what the figures are.
+noise, is the preset kept? Pure functions of results; `catalogue` says what the metrics are.
 """
+
+from __future__ import annotations
 
 import logging
 import math
@@ -10,8 +12,9 @@ from typing import Any
 from ..config import BASELINE, STUDIES, ExperimentConfig
 from ..errors import UserError
 from ..models.specs import MODELS
-from ..prompts import Script, spread_evenly
+from ..prompts import PromptSchedule, spread_evenly
 from ..streaming.timeline import Event
+from .catalogue import metric_of, shown_in
 from .metrics import measurements
 from .result import is_finite, is_na, lookup, na
 
@@ -19,10 +22,7 @@ log = logging.getLogger(__name__)
 
 CROWDED = "Something else ran on the machine meanwhile: not fit for comparison."
 NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
-FIGURES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_p50": "latency.ss_ms_per_frame.p50",
-            "ss_max": "latency.ss_ms_per_frame.max", "ps_mean": "latency.ps_ms.mean", "fps": "fps",
-            "peak_allocated": "memory_gb.peak_allocated"}
-# What a figure depends on and no optimization may change: keys of a preset, whose defaults hold where a
+# What a metric depends on and no optimization may change: keys of a preset, whose defaults hold where a
 # result is older than the key.
 _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
               "local_attn_size", "sink_size", "global_sink", "relative_rope")
@@ -30,9 +30,9 @@ _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timeste
 _SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
 _DEFAULTS = ExperimentConfig().to_dict()
 PLANNED = "planned"  # status of what is known of a run before it
-_OBJECTIVES = {"latency": ("ss_mean", "SS mean", "ms per frame"), "switch": ("ps_mean", "PS mean", "ms"),
-               "memory": ("peak_allocated", "peak allocated memory", "GB")}
-_LEVELS = ("exact", "rounding", "lossy")  # from strict to loose
+OBJECTIVES = {"latency": "ss_mean", "switch": "ps_mean", "memory": "peak_allocated"}
+"""What a preset is to improve -> the key of the metric that says so."""
+_EXACTNESS = ("bitwise", "rounding", "lossy")  # from strict to loose
 MAX_ERROR_RATIO = 1.1
 """The gate of a preset that states none: as exact as the baseline's own rounding, with room for the luck of
 one stream.
@@ -44,7 +44,7 @@ _OLD_LIMITS = ("min_psnr_db", "min_ssim", "min_ms_ssim", "max_lpips", "min_clip_
 def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """Empty if the two runs may be compared, else the first difference that forbids it.
 
-    Compared is everything that a figure depends on and that no optimization may change: GPU (or CPU, for runs
+    Compared is everything that a metric depends on and that no optimization may change: GPU (or CPU, for runs
     on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
     used, seed, picture size, dtype, block size, sampling, window, sink and rotation. Where one is only
     `planned`, what one of the two does not say is not compared.
@@ -67,7 +67,7 @@ def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> s
     return unfair(result, baseline)
 
 
-def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] | None = None
+def planned(config: ExperimentConfig, schedule: PromptSchedule, sha256: Mapping[str, str] | None = None
             ) -> dict[str, Any]:
     """What is known of a run before it: the part of its result that `fidelity_reason` reads.
 
@@ -77,7 +77,7 @@ def planned(config: ExperimentConfig, script: Script, sha256: Mapping[str, str] 
     model = config.model_config()
     weights = {"kind": "random" if config.weights == "random" else "files"}
     return {"status": PLANNED, "preset": config.name, "seed": config.seed,
-            "parameters": config.to_dict(), "script": script.to_dict(),
+            "parameters": config.to_dict(), "prompt_schedule": schedule.to_dict(),
             "model": {"name": model.name, "sizes": {"height": model.height, "width": model.width}},
             "weights": weights if sha256 is None else weights | {"sha256": dict(sha256)}}
 
@@ -104,9 +104,9 @@ def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, An
     if lookup(a, "weights.kind") != "random":
         yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
     # Last: how they are spread depends on what was compared before.
-    scripts = [script_of_result(run) for run in (a, b)]
-    yield "prompts", *(prompts for prompts, _ in scripts)
-    yield "switch frames", *(frames for _, frames in scripts)
+    schedules = [schedule_of_result(run) for run in (a, b)]
+    yield "prompts", *(prompts for prompts, _ in schedules)
+    yield "switch frames", *(frames for _, frames in schedules)
     if _key(a, "prompts_file") is None and _key(b, "prompts_file") is None:
         yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video leaves out
 
@@ -122,23 +122,23 @@ def _side(result: Mapping[str, Any], side: str) -> Any:
     return lookup(result, f"model.sizes.{side}") or _key(result, side) or getattr(own, side, None)
 
 
-def script_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
+def schedule_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
     """The prompts that a run used, and the latent frames at which each but the first took over.
 
-    They stand under `script`; of an older result they follow from its parameters, unless it read them from a
+    They are under `schedule`; of an older result they follow from its parameters, unless it read them from a
     file: then both are None.
     """
-    script = result.get("script")
-    if script:
-        return list(script["prompts"]), list(script["switch_frames"])
+    schedule = result.get("prompt_schedule")
+    if schedule:
+        return list(schedule["prompts"]), list(schedule["switch_frames"])
     if _key(result, "prompts_file") is not None:
         return None, None
     prompts, given = list(_key(result, "prompts")), _key(result, "switch_frame_indices")
     if given is not None:
         return prompts, list(given)
     frames = _key(result, "block_frames")
-    script = spread_evenly(prompts, _key(result, "video_latent_frames") // frames, frames)
-    return list(script.prompts), list(script.switch_frames)
+    schedule = spread_evenly(prompts, _key(result, "video_latent_frames") // frames, frames)
+    return list(schedule.prompts), list(schedule.switch_frames)
 
 
 def _difference(name: str, ours: Any, theirs: Any) -> str:
@@ -174,12 +174,12 @@ def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 def is_study(result: Mapping[str, Any]) -> bool:
     """Whether the run takes presets apart and is none to take itself: it is measured, and never advised."""
-    return result["preset"] in STUDIES or bool(result.get("variations"))
+    return result["preset"] in STUDIES or bool(result.get("ablations"))
 
 
 def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Two results over equally many steady-state blocks and prompt switches, the first of each: what the log
-    compares (see `metrics.DEFINITIONS["comparison"]`). One that is short enough is returned as it is, and
+    compares (see "Comparison" in `catalogue.TERMS`). One that is short enough is returned as it is, and
     where one has no switches the other keeps its own. Switches without a stream of their own end with the
     blocks.
     """
@@ -229,8 +229,8 @@ def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
     assumed, and it can only grow with the number of runs. A few runs are a rough estimate: see `NOISE_FLOOR`.
 
     Returns:
-        preset, runs, blocks and switches (how many of each were compared), the spread of ss_mean, ss_p50,
-        ss_max, ps_mean, fps and peak_allocated, and under `values` what each run measured of them.
+        preset, runs, blocks and switches (how many of each were compared), the spread of each metric that the
+        catalogue shows in "noise", and under `values` what each run measured of it.
 
     Raises:
         UserError: fewer than two runs, or not of one preset under equal conditions.
@@ -248,11 +248,11 @@ def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
     sizes = same[0]["sizes"]
     noise: dict[str, Any] = {"preset": first["preset"], "runs": len(runs), "blocks": sizes["blocks_measured"],
                              "switches": sizes["switches"], "values": {}}
-    for name, path in FIGURES.items():
-        values = [lookup(run, path) for run in same]
+    for metric in shown_in("noise"):
+        values = [lookup(run, metric.path) for run in same]
         absent = next(filter(is_na, values), None)
-        noise[name] = absent or (max(values) - min(values)) / ((math.fsum(values) / len(values)) or 1.0)
-        noise["values"][name] = absent or values
+        noise[metric.key] = absent or (max(values) - min(values)) / ((math.fsum(values) / len(values)) or 1.0)
+        noise["values"][metric.key] = absent or values
     return noise
 
 
@@ -281,19 +281,20 @@ def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict
     if not known:
         return None
     larger = dict(known[0])
-    for name in FIGURES:
+    for name in (metric.key for metric in shown_in("noise")):
         spreads = [run[name] for run in known if not is_na(run[name])]
         larger[name] = max(spreads) if spreads else known[0][name]
     return larger
 
 
-def gate_of(config: ExperimentConfig, rooms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `decide`: the loosest level of the optimizations, and how many times the baseline's
-    own error a run may be away from the truth.
+def gate_of(config: ExperimentConfig, optimizations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The quality gate of `decide`: the loosest exactness of the optimizations, and how many times the
+    baseline's own error a run may be away from the truth.
     """
-    level = max((room["level"] for room in rooms), key=_LEVELS.index, default="exact")
+    exactness = max((optimization["exactness"] for optimization in optimizations), key=_EXACTNESS.index,
+                    default="bitwise")
     limit = MAX_ERROR_RATIO if config.max_error_ratio is None else config.max_error_ratio
-    return {"level": level, "objective": config.objective, _LIMIT: limit}
+    return {"exactness": exactness, "objective": config.objective, _LIMIT: limit}
 
 
 def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None:
@@ -315,15 +316,17 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     `NOISE_FLOOR`, for on such a machine it may be anything. A study gets no verdict.
 
     `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`: from `gate_of`,
-    {"level": "exact", "rounding" or "lossy", "max_error_ratio": number, optionally "objective": "latency"
-    (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what they let
-    pass is undecided, unless the frames are identical.
+    {"exactness": "bitwise", "rounding" or "lossy", "max_error_ratio": number, optionally "objective":
+    "latency" (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what
+    they let pass is undecided, unless the frames are identical.
     """
-    objective, level, limit = _read_gate(gate)
-    figure, words, unit = _OBJECTIVES[objective]
+    objective, exactness, limit = _read_gate(gate)
+    metric = metric_of(OBJECTIVES[objective])
+    words, unit = metric.label, metric.unit
     near = ("as near as a gate of an older kind asks" if limit is None else
             f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
-    quality = f"the latents are {'the same bits as the baseline, or ' if level == 'exact' else ''}{near}"
+    same = "the same bits as the baseline, or " if exactness == "bitwise" else ""
+    quality = f"the latents are {same}{near}"
     rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
             f"(at least {NOISE_FLOOR:.0%}) and {quality}; undecided if the change is within a larger noise")
 
@@ -343,10 +346,10 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     if passed is False:
         return verdict(False, why)
     if crowded := [run["preset"] for run in (result, baseline) if lookup(run, "environment.co_scheduled")]:
-        return verdict(None, f"undecided: something else ran on the machine beside {' and '.join(crowded)}; "
+        return verdict(None, f"undecided: something else ran on the machine during {' and '.join(crowded)}; "
                              "repeat the campaign when nothing else runs on it")
-    ours, reference = (lookup(run, FIGURES[figure]) for run in matched(result, baseline))
-    spread = noise[figure] if noise else na("no A/A noise", "run the baseline twice in the campaign")
+    ours, reference = (lookup(run, metric.path) for run in matched(result, baseline))
+    spread = noise[metric.key] if noise else na("no A/A noise", "run the baseline twice in the campaign")
     for value in (ours, reference, spread):
         if is_na(value):
             return verdict(None, f"undecided: {value['reason']}; {value['how_to_fix']}")
@@ -362,25 +365,26 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
 
 
 def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
-    """(objective, level, limit of the error ratio); no limit in a gate of an older kind."""
-    objective, level, limit = gate.get("objective", "latency"), gate.get("level"), gate.get(_LIMIT)
-    if unknown := sorted(set(gate) - {"objective", "level", _LIMIT, *_OLD_LIMITS}):
-        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, level, {_LIMIT}.")
-    if objective not in _OBJECTIVES:
+    """(objective, exactness, limit of the error ratio); no limit in a gate of an older kind."""
+    objective, exactness, limit = gate.get("objective", "latency"), gate.get("exactness"), gate.get(_LIMIT)
+    if unknown := sorted(set(gate) - {"objective", "exactness", _LIMIT, *_OLD_LIMITS}):
+        raise UserError(f"quality gate: {unknown[0]!r} is unknown; use objective, exactness, {_LIMIT}.")
+    if objective not in OBJECTIVES:
         raise UserError(f"quality gate: objective {objective!r} is unknown; choose one of "
-                        f"{', '.join(_OBJECTIVES)}.")
-    if level not in _LEVELS:
-        raise UserError(f"quality gate: level {level!r} is unknown; choose one of {', '.join(_LEVELS)}.")
+                        f"{', '.join(OBJECTIVES)}.")
+    if exactness not in _EXACTNESS:
+        raise UserError(f"quality gate: exactness {exactness!r} is unknown; choose one of "
+                        f"{', '.join(_EXACTNESS)}.")
     if limit is not None and not (is_finite(limit) and limit > 0):
         raise UserError(f"quality gate: {_LIMIT} {limit!r} must be a number greater than 0.")
-    if limit is None and level != "exact" and not set(gate) & set(_OLD_LIMITS):
-        raise UserError(f"quality gate: level {level!r} without a limit; write {_LIMIT}.")
-    return objective, level, limit
+    if limit is None and exactness != "bitwise" and not set(gate) & set(_OLD_LIMITS):
+        raise UserError(f"quality gate: exactness {exactness!r} without a limit; write {_LIMIT}.")
+    return objective, exactness, limit
 
 
 def _passes(quality: Mapping[str, Any], limit: float | None,
             baseline: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """(True, False, or None if it cannot be told; why)."""
+    """(True, False, or None if that is unknown; why)."""
     if quality.get("flags"):
         return False, f"quality check failed: {quality['flags'][0]}"
     if quality.get("identical"):

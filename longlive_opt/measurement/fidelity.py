@@ -3,7 +3,7 @@
 The truth is the reference pipeline in float32 with the weights of the campaign's baseline, TF32 off. All runs
 get the noise that the baseline draws and the prompt embeddings of its text encoder; the truth gets both
 widened. The stream has `fidelity_blocks` blocks and one prompt switch, at a block at which the window is
-full, so that a ring cache has turned and a recache may leave frames out (`FidelityScript`).
+full, so that a ring cache has turned and a recache may leave frames out (`FidelitySchedule`).
 
 Each run goes through it twice:
 
@@ -15,9 +15,10 @@ An error is the root mean square of the difference of the latents, divided by th
 *error ratio* divides it by the baseline's own error in its own dtype: 1 is as exact as bfloat16. PSNR and its
 siblings compare the uint8 frames with the truth's, teacher-forced unless they are called free-running.
 
-The greater of the two ratios over all blocks is what a preset is judged by. With weights that magnify their
-own rounding, so that the baseline's free-running error is more than twice its teacher-forced one, a stream's
-luck decides how far it drifts: there the teacher-forced ratio counts alone, for presets and null rows alike.
+The greater of the two ratios over all blocks is what a preset is evaluated by. With weights that magnify
+their own rounding, so that the baseline's free-running error is more than twice its teacher-forced one, a
+stream's luck decides how far it drifts: there the teacher-forced ratio counts alone, for presets and null
+rows alike.
 
 What a ratio is worth the *null rows* say: streams of the baseline from which something was taken away,
 without sink, with a smaller window, without the recache or without the switch, and one with the noise of
@@ -50,7 +51,7 @@ from ..files import atomic_path
 from ..models.attention import make_attention
 from ..models.dit import TextContext
 from ..models.vae import StreamingDecoder, frames_to_uint8
-from ..prompts import Script
+from ..prompts import PromptSchedule
 from ..streaming.kv_cache import KVCache, RollingKVCache
 from ..streaming.pipeline import Pipeline, cache_geometry, float32_twin
 from ..streaming.sampler import Sampler, StreamNoise
@@ -61,7 +62,7 @@ from .result import is_na, na, plain_json
 PROTOCOL = 2
 REFERENCE_NAME = "the baseline in float32"
 FREE_METRICS = ("psnr_db", "ssim", "lpips")
-OTHER_PROMPT = "Seen at night and from far away: "
+OTHER_PROMPT = "Detection at night and from far away: "
 _TENSORS = ("latents", "frames", "frames_per_block", "video")
 MAGNIFIED = 2.0
 """So many times its teacher-forced error may the baseline's free-running one be, for free-running ratios to
@@ -73,7 +74,7 @@ Noise = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class FidelityScript:
+class FidelitySchedule:
     """The stream of the protocol: its prompts, its blocks, and the block at which the second prompt takes
     over; None where the stream is too short for a switch with a full window.
     """
@@ -83,20 +84,20 @@ class FidelityScript:
     switch_block: int | None
 
     @classmethod
-    def of(cls, config: ExperimentConfig, script: Script) -> FidelityScript:
+    def of(cls, config: ExperimentConfig, schedule: PromptSchedule) -> FidelitySchedule:
         """The first two prompts that the preset's video shows; of a single one the second is made by putting
         `OTHER_PROMPT` before it. The switch is half-way, but at least a block after the window is full.
         """
-        shown = script.prompts[1:] if script.switch_frames[:1] == (0,) else script.prompts
+        shown = schedule.prompts[1:] if schedule.switch_frames[:1] == (0,) else schedule.prompts
         prompts = (shown[0], shown[1] if len(shown) > 1 else OTHER_PROMPT + shown[0])
         switch = max(config.window_blocks + 1, config.fidelity_blocks // 2)
         return cls(prompts, config.fidelity_blocks, switch if switch < config.fidelity_blocks else None)
 
-    def played(self, block_frames: int) -> Script:
+    def played(self, block_frames: int) -> PromptSchedule:
         """As a session plays it."""
         if self.switch_block is None:
-            return Script(self.prompts[:1])
-        return Script(self.prompts, (self.switch_block * block_frames,))
+            return PromptSchedule(self.prompts[:1])
+        return PromptSchedule(self.prompts, (self.switch_block * block_frames,))
 
     def frame_prompts(self, frames_per_block: Sequence[int]) -> list[str]:
         """The prompt of every frame."""
@@ -110,7 +111,7 @@ class FidelityScript:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a run made of the script, on the CPU: `latents` [blocks, B, F, C, h, w] in its dtype, `frames`
+    """What a run made of the schedule, on the CPU: `latents` [blocks, B, F, C, h, w] in its dtype, `frames`
     uint8 [T, 3, H, W], and how many of them each block has.
     """
 
@@ -125,8 +126,8 @@ class Truth:
     C, h, w], its uint8 `frames` [T, 3, H, W] and how many each block has, and the baseline's own `video` [T,
     3, H, W] for the eye.
 
-    `facts` says of what it is the truth (`made_of`) and holds the `script`, the rows `baseline` and `nulls`,
-    and digests of the baseline's own streams.
+    `facts` says of what it is the truth (`made_of`) and holds the `schedule`, the rows `baseline` and
+    `nulls`, and digests of the baseline's own streams.
     """
 
     latents: Tensor
@@ -136,9 +137,9 @@ class Truth:
     facts: Mapping[str, Any]
 
     @property
-    def script(self) -> FidelityScript:
-        script = self.facts["script"]
-        return FidelityScript(tuple(script["prompts"]), script["blocks"], script["switch_block"])
+    def schedule(self) -> FidelitySchedule:
+        schedule = self.facts["prompt_schedule"]
+        return FidelitySchedule(tuple(schedule["prompts"]), schedule["blocks"], schedule["switch_block"])
 
     def save(self, path: Path) -> None:
         with atomic_path(path) as temporary:
@@ -151,6 +152,8 @@ class Truth:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                if "script" in facts:  # of a campaign with results of schema version 1
+                    facts["prompt_schedule"] = facts.pop("script")
                 if facts.get("protocol") != PROTOCOL or not set(_TENSORS) <= set(file.keys()):
                     return None
                 return cls(**{name: file.get_tensor(name) for name in _TENSORS}, facts=facts)
@@ -171,10 +174,10 @@ class Null:
     forced: bool = True
 
 
-def nulls_of(config: ExperimentConfig, script: FidelityScript) -> tuple[list[Null], list[dict[str, Any]]]:
+def nulls_of(config: ExperimentConfig, schedule: FidelitySchedule) -> tuple[list[Null], list[dict[str, Any]]]:
     """The null rows that a baseline of this config can have, and why it cannot have the others."""
     window, sink, block = config.local_attn_size, config.sink_size, config.block_frames
-    switch = script.switch_block
+    switch = schedule.switch_block
     found = [Null("other_seed", "another seed", 0, {"seed": config.seed ^ 1}, forced=False)]
     absent = []
 
@@ -188,7 +191,7 @@ def nulls_of(config: ExperimentConfig, script: FidelityScript) -> tuple[list[Nul
     # The first block that drops a frame drops another one without a sink. A sink larger than a block is
     # attended even while it is empty.
     rolls = window // block if sink <= block else 0
-    short = "the stream ends before the window is full" if window // block >= script.blocks else ""
+    short = "the stream ends before the window is full" if window // block >= schedule.blocks else ""
     add(Null("no_sink", "no sink", rolls, {"sink_size": 0}), "" if sink and not short else
         short or "the baseline has no sink")
     smaller = window - block
@@ -213,20 +216,20 @@ def full_float32() -> Iterator[None]:
 
 
 @torch.no_grad()
-def make_truth(pipeline: Pipeline, script: FidelityScript) -> Stream:
+def make_truth(pipeline: Pipeline, schedule: FidelitySchedule) -> Stream:
     """The stream of the float32 twin of the baseline `pipeline`. The twin is built and let go here."""
     twin = float32_twin(pipeline)
     try:
         with full_float32():
             noise = ((noise.float(), steps.float()) for noise, steps in _noise(pipeline))
             decoder = twin.make_vae_decoder()
-            return _stream(twin, twin.sampler, twin.make_cache(), script, noise, decoder)
+            return _stream(twin, twin.sampler, twin.make_cache(), schedule, noise, decoder)
     finally:
         del twin
         release(pipeline.device)
 
 
-def establish(pipeline: Pipeline, script: FidelityScript, shown: Tensor) -> tuple[Truth, dict[str, Any]]:
+def establish(pipeline: Pipeline, schedule: FidelitySchedule, shown: Tensor) -> tuple[Truth, dict[str, Any]]:
     """Make the truth of a campaign from its baseline, and measure the baseline itself and the null rows.
 
     Args:
@@ -235,10 +238,11 @@ def establish(pipeline: Pipeline, script: FidelityScript, shown: Tensor) -> tupl
     Returns:
         The truth, and the `quality` section of the baseline, with `nulls`.
     """
-    made = make_truth(pipeline, script)
+    made = make_truth(pipeline, schedule)
     truth = Truth(made.latents, made.frames, torch.tensor(made.frames_per_block), shown,
-                  {"protocol": PROTOCOL, "script": script.to_dict(), "made_of": _made_of(pipeline)})
-    forks = sorted({null.first for null in nulls_of(pipeline.config, script)[0]})
+                  {"protocol": PROTOCOL, "prompt_schedule": schedule.to_dict(),
+                   "made_of": _made_of(pipeline)})
+    forks = sorted({null.first for null in nulls_of(pipeline.config, schedule)[0]})
     decoders: dict[int, StreamingDecoder] = {}
     decoder = pipeline.make_vae_decoder()
 
@@ -247,7 +251,8 @@ def establish(pipeline: Pipeline, script: FidelityScript, shown: Tensor) -> tupl
             decoders[block] = pipeline.make_vae_decoder()
             decoders[block].continue_from(decoder)
 
-    free = _stream(pipeline, pipeline.sampler, pipeline.make_cache(), script, _noise(pipeline), decoder, fork)
+    free = _stream(pipeline, pipeline.sampler, pipeline.make_cache(), schedule, _noise(pipeline), decoder,
+                   fork)
     forced = _forced(pipeline, pipeline.make_cache(), truth)
     own = {"forced": latent_errors(forced.latents, truth.latents),
            "free_running": latent_errors(free.latents, truth.latents)}
@@ -263,16 +268,16 @@ def establish(pipeline: Pipeline, script: FidelityScript, shown: Tensor) -> tupl
 
 
 @torch.no_grad()
-def measure(pipeline: Pipeline, session: StreamingSession, script: FidelityScript,
+def measure(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySchedule,
             truth: Truth) -> dict[str, Any]:
     """The `quality` section of a run against the campaign's truth; n/a as a whole where the truth is that of
     something else.
     """
-    if different := _difference(pipeline, script, truth):
+    if different := _difference(pipeline, schedule, truth):
         return quality.not_compared(f"the campaign's baseline has {different}",
                                     "run both with the same, in one campaign", pipeline.weights["kind"])
     session.reset()
-    played = session.play(script.played(pipeline.config.block_frames), script.blocks)
+    played = session.play(schedule.played(pipeline.config.block_frames), schedule.blocks)
     latents, frames = zip(*((chunk.latents.cpu(), chunk.frames[0].cpu()) for chunk in played))
     free = Stream(torch.stack(latents), torch.cat(frames), tuple(map(len, frames)))
     session.reset()
@@ -282,16 +287,16 @@ def measure(pipeline: Pipeline, session: StreamingSession, script: FidelityScrip
     return _section(pipeline, truth, free, forced)
 
 
-def variation_fidelity(pipeline: Pipeline, session: StreamingSession, script: FidelityScript,
+def ablation_fidelity(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySchedule,
                        truth: Truth | None) -> dict[str, Any]:
-    """Teacher-forced error, its ratio and the PSNR of a variation, which may have another window than the
+    """Teacher-forced error, its ratio and the PSNR of an ablation, which may have another window than the
     truth; n/a where the campaign has no truth, or where noise is drawn in other steps.
     """
     if truth is None:
         return {"psnr_db": na("the campaign has no truth to compare with", "run the baseline first")}
     if len(pipeline.config.denoising_steps) != len(truth.facts["made_of"]["denoising_steps"]):
         return {"psnr_db": na("another number of denoising steps draws other noise", "look at the videos")}
-    if different := _difference(pipeline, truth.script, truth):
+    if different := _difference(pipeline, truth.schedule, truth):
         return {"psnr_db": na(f"the campaign's baseline has {different}", "run both with the same")}
     session.reset()
     forced = _forced(pipeline, session.cache, truth)
@@ -346,7 +351,7 @@ def _noise(pipeline: Pipeline, seed: int | None = None) -> Noise:
         yield source.next_block()
 
 
-def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, script: FidelityScript, noise: Noise,
+def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, schedule: FidelitySchedule, noise: Noise,
             past: Sequence[Tensor], first: int, null: Null | None = None,
             forced: bool = False) -> Iterator[Tensor]:
     """The latents of the blocks from `first` on, one after the other.
@@ -355,12 +360,12 @@ def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, script: Fideli
     blocks, and each takes the place of the block that was made.
     """
     plan, latents = sampler.plan, list(past[:first])
-    text: TextContext = pipeline.encode_prompt(script.prompts[0])
-    for block in range(script.blocks):
+    text: TextContext = pipeline.encode_prompt(schedule.prompts[0])
+    for block in range(schedule.blocks):
         start = block * plan.block_frames
         drawn = next(noise)
-        if block == script.switch_block and (null is None or null.switch):
-            text = pipeline.encode_prompt(script.prompts[1])
+        if block == schedule.switch_block and (null is None or null.switch):
+            text = pipeline.encode_prompt(schedule.prompts[1])
             if null is None or null.recache:
                 window = torch.cat(latents[-plan.window:], dim=1)[:, -plan.window:]
                 sampler.recache(cache, text, start, window)
@@ -374,14 +379,14 @@ def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, script: Fideli
 
 
 @torch.no_grad()
-def _stream(pipeline: Pipeline, sampler: Sampler, cache: KVCache, script: FidelityScript, noise: Noise,
+def _stream(pipeline: Pipeline, sampler: Sampler, cache: KVCache, schedule: FidelitySchedule, noise: Noise,
             decoder: StreamingDecoder, before: Any = lambda block: None, past: Sequence[Tensor] = (),
             null: Null | None = None) -> Stream:
     """Run free from block `len(past)` on; `decoder` has decoded what lies before. `before` is called with
     each block that is going to be decoded.
     """
     latents, frames = [], []
-    for block, made in enumerate(_passes(pipeline, sampler, cache, script, noise, past, len(past), null),
+    for block, made in enumerate(_passes(pipeline, sampler, cache, schedule, noise, past, len(past), null),
                                  len(past)):
         before(block)
         latents.append(made.cpu())
@@ -395,7 +400,7 @@ def _forced(pipeline: Pipeline, cache: KVCache, truth: Truth) -> Stream:
     true = list(truth.latents.to(pipeline.device, pipeline.dtype))
     history, decoder = pipeline.make_vae_decoder(), pipeline.make_vae_decoder()
     latents, frames = [], []
-    for block, made in enumerate(_passes(pipeline, pipeline.sampler, cache, truth.script, _noise(pipeline),
+    for block, made in enumerate(_passes(pipeline, pipeline.sampler, cache, truth.schedule, _noise(pipeline),
                                          true, 0, forced=True)):
         decoder.continue_from(history)
         frames.append(_decoded(decoder, made))
@@ -413,8 +418,8 @@ def _decoded(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
 def _null_rows(pipeline: Pipeline, truth: Truth, free: Stream,
                decoders: Mapping[int, StreamingDecoder]) -> list[dict[str, Any]]:
     """A row for each null. Up to its first block it is the baseline, so that only the rest is computed."""
-    script, own = truth.script, truth.facts["baseline"]
-    nulls, absent = nulls_of(pipeline.config, script)
+    schedule, own = truth.schedule, truth.facts["baseline"]
+    nulls, absent = nulls_of(pipeline.config, schedule)
     return [_null_row(pipeline, truth, free, decoders, null, own) for null in nulls] + absent
 
 
@@ -425,12 +430,12 @@ def _null_row(pipeline: Pipeline, truth: Truth, free: Stream, decoders: Mapping[
     plan = replace(pipeline.sampler.plan, window=config.local_attn_size, sink=config.sink_size)
     sampler, geometry = replace(pipeline.sampler, plan=plan), cache_geometry(config, pipeline.model)
     attention = make_attention(pipeline.attention_backend)
-    first, script = null.first, truth.script
+    first, schedule = null.first, truth.schedule
     cache = RollingKVCache(geometry, attention, 1, pipeline.device, pipeline.dtype)
     decoder = pipeline.make_vae_decoder()
     decoder.continue_from(decoders[first])
     before = [latents.to(pipeline.device) for latents in free.latents[:first]]
-    made = _stream(pipeline, sampler, cache, script, _noise(pipeline, config.seed), decoder, past=before,
+    made = _stream(pipeline, sampler, cache, schedule, _noise(pipeline, config.seed), decoder, past=before,
                    null=null)
     kept = sum(free.frames_per_block[:first])
     whole = Stream(torch.cat([free.latents[:first], made.latents]),
@@ -443,7 +448,7 @@ def _null_row(pipeline: Pipeline, truth: Truth, free: Stream, decoders: Mapping[
         cache.reset()
         true = list(truth.latents.to(pipeline.device, pipeline.dtype))
         changed = torch.stack([latents.cpu() for latents in _passes(
-            pipeline, sampler, cache, script, _noise(pipeline), true, first, null, forced=True)])
+            pipeline, sampler, cache, schedule, _noise(pipeline), true, first, null, forced=True)])
         error = latent_errors(changed, truth.latents[first:])
         row["latent_error"] = error if is_na(error) else _joined(
             [*own["forced"]["by_block"][:first], *error["by_block"]], truth.latents)
@@ -470,7 +475,7 @@ def _section(pipeline: Pipeline, truth: Truth, free: Stream, forced: Stream) -> 
     same = _digest(free.latents, free.frames) == digests["free_running"]
     running["identical"] = same
     own = truth.facts["baseline"]
-    return section | {"identical": same, "protocol": PROTOCOL, "script": truth.script.to_dict(),
+    return section | {"identical": same, "protocol": PROTOCOL, "prompt_schedule": truth.schedule.to_dict(),
                       "free_running": running, "free_running_counts": not _magnified(own),
                       "worst_ratio": _worst(own, section["error_ratio"], running["error_ratio"])}
 
@@ -480,7 +485,7 @@ def _frames_section(pipeline: Pipeline, truth: Truth, made: Stream, metrics: Seq
     """`quality.compare` of a stream's frames with the truth's, with the errors of its latents."""
     counts = truth.frames_per_block.tolist()
     section = quality.compare(truth.frames, made.frames, weights_kind=pipeline.weights["kind"],
-                              reference_name=REFERENCE_NAME, prompts=truth.script.frame_prompts(counts),
+                              reference_name=REFERENCE_NAME, prompts=truth.schedule.frame_prompts(counts),
                               metrics=metrics, device=pipeline.device)
     error = latent_errors(made.latents, truth.latents)
     if is_na(error):
@@ -525,10 +530,10 @@ def _made_of(pipeline: Pipeline) -> dict[str, Any]:
                                "device": pipeline.device.type})
 
 
-def _difference(pipeline: Pipeline, script: FidelityScript, truth: Truth) -> str:
+def _difference(pipeline: Pipeline, schedule: FidelitySchedule, truth: Truth) -> str:
     """What the truth has and this run has not, empty if nothing."""
-    ours = _made_of(pipeline) | script.to_dict()
-    theirs = {**truth.facts["made_of"], **truth.facts["script"]}
+    ours = _made_of(pipeline) | schedule.to_dict()
+    theirs = {**truth.facts["made_of"], **truth.facts["prompt_schedule"]}
     return next((f"{key} {theirs[key]!r} and this run {ours[key]!r}"
                  for key in ours if ours[key] != theirs[key]), "")
 

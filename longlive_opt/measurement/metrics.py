@@ -1,12 +1,11 @@
-"""Pure functions from events to figures. `DEFINITIONS` says in words what each figure is; the report prints
-it.
+"""Pure functions from events to metrics. `catalogue` says in words what each metric is.
 
 The session records, on the host clock, the marks "block_start", "switch_request" and, after a synchronise at
 the block edge, CHUNK_READY (the block's frames are complete, in a measurement in host memory); and spans for
 the stages.
 """
 
-
+from __future__ import annotations
 
 import math
 from collections import defaultdict
@@ -24,89 +23,6 @@ CLOCK_THRESHOLD = 0.05
 COPY = "copy_to_host"  # a stage where there is a device to copy from
 STAGES = ("text_encode", "recache", "denoise", "decode", COPY)
 CHUNK_READY = "chunk_ready"
-
-DEFINITIONS = {
-    "ss_ms_per_frame":
-        "Steady-state (SS) latency per video frame: block interval / video frames in a block. The interval "
-        "runs from the moment at which one block's frames have come to page-locked host memory to that of "
-        "the next one, on the host clock, synchronised at block edges (in results without `frames_on`: "
-        "complete on the GPU). Only blocks after warm-up count (window full, compilation over), without "
-        "those at which a prompt switch took effect: their interval contains text encoding and recache; they "
-        "count as switches. With asynchronous decoding the stream's last block does not count: no further "
-        "block competes with it.",
-    "ss_with_switches":
-        "Interval per video frame of all measured blocks of the stream with prompt switches, in which every "
-        "second block is one, so that nothing is hidden.",
-    "ps_ms":
-        "Prompt-switch (PS) latency: from the request, at a block's edge, to the first new frames in host "
-        "memory.",
-    "ps_random_ms":
-        "PS latency of a request at a random moment, which waits for the end of the block under way as well. "
-        "Derived, not measured: each measured switch, requested at a moment distributed uniformly over the "
-        "interval of the block before it. Mean: PS + half of that interval. p95: of the mixture of all "
-        "switches, whose quantiles are exact.",
-    "ps_breakdown_ms":
-        "Mean time of each stage within the switch blocks (CUDA events on a GPU); 'other' is what remains "
-        "of the mean PS latency on the host clock, negative where stages overlap. With asynchronous decoding "
-        "it contains the block that was under way at the request.",
-    "first_frame_ms":
-        "From the first event of the stream to its first frames in host memory. Contains compilation if "
-        "nothing was warmed up before.",
-    "stages_ms":
-        "Time of each stage per steady-state block, summed over its spans (CUDA events on a GPU). With early "
-        "decode denoising contains the clean pass of the block before, not the block's own.",
-    "fps":
-        "Video frames of a stream's measured blocks / its wall-clock time from the start of the first of "
-        "them to the last chunk in host memory, its prompt switches included where there are some. `fps` is "
-        "that of the stream without switches, where it is 1000 / SS mean but for rounding: one fact under "
-        "two names. `fps_with_switches` is that of the other stream, in which every second block is a "
-        "switch. With asynchronous decoding the clock starts when the chunk before has come.",
-    "playback":
-        "A viewer shows frame i at start + i / FPS. Start-up buffer: the smallest delay after the first "
-        "chunk that never stalls. Stalls: how often a viewer without a buffer has to wait. Deadline miss: a "
-        "chunk comes later than the chunk before it lasts on screen.",
-    "percentile":
-        "Percentiles interpolate linearly between order statistics (numpy's default). p99 is printed from "
-        f"{P99_SAMPLES} samples up; below, the maximum stands for it.",
-    "clocks":
-        "The headline is what a viewer feels: perf_counter, synchronised at block edges, when a block's "
-        "frames have come to host memory; encoding, network and display are not in it. CUDA events give "
-        f"the stages. Where their sum differs from the block interval by more than {CLOCK_THRESHOLD:.0%}, "
-        "the report says so. A stage's span contains the gaps between its kernels: clocks that agree say "
-        "that no time is lost outside the stages, not that the GPU is always busy.",
-    "aa_noise":
-        "The same preset run twice in one campaign: absolute difference / figure of the first run, over "
-        "equally many blocks and switches.",
-    "comparison":
-        "Changes, noise and decisions compare two runs over equally many steady-state blocks and prompt "
-        "switches, the first of each: a stream drifts while the GPU gets warm, and the maximum of more "
-        "samples is larger. Memory is that of the whole runs.",
-    "memory_gb":
-        "Peaks of the CUDA caching allocator in 1e9 bytes: allocated (tensors), reserved (held from the "
-        "driver), over the two measured streams, without loading and compiling; in use: all of the GPU's "
-        "memory that is taken at the end, other processes' too.",
-    "quality":
-        "Closeness to the truth: the baseline in float32 with the same weights, noise and prompts, over a "
-        "stream with a prompt switch after the window is full. Latent error: root mean square of the "
-        "difference of the latents, divided by that of the truth's. Error ratio: that error divided by the "
-        "baseline's own in its own dtype; 1 is as exact as bfloat16, and less is closer to float32. "
-        "Teacher-forced: each block starts from the truth's past, so that errors do not add up over blocks. "
-        "Free-running: the preset's own past, where they do. PSNR, SSIM, LPIPS and ST-LPIPS compare the "
-        "uint8 frames with the truth's, teacher-forced and mean over the frames unless stated otherwise. "
-        "Null rows: the baseline's stream with something taken away (sink, a quarter of the window, the "
-        "recache, the switch) or with another seed, for scale. A preset's gate is a limit on the greater of "
-        "its two error ratios, and must lie below the mildest null row; with weights that magnify the "
-        "baseline's own rounding more than twofold, the teacher-forced ratio counts alone. Results from "
-        "before this protocol compare with the baseline's frames instead, one block at a time.",
-    "energy":
-        "Energy that the GPU's own counter (NVML) gained over the measured part of a stream / its video "
-        "frames, and / its wall-clock time for the mean power. The counter is read several times per second "
-        "by a thread of its own; between two readings it is taken to grow evenly. The whole GPU counts, idle "
-        "power included; CPU, host memory and fans do not. Clock, power and temperature of the figure are "
-        "single readings; NVML's power is an average over up to a second.",
-    "setup_s":
-        "Load, compile and capture seconds, each apart, never part of a latency.",
-}
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -193,13 +109,13 @@ def steady_intervals(events: Sequence[Event], first_measured_block: int) -> dict
 
 def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frames_per_block: int = 12,
                     switch_events: Sequence[Event] | None = None, target_ms: float = 40.0) -> dict[str, Any]:
-    """The `latency` section of result.json (shape in `result`, meanings in `DEFINITIONS`).
+    """The `latency` section of result.json (shape in `result`, meanings in `catalogue`).
 
     `events`: one stream. `first_measured_block`: its first block after warm-up; the caller sees to it that by
     then the window is full and compilation and capture are over. The interval of block k is chunk_ready[k] -
     chunk_ready[k - 1] and contains whatever the consumer does between blocks. Measured blocks with a
     "switch_request" mark count in PS, the others in SS. `switch_events`: a second stream with the same
-    warm-up that gives the PS figures instead, for when the switches would eat up the steady-state samples.
+    warm-up that gives the PS metrics instead, for when the switches would eat up the steady-state samples.
     `target_ms`: per frame, for `ss_over_target`.
 
     Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
@@ -288,18 +204,18 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
     on_cuda = [stages[name] for name in STAGES if clocks.get(name) == "cuda"]
     if not on_cuda:
         return {"available": False, "share": None, "threshold": threshold, "flag": None,
-                "sentence": "No CUDA events in this run: every figure is on the host clock."}
+                "sentence": "No CUDA events in this run: every time is on the host clock."}
     covered = {block: math.fsum(totals.get(block, 0.0) for totals in on_cuda) for block in steady}
     host_ms, cuda_ms = math.fsum(steady.values()) / len(steady), math.fsum(covered.values()) / len(steady)
     share = (host_ms - cuda_ms) / host_ms
     worst = max(((steady[block] - covered[block]) / steady[block] for block in steady), key=abs)
-    figures = f"host clock {host_ms:.1f} ms per block, CUDA stages {cuda_ms:.1f} ms ({abs(share):.1%} apart)"
+    both = f"host clock {host_ms:.1f} ms per block, CUDA stages {cuda_ms:.1f} ms ({abs(share):.1%} apart)"
     if abs(share) <= threshold:
-        sentence = f"The clocks agree within {threshold:.0%}: {figures}."
+        sentence = f"The clocks agree within {threshold:.0%}: {both}."
     else:
         cause = ("host work and gaps that no stage covers" if share > 0
                  else "stages that overlap on several streams, so that their sum exceeds the interval")
-        sentence = f"The clocks disagree: {figures}; the reason is {cause}. The host clock is the headline."
+        sentence = f"The clocks disagree: {both}; the reason is {cause}. The host clock is the headline."
     return {"available": True, "share": share, "threshold": threshold, "flag": abs(share) > threshold,
             "worst_block_share": worst, "host_block_ms": host_ms, "cuda_block_ms": cuda_ms,
             "sentence": sentence}

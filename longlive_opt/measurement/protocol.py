@@ -25,7 +25,7 @@ from ..config import REHEARSED_BLOCKS, ExperimentConfig
 from ..kernels.torch_internals import compile_seconds, compiled_graphs
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..optimizations.prompt_cache import CachedPrompts
-from ..prompts import Script
+from ..prompts import PromptSchedule
 from ..streaming.pipeline import Pipeline
 from ..streaming.session import Chunk, StreamingSession
 from ..streaming.timeline import GARBAGE, Event, Timeline
@@ -41,14 +41,14 @@ class Measurement:
     `print`.
     """
 
-    def __init__(self, pipeline: Pipeline, script: Script):
-        """Args: script: its prompts, in turn, are what the streams ask for."""
+    def __init__(self, pipeline: Pipeline, schedule: PromptSchedule):
+        """Args: schedule: its prompts, in turn, are what the streams ask for."""
         self.pipeline = pipeline
         self.config = pipeline.config
         self.timeline = Timeline(pipeline.device)
         self.session = StreamingSession(pipeline, timeline=self.timeline)
         self._telemetry = Telemetry(pipeline.device)
-        self._prompts = script.prompts
+        self._prompts = schedule.prompts
         self._variations = itertools.count(1)
 
     def rehearse(self) -> None:
@@ -171,14 +171,14 @@ class Measurement:
                 pending.pop(0)
                 prompt = prompts[number % len(prompts)]
                 if number % 2 == 0:
-                    prompt = f"{prompt} (variation {next(self._variations)})"
+                    prompt = f"{prompt} (ablation {next(self._variations)})"
                 self.session.switch_prompt(prompt)
             if time.perf_counter() - last_shown > PROGRESS_SECONDS:
                 last_shown = time.perf_counter()
                 print(f"block {chunk.block + 1} of {blocks}", flush=True)
 
     def _stats(self) -> list[dict[str, Any]]:
-        reports = [room["report"] for room in self.pipeline.rooms]
+        reports = [optimization["report"] for optimization in self.pipeline.optimizations]
         return [report["stats"].summary() for report in reports if "stats" in report]
 
     def _built(self) -> dict[str, int]:

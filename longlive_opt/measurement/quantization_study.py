@@ -244,7 +244,7 @@ class QuantizationStudy:
                 for call, ms in calls.items()]
         return pd.DataFrame(rows).round(4)
 
-    def reading(self) -> str:
+    def conclusion(self) -> str:
         """In words: the fastest combination as exact as each limit allows."""
         lines = []
         for limit in (1.1, 1.2, 1.6, 2.0):

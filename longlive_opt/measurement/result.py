@@ -1,15 +1,16 @@
-"""result.json: one measured run of one preset, schema version 1. Plain JSON, written last and atomically.
+"""result.json: one measured run of one preset, schema version 2 (`read_result` upgrades version 1). Plain
+JSON, written last and atomically.
 
 Conventions: a unit ends the name (`_ms`, `_s`, `_gb` = 1e9 bytes, `_db`); a frame is a video frame; NaN and
 infinity never occur. METRIC below means a number, or `{"value": null, "reason": str, "how_to_fix": str}` from
 `na()`.
 
-    schema_version  1                       status      "ok" (nothing else is ever written)
+    schema_version  2                       status      "ok" (nothing else is ever written)
     campaign, preset, title, hypothesis     strings     run         1; 2 for the A/A repeat of the preset
     parameters      {flat preset}           created_utc "2026-01-31T12:00:00Z"
-    script          {prompts [str], switch_frames [int]}: the video's prompts as they were used, also those of
+    prompt_schedule {prompts [str], switch_frames [int]}: the video's prompts as they were used, also those of
                     a prompts_file, and the latent frame at which each but the first takes over; not in old
-                    results (see `decision.script_of_result`)
+                    results (see `decision.schedule_of_result`)
     environment     see `environment.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
                     attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
                     other_cpu_cores (see `environment.company_of`; not in old results, whose co_scheduled says
@@ -58,7 +59,7 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     frames against those of the truth; psnr_db to st_lpips are n/a or {mean, min, max,
                     per_frame [], worst_frame}; clip_delta is n/a or {mean, ...}. identical: the free-running
                     latents and frames are the bits of the baseline. With protocol 2 (`fidelity`) also
-                    {protocol: 2, script {prompts [], blocks, switch_block: int or null},
+                    {protocol: 2, prompt_schedule {prompts [], blocks, switch_block: int or null},
                     latent_error, error_ratio: n/a or {all, last, worst, worst_block, by_block []},
                     psnr_by_block [], worst_ratio: METRIC, the greater `all` of the two error ratios or, where
                     free_running_counts is false, the teacher-forced one,
@@ -68,21 +69,21 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     baseline cannot have is {name, title, latent_error: n/a}. Without a protocol, or with one
                     in words, the figures are against the baseline's own frames, and identical frames have
                     null for all of psnr_db
-    rooms           [{name, applied: bool, report {}}]
+    optimizations           [{name, applied: bool, report {}}]
     events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
                     switch_events, optional, the same of a separate stream that gave the PS figures
     decision        {keep: bool or null, rule, rationale, gate {}, provisional: true}: what could be said when
                     the run ended. The verdict of the whole campaign, which alone counts, is in the campaign's
                     decisions.json (see `report.decisions`)
-    world           optional: whether the video shows its prompts, if they are of the small world; METRIC as a
+    adherence       optional: whether the video shows its prompts, if they are of Moving Shapes; METRIC as a
                     whole (n/a) if they are not, else {label, adherence_before, adherence_after, delay_blocks,
-                    permanence: METRIC, drift, switches, never: int, wrong [str], not_judged [str], segments
-                    [{}]}; `adherence.judge` says what each means
-    variations      optional, the preset with one key changed at a time: [{changed {key: value}, latency
+                    permanence: METRIC, drift, switches, never: int, wrong [str], not_evaluated [str],
+                    segments [{}]}; `adherence.evaluate` says what each means
+    ablations      optional, the preset with one key changed at a time: [{changed {key: value}, latency
                     {ss_ms_per_frame, ps_ms, stages_ms}, fps, memory_gb, sizes, quality {psnr_db, ...},
                     setup_s}]; one that could not run is {changed, failure: METRIC}
 
-The meanings of the latency figures are in `metrics.DEFINITIONS`.
+The meaning of every metric is in `catalogue`.
 """
 
 import json
@@ -94,7 +95,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import atomic_path, whole_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, beside the baseline's result.json
 
 # Kind (see _KINDS) -> dotted paths of the fields that must be there, or may be missing (those with a question
@@ -118,8 +119,8 @@ _SCHEMA = {
               "energy.joules_per_frame? energy.mean_power_w?",
     "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks "
                "latency.ps_before_ms_all?",
-    "list": "rooms events quality.flags script.prompts? script.switch_frames?",
-    "dict": "parameters script? environment.packages environment.env_vars latency.ps_breakdown_ms "
+    "list": "optimizations events quality.flags prompt_schedule.prompts? prompt_schedule.switch_frames?",
+    "dict": "parameters prompt_schedule? environment.packages environment.env_vars latency.ps_breakdown_ms "
             "latency.stages_ms setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips "
             "quality.clip_delta",
 }
@@ -227,8 +228,47 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+_RENAMED = {"rooms": "optimizations", "script": "prompt_schedule", "world": "adherence",
+            "variations": "ablations"}
+_RENAMED_IN_ADHERENCE = {"not_judged": "not_evaluated", "judged_from": "evaluated_from",
+                         "judged_frames": "evaluated_frames"}
+
+
+def upgraded(result: Any) -> Any:
+    """`result` with the names of schema version 2; what is not a result of version 1 comes back as it is."""
+    if not isinstance(result, dict) or result.get("schema_version") != 1:
+        return result
+    result = {_RENAMED.get(key, key): value for key, value in result.items()} | {"schema_version": 2}
+    if isinstance(applied := result.get("optimizations"), list):
+        result["optimizations"] = [_with_exactness(entry) for entry in applied]
+    if isinstance(decision := result.get("decision"), dict) and "gate" in decision:
+        result["decision"] = decision | {"gate": _with_exactness(decision["gate"])}
+    if isinstance(quality := result.get("quality"), dict):
+        result["quality"] = {_RENAMED.get(key, key): value for key, value in quality.items()}
+    if "adherence" in result:
+        result["adherence"] = _renamed_inside(result["adherence"], _RENAMED_IN_ADHERENCE)
+    return result
+
+
+def _with_exactness(entry: Any) -> Any:
+    """An optimization or a gate that has its exactness under that name and calls equal bits bitwise."""
+    if not isinstance(entry, dict) or "level" not in entry:
+        return entry
+    value = "bitwise" if entry["level"] == "exact" else entry["level"]
+    return {"exactness" if key == "level" else key: value if key == "level" else item
+            for key, item in entry.items()}
+
+
+def _renamed_inside(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed_inside(item, names) for key, item in value.items()}
+    return [_renamed_inside(item, names) for item in value] if isinstance(value, list) else value
+
+
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read and validate one result.json; raises UserError naming the file, the field and the remedy."""
+    """Read, upgrade and validate one result.json; raises UserError naming the file, the field and the
+    remedy.
+    """
     path = Path(path)
 
     def refuse(token: str) -> None:
@@ -241,7 +281,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON, probably truncated ({error}); delete it and run the preset "
                         "again") from error
-    return validate(result, str(path))
+    return validate(upgraded(result), str(path))
 
 
 def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:

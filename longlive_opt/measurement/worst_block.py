@@ -15,7 +15,7 @@ OUTLIER = 1.1  # a slowest block within a tenth of the median needs no explanati
 LAUNCH_BOUND = 0.95  # of a stage's time on the GPU: with less, the host was ahead of it
 
 
-def sentence(result: Mapping[str, Any]) -> str:
+def explain(result: Mapping[str, Any]) -> str:
     """What the slowest block was slow in, beside the median block; empty if it was no outlier.
 
     A stage on a GPU that took longer because the host was late to launch it says so: launching it took as

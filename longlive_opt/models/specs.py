@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import UserError
 
@@ -148,6 +149,12 @@ class ModelSpec:
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     full_size: bool = True
 
+    def sizes(self) -> dict[str, Any]:
+        """Everything but the checkpoint, for a result."""
+        values = dataclasses.asdict(dataclasses.replace(self, checkpoint=CheckpointFiles({})))
+        del values["checkpoint"]
+        return values
+
     @property
     def latent_height(self) -> int:
         return self.height // VAE_SPATIAL_STRIDE
@@ -193,8 +200,10 @@ def _tiny() -> ModelSpec:
                      width=128, full_size=False)
 
 
+LONGLIVE = "longlive-1.3b"
+"""The model that the presets' hypotheses and the target of 40 ms speak of."""
 MODELS: Mapping[str, ModelSpec] = MappingProxyType({spec.name: spec for spec in (
-    ModelSpec("longlive-1.3b", "LongLive-1.3B", _wan_checkpoint(
+    ModelSpec(LONGLIVE, "LongLive-1.3B", _wan_checkpoint(
         {"dit": ("models/longlive_base.pt", "longlive_base.pt", 5_676_334_208),
          "lora": ("models/lora.pt", "lora.pt", 2_800_056_690)},
         "Efficient-Large-Model/LongLive-1.3B", ("generator", "model", None))),

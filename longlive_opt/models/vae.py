@@ -466,7 +466,7 @@ class StreamingDecoder:
         return [torch.cat(frames, dim=1)]
 
     def decode(self, z: Tensor, history: StageHistory, first: bool) -> tuple[Tensor, History]:
-        """`WanVAE.decode`, the seam of what makes it faster."""
+        """`WanVAE.decode`, the component of what makes it faster."""
         return self.vae.decode(z, history, first)
 
     def flush(self) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, Iterable
 
 from ..errors import UserError
 from ..files import atomic_path, file_sha256, project_path
-from .specs import FETCH_COMMAND, MODELS, ModelSpec
+from .specs import FETCH_COMMAND, LONGLIVE, MODELS, ModelSpec
 
 TINY_WEIGHTS = "weights/tiny"
 PARTS = ("dit", "lora", "vae", "text", "tokenizer")
@@ -218,7 +218,7 @@ def remedy(path: Path, folder: Path | str = "DIR", model: ModelSpec | None = Non
         return f"copy it again from where it came, such as {TINY_WEIGHTS}"
     if model is not None and not model.checkpoint.sources:
         return f"use {TINY_WEIGHTS}, which comes with the project"
-    default = model is None or model.name == next(iter(MODELS))
+    default = model is None or model.name == LONGLIVE
     return f"run '{FETCH_COMMAND} {folder}{'' if default else f' --model {model.name}'}'"
 
 

@@ -8,7 +8,7 @@ from ..config import ExperimentConfig
 from ..streaming.pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .attention_backend import GluonAttention
-from .base import Room
+from .base import Optimization
 from .cuda_graphs import CudaGraphs
 from .early_decode import EarlyDecode
 from .fused_kernels import FusedKernels
@@ -22,13 +22,13 @@ from .vae_offload import VAEOffload
 from .vae_switches import CudnnBenchmark, VAEChannelsLast, VAEChunk
 
 
-def rooms_of(config: ExperimentConfig) -> list[Room]:
-    """The rooms that a preset's flags switch on, in order of application: caches, how the VAE is called, then
-    what runs the passes (compiled code can be captured, captured code cannot be compiled), then what wraps
-    whole stages.
+def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
+    """The optimizations that a preset's flags switch on, in order of application: caches, how the VAE is
+    called, then what runs the passes (compiled code can be captured, captured code cannot be compiled), then
+    what wraps whole stages.
     """
     switches = config.vae_switches
-    table: list[tuple[bool, Room]] = [
+    table: list[tuple[bool, Optimization]] = [
         (config.attention_backend == GluonAttention.backend, GluonAttention()),
         (config.use_static_kv and not config.use_quantized_kv, StaticKV()),
         (config.use_quantized_kv, QuantizedKV(config.kv_quantization, config.kv_read_path)),
@@ -45,7 +45,7 @@ def rooms_of(config: ExperimentConfig) -> list[Room]:
         (config.use_early_decode, EarlyDecode()),
         (config.use_async_vae, AsyncVAE()),
     ]
-    return [room for wanted, room in table if wanted]
+    return [optimization for wanted, optimization in table if wanted]
 
 
 def build_pipeline(config: ExperimentConfig) -> Pipeline:
@@ -57,8 +57,8 @@ def build_pipeline(config: ExperimentConfig) -> Pipeline:
         UserError: weights or device are missing, or an optimization cannot be applied here and says why.
     """
     pipeline = build_reference(config)
-    for room in rooms_of(config):
-        pipeline = room.apply(pipeline)
+    for optimization in optimizations_of(config):
+        pipeline = optimization.apply(pipeline)
     if not (config.use_prompt_cache and config.prompt_cache_dir):
         started = time.perf_counter()
         pipeline.text_encoder.load()

@@ -4,7 +4,7 @@ Idea: frames of block k are decoded on their own CUDA stream (on the CPU: a work
 is denoised; the hand-over is double-buffered, so that at most one decode runs behind. Chunks come in order,
 one block later at the most.
 
-Seam: `make_decoder`. Costs: one more block of frames in memory, and up to one
+Component: `make_decoder`. Costs: one more block of frames in memory, and up to one
 block of delay for each chunk, prompt switches included. It hides launch gaps and hands out frames while the
 host works; on one GPU it cannot remove compute, since both streams share the same multiprocessors. Bit-exact:
 the same kernels on the same numbers.
@@ -25,13 +25,13 @@ from ..models.vae import StreamingDecoder
 from ..streaming.decoder import Decoder, Delivery, InlineDecoder
 from ..streaming.pipeline import Pipeline
 from ..streaming.timeline import NullTimeline, Timeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class AsyncVAE(Room):
+class AsyncVAE(Optimization):
     name: ClassVar[str] = "async_vae"
-    level: ClassVar[Level] = "exact"
+    exactness: ClassVar[Exactness] = "bitwise"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         device = pipeline.device

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..streaming.pipeline import Pipeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class GluonAttention(Room):
+class GluonAttention(Optimization):
     name: ClassVar[str] = "gluon_attention"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
     backend: ClassVar[str] = "gluon"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:

@@ -1,4 +1,4 @@
-"""What an optimization is: a room that replaces seams of a pipeline and says what it did."""
+"""What an optimization is: it replaces components of a pipeline and says what it did."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from ..streaming.pipeline import Pipeline
 
-Level = Literal["exact", "rounding", "lossy"]
-"""`exact`: the same kernels on the same numbers, bit for bit. `rounding`: the same arithmetic in another
-order or kernel, equal within bf16 rounding. `lossy`: an approximation, judged by the preset's quality gate.
+Exactness = Literal["bitwise", "rounding", "lossy"]
+"""`bitwise`: the same kernels on the same numbers, bit for bit. `rounding`: the same arithmetic in another
+order or kernel, equal within bf16 rounding. `lossy`: an approximation, evaluated by the preset's quality
+gate.
 """
 
 
 @runtime_checkable
 class Stats(Protocol):
-    """What a room counts while the pipeline runs; read at the end."""
+    """What an optimization counts while the pipeline runs; read at the end."""
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for the result."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class Optimization:
     """Base of all optimizations. Fields are knobs; class attributes say how it goes with others."""
 
     name: ClassVar[str]
-    level: ClassVar[Level]
+    exactness: ClassVar[Exactness]
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
-        """Return the pipeline with this optimization in its seams.
+        """Return the pipeline with this optimization in its components.
 
         Raises:
             UserError: it cannot be applied here, and why; nothing is replaced silently.
@@ -37,9 +38,11 @@ class Room:
         raise NotImplementedError
 
     def report(self, pipeline: Pipeline, done: str, **facts: Any) -> Pipeline:
-        """Add what this room did to the pipeline's report. A fact that is a `Stats` is read when the result
-        is put together; one called `stats` also before and after the measured streams, so it must be cheap.
+        """Add what this optimization did to the pipeline's report. A fact that is a `Stats` is read when the
+        result is put together; one called `stats` also before and after the measured streams, so it must be
+        cheap.
         """
-        entry = {"name": self.name, "applied": True, "level": self.level, "knobs": dataclasses.asdict(self),
+        entry = {"name": self.name, "applied": True, "exactness": self.exactness,
+                 "knobs": dataclasses.asdict(self),
                  "report": {"done": done, **facts}}
-        return dataclasses.replace(pipeline, rooms=(*pipeline.rooms, entry))
+        return dataclasses.replace(pipeline, optimizations=(*pipeline.optimizations, entry))

@@ -6,11 +6,11 @@ and the cache keeps its slots and rotation tables where they are (`KVCache.signa
 alike). Positions, ring and roll therefore need no recapture; a new kind of pass (another fill of the window,
 a recache, another timestep) runs eagerly once and is captured for the next time.
 
-Seam: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Most of that
-memory is a recache's, whose activations are three to four times a block's; `capture_recache: false` leaves
-recaches as they are, which launches of such large kernels hardly make slower. Does not help where the GPU is
-busy anyway: launches of large kernels already overlap with the kernels before them. Bit-exact: the same
-kernels on the same numbers.
+Component: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Most of
+that memory is a recache's, whose activations are three to four times a block's; `capture_recache: false`
+leaves recaches as they are, which launches of such large kernels hardly make slower. Does not help where the
+GPU is busy anyway: launches of large kernels already overlap with the kernels before them. Bit-exact: the
+same kernels on the same numbers.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ..models.dit import TextContext
 from ..streaming.kv_cache import KVCache
 from ..streaming.pipeline import Pipeline
 from ..streaming.sampler import Forward
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class CudaGraphs(Room):
+class CudaGraphs(Optimization):
     name: ClassVar[str] = "cuda_graphs"
-    level: ClassVar[Level] = "exact"
+    exactness: ClassVar[Exactness] = "bitwise"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         forward = graphed(pipeline, pipeline.sampler.forward)

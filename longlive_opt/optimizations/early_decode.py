@@ -6,9 +6,9 @@ that block begins with a prompt switch, the recache writes those keys and values
 and the pass is left out: a window holds its sink and a block, so a recache reaches all of the last block, and
 what it leaves alone, a protected sink past the window, is older.
 
-Seam: `sampler`. Costs: nothing. It does not change the steady state, since the passes are the same, one block
-interval apart; the first frames and those after a prompt switch come one pass earlier. Bit-exact: what is
-left out would have been overwritten unread.
+Component: `sampler`. Costs: nothing. It does not change the steady state, since the passes are the same, one
+block interval apart; the first frames and those after a prompt switch come one pass earlier. Bit-exact: what
+is left out would have been overwritten unread.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..streaming.pipeline import Pipeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class EarlyDecode(Room):
+class EarlyDecode(Optimization):
     name: ClassVar[str] = "early_decode"
-    level: ClassVar[Level] = "exact"
+    exactness: ClassVar[Exactness] = "bitwise"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         sampler = dataclasses.replace(pipeline.sampler, defer_clean_pass=True)

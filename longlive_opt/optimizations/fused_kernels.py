@@ -12,7 +12,7 @@ Keys and values go straight from the product into their slots of the ring, in bf
 of q, k and v are joined and multiplied once. What depends on the timestep alone, its embedding and all
 modulation vectors, is computed once; the clean pass ends with the last block's keys and values.
 
-Seam: `sampler.forward`. Needs a cache of fixed memory (`use_static_kv` or `use_quantized_kv`). With
+Component: `sampler.forward`. Needs a cache of fixed memory (`use_static_kv` or `use_quantized_kv`). With
 `use_torch_compile` the VAE is compiled and the transformer is not; CUDA graphs can capture its passes.
 
 Costs: no memory for weights, since q's, k's and v's become views of the joined ones, block by block; the
@@ -38,7 +38,7 @@ from ..models.dit import CausalDiT, DiTBlock, TextContext
 from ..streaming.kv_cache import KVCache
 from ..streaming.pipeline import Pipeline
 from ..streaming.sampler import uniform_timesteps
-from .base import Level, Room
+from .base import Exactness, Optimization
 from .ring_cache import RingKVCache, RingLayer
 
 Operand = TypeVar("Operand")
@@ -46,9 +46,9 @@ Operand = TypeVar("Operand")
 
 
 @dataclass(frozen=True)
-class FusedKernels(Room):
+class FusedKernels(Optimization):
     name: ClassVar[str] = "fused_kernels"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         dit, cuda = pipeline.dit, pipeline.device.type == "cuda"

@@ -8,8 +8,8 @@ text encoder.
 On disk an entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of
 its name, so a changed encoder never serves a stale entry.
 
-Seam: `encode_prompt`. Costs: memory (94 MB a prompt for LongLive-1.3B in bf16). Does not help with prompts
-that never return. Bit-exact.
+Component: `encode_prompt`. Costs: memory (94 MB a prompt for LongLive-1.3B in bf16). Does not help with
+prompts that never return. Bit-exact.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from ..errors import UserError
 from ..files import atomic_path
 from ..models.dit import TextContext
 from ..streaming.pipeline import Pipeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PromptCache(Room):
+class PromptCache(Optimization):
     name: ClassVar[str] = "prompt_cache"
-    level: ClassVar[Level] = "exact"
+    exactness: ClassVar[Exactness] = "bitwise"
 
     limit_mb: int = 1024
     folder: str | None = None

@@ -10,8 +10,8 @@ two factors of one kind and probabilities want floating point; `fp8` is K and V 
 scale, 1: it covers 0.016 to 448 in full precision and saturates beyond. How much of the cache lies at either
 end is counted once, when the result is put together, and said in the report.
 
-Seam: `make_cache`, and the sampler's shorter recache. Takes the place of `use_static_kv`, which is the same
-ring in the model's dtype. Half its memory; with relative positions the sink's raw keys stay in full.
+Component: `make_cache`, and the sampler's shorter recache. Takes the place of `use_static_kv`, which is the
+same ring in the model's dtype. Half its memory; with relative positions the sink's raw keys stay in full.
 
 Costs: precision. On random normal data attention is off by 3.8 % RMS (int8) and 5.3 % (fp8), of which storage
 makes 2.8 and 3.9. Does not help where a pass has few keys, or on a GPU before Hopper. On the CPU the kernels
@@ -40,7 +40,7 @@ from ..kernels.quantize import QuantizedKV as Stored
 from ..models.attention import Attention, make_attention
 from ..streaming.kv_cache import CacheGeometry
 from ..streaming.pipeline import Pipeline, cache_geometry
-from .base import Level, Room
+from .base import Exactness, Optimization
 from .ring_cache import RingKVCache, RingLayer, Rotation, rotate_complex, rotation_for
 
 MODES = {"int8": "int8_fp8", "fp8": "fp8_fp8"}
@@ -56,9 +56,9 @@ Reader = Callable[[Tensor, Stored, int], Tensor]
 
 
 @dataclass(frozen=True)
-class QuantizedKV(Room):
+class QuantizedKV(Optimization):
     name: ClassVar[str] = "quantized_kv"
-    level: ClassVar[Level] = "lossy"
+    exactness: ClassVar[Exactness] = "lossy"
 
     quantization: str = "int8"
     read_path: str = "fused"

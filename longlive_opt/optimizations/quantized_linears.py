@@ -14,8 +14,8 @@ always the two behind attention: one takes 0.035 ms at full size on an H100 and 
 multiplies comes from an attention kernel, so that reading it once more and rounding it would cost about what
 the product gains.
 
-Seam: the linear layers of `sampler.forward`, which must be that of `use_fused_kernels`. The head, attention,
-what reads the prompt and the time embedding are left alone.
+Component: the linear layers of `sampler.forward`, which must be that of `use_fused_kernels`. The head,
+attention, what reads the prompt and the time embedding are left alone.
 
 Costs: precision. It gives memory back: at full size 1.1 GB of weights in 8 bit replace 2.2 GB in bfloat16,
 which are released, so the plain model cannot run any more. Does not help where a product is small, or where a
@@ -39,7 +39,7 @@ from ..errors import NotAvailable, UserError
 from ..kernels import linear8
 from ..models.dit import DiTBlock
 from ..streaming.pipeline import Pipeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 from .fused_kernels import FusedForward, Operand, PlainProducts
 
 # Multiples that the 8-bit products take, in channels.
@@ -52,9 +52,9 @@ CAPABILITY = {"int8": ((8, 0), "8.0 (Ampere)"), "fp8": ((8, 9), "8.9 (Ada, Hoppe
 
 
 @dataclass(frozen=True)
-class QuantizedLinears(Room):
+class QuantizedLinears(Optimization):
     name: ClassVar[str] = "quantized_linears"
-    level: ClassVar[Level] = "lossy"
+    exactness: ClassVar[Exactness] = "lossy"
 
     quantization: str = "int8"
     layers: tuple[str, ...] = LINEAR_LAYERS

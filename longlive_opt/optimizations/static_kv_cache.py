@@ -4,9 +4,9 @@ Idea: attention has no mask and keys carry their own rotation, so the order of c
 The sink keeps its slots; the other slots form a ring in which a new block overwrites the oldest frames.
 Nothing is rolled, concatenated or allocated; each pass writes the new frames' keys and values in place.
 
-Seam: `make_cache`, and the sampler's recache, which leaves out the frames whose keys a protected sink would
-drop. The cache owns rotation, so this also replaces the float64 rotation by one in float32 with tables made
-once per block.
+Component: `make_cache`, and the sampler's recache, which leaves out the frames whose keys a protected sink
+would drop. The cache owns rotation, so this also replaces the float64 rotation by one in float32 with tables
+made once per block.
 
 Costs: nothing; memory equals the reference's. Does not help where attention itself dominates.
 Equal to the reference up to the order of summation over keys and float32 against float64 rotation.
@@ -24,14 +24,14 @@ from torch import Tensor
 from ..models.attention import Attention, make_attention
 from ..streaming.kv_cache import CacheGeometry
 from ..streaming.pipeline import Pipeline, cache_geometry
-from .base import Level, Room
+from .base import Exactness, Optimization
 from .ring_cache import RingKVCache, RingLayer, Rotation, rotate_complex, rotation_for
 
 
 @dataclass(frozen=True)
-class StaticKV(Room):
+class StaticKV(Optimization):
     name: ClassVar[str] = "static_kv"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         geometry = cache_geometry(pipeline.config, pipeline.model)

@@ -5,9 +5,9 @@ transformer's projections of the prompt to keys and values, 0.3 GB. Their weight
 memory; while one block runs, the next is copied on a stream of its own, into two buffers that take turns and
 are freed afterwards. The embedding table is looked up on the host.
 
-Seams: `encode_prompt`, `embed_text`. Costs: a prompt takes as long as all weights need over the bus (0.4 s at
-25 GB/s), unless a prompt cache knows it, and the host needs the memory that the GPU saves. Bit-exact: the
-same kernels on the same numbers.
+Components: `encode_prompt`, `embed_text`. Costs: a prompt takes as long as all weights need over the bus (0.4
+s at 25 GB/s), unless a prompt cache knows it, and the host needs the memory that the GPU saves. Bit-exact:
+the same kernels on the same numbers.
 
 Source: layer by layer offloading of weights as in FlexGen (arXiv:2303.06865).
 """
@@ -26,18 +26,18 @@ from torch.func import functional_call
 from ..models.dit import AttentionProjections, CausalDiT, TextContext
 from ..models.text import UMT5Encoder
 from ..streaming.pipeline import Pipeline, prompt_encoder
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class TextOffload(Room):
+class TextOffload(Optimization):
     name: ClassVar[str] = "text_offload"
-    level: ClassVar[Level] = "exact"
+    exactness: ClassVar[Exactness] = "bitwise"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         device = pipeline.device
-        encoder = pipeline.text_encoder.hosted(lambda module: VisitingEncoder(module, device))
-        projections = VisitingProjections(pipeline.dit)
+        encoder = pipeline.text_encoder.hosted(lambda module: OffloadedEncoder(module, device))
+        projections = OffloadedProjections(pipeline.dit)
         embed_text = projections.embed_text
         pipeline = dataclasses.replace(
             pipeline, text_encoder=encoder, embed_text=embed_text,
@@ -51,7 +51,7 @@ class TextOffload(Room):
 BUFFERS = 2
 
 
-class VisitingEncoder(nn.Module):
+class OffloadedEncoder(nn.Module):
     """Calls as `UMT5Encoder`, with the weights of `encoder`, which are on the CPU, run on `device`."""
 
     def __init__(self, encoder: UMT5Encoder, device: torch.device):
@@ -69,7 +69,7 @@ class VisitingEncoder(nn.Module):
         return functional_call(self.encoder.norm, {"weight": self.encoder.norm.weight.to(self.device)}, (x,))
 
 
-class VisitingProjections:
+class OffloadedProjections:
     """`CausalDiT.embed_text` with the weights of the projections to keys and values in host memory."""
 
     def __init__(self, dit: CausalDiT):

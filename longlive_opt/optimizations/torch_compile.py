@@ -15,14 +15,14 @@ them, with keys of their own, and `params/compile_parts.yaml` measures them apar
 choices for the transformer's blocks: among cuBLAS's ways of a product and the tilings of its own kernels. Its
 Triton products are left out: on an H100 those of the feed-forward came 18 to 20 % behind cuBLAS, the square
 ones between 11 % behind and 10 % (5 us) ahead, and timing them took minutes. The VAE is left out too, where
-cuDNN wins after more minutes. The graphs are those of the CUDA-graph room (one per kind of pass) and not
-Inductor's trees, which would keep one recording per block and address.
+cuDNN wins after more minutes. The graphs are those of the CUDA-graph optimization (one per kind of pass) and
+not Inductor's trees, which would keep one recording per block and address.
 
-With `use_fused_kernels` the transformer's passes are that room's; the VAE is compiled, and the modes' graphs
-capture the fused passes.
+With `use_fused_kernels` the transformer's passes are that optimization's; the VAE is compiled, and the modes'
+graphs capture the fused passes.
 
-Seams: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported apart. Equal within rounding: fused
-kernels keep float32 where eager rounds to bf16 between operations.
+Components: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported apart. Equal within rounding:
+fused kernels keep float32 where eager rounds to bf16 between operations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..models.vae import History, StageHistory, StreamingDecoder
 from ..streaming.kv_cache import KVCache
 from ..streaming.pipeline import Pipeline
 from ..streaming.sampler import uniform_timesteps
-from .base import Level, Room
+from .base import Exactness, Optimization
 from .cuda_graphs import graphed
 from .ring_cache import RingKVCache, RingLayer
 
@@ -51,9 +51,9 @@ AUTOTUNE = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 
 
 @dataclass(frozen=True)
-class TorchCompile(Room):
+class TorchCompile(Optimization):
     name: ClassVar[str] = "torch_compile"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
 
     mode: str = "default"
 
@@ -68,7 +68,7 @@ class TorchCompile(Room):
         fused = config.use_fused_kernels
         forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, options)
         facts: dict[str, Any] = {"inductor_options": options}
-        # A captured pass cannot be captured again: with use_cuda_graphs that room captures.
+        # A captured pass cannot be captured again: with use_cuda_graphs that optimization captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = graphed(pipeline, forward)
             facts["stats"] = forward.stats
@@ -91,8 +91,8 @@ def compiled_stages(pipeline: Pipeline) -> list[nn.Module]:
 
 
 def many_recompiles() -> Any:
-    """Room for all specialisations. Set around calls: a setting made in one notebook cell need not reach the
-    next.
+    """Room for all specialisations. Set around calls: a setting made in one notebook cell need not
+    reach the next.
     """
     return torch_internals.many_recompiles(RECOMPILE_LIMIT)
 

@@ -5,8 +5,8 @@ call. Here they lie in page-locked host memory; a stage's part comes over when t
 behind it. With `ahead`, the next stage's part comes over and the last one's goes back while a stage runs,
 each on a stream of its own: the bus works in both directions at a time.
 
-Seam: `make_vae_decoder`. Costs: 3.8 GB over the bus for each VAE call, some 75 ms at 50 GB/s, in which the
-stream waits; so decode a whole block in one call if memory allows. `ahead` can hide most of that behind a
+Component: `make_vae_decoder`. Costs: 3.8 GB over the bus for each VAE call, some 75 ms at 50 GB/s, in which
+the stream waits; so decode a whole block in one call if memory allows. `ahead` can hide most of that behind a
 call of one latent (38 ms compiled, on an H100), and needs room for what is under way: up to twice the history
 of the largest stage, 0.3 GB each. Bit-exact: the same kernels on the same numbers.
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from ..models.vae import History, StreamingDecoder
 from ..streaming.pipeline import Pipeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class VAEOffload(Room):
+class VAEOffload(Optimization):
     name: ClassVar[str] = "vae_offload"
-    level: ClassVar[Level] = "exact"
+    exactness: ClassVar[Exactness] = "bitwise"
 
     ahead: bool = False
 
@@ -39,10 +39,10 @@ class VAEOffload(Room):
         def make_decoder() -> StreamingDecoder:
             decoder = make_inner()
             if device.type == "cuda" and self.ahead:
-                traffic = Traffic(device)
-                decoder.keep_history_on_host(lambda parts: VisitingHistory(parts, counts, traffic))
+                streams = TransferStreams(device)
+                decoder.keep_history_on_host(lambda parts: PrefetchedHistory(parts, counts, streams))
             elif device.type == "cuda":
-                decoder.keep_history_on_host(lambda parts: HostedHistory(parts, device))
+                decoder.keep_history_on_host(lambda parts: OffloadedHistory(parts, device))
             return decoder
 
         pipeline = dataclasses.replace(pipeline, make_vae_decoder=make_decoder)
@@ -54,7 +54,7 @@ class VAEOffload(Room):
         return self.report(pipeline, done)
 
 
-class HostedHistory:
+class OffloadedHistory:
     """A `StageHistory` in host memory whose parts are copied on the stream that decodes."""
 
     def __init__(self, parts: list[Tensor], device: torch.device):
@@ -80,7 +80,7 @@ class HostedHistory:
         return self._hosted[self._returned - len(updated):self._returned]
 
 
-class Traffic:
+class TransferStreams:
     """The way of parts of a history between host and GPU, one stream a direction; outlives a call.
 
     Memory is allocated on the stream that decodes, which uses it last; so that stream waits for what is under
@@ -90,8 +90,8 @@ class Traffic:
     def __init__(self, device: torch.device):
         self.device = device
         self._coming, self._going = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._arrival: Passage | None = None
-        self._departure: Passage | None = None
+        self._arrival: Transfer | None = None
+        self._departure: Transfer | None = None
 
     def begin(self) -> None:
         """A call begins: what it fetches has to be back from the last one."""
@@ -103,7 +103,7 @@ class Traffic:
         running = torch.cuda.current_stream(self.device)
         parts = tuple(torch.empty_like(h, device=self.device) for h in hosted)
         self._coming.wait_stream(running)
-        self._arrival = Passage(hosted, parts, self._coming, running)
+        self._arrival = Transfer(hosted, parts, self._coming, running)
 
     def receive(self) -> History:
         """What was sent for; the stream that decodes waits for it."""
@@ -115,14 +115,14 @@ class Traffic:
         running = torch.cuda.current_stream(self.device)
         self._departure = _ended(self._departure)
         self._going.wait_stream(running)
-        self._departure = Passage(parts, hosted, self._going, running)
+        self._departure = Transfer(parts, hosted, self._going, running)
 
     def finish(self) -> None:
         """A call ends: the stream that decodes waits for what is still on its way back."""
         self._departure = _ended(self._departure)
 
 
-class Passage:
+class Transfer:
     """Tensors that are copied on `stream`. It holds on to both sides until `decoding`, the stream that uses
     the GPU's side, was told to wait.
     """
@@ -141,39 +141,39 @@ class Passage:
         self._decoding.wait_event(self._done)
 
 
-def _ended(passage: Passage | None) -> None:
-    if passage is not None:
-        passage.end()
+def _ended(transfer: Transfer | None) -> None:
+    if transfer is not None:
+        transfer.end()
 
 
-class VisitingHistory(HostedHistory):
+class PrefetchedHistory(OffloadedHistory):
     """A `StageHistory` in host memory: the next stage's part is sent for before a stage runs."""
 
-    def __init__(self, parts: list[Tensor], counts: Sequence[int], traffic: Traffic):
+    def __init__(self, parts: list[Tensor], counts: Sequence[int], streams: TransferStreams):
         """Args: counts: how many tensors of the history each stage has, in their order."""
-        super().__init__(parts, traffic.device)
-        self._traffic = traffic
+        super().__init__(parts, streams.device)
+        self._streams = streams
         self._due = [count for count in counts if count]
-        traffic.begin()
+        streams.begin()
         self._fetch()
 
     def take(self, count: int) -> History:
         if not count:
             return ()
-        parts = self._traffic.receive()
+        parts = self._streams.receive()
         self._fetch()
         return parts
 
     def put(self, updated: History) -> None:
         if updated:
-            self._traffic.send(updated, self._places(updated))
+            self._streams.send(updated, self._places(updated))
 
     def whole(self) -> History:
-        self._traffic.finish()
+        self._streams.finish()
         return super().whole()
 
     def _fetch(self) -> None:
         if self._due:
             count = self._due.pop(0)
-            self._traffic.fetch(self._hosted[self._taken:self._taken + count])
+            self._streams.fetch(self._hosted[self._taken:self._taken + count])
             self._taken += count

@@ -16,7 +16,7 @@ Three optimizations, each with or without the compiler, which by default switche
 The flag is set around the VAE's calls only, so nothing else in the process sees it. PyTorch remembers the
 kernel of each shape per thread and looks there before it reads the flag (`run_single_conv` in Conv_v8.cpp).
 So pipelines with and without the flag can only be compared in threads or processes of their own, which is how
-`Experiment.vary` runs them.
+`Experiment.ablate` runs them.
 
 All three are equal within rounding: the same sums in another order.
 """
@@ -34,13 +34,13 @@ import torch
 from ..errors import NotAvailable
 from ..models.vae import StreamingDecoder
 from ..streaming.pipeline import Pipeline
-from .base import Level, Room
+from .base import Exactness, Optimization
 
 
 @dataclass(frozen=True)
-class VAEChannelsLast(Room):
+class VAEChannelsLast(Optimization):
     name: ClassVar[str] = "vae_channels_last"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
 
     on: bool = True
 
@@ -51,9 +51,9 @@ class VAEChannelsLast(Room):
 
 
 @dataclass(frozen=True)
-class VAEChunk(Room):
+class VAEChunk(Optimization):
     name: ClassVar[str] = "vae_chunk"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
 
     latents: int = 3
 
@@ -65,9 +65,9 @@ class VAEChunk(Room):
 
 
 @dataclass(frozen=True)
-class CudnnBenchmark(Room):
+class CudnnBenchmark(Optimization):
     name: ClassVar[str] = "cudnn_benchmark"
-    level: ClassVar[Level] = "rounding"
+    exactness: ClassVar[Exactness] = "rounding"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
         make_inner, device = pipeline.make_vae_decoder, pipeline.device

@@ -1,4 +1,4 @@
-"""The command `python -m longlive_opt.report`."""
+"""The command `python -m longlive_opt.report`: a campaign's log, or the results table of the README."""
 
 import argparse
 import logging
@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from .campaign import load
 from .log.document import LOG_NAME, save_figures, write_campaign_log
+from .readme import write_readme
 
 log = logging.getLogger("longlive_opt.report")
 
@@ -18,10 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longlive_opt.report", description=main.__doc__)
     parser.add_argument("campaign", type=Path, metavar="CAMPAIGN_DIR", help="such as outputs/demo")
     parser.add_argument("--log", type=Path, metavar="PATH", help=f"default: {LOG_NAME} in CAMPAIGN_DIR")
+    parser.add_argument("--readme", type=Path, metavar="PATH",
+                        help="only put the results table into this page, between its markers")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         campaign = load(arguments.campaign.resolve())
+        if arguments.readme:
+            write_readme(arguments.readme.resolve(), campaign)
+            return 0
         charts = save_figures(campaign)
         path = write_campaign_log(campaign, arguments.log.resolve() if arguments.log else "")
     except UserError as error:

@@ -1,5 +1,7 @@
 """What lies in a campaign's folder, with the verdicts that all of it allows."""
 
+from __future__ import annotations
+
 import json
 import logging
 import re
@@ -13,19 +15,17 @@ import pandas as pd
 from ..config import BASELINE
 from ..files import project_path
 from ..measurement import decision
-from ..measurement.result import is_na, lookup, number, read_campaign
+from ..measurement.catalogue import Metric, metric_of
+from ..measurement.result import is_na, lookup, read_campaign
 from .charts import target_of
 
 log = logging.getLogger(__name__)
 
 Result = Mapping[str, Any]
 
+LADDER = (BASELINE, "cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")
+"""The presets of the log's template in their order; others follow."""
 SUMMARY = "summary"  # folder of the campaign's figures
-FIGURES = {"SS Mean": "latency.ss_ms_per_frame.mean", "SS P99": "latency.ss_ms_per_frame.p99",
-           "SS Max": "latency.ss_ms_per_frame.max", "PS Mean": "latency.ps_ms.mean", "FPS": "fps",
-           "Memory": "memory_gb.peak_allocated"}
-NOISE = {"ss_mean": "SS mean", "ss_p50": "SS p50", "ss_max": "SS max", "ps_mean": "PS mean", "fps": "FPS",
-         "peak_allocated": "memory"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def load(campaign_dir: str | Path) -> Campaign:
     results, problems = read_campaign(folder)
     failed = [path for path in sorted(folder.glob("*/failed.json")) if path.parent.name != SUMMARY]
     # Messages hold the whole path; a log that is published must not.
-    told = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
+    shown = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
             for path, reason in problems if path.with_name("failed.json") not in failed]
-    return Campaign(folder, decided(results), [_read_failure(path) for path in failed], told)
+    return Campaign(folder, decided(results), [_read_failure(path) for path in failed], shown)
 
 
 def _read_failure(path: Path) -> Failure:
@@ -117,7 +117,7 @@ def _decided(result: Result, baseline: Result | None, noise: Mapping[str, Mappin
     if not gate and not decision.is_study(result):
         return dict(result)
     spread = decision.noise_of_preset(result["preset"], noise)
-    found = decision.decide(result, baseline, spread, gate or {"level": "exact"})
+    found = decision.decide(result, baseline, spread, gate or {"exactness": "bitwise"})
     return {**result, "decision": {**found, "gate": gate}}
 
 
@@ -136,25 +136,31 @@ def baseline_of(results: Iterable[Result]) -> Result | None:
     return next((result for result in results if result["preset"] == BASELINE), None)
 
 
+def by_ladder(results: Iterable[Result]) -> list[Result]:
+    """The results in the order of the log, the runs of a preset one after the other."""
+    return sorted(results, key=lambda run: (LADDER.index(run["preset"]) if run["preset"] in LADDER
+                                            else len(LADDER), run["preset"], run.get("run", 1)))
+
+
 def noise_of(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """A/A noise of the campaign, by preset; empty if nothing was run twice on one kind of machine."""
     return decision.campaign_noise(results)
 
 
-def change_of(result: Result, baseline: Result | None, label: str) -> float | None:
+def change_of(result: Result, baseline: Result | None, metric: Metric) -> float | None:
     """Percent against the baseline; None where either is n/a or the two may not be compared."""
     if (pair := decision.compared(result, baseline)) is None:
         return None
-    value, reference = (number(run, FIGURES[label]) for run in pair)
+    value, reference = map(metric.value, pair)
     return None if value is None or not reference else 100 * (value / reference - 1)
 
 
 def within_target(result: Result) -> bool:
     """Whether no steady-state block took longer than the target of the run."""
-    worst = number(result, FIGURES["SS Max"])
+    worst = metric_of("ss_max").value(result)
     return worst is not None and worst <= target_of(result)
 
 
 def is_judged(result: Result) -> bool:
     """Whether the result says how well the video followed its prompts."""
-    return bool(result.get("world")) and not is_na(result["world"])
+    return bool(result.get("adherence")) and not is_na(result["adherence"])

@@ -1,44 +1,102 @@
-"""Last words of an experiment's notebook: what was expected, what was measured, what follows. No torch."""
+"""What was expected of a run, what was measured, what follows: the card on top of its report, and the last
+cell of its notebook. No torch.
+"""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from ..config import BASELINE
 from ..measurement import decision, worst_block
-from ..measurement.metrics import DEFINITIONS
-from ..measurement.result import block_ms, lookup, number
+from ..measurement.catalogue import Metric, glossary, shown_in
+from ..measurement.result import block_ms, lookup
+from ..models.specs import LONGLIVE
 from .tables import AS_IS, name_of
 
 Result = Mapping[str, Any]
 
+_COLOURS = {"keep": "#1b7f3b", "drop": "#b3261e"}
+_GREY = "#5f6368"
 _DECIDES = ("The verdict is the campaign's: once every run is there, its summary decides, writes "
             "decisions.json, and puts the verdict on top of this report.")
 
-_BEFORE_STAGES = {"SS mean, ms per frame": "latency.ss_ms_per_frame.mean",
-                  "SS max, ms per frame": "latency.ss_ms_per_frame.max"}
-_AFTER_STAGES = {"PS mean, ms": "latency.ps_ms.mean", "PS max, ms": "latency.ps_ms.max",
-                 "text encoding at a switch, ms": "latency.ps_breakdown_ms.text_encode",
-                 "recache at a switch, ms": "latency.ps_breakdown_ms.recache",
-                 "PS mean at a random moment, ms": "latency.ps_random_ms.mean", "FPS": "fps",
-                 "FPS with prompt switches": "fps_with_switches",
-                 "energy per video frame, J": "energy.joules_per_frame",
-                 "peak memory, GB": "memory_gb.peak_allocated", "KV cache, GB": "memory_gb.kv_cache"}
 _COLUMNS = ["this run", "baseline", "difference", "change"]
-_FIDELITY = {"error ratio, free-running": "quality.free_running.error_ratio.all",
-             "error ratio, teacher-forced": "quality.error_ratio.all",
-             "PSNR, teacher-forced, dB": "quality.psnr_db.mean", "SSIM, teacher-forced": "quality.ssim.mean"}
-_OLD_FIDELITY = {"PSNR, one block, dB": "quality.psnr_db.mean", "SSIM, one block": "quality.ssim.mean"}
 
 
-def reading_html(result: Result, baseline: Result | None) -> str:
+class Page(str):
+    """A piece of HTML that a notebook shows as such."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any], campaign: str, *,
+              recommended: bool = False) -> str:
+    """The card that a report opens with, complete and escaped: the verdict, and the main metrics against the
+    baseline's over equally many blocks.
+
+    Args:
+        entry: the run's entry in decisions.json.
+        campaign: its name.
+        recommended: whether it is the run that the log recommends.
+    """
+    verdict = entry["verdict"]
+    words = [f"{entry['rationale'][:1].upper()}{entry['rationale'][1:]}."]
+    if result["hypothesis"]:
+        words.insert(0, f"Expected: {result['hypothesis']}")
+    if recommended:
+        words.append("The log recommends this preset.")
+    if verdict in ("keep", "drop", "undecided"):
+        words.append(f"Rule: {entry['rule']}.")
+    words.append(f"From decisions.json of the campaign {campaign}.")
+    head = f"Verdict: {verdict}. {result['title']}"
+    return _card("verdict", head, verdict, _card_rows(result, baseline), words)
+
+
+def recommendation_html(best: Result | None, baseline: Result | None, reasons: Sequence[str]) -> Page:
+    """The card that a campaign's summary opens with: the preset to take, its main metrics, and why."""
+    if best is None:
+        return Page(_card("recommendation", "Which preset to take: none", "", [], reasons))
+    return Page(_card("recommendation", f"Which preset to take: {best['title']}", "keep",
+                      _card_rows(best, baseline), reasons))
+
+
+def _card_rows(result: Result, baseline: Result | None) -> list[tuple[str, str, str]]:
+    """(metric, value, change against the baseline) of the metrics that the catalogue shows in a card."""
+    alone = result["preset"] == BASELINE and result["run"] == 1
+    pair = None if alone else decision.compared(result, baseline)
+    ours, theirs = pair or (result, {})
+    same = lookup(result, "quality.identical") is True
+    rows = []
+    for metric in shown_in("card"):
+        value = "identical" if same and metric.key == "error_ratio" else metric.with_unit(ours)
+        rows.append((metric.label, value, metric.change(metric.value(ours), metric.value(theirs))))
+    return rows
+
+
+def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str]],
+          words: Sequence[str]) -> str:
+    cells = "".join(f'<td style="padding:0 1.4em 0 0;text-align:left">{html.escape(label)}<br>'
+                    f"<b>{html.escape(value)}</b><br>{html.escape(change)}&nbsp;</td>"
+                    for label, value, change in rows)
+    row = f'<tr style="background:none">{cells}</tr>'
+    table = f'<table style="margin:0.4em 0;border:0">{row}</table>' if rows else ""
+    paragraphs = "".join(f'<p style="margin:0.3em 0">{html.escape(text)}</p>' for text in words)
+    return (f'<section id="{name}" style="margin:1em 2em;padding:0.6em 1em;border-left:6px solid '
+            f'{_COLOURS.get(verdict, _GREY)};background:#f6f6f6;font-family:sans-serif;font-size:14px">'
+            f'<p style="margin:0.3em 0;font-size:18px"><b>{html.escape(head)}</b></p>{table}{paragraphs}'
+            "</section>")
+
+
+def conclusion_html(result: Result, baseline: Result | None) -> str:
     """HTML: the hypothesis, what was measured against the campaign's `baseline`, and the rule that decides.
     The verdict is not here: it needs the whole campaign, and the report opens with it.
     """
-    other = None if result["preset"] == "baseline" and result["run"] == 1 else baseline
+    other = None if result["preset"] == BASELINE and result["run"] == 1 else baseline
     parts = [_paragraph("", scope(result)),
              _paragraph("Hypothesis", result["hypothesis"] or "none was written down."),
              measured(result, other).to_html(border=0)]
@@ -46,28 +104,28 @@ def reading_html(result: Result, baseline: Result | None) -> str:
         parts.append(_paragraph("", "Compared over equally many blocks and switches, the first of each run."))
     if other is not None and (difference := decision.unfair(result, other)):
         parts.append(_paragraph("", f"Not compared with the baseline: {difference}."))
-    if result.get("variations"):
-        parts.append(varied(result).to_html(border=0))
+    if result.get("ablations"):
+        parts.append(ablated(result).to_html(border=0))
     parts.append(_paragraph("Clocks", result["latency"]["clock_disagreement"]["sentence"]))
-    parts.append(_paragraph("", worst_block.sentence(result)))
-    if result["preset"] != "baseline" and not decision.is_study(result):
+    parts.append(_paragraph("", worst_block.explain(result)))
+    if result["preset"] != BASELINE and not decision.is_study(result):
         parts.append(_paragraph("Rule", f"{result['decision']['rule']}."))
         parts.append(_paragraph("", _DECIDES))
     return "".join(parts)
 
 
-def definitions_html() -> str:
-    """What every figure means, folded."""
+def definitions_html() -> Page:
+    """What every metric means, folded."""
     rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
-                   for name, text in DEFINITIONS.items())
-    return f"<details><summary>What the figures mean</summary><dl>{rows}</dl></details>"
+                   for name, text in glossary().items())
+    return Page(f"<details><summary>What the metrics mean</summary><dl>{rows}</dl></details>")
 
 
 def scope(result: Result) -> str:
-    """What the figures cannot say of the hypothesis; empty for a full run of what it speaks of."""
+    """Why the numbers cannot confirm the hypothesis; empty for a full run on the machine that it is about."""
     sizes, machine = result["sizes"], result["environment"]["gpu"] or result["environment"].get("cpu")
     words = []
-    if result["model"]["name"] != "longlive-1.3b" or "H100" not in (machine or ""):
+    if result["model"]["name"] != LONGLIVE or "H100" not in (machine or ""):
         words.append(f"These are the {result['model']['name']} model's latencies on this machine "
                      f"({machine or 'unknown'}); the presets' hypotheses speak of LongLive-1.3B on an H100.")
     if sizes["quick"]:
@@ -78,40 +136,41 @@ def scope(result: Result) -> str:
 
 
 def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
-    """The figures of a run, and beside them the baseline's where the two may be compared: over equally many
-    blocks and switches, as in the log.
+    """The metrics of a run against the baseline's where the two may be compared: over equally many blocks and
+    switches, as in the log. A metric that neither of them records has no row.
     """
     pair = decision.compared(result, baseline)
     result, baseline = pair or (result, {})
-    stages = {f"{stage}, ms per block": f"latency.stages_ms.{stage}.mean"
-              for stage in result["latency"]["stages_ms"]}
-    rows = {"block interval, SS mean, ms": _beside(block_ms(result), block_ms(baseline))}
-    rows |= {name: _beside(number(result, path), number(baseline, path))
-             for name, path in (_BEFORE_STAGES | stages | _AFTER_STAGES).items()}
+    rows = {"block interval, SS mean, ms": _compared(block_ms(result), block_ms(baseline))}
+    for metric in shown_in("comparison"):
+        if metric.path.startswith("quality.") or not metric.is_recorded(result):
+            continue
+        rows[metric.heading] = _compared(metric.value(result), metric.value(baseline), metric)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
     table = table if pair else table[_COLUMNS[:1]]
-    of_truth = lookup(result, "quality.protocol") == 2
-    fidelity = _FIDELITY if of_truth else _OLD_FIDELITY
-    for name, path in fidelity.items() if lookup(result, "quality.reference") else ():
-        same = lookup(result, "quality.identical") and not of_truth
-        value = "identical" if same else _text(number(result, path))
-        table.loc[name] = [value, *[""] * (table.shape[1] - 1)]
+    same = lookup(result, "quality.identical") and lookup(result, "quality.protocol") != 2
+    for metric in shown_in("comparison") if lookup(result, "quality.reference") else ():
+        if metric.path.startswith("quality.") and metric.is_recorded(result):
+            value = "identical" if same else metric.shown(result)
+            table.loc[metric.heading] = [value, *[""] * (table.shape[1] - 1)]
     return table
 
 
-def varied(result: Result) -> pd.DataFrame:
-    """What each variation does to the block interval, in the hypotheses' unit."""
-    runs = {AS_IS: result} | {name_of(row): row for row in result["variations"]}
+def ablated(result: Result) -> pd.DataFrame:
+    """What each ablation does to the block interval, in the hypotheses' unit."""
+    runs = {AS_IS: result} | {name_of(row): row for row in result["ablations"]}
     ours = block_ms(result)
-    return pd.DataFrame.from_dict({name: _beside(block_ms(run), ours)[::2] for name, run in runs.items()},
+    return pd.DataFrame.from_dict({name: _compared(block_ms(run), ours)[::2] for name, run in runs.items()},
                                   orient="index", columns=["block interval, SS mean, ms", "difference"])
 
 
-def _beside(ours: float | None, theirs: float | None) -> list[str]:
+def _compared(ours: float | None, theirs: float | None, metric: Metric | None = None) -> list[str]:
+    """Ours, theirs, the difference and the change in percent, each as text."""
+    text = _text if metric is None else metric.text
     if ours is None or theirs is None:
-        return [_text(ours), _text(theirs), "", ""]
+        return [text(ours), text(theirs), "", ""]
     change = f"{100 * (ours - theirs) / theirs:+.1f} %" if theirs else ""
-    return [_text(ours), _text(theirs), _text(ours - theirs, "+"), change]
+    return [text(ours), text(theirs), text(ours - theirs, "+"), change]
 
 
 def _text(value: float | None, sign: str = "") -> str:

@@ -3,8 +3,8 @@
 nbconvert's own templates load require.js, MathJax, Mermaid and the widget manager from the internet, even
 with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets. It
 gives pictures the alternative text that came with them, which the original drops. HTML outputs pass through
-unchanged: whoever prints a prompt or another string as HTML escapes it. The two long cells of parameters, the
-notebook's and papermill's, are folded: a report begins with what it found. Style sheets keep only what the
+unchanged: whoever prints a prompt or another string as HTML escapes it. Parameters and code are folded: a
+report shows what it found. Style sheets keep only what the
 page uses: of JupyterLab's 260 KB a report needs a tenth.
 """
 
@@ -25,14 +25,19 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block body_header -%}{{ super() }}{{ resources.card }}{%- endblock -%}
+{%- block body_header -%}{{ super() }}<style>details.code { margin-left: var(--jp-cell-prompt-width);
+ font-family: var(--jp-content-font-family); color: #5f6368 }</style>{{ resources.card }}{%- endblock -%}
 {%- block input_group -%}
 {%- set tags = cell.metadata.get('tags', []) -%}
-{%- if 'parameters' in tags or 'injected-parameters' in tags -%}
-<details style="margin-left: var(--jp-cell-prompt-width); font-family: var(--jp-content-font-family);
- font-size: var(--jp-content-font-size1)"><summary>
-{{- 'Parameters of this run' if 'injected-parameters' in tags else 'Parameters that the notebook declares' -}}
+<details class="code"><summary>
+{%- if 'injected-parameters' in tags -%}Parameters of this run
+{%- elif 'parameters' in tags -%}Parameters that the notebook declares
+{%- else -%}Code{%- endif -%}
 </summary>{{ super() }}</details>
+{%- endblock -%}
+{%- block output_group -%}
+{%- if cell.source.rstrip().endswith('.parameters()') -%}
+<details class="code"><summary>Parameters that are not the defaults</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock -%}
 {%- block data_png scoped -%}

@@ -19,14 +19,13 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import atomic_path, project_path
-from ..measurement.result import lookup, number
-from .campaign import BASELINE, NOISE, Campaign, Result
+from ..measurement.catalogue import shown_in
+from ..measurement.result import lookup
+from .campaign import BASELINE, Campaign, Result
 from .log.markdown import digits, escape
 
 NOISE_FILE = "outputs/noise.json"
 SCHEMA_VERSION = 1
-_VALUES = {"ss_mean": "latency.ss_ms_per_frame.mean", "ss_max": "latency.ss_ms_per_frame.max",
-           "ps_mean": "latency.ps_ms.mean"}
 
 
 def rows_of(results: Sequence[Result], campaign: str) -> list[dict[str, Any]]:
@@ -44,8 +43,8 @@ def rows_of(results: Sequence[Result], campaign: str) -> list[dict[str, Any]]:
                      "runs": len(repeated),
                      "blocks": [run["sizes"]["blocks_measured"] for run in repeated],
                      "switches": [run["sizes"]["switches"] for run in repeated]}
-                    | {name: [_rounded(number(run, path)) for run in repeated]
-                       for name, path in _VALUES.items()})
+                    | {metric.key: [_rounded(metric.value(run)) for run in repeated]
+                       for metric in shown_in("record")})
     return rows
 
 
@@ -113,10 +112,11 @@ def over_campaigns(record: Sequence[Mapping[str, Any]], results: Sequence[Result
         if len(alike) < 2 or (row["runs"] < 2 and preset != BASELINE):
             continue
         words = []
-        for name in _VALUES:
-            values = [value for other in alike for value in other[name] if value is not None]
+        for metric in shown_in("record"):
+            values = [value for other in alike for value in other.get(metric.key, ()) if value is not None]
             if values:
-                words.append(f"{NOISE[name]} {digits(min(values))} to {digits(max(values))} ms")
+                unit = metric.unit.partition(" per ")[0]
+                words.append(f"{metric.label} {digits(min(values))} to {digits(max(values))} {unit}")
         total = sum(other["runs"] for other in alike)
         lines.append(f"Over {len(alike)} campaigns on this kind of machine, {total} runs at several commits "
                      f"({NOISE_FILE}): {escape(preset)} {', '.join(words)}.")

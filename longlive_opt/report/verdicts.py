@@ -16,7 +16,6 @@ provisional decision. The summary decides when everything is there, and writes, 
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,12 +24,11 @@ from typing import Any
 from ..files import atomic_path
 from ..measurement import decision
 from ..measurement.result import run_label
-from .campaign import Campaign, Result, baseline_of, verdict_of
+from .campaign import Campaign, Result, baseline_of, load, verdict_of
+from .conclusion import Page, card_html, recommendation_html
 
 DECISIONS_FILE = "decisions.json"
 SCHEMA_VERSION = 1
-_COLOURS = {"keep": "#1b7f3b", "drop": "#b3261e"}
-_GREY = "#5f6368"
 
 
 def decisions_of(campaign: Campaign, recommended: str | None, reasons: Sequence[str]) -> dict[str, Any]:
@@ -77,34 +75,26 @@ def read_decisions(folder: Path) -> dict[str, Any]:
 
 
 def cards(folder: Path) -> dict[str, str]:
-    """label -> the HTML that the run's report opens with: its verdict, as decisions.json has it.
+    """label -> the HTML that the run's report opens with: its conclusion, as decisions.json has it.
 
     A run that is newer than its decision has none yet.
     """
     found = read_decisions(folder)
-    best, shown = found["recommended"]["preset"], {}
-    for label, entry in found["decisions"].items():
-        try:
-            result = json.loads((folder / label / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if result.get("created_utc") == entry["created_utc"]:
-            shown[label] = card_html(entry, found["campaign"], recommended=entry["preset"] == best)
+    if not found["decisions"]:
+        return {}
+    results = load(folder).results
+    baseline, shown = baseline_of(results), {}
+    for result in results:
+        label = run_label(result["preset"], result["run"])
+        entry = found["decisions"].get(label)
+        if entry is not None and entry["created_utc"] == result["created_utc"]:
+            best = entry["preset"] == found["recommended"]["preset"] and entry["run"] == 1
+            shown[label] = card_html(result, baseline, entry, found["campaign"], recommended=best)
     return shown
 
 
-def card_html(entry: Mapping[str, Any], campaign: str, *, recommended: bool = False) -> str:
-    """The card of one run, complete and escaped."""
-    verdict, first = entry["verdict"], entry["run"] == 1
-    words = [f"{entry['rationale'][:1].upper()}{entry['rationale'][1:]}."]
-    if recommended and first:
-        words.append("The log recommends this preset.")
-    if verdict in ("keep", "drop", "undecided"):
-        words.append(f"Rule: {entry['rule']}.")
-    words.append(f"From {DECISIONS_FILE} of the campaign {campaign}.")
-    paragraphs = "".join(f"<p style=\"margin:0.3em 0\">{html.escape(text)}</p>" for text in words)
-    colour = _COLOURS.get(verdict, _GREY)
-    return (f'<section id="verdict" style="margin:1em 2em;padding:0.6em 1em;border-left:6px solid {colour};'
-            f'background:#f6f6f6;font-family:sans-serif;font-size:14px">'
-            f'<p style="margin:0.3em 0;font-size:18px"><b>Verdict: {html.escape(verdict)}</b></p>'
-            f"{paragraphs}</section>")
+def recommendation(campaign: Campaign) -> Page:
+    """HTML: which preset to take and why, as decisions.json has it."""
+    advised = read_decisions(campaign.folder)["recommended"]
+    best = next((run for run in campaign.results if run["preset"] == advised["preset"]), None)
+    return recommendation_html(best, baseline_of(campaign.results), advised["reasons"])

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..files import load_yaml
 from ..models.weight_files import TINY_WEIGHTS
 from .execute import export_report, export_reports, locked, run_jobs
+from .parameters import refresh
 from .plan import (
     Layout,
     check_machine,
@@ -134,9 +135,17 @@ def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def refresh_parameters(layout: Layout, arguments: argparse.Namespace) -> int:
+    """The command `parameters`."""
+    for path in refresh(layout):
+        log.info("%s is written", path.relative_to(layout.root))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m longlive_opt.runner", description="Run presets as notebooks.")
-    commands = parser.add_subparsers(required=True, metavar="run | summary | training | quantization | list")
+    commands = parser.add_subparsers(required=True, metavar="run | summary | training | quantization | list "
+                                     "| parameters")
     run = commands.add_parser("run", help="run presets, then the summary")
     run.add_argument("--campaign", required=True, metavar="NAME", help="results go to outputs/NAME")
     run.add_argument("--profile", type=Path, metavar="FILE", help="goes over each preset's values")
@@ -170,6 +179,9 @@ def _parser() -> argparse.ArgumentParser:
                               help="over the profile")
     quantization.set_defaults(command=run_quantization)
     commands.add_parser("list", help="list the presets").set_defaults(command=list_presets)
+    parameters = commands.add_parser("parameters", help="write what follows from keys, presets and profiles: "
+                                     "params/README.md and the notebooks' parameters cells")
+    parameters.set_defaults(command=refresh_parameters)
     return parser
 
 

@@ -50,6 +50,11 @@ class Job:
     known: Mapping[str, Any] | None = None
     weights: WeightFiles = WeightFiles()
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """`parameters`, and the keys of a run's configuration that its notebook has by default."""
+        return {**(self.known or {}).get("parameters", {}), **self.parameters}
+
 
 class RunFailed(Exception):
     """A notebook did not finish; `report` is what failed.json holds."""
@@ -288,7 +293,7 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
     if status == "not available":
         meaning, hint = message, "run it on a machine that has what it needs"
     return {"status": status, "label": job.label, "notebook": job.notebook.name, "kind": kind,
-            "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": dict(job.parameters),
+            "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": job.configuration,
             "started_utc": _utc(started), "failed_utc": _utc(time.time())}
 
 

@@ -1,10 +1,10 @@
 """Plan a campaign: presets, a profile and settings become jobs, or the one sentence that says why not.
 
-What would fail later is refused here: a preset without its notebook, a parameter that no cell declares,
-optimizations under the baseline's name, absent weights, no GPU, a full disk, a run that is finished with
-other parameters, prompts or weights, one that could not be compared with the campaign's baseline. `plan*` and
-`is_finished` only read; `check_machine` makes the campaign's folder, to see that it can. No torch and no
-papermill, so a command line answers at once.
+What would fail later is refused here: a preset without its notebook, an unknown key, optimizations under the
+baseline's name, absent weights, no GPU, a full disk, a run that is finished with other parameters, prompts or
+weights, one that could not be compared with the campaign's baseline. `plan*` and `is_finished` only read;
+`check_machine` makes the campaign's folder, to see that it can. No torch and no papermill, so a command line
+answers at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..files import check_texts, load_yaml, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights
-from ..prompts import script_of
+from ..prompts import schedule_of
 from .execute import SUMMARY, Job, finished_result
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ TRAINING_NOTEBOOK = "98_training.ipynb"
 QUANTIZATION = "quantization"
 QUANTIZATION_NOTEBOOK = "91_quantization.ipynb"
 MIN_FREE_BYTES = 2**30
+_DEFAULTS = ExperimentConfig().to_dict()
 # Words about a run: written anew, they leave what was measured as it is.
 WORDS = ("title", "hypothesis")
 # What a repetition measures at most: it tells the noise of means, and is no second campaign.
@@ -147,7 +148,7 @@ def declared_parameters(notebook: Path) -> set[str]:
 
 
 def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) -> None:
-    """papermill only warns about an unknown parameter; here it is an error."""
+    """Refuse `names` that the notebook does not read: papermill only warns about them."""
     ignored = [name for name in names if name not in declared]
     if ignored:
         raise UserError(f"{notebook.name} would ignore {', '.join(ignored)}; name it in its parameters cell")
@@ -242,7 +243,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         check_baseline(config)
-        script = script_of(config)
+        schedule = schedule_of(config)
         weights = check_weights(config.weights, config.model_config())
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
@@ -252,11 +253,13 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     folder = layout.campaign(campaign) / label
     run = dict(zip(RUN_KEYS, (campaign, number, folder.relative_to(layout.root).as_posix())))
     declared = declared_parameters(notebook)
-    _require_declared(notebook, declared, [*asked, *run])
-    # Every value that the notebook declares, not only those asked for: its own defaults never count.
-    values = {key: value for key, value in config.to_dict().items() if key in declared}
+    _require_declared(notebook, declared, list(RUN_KEYS))
+    # What the notebook's cell states is overwritten, so that its own values never count; every other key has
+    # the config's default there, and is passed where it differs.
+    values = {key: value for key, value in config.to_dict().items()
+              if key in declared or value != _DEFAULTS[key]}
     return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})",
-               known=decision.planned(config, script), weights=weights)
+               known=decision.planned(config, schedule), weights=weights)
 
 
 def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) -> Job:
@@ -342,7 +345,7 @@ def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = 
 
 
 def is_finished(job: Job) -> bool:
-    """Whether `job` was run before: judged by what it was run with, not by its name.
+    """Whether `job` was run before: evaluated by what it was run with, not by its name.
 
     Raises:
         UserError: it was, with other parameters, where WORDS may differ, with other prompts or switch frames,
@@ -351,7 +354,7 @@ def is_finished(job: Job) -> bool:
     result = finished_result(job.folder)
     if result is None:
         return False
-    there, asked = result.get("parameters", {}), job.parameters
+    there, asked = result.get("parameters", {}), job.configuration
     # Beside a file of prompts, older results list prompts that were not used.
     unused = ("prompts",) if asked.get("prompts_file") else ()
     keys = [key for key in asked
@@ -367,7 +370,7 @@ def is_finished(job: Job) -> bool:
 
 def _other_content(result: Mapping[str, Any], job: Job) -> str:
     """What of the content behind equal parameters is no longer that of the finished `result`, or empty."""
-    then, now = (decision.script_of_result(run) for run in (result, job.known))
+    then, now = (decision.schedule_of_result(run) for run in (result, job.known))
     if then[0] is None:
         return "prompts, or the same: it is older than the record of what a prompts_file held"
     for name, were, are in zip(("prompts", "switch frames"), then, now):

@@ -1,4 +1,4 @@
-"""The decoder seam: latents in, finished frames out, in order."""
+"""The decoder component: latents in, finished frames out, in order."""
 
 from __future__ import annotations
 

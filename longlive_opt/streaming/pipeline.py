@@ -1,4 +1,5 @@
-"""A pipeline: the five seams that optimizations replace. The session cannot tell which of them were replaced.
+"""A pipeline: the five components that optimizations replace. The session cannot tell which of them were
+replaced.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from .timeline import NullTimeline, Timeline
 class Pipeline:
     """Everything a session needs.
 
-    The seams are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
+    The components are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
     `make_vae_decoder` (which network calls make frames) and `make_decoder` (when they run); the session
     cannot tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does
-    `rooms`: what each optimization did.
+    `optimizations`: what each optimization did.
     """
 
     config: ExperimentConfig
@@ -53,7 +54,7 @@ class Pipeline:
     make_decoder: Callable[[StreamingDecoder, Timeline | NullTimeline, Delivery], Decoder]
     weights: dict[str, Any]
     setup_s: dict[str, float]
-    rooms: tuple[dict[str, Any], ...] = ()
+    optimizations: tuple[dict[str, Any], ...] = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -177,7 +178,7 @@ def float32_twin(pipeline: Pipeline) -> Pipeline:
     backend = resolve_backend(config.attention_backend, pipeline.device, torch.float32)
     files = check_weights(config.weights, config.model_config())
     (dit, _), (vae, _) = _load_networks(config, files, pipeline.device, torch.float32)
-    return replace(pipeline, config=config, dtype=torch.float32, attention_backend=backend, rooms=(),
+    return replace(pipeline, config=config, dtype=torch.float32, attention_backend=backend, optimizations=(),
                    **_components(config, pipeline.model, backend, dit, vae, pipeline.text_encoder))
 
 

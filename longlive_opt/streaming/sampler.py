@@ -32,7 +32,7 @@ class SamplingPlan:
 
 
 class Forward(Protocol):
-    """One pass of the transformer: the seam of everything that makes denoising faster."""
+    """One pass of the transformer: the component of everything that makes denoising faster."""
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..files import whole_text
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..models.vae import IMAGE_CHANNELS
-from ..prompts import Script
+from ..prompts import PromptSchedule
 from .decoder import Delivery
 from .pipeline import Pipeline
 from .sampler import NoiseSource, StreamNoise
@@ -124,34 +124,34 @@ class StreamingSession:
             UserError: an empty prompt, a block count that is not positive, a session that already streams and
                 was not reset, or absolute positions that ended (`relative_rope: true` has no end).
         """
-        return self._start(Script((prompt,)), blocks)
+        return self._start(PromptSchedule((prompt,)), blocks)
 
-    def play(self, script: Script, blocks: int) -> Iterator[Chunk]:
-        """Stream a script: its prompts take over at its switch frames (latent frames), rounded up to a block,
-        at most one a block.
+    def play(self, schedule: PromptSchedule, blocks: int) -> Iterator[Chunk]:
+        """Stream a schedule: its prompts take over at its switch frames (latent frames), rounded up to a
+        block, at most one a block.
 
         Raises:
             UserError: a switch past the end of the video, or what `stream` refuses.
         """
-        check_switches_fit(script.switch_frames, blocks, self.plan.block_frames)
-        return self._start(script, blocks)
+        check_switches_fit(schedule.switch_frames, blocks, self.plan.block_frames)
+        return self._start(schedule, blocks)
 
-    def _start(self, script: Script, blocks: int | None) -> Iterator[Chunk]:
+    def _start(self, schedule: PromptSchedule, blocks: int | None) -> Iterator[Chunk]:
         if blocks is not None and blocks < 1:
             raise UserError(
                 f"blocks: {blocks} is not positive; ask for at least 1, or None for an endless stream."
             )
         if self._streaming:
             raise UserError("session: it already holds a video; call reset() before starting another.")
-        script = Script(tuple(map(_checked_prompt, script.prompts)), script.switch_frames)
+        schedule = PromptSchedule(tuple(map(_checked_prompt, schedule.prompts)), schedule.switch_frames)
         self._streaming = True
-        return self._stream(script, blocks)
+        return self._stream(schedule, blocks)
 
     @torch.no_grad()
-    def _stream(self, script: Script, blocks: int | None) -> Iterator[Chunk]:
+    def _stream(self, schedule: PromptSchedule, blocks: int | None) -> Iterator[Chunk]:
         timeline, sampler = self.timeline, self.pipeline.sampler
-        prompts = deque(script.prompts)
-        switch_frames = deque(script.switch_frames)
+        prompts = deque(schedule.prompts)
+        switch_frames = deque(schedule.switch_frames)
         if switch_frames and switch_frames[0] == 0:
             # A switch before anything exists is a start; LongLive never uses the first prompt then either.
             switch_frames.popleft()

@@ -1,5 +1,5 @@
 """How well an exported folder does what it was trained for: held-out prompts through the ordinary session,
-judged by `shapes.evaluator`.
+evaluated by `shapes.evaluator`.
 
 Each figure is a mean over videos, `..._se` its standard error. `plain`: adherence over five seconds.
 `switch`: adherence in the second block after a prompt switch, and there, of what changed alone, how much is
@@ -10,7 +10,7 @@ the second latent frame on. `long`: adherence in the first and the last five sec
 
 `variants` repeats it with what LongLive adds taken away: no sink, no recache, shorter windows. `..._change`
 is the mean difference to the full model on the same scenes and noise, with a standard error of its own, which
-is the smaller for that. Windows are judged on fewer videos; `full` is nothing taken away on the same ones.
+is the smaller for that. Windows are evaluated on fewer videos; `full` is nothing taken away on the same ones.
 The first of the videos with a switch are shown in `switches.png`.
 """
 
@@ -33,7 +33,7 @@ from ..config import ExperimentConfig
 from ..errors import UserError
 from ..files import atomic_path
 from ..measurement.environment import environment
-from ..prompts import Script
+from ..prompts import PromptSchedule
 from ..streaming.pipeline import Pipeline, build_reference
 from ..streaming.sampler import Sampler
 from ..streaming.session import StreamingSession
@@ -55,7 +55,7 @@ from .shapes.scene import STAYING, SceneSpec, change_scene, sample_scene
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
-Video = tuple[str, Callable[..., Row], Tensor, tuple[SceneSpec, ...]]  # kind, judge, frames, scenes
+Video = tuple[str, Callable[..., Row], Tensor, tuple[SceneSpec, ...]]  # kind, evaluate, frames, scenes
 Strip = tuple[str, Sequence[int], Tensor]
 
 PLAIN_BLOCKS = 7
@@ -92,7 +92,7 @@ class NoRecache(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is taken away; `few`: judged on fewer videos, and `full` on the same ones."""
+    """What is taken away; `few`: evaluated on fewer videos, and `full` on the same ones."""
 
     keys: Mapping[str, Any]
     recache: bool = True
@@ -127,7 +127,7 @@ def check_weights(
     """Write and return `check.json` in `folder`; writes `switches.png` there too.
 
     Args:
-        processes: how many judge at the same time; 0: this one does.
+        processes: how many evaluate at the same time; 0: this one does.
         keys: more keys of the preset, such as `denoising_steps`.
 
     Raises:
@@ -191,7 +191,7 @@ def judge_plain(frames: Tensor, scene: SceneSpec) -> Row:
     return {"adherence": check(frames, scene).adherence, "permanence": permanence(frames, scene)}
 
 
-def judge_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
+def evaluate_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
     """Figures of a video that turns to `other` at SWITCH_BLOCK."""
     after = read(frames[SWITCH_FRAME:])
     second = after[BLOCK_FRAMES:2 * BLOCK_FRAMES]
@@ -201,7 +201,7 @@ def judge_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
             "old_left": changed_share(after[FROM_FRAME:FROM_FRAME + BLOCK_FRAMES], scene, other)}
 
 
-def judge_long(frames: Tensor, scene: SceneSpec) -> Row:
+def evaluate_long(frames: Tensor, scene: SceneSpec) -> Row:
     """Figures of the first and the last five seconds of a long video of one scene."""
     first, last = ends(frames)
     away = wandered(first, last, scene)
@@ -213,13 +213,13 @@ def judge_long(frames: Tensor, scene: SceneSpec) -> Row:
 
 def _videos(pipeline: Pipeline, seed: int, plain: int, switch: int, long: int) -> Iterator[Video]:
     """So many of each kind, as they are made."""
-    for kind, judge, stream, count, blocks in (
+    for kind, evaluate, stream, count, blocks in (
             ("plain", judge_plain, 100, plain, PLAIN_BLOCKS),
-            ("switch", judge_switch, 101, switch, SWITCH_BLOCK + AFTER_BLOCKS),
-            ("long", judge_long, 102, long, LONG_BLOCKS)):
+            ("switch", evaluate_switch, 101, switch, SWITCH_BLOCK + AFTER_BLOCKS),
+            ("long", evaluate_long, 102, long, LONG_BLOCKS)):
         for i in range(count):
             scenes = _scenes(kind, np.random.default_rng([seed, stream, i]))
-            yield kind, judge, _play(pipeline, scenes, blocks, i), scenes
+            yield kind, evaluate, _play(pipeline, scenes, blocks, i), scenes
 
 
 def _scenes(kind: str, rng: np.random.Generator) -> tuple[SceneSpec, ...]:
@@ -235,17 +235,17 @@ def _play(pipeline: Pipeline, scenes: Sequence[SceneSpec], blocks: int, seed: in
     config = dataclasses.replace(pipeline.config, seed=seed)
     session = StreamingSession(dataclasses.replace(pipeline, config=config))
     switch = pipeline.sampler.plan.block_frames * SWITCH_BLOCK
-    script = Script(tuple(map(describe, scenes)), (switch,) * (len(scenes) - 1))
-    return torch.cat([chunk.frames[0] for chunk in session.play(script, blocks)]).cpu()
+    schedule = PromptSchedule(tuple(map(describe, scenes)), (switch,) * (len(scenes) - 1))
+    return torch.cat([chunk.frames[0] for chunk in session.play(schedule, blocks)]).cpu()
 
 
 def _judge(videos: Iterable[Video], pool: Executor | None) -> tuple[dict[str, list[Row]], list[Strip]]:
     """Figures by kind, found in other processes while the next video is made; first switches for `sheet`."""
     found: dict[str, list[Any]] = {}
     shown = []
-    for kind, judge, frames, scenes in videos:
+    for kind, evaluate, frames, scenes in videos:
         # arrays: tensors would travel through shared memory, which may be small
-        row = pool.submit(judge, frames.numpy(), *scenes) if pool else judge(frames, *scenes)
+        row = pool.submit(evaluate, frames.numpy(), *scenes) if pool else evaluate(frames, *scenes)
         found.setdefault(kind, []).append(row)
         if kind == "switch" and len(shown) < SHOWN_VIDEOS:
             text = f"{describe(scenes[0])}\nfrom {SWITCH_FRAME / FPS:.1f} s on: {describe(scenes[1])}"

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ...config import ExperimentConfig
 from ...measurement.result import is_finite, lookup, number, numbers
 from ...streaming.timeline import Event
 
@@ -150,12 +151,11 @@ def ink_on(stage: str) -> str:
 Result = Mapping[str, Any]
 
 
-TARGET_MS = 40.0  # per video frame: 25 FPS, for results that do not state a target
-
-
 def target_of(result: Result) -> float:
-    """The line that the run was to stay under, in ms per video frame: its `target_ms_per_frame`."""
-    return number(result, "latency.ss_over_target.target_ms") or TARGET_MS
+    """The line that the run was to stay under, in ms per video frame: its `target_ms_per_frame`, or the
+    default of that key for a result that states none.
+    """
+    return number(result, "latency.ss_over_target.target_ms") or ExperimentConfig.target_ms_per_frame
 
 
 def targets_of(results: Iterable[Result]) -> list[float]:

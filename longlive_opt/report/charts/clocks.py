@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from ...measurement.catalogue import metric_of
 from ...measurement.result import is_finite, lookup, number
 from .chart import FONT, GREY, Chart, Result, mean_of, name_of, new_lanes, not_drawn, result_colour, told
 from .labels import name_lines
@@ -53,5 +54,5 @@ def _mean(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _joules(result: Result) -> str:
-    joules = number(result, "energy.joules_per_frame")
+    joules = metric_of("joules_per_frame").value(result)
     return "n/a" if joules is None else f"{joules:.1f}"

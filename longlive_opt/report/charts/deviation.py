@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import MaxNLocator
 
+from ...measurement.catalogue import metric_of
 from ...measurement.result import is_finite, lookup, number, numbers
 from .chart import (
     GREY,
@@ -30,15 +31,15 @@ def pareto(results: Sequence[Result]) -> Chart:
     """Worst-case latency against the error ratio, or for results from before protocol 2 the PSNR to the
     baseline: up and to the left is better.
     """
-    timed = {name_of(r): r for r in results if number(r, "latency.ss_ms_per_frame.max") is not None}
+    timed = {name_of(r): r for r in results if metric_of("ss_max").value(r) is not None}
     title = "Speed against fidelity"
     if not timed:
         return not_drawn(title, "no steady-state latency")
     ratios = {name: _ratio(result) for name, result in timed.items()}
-    by_ratio = any(number(result, "quality.worst_ratio") is not None for result in timed.values())
+    by_ratio = any(metric_of("error_ratio").value(result) is not None for result in timed.values())
     # The higher the better, as PSNR is.
     scores = {name: -10 * math.log10(ratio) if ratio else None for name, ratio in ratios.items()} \
-        if by_ratio else {name: number(result, "quality.psnr_db.mean") for name, result in timed.items()}
+        if by_ratio else {name: metric_of("psnr").value(result) for name, result in timed.items()}
     known = [value for value in scores.values() if value is not None] or [30.0, 40.0]
     span = max(max(known) - min(known), 2.0 if by_ratio else 6.0)
     top, bottom = max(known) + 0.3 * span, min(known) - 0.3 * span  # the rows for "identical" and "n/a"
@@ -51,7 +52,7 @@ def pareto(results: Sequence[Result]) -> Chart:
         y = bottom if scores[name] is None else scores[name]
         if not by_ratio and is_identical(result):
             y = top
-        points.append((number(result, "latency.ss_ms_per_frame.max"), y, name, result_colour(result)))
+        points.append((metric_of("ss_max").value(result), y, name, result_colour(result)))
     figure, ax = new_axes(title, 4.8)
     front: list[tuple[float, float]] = []
     for x, y, _, _ in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -82,7 +83,7 @@ def pareto(results: Sequence[Result]) -> Chart:
 
 def _ratio(result: Result) -> float | None:
     """The error ratio; 1 for the baseline and what has its bits."""
-    return 1.0 if is_identical(result) else number(result, "quality.worst_ratio")
+    return 1.0 if is_identical(result) else metric_of("error_ratio").value(result)
 
 
 def error_by_block(result: Result, baseline: Result | None = None) -> Chart:
@@ -113,7 +114,7 @@ def error_by_block(result: Result, baseline: Result | None = None) -> Chart:
             ax.plot(*zip(*shown, strict=True), color=colour, marker=".", **style)
             names.append((shown[-1][0], shown[-1][1], name, colour))
     ax.yaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
-    switch = number(result, "quality.script.switch_block")
+    switch = number(result, "quality.prompt_schedule.switch_block")
     if switch is not None:
         ax.axvline(switch, color=GREY, lw=0.7, ls=":", zorder=0)
     ax.set(ylabel="relative error of the latents, %",

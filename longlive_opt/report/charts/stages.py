@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ...measurement.catalogue import metric_of
 from ...measurement.result import number, numbers
 from .chart import (
     DARK,
@@ -59,7 +60,7 @@ def switch_bars(results: Sequence[Result]) -> Chart:
     for result in results:
         parts = {name: number(result, f"latency.ps_breakdown_ms.{name}") for name in STAGES}
         parts = {name: max(0.0, value) for name, value in parts.items() if value is not None}
-        total = number(result, "latency.ps_ms.mean")
+        total = metric_of("ps_mean").value(result)
         if total is not None:
             rows.append((f"{name_of(result)} (n={len(numbers(result, 'latency.ps_ms_all'))})", parts, total))
     title = "Prompt switch: from the request to the first new frames"

@@ -1,5 +1,7 @@
 """OPTIMIZATION_LOG.md: the blanks of `template.md`, filled."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections import Counter
@@ -9,14 +11,16 @@ from typing import Any
 
 import yaml
 
+from ...config import keys_of
 from ...files import atomic_path, project_path
 from ...measurement import decision, environment
+from ...measurement.catalogue import of_template, shown_in
 from ...measurement.result import lookup, number
+from ...models.specs import MODELS
 from .. import charts
 from ..campaign import (
     BASELINE,
-    FIGURES,
-    NOISE,
+    LADDER,
     SUMMARY,
     Campaign,
     Failure,
@@ -29,21 +33,27 @@ from ..noise_record import NOISE_FILE, read_record
 from ..tables import to_csv
 from ..verdicts import decisions_of, write_decisions
 from . import outside
-from .entry import Run, is_kept, is_large, matched_runs, quality_sentence, quality_text
+from .entry import Run, details_table, is_kept, is_large, matched_runs, quality_sentence, quality_text
+from .findings import findings, folded
 from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
 from .notes import missing_notes, run_notes
-from .recommendation import closing, fill_summary, observations, recommend, troubles
+from .recommendation import (
+    caveats,
+    closing,
+    definitions,
+    fill_summary,
+    observations,
+    recommend,
+    rules,
+    troubles,
+)
 
-EXPERIMENTS = ("cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")  # 1 to 6 in the log
+EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
 _TEMPLATE = Path(__file__).with_name("template.md")
-_SWITCHES = ("use_cuda_graphs", "use_torch_compile", "use_static_kv", "use_quantized_kv", "use_async_vae",
-             "use_prompt_cache", "model_dtype")
-# What the block of a preset beyond the template shows as well.
-_MORE_SWITCHES = (*_SWITCHES, "compile_mode", "capture_recache", "kv_quantization", "kv_read_path",
-                  "use_fused_kernels", "use_quantized_linears", "use_text_offload", "use_vae_offload",
-                  "vae_offload_ahead", "use_early_decode")
-_WORDS = ("name", "title", "hypothesis", "prompts", "prompts_file")
+# What the block of a preset beyond the template shows, and what it leaves out.
+_SHOWN = (*keys_of("optimizations"), "model_dtype")
+_WORDS = (*keys_of("identity"), "prompts", "prompts_file")
 
 
 def save_figures(campaign: Campaign) -> dict[str, charts.Chart]:
@@ -83,7 +93,7 @@ def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
     """Write OPTIMIZATION_LOG.md atomically; return its path.
 
     Args:
-        results: valid results; of a preset that was run twice, the first gives the figures.
+        results: valid results; of a preset that was run twice, the first gives the numbers.
         more: as for `render_log`.
 
     Raises:
@@ -101,7 +111,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     """The text of OPTIMIZATION_LOG.md.
 
     Args:
-        results: valid results; of a preset that was run more than once, the first gives the figures.
+        results: valid results; of a preset that was run more than once, the first gives the numbers.
         failures: runs without a result.
         problems: (place, reason) of what could not be read.
         source: what the log shall name as the arguments of the command that made it.
@@ -116,7 +126,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     blank = sections[EXPERIMENTS.index("balanced")]
     base = runs.get(BASELINE)
     if base:
-        baseline = _fill_baseline(baseline, base, noise)
+        baseline = _fill_baseline(baseline, base)
     for preset, run in runs.items():
         if preset in EXPERIMENTS:
             index = EXPERIMENTS.index(preset)
@@ -127,8 +137,9 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     sections, everywhere = _said_once(sections)
     compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
     observed = [*observations(results, runs, noise, record), *map(escape, compared), *code,
-                *_other_target(runs), *everywhere, *troubles(failures, problems), *closing(results, source)]
-    notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n"
+                *_other_target(runs), *everywhere, *troubles(failures, problems), *rules(runs),
+                *caveats(runs), closing(results, source)]
+    notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n\n{definitions(results)}".rstrip() + "\n"
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
 
 
@@ -159,7 +170,7 @@ def _other_target(runs: Mapping[str, Run]) -> list[str]:
 
 
 def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the sections without notes on missing figures that stand in several of them, those notes)."""
+    """(the sections without the notes on missing metrics that several of them share, those notes)."""
     found = Counter(line for section in sections for line in section.split("\n") if " is n/a: " in line)
     repeated = [line for line, count in found.items() if count > 1 and line.startswith("- ")]
     shortened = ["\n".join(line for line in section.split("\n") if line not in repeated)
@@ -167,23 +178,25 @@ def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
     return shortened, [line.removeprefix("- ") for line in repeated]
 
 
-def _fill_baseline(section: str, run: Run, noise: Mapping[str, Mapping[str, Any]]) -> str:
+def _fill_baseline(section: str, run: Run) -> str:
     settings, lines = _settings(run), []
     for line in section.rstrip("\n").split("\n"):
         label = first_cell(line)
+        if line.startswith("## "):
+            line = f"{line}\n\n{bullets(findings(run, None))}"
         if label in settings:
             line = f"| {label} | {settings[label]} |"
-        elif label in FIGURES:
-            text = run.cell(label)
-            if label in run.missing and label == "SS P99":
+        elif metric := of_template(label):
+            text = run.cell(metric.key)
+            if label in run.missing and metric.key == "ss_p99":
                 n = lookup(run.result, "latency.ss_ms_per_frame.n")
-                text = f"n/a: n too small (n={n}), max {run.figure('SS Max')} ms"
+                text = f"n/a: n too small (n={n}), max {run.value('ss_max')} ms"
             line = table_row(line, [text])
         lines.append(line)
-        if label == "Dtype" and not run.failure:
-            lines += ["", bullets(_provenance(run))]
-    notes = [*run_notes(run, None, noise), *missing_notes(run)]
-    return "\n".join([*lines, "", "**Notes**:", bullets(notes)]) + "\n"
+    provenance = [] if run.failure else _provenance(run)
+    notes = bullets([*provenance, *run_notes(run, None), *missing_notes(run)])
+    details = folded(f"**Notes**:\n{notes}\n\n{details_table(run, None)}")
+    return "\n".join([*lines, "", details])
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -193,7 +206,7 @@ def _settings(run: Run) -> dict[str, str]:
     count = f"{len(steps)} ({', '.join(map(str, steps))})" if steps else "n/a"
     gpu, cpu = lookup(run.result, "environment.gpu"), lookup(run.result, "environment.cpu")
     device = f"n/a ({run.outcome})" if run.failure else gpu or f"none (CPU: {cpu or 'unknown'})"
-    return {"Model": "LongLive-1.3B" if model == "longlive-1.3b" else escape(model or "n/a"),
+    return {"Model": MODELS[model].title if model in MODELS else escape(model or "n/a"),
             "GPU": escape(device),
             "Denoising Steps": escape(count),
             "Local Attention": f"{escape(parameters.get('local_attn_size', 'n/a'))} frames",
@@ -202,7 +215,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _provenance(run: Run) -> list[str]:
-    """What the figures hang on, as lines below the table of settings."""
+    """Weights, versions and code of the run."""
     result, environment = run.result, run.result["environment"]
     files = ", ".join(f"{part} sha256 {str(digest)[:12]}"
                       for part, digest in (lookup(result, "weights.sha256") or {}).items())
@@ -219,17 +232,18 @@ def _provenance(run: Run) -> list[str]:
                      for side in ("width", "height"))
     return [f"Weights: {weights}", f"Versions: {versions}",
             f"Code: commit {commit}{dirty}, run of {escape(result['created_utc'])}",
-            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames a block"]
+            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames per "
+            "block"]
 
 
 def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
     """The blank section of a preset that the template does not have, in the form of experiment 5.
 
-    Its block holds the template's switches and every parameter that is not the baseline's.
+    Its block holds the optimizations that have a value and every parameter that is not the baseline's.
     """
     parameters = lookup(run.result, "parameters")
     reference = lookup(base.result, "parameters") if base else parameters
-    keys = [key for key in parameters if key in _MORE_SWITCHES
+    keys = [key for key in parameters if key in _SHOWN and parameters[key] is not None
             or key not in _WORDS and parameters[key] != reference.get(key, parameters[key])]
     lines = (yaml.safe_dump({key: parameters[key]}, default_flow_style=True, width=1000) for key in keys)
     block = "\n".join(line.strip("{}\n") for line in lines)
@@ -241,56 +255,56 @@ def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
 
 def _fill_experiment(section: str, run: Run, base: Run | None,
                      noise: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = []
-    notes = [*run_notes(run, base, noise), *_configuration_notes(section, run),
-             *_template_notes(section, run)]
+    """The section's heading, three lines of findings, and all of its form, filled and folded."""
+    notes = [*run_notes(run, base), *_configuration_notes(section, run), *_template_notes(section, run)]
+    whole, before, lines = run, base, []
     run, base = matched_runs(run, base)
+    against = _regressions(run, base, noise)
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
-        label, metric = first_cell(line), re.match(rf"- (.+): {BLANK}(.*)", line)
-        if label in FIGURES:
-            reference = base.cell(label) if base else "n/a (no baseline)"
-            change = percent(change_of(run.result, base.result if base else None, label))
-            line = table_row(line, [reference, run.cell(label), change.rstrip("%")])
-        elif metric:
-            line = f"- {metric[1]}: {quality_text(run, metric[1], metric[2])}"
+        blank = re.match(rf"- (.+): {BLANK}", line)
+        if metric := of_template(first_cell(line)):
+            reference = base.cell(metric.key) if base else "n/a (no baseline)"
+            change = percent(change_of(run.result, base.result if base else None, metric))
+            line = table_row(line, [reference, run.cell(metric.key), change.rstrip("%")])
+        elif blank and (metric := of_template(blank[1])):
+            line = f"- {blank[1]}: {quality_text(run, metric)}"
         elif line.startswith("**Quality**") and f"- PSNR: {BLANK}" not in section:
             line += f"\n{quality_sentence(run)}"
         elif line.startswith("**Decision**"):
             found = run.result.get("decision") or {"keep": None}
             keep, drop = ("x" if found["keep"] is wanted else " " for wanted in (True, False))
-            reason = f"No decision: {run.outcome}." if run.failure else \
-                f"{sentence(found['rationale'])}{_regressions(run, base, noise)} Rule: " \
-                f"{sentence(found['rule'])}"
+            reason = f"No decision: {run.outcome}." if run.failure else sentence(found["rationale"]) + against
             line = f"**Decision**: [{keep}] Keep  [{drop}] Drop\n{reason}"
         lines.append(line)
     notes += missing_notes(run)
-    return "\n".join(lines).rstrip("\n") + f"\n\n**Notes**:\n{bullets(notes)}\n"
+    heading, form = re.fullmatch(r"(?s)(.*### Experiment \d+: [^\n]*\n)(.*)", "\n".join(lines)).groups()
+    details = f"{form.strip()}\n\n**Notes**:\n{bullets(notes)}\n\n{details_table(run, base)}"
+    return f"{heading}\n{bullets(findings(whole, before, against))}\n\n{folded(details)}"
 
 
 def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:
     """What a preset that is kept makes worse by more than the noise."""
     if base is None or not is_kept(run):
         return ""
-    worse, keys = [], {name.lower(): key for key, name in NOISE.items()}
-    spreads = decision.noise_of_preset(run.preset, noise) or {}
-    for label in (label for label in FIGURES if label.lower() in keys):
-        change = change_of(run.result, base.result, label) or 0.0
-        spread = number(spreads, keys[label.lower()]) or 0.0
-        if (-change if label == "FPS" else change) > 100 * max(decision.NOISE_FLOOR, spread):
-            worse.append(f"{label} {percent(change)}")
+    worse, spreads = [], decision.noise_of_preset(run.preset, noise) or {}
+    for metric in (metric for metric in shown_in("noise") if metric.template):
+        change = change_of(run.result, base.result, metric) or 0.0
+        spread = number(spreads, metric.key) or 0.0
+        if (-change if metric.better == "higher" else change) > 100 * max(decision.NOISE_FLOOR, spread):
+            worse.append(f"{metric.template} {percent(change)}")
     return f" Against it: {', '.join(worse)}." if worse else ""
 
 
 def _template_notes(section: str, run: Run) -> list[str]:
     """Where the words of the template do not fit what was run."""
     notes = []
-    captured = any(number(room, "report.stats.captured") for room in run.result.get("rooms") or [])
+    captured = any(number(applied, "report.stats.captured")
+                   for applied in run.result.get("optimizations") or [])
     if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
-        notes.append("use_cuda_graphs is false since the compile_mode captures graphs itself; they were "
-                     "replayed, and no shape is dynamic.")
+        notes.append("use_cuda_graphs is false because the compile_mode captures graphs itself. They were "
+                     "replayed; no shape is dynamic.")
     if "(Recommended)" in section:
-        notes.append("The heading is the template's; what the rule recommends stands below the summary "
-                     "table.")
+        notes.append("The heading is the template's. The recommendation is below the summary table.")
     if "quality_eval.py" in section:
         notes.append("There is no quality_eval.py: the preset's notebook evaluates quality.")
     return notes

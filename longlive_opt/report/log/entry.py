@@ -1,22 +1,24 @@
-"""One run as the log reads it: its figures as text, and how it stands beside another."""
+"""One run as the log reads it: its metrics as text, and how it compares with another."""
+
+from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, field, replace
 
 from ...measurement import decision
+from ...measurement.catalogue import Metric, metric_of, shown_in
 from ...measurement.result import is_finite, is_na, lookup, number, numbers
-from ..campaign import BASELINE, FIGURES, Result
-from .markdown import digits, escape, sentence
+from ...models.specs import LONGLIVE
+from ..campaign import BASELINE, Result, change_of
+from .markdown import digits, escape, percent, sentence
 
 SUMMARY_NAMES = {BASELINE: "Baseline", "quality": "Quality", "balanced": "Balanced", "speed": "Speed"}
-QUALITY = {"PSNR": "psnr_db", "SSIM": "ssim", "LPIPS": "lpips", "CLIP Delta": "clip_delta"}
-_DISTANCES = ("LPIPS", "ST-LPIPS")
 
 
 @dataclass
 class Run:
-    """A preset that was run, as the log reads it: its figures as text, and why some are missing."""
+    """A preset that was run, as the log reads it: its metrics as text, and why some are missing."""
 
     result: Result  # of a failed run: preset, title, hypothesis and parameters only
     failure: str = ""
@@ -32,33 +34,33 @@ class Run:
     def name(self) -> str:
         return SUMMARY_NAMES.get(self.preset) or escape(self.result.get("title") or self.preset)
 
-    def figure(self, label: str) -> str:
-        """One of `FIGURES` as text."""
-        return self.text(label, FIGURES[label])
+    def value(self, key: str) -> str:
+        """The metric of this key as text."""
+        return self.text(metric_of(key))
 
-    def cell(self, label: str) -> str:
-        """One of `FIGURES` for a table: SS Max of a preset that was repeated comes with its range."""
-        if label != "SS Max" or (among := self.range()) is None:
-            return self.figure(label)
-        return f"{self.figure(label)} ({among})"
+    def cell(self, key: str) -> str:
+        """A metric for a table: SS max of a preset that was repeated comes with its range."""
+        if key != "ss_max" or (among := self.range()) is None:
+            return self.value(key)
+        return f"{self.value(key)} ({among})"
 
     def range(self) -> str | None:
-        """Between which values SS Max lay in this run and its repetitions; None where there are none."""
-        values = [number(run, FIGURES["SS Max"]) for run in (self.result, *self.repeats)]
+        """Between which values SS max lay in this run and its repetitions; None where there are none."""
+        values = [metric_of("ss_max").value(run) for run in (self.result, *self.repeats)]
         if len(values) < 2 or None in values:
             return None
         return f"{digits(min(values))} to {digits(max(values))} over {len(values)} runs"
 
-    def text(self, label: str, path: str) -> str:
-        """The number at `path` as text, or n/a with a short reason; the long one is kept for the notes."""
-        value = number(self.result, path)
+    def text(self, metric: Metric) -> str:
+        """The metric as text, or n/a with a short reason; the long one is kept for the notes."""
+        value, path = metric.value(self.result), metric.path
         if value is not None:
             return digits(value)
         if self.failure:
             return f"n/a ({self.outcome})"
         places = (lookup(self.result, at) for at in (path, path.rpartition(".")[0]))
         absent = next(filter(is_na, places), {"reason": "not recorded", "how_to_fix": "run the preset again"})
-        self.missing[label] = f"{absent['reason']}; {absent.get('how_to_fix', '')}"
+        self.missing[metric.template or metric.label] = f"{absent['reason']}; {absent.get('how_to_fix', '')}"
         clause = re.split("[;:(]", absent["reason"])[0].strip()
         return f"n/a ({escape(clause if len(clause) <= 80 else clause[:79] + '…')})"
 
@@ -71,13 +73,38 @@ def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
     return replace(run, result=pair[0]), replace(base, result=pair[1])
 
 
-def quality_text(run: Run, label: str, unit: str) -> str:
+def frame_metrics() -> list[Metric]:
+    """The metrics of fidelity that the log's template asks for."""
+    return [metric for metric in shown_in("fidelity") if metric.template]
+
+
+def details_table(run: Run, base: Run | None) -> str:
+    """The metrics that the log's template does not ask for, against the baseline's; those that the run does
+    not record have no row. Empty for a run that failed.
+    """
+    if run.failure:
+        return ""
+    other = None if base is None or base.failure else base.result
+    rows = [["Metric", run.name] if other is None else ["Metric", "Baseline", run.name, "Change"]]
+    rows.append(["---"] * len(rows[0]))
+    for metric in shown_in("log"):
+        if metric.is_recorded(run.result):
+            cells = [escape(metric.heading), metric.shown(run.result)]
+            if other is not None:
+                cells.insert(1, metric.shown(other))
+                cells.append(percent(change_of(run.result, other, metric)))
+            rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def quality_text(run: Run, metric: Metric) -> str:
     """What follows "PSNR: " and its siblings: the mean, and the worst frame where it is recorded."""
-    if label == "PSNR" and lookup(run.result, "quality.identical") is True and not of_truth(run.result):
+    unit = f" {metric.unit}" if metric.unit else ""
+    if metric.key == "psnr" and lookup(run.result, "quality.identical") is True and not of_truth(run.result):
         return "infinite, all compared frames are identical"
-    name = QUALITY.get(label, "st_lpips")
-    text = run.text(label, f"quality.{name}.mean")
-    worst = number(run.result, f"quality.{name}.{'max' if label in _DISTANCES else 'min'}")
+    text = run.text(metric)
+    extreme = "max" if metric.better == "lower" else "min"
+    worst = number(run.result, f"{metric.path.rpartition('.')[0]}.{extreme}")
     if text.startswith("n/a") or worst is None:
         return text if text.startswith("n/a") else text + unit
     return f"{text}{unit} (worst frame {digits(worst)}{unit})"
@@ -94,15 +121,14 @@ def quality_sentence(run: Run) -> str:
     if of_truth(run.result):
         same = "Exact: the baseline's latents and frames, bit for bit. " if quality.get("identical") else ""
         return f"{same}{ratio_text(run.result)}; {', '.join(_frame_values(run))}, against " \
-               f"{escape(quality['reference'])} ({compared}); {escape(quality.get('label'))}."
+               f"{escape(quality['reference'])} ({compared})."
     if quality.get("identical") is True:
-        return f"Exact: bit-identical to the baseline ({compared}); {escape(quality.get('label'))}."
-    return (f"{', '.join(_frame_values(run))}, against the baseline ({compared}); "
-            f"{escape(quality.get('label'))}.")
+        return f"Exact: bit-identical to the baseline ({compared})."
+    return f"{', '.join(_frame_values(run))}, against the baseline ({compared})."
 
 
 def _frame_values(run: Run) -> list[str]:
-    return [f"{name} {quality_text(run, name, ' dB' if name == 'PSNR' else '')}" for name in QUALITY]
+    return [f"{metric.template} {quality_text(run, metric)}" for metric in frame_metrics()]
 
 
 def of_truth(result: Result) -> bool:
@@ -128,15 +154,14 @@ def ratio_text(result: Result) -> str:
 def null_notes(result: Result) -> list[str]:
     """What the null rows of a campaign's baseline show: the scale of every error ratio."""
     rows = lookup(result, "quality.nulls") or []
-    told = []
+    lines = []
     for row in rows:
         if (ratio := number(row, "worst_ratio")) is None:
-            told.append(f"{row['title']} n/a")
+            lines.append(f"{row['title']} n/a")
             continue
         psnr, worst = (number(row, f"free_running.psnr_db.{key}") for key in ("mean", "min"))
-        told.append(f"{row['title']} {ratio:.3g} (PSNR {digits(psnr)} dB, worst frame {digits(worst)})")
-    return [f"Null rows, the baseline's stream with something taken away, by the greater of their two error "
-            f"ratios: {escape('; '.join(told))}."] if told else []
+        lines.append(f"{row['title']} {ratio:.3g} (PSNR {digits(psnr)} dB, worst frame {digits(worst)})")
+    return [f"Error ratios of the null rows: {escape('; '.join(lines))}."] if lines else []
 
 
 def psnr_within_blocks(result: Result) -> tuple[float, float] | None:
@@ -161,8 +186,8 @@ def quality_short(run: Run) -> str:
     """Fidelity in two words."""
     if lookup(run.result, "quality.identical") is True:
         return "exact"
-    text = run.text("PSNR", "quality.psnr_db.mean")
-    ratio = number(run.result, "quality.worst_ratio")
+    text = run.value("psnr")
+    ratio = metric_of("error_ratio").value(run.result)
     return text if text.startswith("n/a") else f"PSNR {text} dB" if ratio is None else \
         f"error ratio {ratio:.3g}, PSNR {text} dB"
 
@@ -173,11 +198,11 @@ def fidelity_of(run: Run) -> float:
     """
     if of_truth(run.result):
         same = run.preset == BASELINE or lookup(run.result, "quality.identical") is True
-        ratio = 1.0 if same else number(run.result, "quality.worst_ratio")
+        ratio = 1.0 if same else metric_of("error_ratio").value(run.result)
         return float("-inf") if ratio is None else -ratio
     if run.preset == BASELINE or lookup(run.result, "quality.identical") is True:
         return float("inf")
-    psnr = number(run.result, "quality.psnr_db.mean")
+    psnr = metric_of("psnr").value(run.result)
     return float("-inf") if psnr is None else psnr
 
 
@@ -195,7 +220,7 @@ def is_kept(run: Run) -> bool:
 
 def is_large(result: Result) -> bool:
     """Whether it is the model that the hypotheses and the target speak of."""
-    return model_name(result) == "longlive-1.3b"
+    return model_name(result) == LONGLIVE
 
 
 def model_name(result: Result) -> str:

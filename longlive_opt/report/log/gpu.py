@@ -1,5 +1,7 @@
 """What the log notes of the GPU during the streams, and whether a stream kept its pace."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

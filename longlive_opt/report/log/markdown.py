@@ -1,5 +1,7 @@
 """What a log of Markdown is put together from: numbers, sentences, rows of tables."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -50,7 +52,7 @@ def first_cell(line: str) -> str:
 
 def table_row(line: str, values: Sequence[str]) -> str:
     """A table row with its blanks filled in order; an n/a takes the place of both number and unit, and what
-    stands in brackets behind a number comes behind the unit.
+    follows a number in brackets comes after the unit.
     """
     cells, todo = line.split("|"), iter(values)
     for index, cell in enumerate(cells):

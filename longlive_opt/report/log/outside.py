@@ -1,5 +1,7 @@
 """What others measured of LongLive-1.3B on one H100, with sources: log and README take it from here."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 FRAMES_PER_BLOCK = 12
@@ -42,6 +44,6 @@ WHY_OURS_DIFFER = (
 
 
 def sentences() -> list[str]:
-    """What others measured, and why our figures differ."""
+    """What others measured, and why our numbers differ."""
     found = "; ".join(measured.sentence() for measured in MEASURED)
     return [f"Measured outside of this project, LongLive-1.3B on one H100: {found}. {WHY_OURS_DIFFER}"]

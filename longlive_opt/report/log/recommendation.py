@@ -1,11 +1,15 @@
 """What the log says of all runs: the summary table, what to take and when, observations."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...measurement import metrics
-from ...measurement.result import lookup, number
-from ..campaign import BASELINE, FIGURES, Failure, Result, change_of, within_target
+from ...measurement import catalogue
+from ...measurement.catalogue import metric_of
+from ...measurement.decision import OBJECTIVES
+from ...measurement.result import lookup
+from ..campaign import BASELINE, Failure, Result, change_of, verdict_of, within_target
 from ..charts import target_of, targets_of
 from ..noise_record import over_campaigns
 from .entry import (
@@ -20,7 +24,9 @@ from .entry import (
     worst_ms,
 )
 from .markdown import BLANK, bullets, escape, first_cell, percent, sentence, table_row
-from .notes import OTHERS, noise_sentence
+from .notes import noise_sentence
+
+_PURPOSES = {"memory": "memory", "switch": "the wait at a prompt switch"}
 
 
 def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
@@ -54,7 +60,7 @@ def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
 def _summary_row(line: str, run: Run) -> str:
     if within_target(run.result):
         line = line.replace("[ ]", "[x]")
-    return table_row(line, [*map(run.cell, ("SS Max", "FPS", "Memory")), quality_short(run)])
+    return table_row(line, [*map(run.cell, ("ss_max", "fps", "peak_allocated")), quality_short(run)])
 
 
 def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
@@ -65,26 +71,25 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     best = next((run for run in measured if within_target(run.result) and is_kept(run)), None)
     faster = measured[:measured.index(best)] if best else measured[:3]
     small = sorted({model_name(run.result) for run in measured if not is_large(run.result)})
-    reasons = [f"These are runs of the model {', '.join(small)}: they show the rule at work and recommend "
-               "nothing for LongLive-1.3B."] if small else []
-    reasons.append(f"Rule: the lowest SS max, over the first {blocks} blocks of each, among the presets "
-                   f"that stay within {_targets(measured)} ms per video frame in all their blocks and whose "
-                   "decision is Keep (gain above the noise, quality gate passed); the baseline needs no "
-                   "decision, and a study is never recommended.")
+    reasons = [f"These are runs of the model {', '.join(small)}. They recommend nothing for LongLive-1.3B."] \
+        if small else []
     if best:
         base = runs[BASELINE].result if BASELINE in runs else None
-        change = percent(change_of(best.result, base, "SS Mean"))
-        reasons += [f"{best.name}: SS max {best.figure('SS Max')} ms, FPS {best.figure('FPS')}, SS mean "
-                    f"{best.figure('SS Mean')} ms ({change} against the baseline).",
+        change = percent(change_of(best.result, base, metric_of("ss_mean")))
+        reasons += [f"{best.name}: SS max {best.value('ss_max')} ms, FPS {best.value('fps')}, SS mean "
+                    f"{best.value('ss_mean')} ms ({change} against the baseline).",
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
         is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
         if lookup(best.result, "weights.kind") == "random" and not is_exact:
-            reasons.append("The gates were passed with random weights. Fidelity depends on the weights: run "
-                           "the preset with the official ones before relying on it.")
+            reasons.append("The gates were passed with random weights. Run the preset with the official ones "
+                           "before relying on its fidelity.")
     else:
-        reasons.append("No measured preset meets it.")
-    return best, [*reasons, *(f"Not {run.name}, SS max {run.figure('SS Max')} ms: {_why_not(run)}"
-                              for run in faster)]
+        reasons.append("No measured preset meets the rule below.")
+    rule = (f"Rule: the lowest SS max over the first {blocks} blocks of each, among the presets that stay "
+            f"within {_targets(measured)} ms per video frame in all blocks and whose decision is Keep. The "
+            "baseline needs no decision; a study is never recommended.")
+    return best, [*reasons, *(f"Not {run.name}, SS max {run.value('ss_max')} ms: {_why_not(run)}"
+                              for run in faster), rule]
 
 
 def _why_not(run: Run) -> str:
@@ -109,7 +114,7 @@ def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
         return None
 
     def costs(of: Run) -> tuple[float, float]:
-        return number(of.result, FIGURES["SS Max"]), -fidelity_of(of)
+        return metric_of("ss_max").value(of.result), -fidelity_of(of)
 
     ours = costs(run)
     better = [other for other in _kept(runs) if costs(other) != ours
@@ -124,25 +129,24 @@ def _when(run: Run, other: Run | None) -> str:
     if run is other:
         return "it is the recommended one"
     state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
-    facts = f"SS max {run.figure('SS Max')} ms, {quality_short(run)}{state}"
+    facts = f"SS max {run.value('ss_max')} ms, {quality_short(run)}{state}"
     if not is_kept(run):
         return f"not recommended ({facts})"
     if other is None or other.failure:
         return f"nothing to compare it with ({facts})"
     if objective_of(run) != "latency":
-        label = {"memory": "Memory", "switch": "PS Mean"}[objective_of(run)]
-        better = (number(run.result, FIGURES[label]) or 0) < (number(other.result, FIGURES[label]) or 0)
-        name, unit = OTHERS[label]
-        facts = f"{name} {run.figure(label)} {unit}, {facts}"
-        purpose = f"where {'memory' if label == 'Memory' else 'the wait at a prompt switch'} counts most"
+        metric = metric_of(OBJECTIVES[objective_of(run)])
+        better = (metric.value(run.result) or 0) < (metric.value(other.result) or 0)
+        facts = f"{metric.label} {run.value(metric.key)} {metric.unit}, {facts}"
+        purpose = f"where {_PURPOSES[objective_of(run)]} counts most"
     elif other.preset == BASELINE:
-        better, purpose = True, "where the mean counts, which is below the baseline's"
+        better, purpose = True, "where the mean counts more than the worst case"
     else:
-        is_faster = number(run.result, FIGURES["SS Max"]) < number(other.result, FIGURES["SS Max"])
+        is_faster = metric_of("ss_max").value(run.result) < metric_of("ss_max").value(other.result)
         better = is_faster or fidelity_of(run) > fidelity_of(other)
         purpose = ("where latency counts more than fidelity" if is_faster
                    else "where fidelity counts more than latency")
-    none = f"by SS max and fidelity no reason to prefer it to {other.name}"
+    none = f"dominated by {other.name}, no faster in the worst case and no closer to the baseline"
     return f"{purpose if better else none} ({facts})"
 
 
@@ -155,12 +159,12 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
     if not results:
         return []
     lines = [noise_sentence(found) for found in noise.values()] or [
-        "Noise (A/A): unknown, no preset was run twice under equal conditions; small changes mean nothing."]
+        "Noise (A/A): unknown, since no preset was run twice. Small changes mean nothing."]
     lines += over_campaigns(record, results)
     for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
-                        ("environment.co_scheduled", "Not fit for comparison, since something else ran on "
-                                                     "the machine meanwhile:"),
-                        ("sizes.quick", "Quick runs, too short for more than a first impression:")):
+                        ("environment.co_scheduled", "Not fit for comparison, because something else ran "
+                                                     "on the machine:"),
+                        ("sizes.quick", "Quick runs, for a first impression only:")):
         presets = [run.preset for run in runs.values() if lookup(run.result, path)]
         if presets:
             lines.append(f"{words} {escape(', '.join(presets))}.")
@@ -169,8 +173,8 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
     held = [f"{run.preset} ({mhz:.0f} MHz)" for run in runs.values() if (mhz := _held_clock(run.result))]
     if held:
-        lines.append("The GPU held its clock back in these runs (the lower of two readings, before and after "
-                     f"the streams): {escape(', '.join(held))}.")
+        lines.append(f"The GPU held its clock back (lower of two readings, before and after the streams) in "
+                     f"{escape(', '.join(held))}.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
         found = sorted({str(lookup(result, path))[:24] for result in results})
         if len(found) > 1:
@@ -185,6 +189,23 @@ def _held_clock(result: Result) -> float | None:
     return min((clocks["sm_mhz"] for clocks in read if clocks.get("sm_mhz")), default=None) if held else None
 
 
+def rules(runs: Mapping[str, Run]) -> list[str]:
+    """Every decision rule once, with the presets that it decided."""
+    found: dict[str, list[str]] = {}
+    for run in runs.values():
+        if not run.failure and verdict_of(run.result) in ("keep", "drop", "undecided"):
+            found.setdefault(run.result["decision"]["rule"], []).append(run.preset)
+    return [f"Decision rule of {escape(', '.join(presets))}: {sentence(rule)}"
+            for rule, presets in found.items()]
+
+
+def caveats(runs: Mapping[str, Run]) -> list[str]:
+    """What fidelity says and does not say, once per kind of fidelity."""
+    labels = dict.fromkeys(lookup(run.result, "quality.label") for run in runs.values() if not run.failure)
+    return [f"Quality is {escape(label)}: how close latents and frames are to the baseline's, not how good "
+            "the frames look." for label in labels if label]
+
+
 def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
     """Which runs have no result, and why."""
     return [
@@ -196,11 +217,15 @@ def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -
     ]
 
 
-def closing(results: Sequence[Result], source: str) -> list[str]:
-    """What the figures mean, and how the log is made."""
-    keys = {"SS": "ss_ms_per_frame", "PS": "ps_ms", "PS at a random moment": "ps_random_ms",
-            "Energy": "energy", "P99": "percentile", "FPS": "fps", "Memory": "memory_gb",
-            "Clocks": "clocks", "Comparison": "comparison", "Quality": "quality"}
-    lines = [f"{name}: {escape(metrics.DEFINITIONS[key])}" for name, key in keys.items()] if results else []
+def closing(results: Sequence[Result], source: str) -> str:
+    """How the log is made."""
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
-    return [*lines, f"This file is generated{command} from {len(results)} results: do not edit it."]
+    return f"This file is generated{command} from {len(results)} results: do not edit it."
+
+
+def definitions(results: Sequence[Result]) -> str:
+    """What the metrics of these results and of the template mean; empty without results."""
+    recorded = [metric for metric in catalogue.METRICS
+                if metric.template or any(metric.value(result) is not None for result in results)]
+    lines = [f"**{escape(name)}**: {escape(text)}" for name, text in catalogue.glossary(recorded).items()]
+    return f"<details><summary>Definitions</summary>\n\n{bullets(lines)}\n\n</details>\n" if results else ""

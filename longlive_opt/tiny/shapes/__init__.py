@@ -1,1 +1,1 @@
-"""A small world of coloured shapes that move: scenes, their prompts, their frames, and what frames show."""
+"""Moving Shapes: coloured shapes that move: scenes, their prompts, their frames, and what frames show."""

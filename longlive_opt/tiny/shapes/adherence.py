@@ -1,10 +1,10 @@
-"""Whether a video of the small world shows its prompts: the section `world` of result.json.
+"""Whether a video of Moving Shapes shows its prompts: the section `adherence` of result.json.
 
 PSNR tells how far a preset's frames are from the baseline's; here the truth is known, and a preset that
 breaks a prompt shows up. `evaluator` reads objects, motion and ground out of the frames by geometry
 alone.
 
-A prompt is judged over its whole time in the video; after a prompt switch from the second block on, for
+A prompt is evaluated over its whole time in the video; after a prompt switch from the second block on, for
 within the first one the old scene turns into the new one. A block is 12 video frames, the first of a video 9.
 What is too short for a motion, 12 frames, is n/a. Long times are read in spans of 6 blocks.
 """
@@ -54,9 +54,10 @@ class _Segment:
     stop: int
 
 
-def judge(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weights_kind: str) -> dict[str, Any]:
-    """The section `world` of result.json for a video `frames`, uint8 [T, 3, 128, 128], and the prompt of each
-    frame; n/a as a whole if a prompt is none of the small world, or the picture has another size.
+def evaluate(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weights_kind: str) -> dict[str,
+                                                                                                      Any]:
+    """The section `adherence` of result.json for a video `frames`, uint8 [T, 3, 128, 128], and the prompt of
+    each frame; n/a as a whole if a prompt is not of Moving Shapes, or the picture has another size.
 
     METRIC below is a number or n/a (`measurement.result`); adherence and permanence are shares, 1 is best.
 
@@ -68,10 +69,10 @@ def judge(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weights_
         drift             n/a or {prompt, seconds, first, last, change}: of the prompt with the longest time,
                           if that is three spans and more, adherence in the spans of its first and of its last
                           third, and the second minus the first; below 0 the video gets worse
-        permanence        METRIC, share of the judged frames in which every object is there
-        wrong, not_judged [str], such as "red circle: motion", of all prompts
-        segments          [{prompt, first_frame, frames, judged_from, judged_frames, adherence: METRIC,
-                          permanence: METRIC, wrong [str], not_judged [str]}], one for each prompt. After a
+        permanence        METRIC, share of the evaluated frames in which every object is there
+        wrong, not_evaluated [str], such as "red circle: motion", of all prompts
+        segments          [{prompt, first_frame, frames, evaluated_from, evaluated_frames, adherence: METRIC,
+                          permanence: METRIC, wrong [str], not_evaluated [str]}], one for each prompt. After a
                           switch also delay_blocks: METRIC or null (never) and delay_limit_blocks (how long it
                           was waited for); in one of 10 s and more drift {first, last}: adherence in the first
                           and the last 5 s
@@ -83,27 +84,28 @@ def judge(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weights_
         raise UserError(f"frame_prompts: {len(frame_prompts)} for {len(frames)} frames; give one per frame.")
     if frames.ndim == 4 and tuple(frames.shape[2:]) != (SIZE, SIZE):
         height, width = frames.shape[2:]
-        return na(f"the picture is {height} x {width}, and the checker reads {SIZE} x {SIZE}",
+        return na(f"the picture is {height} x {width}, and the evaluator reads {SIZE} x {SIZE}",
                   "leave height and width of the tiny model as they are")
     try:
         segments = _segments(frame_prompts)
     except UserError as error:
         told, _, remedy = str(error).removeprefix("prompt: ").rpartition("; ")
-        return na(f"a prompt is none of the small world: {told}", remedy.rstrip("."))
+        return na(f"a prompt is not of Moving Shapes: {told}", remedy.rstrip("."))
     earlier = [None, *(segment.scene for segment in segments)]
-    rows = [_judge_segment(frames, segment, before) for segment, before in zip(segments, earlier)]
+    rows = [_evaluate_segment(frames, segment, before) for segment, before in zip(segments, earlier)]
     return {"label": _label(weights_kind), **_summary(rows), "segments": rows}
 
 
 def table(section: dict[str, Any], frame_prompts: Sequence[str]) -> pd.DataFrame:
-    """A row for each prompt of a video and what `judge` made of it; figures are numbers or n/a."""
-    columns = ["prompt", "judged from frame", "frames", "adherence", "switch delay, blocks", "permanence",
-               "wrong", "not judged"]
+    """A row for each prompt of a video and what `evaluate` made of it; figures are numbers or n/a."""
+    columns = ["prompt", "evaluated from frame", "frames", "adherence", "switch delay, blocks", "permanence",
+               "wrong", "not evaluated"]
     if is_na(section):
         rows = [(prompt, "", "", section, "", "", "", "") for prompt, _ in groupby(frame_prompts)]
     else:
-        rows = [(row["prompt"], row["judged_from"], row["judged_frames"], row["adherence"], delay_of(row),
-                 row["permanence"], ", ".join(row["wrong"]), ", ".join(row["not_judged"]))
+        rows = [(row["prompt"], row["evaluated_from"], row["evaluated_frames"], row["adherence"],
+                 delay_of(row),
+                 row["permanence"], ", ".join(row["wrong"]), ", ".join(row["not_evaluated"]))
                 for row in section["segments"]]
     return pd.DataFrame(rows, columns=columns)
 
@@ -130,27 +132,27 @@ def _segments(frame_prompts: Sequence[str]) -> list[_Segment]:
     return found
 
 
-def _judge_segment(frames: Tensor | np.ndarray, segment: _Segment,
+def _evaluate_segment(frames: Tensor | np.ndarray, segment: _Segment,
                    before: SceneSpec | None) -> dict[str, Any]:
     """A row of `segments`; `before` is the scene that the switch replaced, None for the first prompt."""
     skipped = min(BLOCK_FRAMES if before else 0, segment.stop - segment.start)
     whole, count = frames[segment.start:segment.stop], segment.stop - segment.start - skipped
     row: dict[str, Any] = {"prompt": segment.prompt, "first_frame": segment.start, "frames": len(whole),
-                           "judged_from": segment.start + skipped, "judged_frames": count, "wrong": [],
-                           "not_judged": []}
+                           "evaluated_from": segment.start + skipped, "evaluated_frames": count, "wrong": [],
+                           "not_evaluated": []}
     spans = _spans(whole)
     checks: list[Check] = []
     if count < BLOCK_FRAMES:
         after = " after its first block" if before else ""
         row["adherence"] = row["permanence"] = na(
             f"the prompt has {count} video frames{after}, and a motion shows in {BLOCK_FRAMES}",
-            "film more latent frames, or switch elsewhere")
+            "video more latent frames, or switch elsewhere")
     else:
-        judged = [spans[0][skipped:], *spans[1:]]
-        checks = [check(span, segment.scene) for span in judged]
-        lengths = [len(span) for span in judged]
+        evaluated = [spans[0][skipped:], *spans[1:]]
+        checks = [check(span, segment.scene) for span in evaluated]
+        lengths = [len(span) for span in evaluated]
         row["adherence"] = float(np.average([one.adherence for one in checks], weights=lengths))
-        row["permanence"] = float(np.average([permanence(span, segment.scene) for span in judged],
+        row["permanence"] = float(np.average([permanence(span, segment.scene) for span in evaluated],
                                              weights=lengths))
         row |= _attributes(checks, segment.scene)
         third = len(checks) // 3
@@ -174,14 +176,14 @@ def _spans(frames: Tensor | np.ndarray) -> list[Reading]:
 
 
 def _attributes(checks: Sequence[Check], scene: SceneSpec) -> dict[str, list[str]]:
-    """wrong: in any span, and in how many; not_judged: in none."""
+    """wrong: in any span, and in how many; not_evaluated: in none."""
     marks = [_marks(one, scene) for one in checks]
     votes = {name: [found[name] for found in marks if name in found]
              for name in dict.fromkeys(name for found in marks for name in found)}
     share = f" ({{}} of {len(checks)} spans)" if len(checks) > 1 else ""
     return {"wrong": [name + share.format(found.count(False)) for name, found in votes.items()
                       if False in found],
-            "not_judged": [name for name, found in votes.items() if set(found) == {None}]}
+            "not_evaluated": [name for name, found in votes.items() if set(found) == {None}]}
 
 
 def _marks(result: Check, scene: SceneSpec) -> dict[str, bool | None]:
@@ -210,19 +212,20 @@ def _delay(after: Reading, scene: SceneSpec, before: SceneSpec, later: Sequence[
     if delay is None and later:
         marks = [mark for mark in changed(later[0], scene, before).values() if mark is not None]
         if not marks:
-            delay = na("what the new prompt changes could not be judged: hidden, cut by the edge or without "
-                       "a clear shape", "look at the video")
+            delay = na("what the new prompt changes could not be evaluated: hidden, cut by the edge or "
+                       "without a clear shape", "look at the video")
         elif all(marks):
             delay = na("the new scene is there, but no single block shows it for sure", "look at the video")
     return {"delay_blocks": delay, "delay_limit_blocks": limit}
 
 
 def _drift(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the row with the longest judged time among those that have thirds."""
-    long = max((row for row in rows if "thirds" in row), key=lambda row: row["judged_frames"], default=None)
+    """Of the row with the longest evaluated time among those that have thirds."""
+    long = max((row for row in rows if "thirds" in row), key=lambda row: row["evaluated_frames"],
+               default=None)
     if long is None:
-        return na(f"no prompt lasts three spans of {SPAN_FRAMES} frames", "film more latent frames")
-    return {"prompt": long["prompt"], "seconds": long["judged_frames"] / FPS, **long["thirds"]}
+        return na(f"no prompt lasts three spans of {SPAN_FRAMES} frames", "video more latent frames")
+    return {"prompt": long["prompt"], "seconds": long["evaluated_frames"] / FPS, **long["thirds"]}
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     after = [row["adherence"] for row in later if not is_na(row["adherence"])]
     delays = [row["delay_blocks"] for row in later if not is_na(row["delay_blocks"])]
     came = [delay for delay in delays if delay is not None]
-    judged = [row for row in rows if not is_na(row["permanence"])]
+    evaluated = [row for row in rows if not is_na(row["permanence"])]
     if came:
         delay: Any = float(np.mean(came))
     elif delays:
@@ -244,9 +247,9 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "adherence_after": float(np.mean(after)) if after else later[0]["adherence"] if later else no_switch,
         "delay_blocks": delay, "drift": _drift(rows),
         "switches": len(delays), "never": len(delays) - len(came),
-        "permanence": float(np.average([row["permanence"] for row in judged],
-                                       weights=[row["judged_frames"] for row in judged]))
-        if judged else rows[0]["permanence"],
+        "permanence": float(np.average([row["permanence"] for row in evaluated],
+                                       weights=[row["evaluated_frames"] for row in evaluated]))
+        if evaluated else rows[0]["permanence"],
         **{key: list(dict.fromkeys(name for row in rows for name in row[key]))
-           for key in ("wrong", "not_judged")},
+           for key in ("wrong", "not_evaluated")},
     }

@@ -1,4 +1,4 @@
-"""Prompts of the small world: a scene to a sentence and back.
+"""Prompts of Moving Shapes: a scene to a sentence and back.
 
     a small red circle moves left and a large blue square with the letter A spins, on a dotted grey ground
 

@@ -1,4 +1,4 @@
-"""What single frames of the small world show, read by colour and geometry; nothing here is learned.
+"""What single frames of Moving Shapes show, read by colour and geometry; nothing here is learned.
 
 A pixel belongs to the nearest colour of the palette. The silhouette of a colour, sampled along rays from its
 middle, gives a radius for every direction; its Fourier harmonics tell triangle (3), square (4), star (5) and
@@ -33,7 +33,7 @@ _LEAST_INK, _LEAST_MATCH = 0.09, 0.5
 
 
 @dataclass(frozen=True)
-class Seen:
+class Detection:
     """One object in one frame: middle and visible area in pixels, scale 1 = large, angle in radians.
 
     `whole`: neither cut by the edge of the picture nor touched by another object. Only then are shape, scale,
@@ -52,7 +52,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Track:
     """One colour over T frames; arrays [T, ...], NaN where the object is not there or not read."""
 
     colour: str
@@ -70,7 +70,7 @@ class Trace:
         return self.area > 0
 
 
-def read_objects(frame: Tensor | np.ndarray) -> list[Seen]:
+def read_objects(frame: Tensor | np.ndarray) -> list[Detection]:
     """All objects of one frame, uint8 [3, 128, 128], largest first.
 
     Raises:
@@ -87,7 +87,7 @@ def read_objects(frame: Tensor | np.ndarray) -> list[Seen]:
             letter, angle = read_letter(trace, [0], shape)
             read = {"shape": shape, "scale": float(scale[0]), "letter": letter,
                     "angle": float(angle[0]) if letter else shape_angle(trace, shape)[0]}
-        seen.append(Seen(trace.colour, x, y, int(trace.area[0]), whole, **read))
+        seen.append(Detection(trace.colour, x, y, int(trace.area[0]), whole, **read))
     return sorted(seen, key=lambda thing: -thing.area)
 
 
@@ -104,7 +104,7 @@ def check_frames(frames: Tensor | np.ndarray, least: int = 1) -> Tensor:
     return frames.cpu()
 
 
-def read_traces(frames: Tensor) -> tuple[dict[str, Trace], Tensor]:
+def read_traces(frames: Tensor) -> tuple[dict[str, Track], Tensor]:
     """The traces of all colours seen in `frames`, and where only ground is seen [T, H, W]."""
     frames = check_frames(frames)
     pixels = frames.float()
@@ -187,7 +187,7 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
 
 
 def _trace(colour: int, mask: Tensor, wide: dict[int, Tensor], found: list[int], strays: np.ndarray,
-           pixels: Tensor) -> Trace:
+           pixels: Tensor) -> Track:
     frames = len(mask)
     area = mask.flatten(1).sum(1)
     there = area > 0
@@ -208,7 +208,7 @@ def _trace(colour: int, mask: Tensor, wide: dict[int, Tensor], found: list[int],
     radius = _along_rays(mask.float(), middle.nan_to_num(), torch.arange(_REACH) + 0.5,
                          torch.ones(frames)).sum(1)
     waves = torch.fft.rfft(radius / radius.mean(1, keepdim=True).clamp(min=1))[:, :8] / _RAYS
-    return Trace(COLOURS[colour], area.numpy(), middle.numpy(), touches.numpy(),
+    return Track(COLOURS[colour], area.numpy(), middle.numpy(), touches.numpy(),
                  edge.numpy(), waves.numpy(), strays, ink.clamp(0, 1), mask)
 
 
@@ -221,7 +221,7 @@ def _along_rays(picture: Tensor, middle: Tensor, radii: Tensor, scale: Tensor) -
     return F.grid_sample(picture[:, None], grid, align_corners=False)[:, 0]
 
 
-def outline(trace: Trace, frames: Sequence[int]) -> tuple[str, np.ndarray]:
+def outline(trace: Track, frames: Sequence[int]) -> tuple[str, np.ndarray]:
     """The shape that the outlines of these frames are nearest to, and the scale in each."""
     strength = np.median(np.abs(trace.waves[frames]), axis=0)[3:6]
     ideal = _ideal_waves()
@@ -256,7 +256,7 @@ def large_area(shape: str) -> float:
     return corners * inner * math.sin(math.pi / corners) * radius ** 2
 
 
-def shape_angle(trace: Trace, shape: str) -> np.ndarray:
+def shape_angle(trace: Track, shape: str) -> np.ndarray:
     """Rotation [T] in radians, clockwise, modulo the symmetry of the shape; NaN for a circle."""
     corners = CORNERS[shape]
     if shape == "circle":
@@ -265,7 +265,7 @@ def shape_angle(trace: Trace, shape: str) -> np.ndarray:
     return -np.angle(trace.waves[:, corners]) / corners - offset
 
 
-def read_letter(trace: Trace, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
+def read_letter(trace: Track, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
                 scale: float | None = None) -> tuple[str | None, np.ndarray]:
     """The letter on an object of this shape in these frames, if any, and its rotation in each.
 
@@ -285,14 +285,14 @@ def read_letter(trace: Trace, frames: Sequence[int], shape: str, place: np.ndarr
     return LETTERS[index], score[:, index].argmax(-1).numpy() * (2 * math.pi / _RAYS)
 
 
-def letter_turn(trace: Trace, earlier: Sequence[int], later: Sequence[int], shape: str) -> np.ndarray:
+def letter_turn(trace: Track, earlier: Sequence[int], later: Sequence[int], shape: str) -> np.ndarray:
     """By how much a letter turned between pairs of frames: at most 0.7 radians, clockwise."""
     weights = torch.as_tensor(_LETTER_RADII, dtype=torch.float32)[:, None]
     score = _match(_letter_rays(trace, later, shape), _letter_rays(trace, earlier, shape), weights)
     return (score.roll(8, -1)[..., :17].argmax(-1).numpy() - 8) * (2 * math.pi / _RAYS)
 
 
-def _letter_rays(trace: Trace, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
+def _letter_rays(trace: Track, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
                  scale: float | None = None) -> Tensor:
     """Ink [len(frames), radius, ray] around the middle of the object, at radii in font pixels."""
     middle = trace.middle[frames] if place is None else place

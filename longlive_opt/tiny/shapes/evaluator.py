@@ -1,7 +1,7 @@
-"""Whether a video of the small world shows the scene that was asked for: no learned parts, only geometry.
+"""Whether a video of Moving Shapes shows the scene that was asked for: no learned parts, only geometry.
 
 An object is found by its colour, for colours within a scene differ; one that is there in another colour is
-found by what it else has in common with an object nobody asked for. What cannot be judged (the shape of an
+found by what it else has in common with an object nobody asked for. What cannot be evaluated (the shape of an
 object that is cut by the edge in every frame, say) counts neither way; what is not there is wrong.
 
 Adherence is the mean over the objects and the ground of the share of right attributes; an object too many
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from .detection import (
-    Seen,
-    Trace,
+    Detection,
+    Track,
     check_frames,
     is_large,
     read_ground,
@@ -32,9 +32,9 @@ from .detection import (
 )
 from .motion import SCALES
 from .scene import COLOURS, MOTIONS, STAYING, ObjectSpec, SceneSpec
-from .tracking import LEAST_FRAMES, WINDOW_FRAMES, Course, follow, motion_of
+from .tracking import LEAST_FRAMES, WINDOW_FRAMES, Trajectory, follow, motion_of
 
-__all__ = ["Check", "Drift", "Reading", "Seen", "changed", "changed_share", "check", "drift", "ends",
+__all__ = ["Check", "Drift", "Reading", "Detection", "changed", "changed_share", "check", "drift", "ends",
            "permanence", "read", "read_objects", "switch_delay", "wandered"]
 
 BLOCK_FRAMES = 12
@@ -51,15 +51,15 @@ class Reading:
     """What `read` found in T frames; a slice of it is what it had found in those frames."""
 
     frames: Tensor  # uint8 [T, 3, H, W]
-    traces: Mapping[str, Trace]
+    traces: Mapping[str, Track]
     clear: Tensor  # [T, H, W] where only ground is seen
-    courses: dict[tuple[str, ...], Course] = field(default_factory=dict)  # what `_course` followed
+    courses: dict[tuple[str, ...], Trajectory] = field(default_factory=dict)  # what `_course` followed
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, part: slice) -> Reading:
-        arrays = [f.name for f in fields(Trace) if f.name != "colour"]
+        arrays = [f.name for f in fields(Track) if f.name != "colour"]
         traces = {colour: replace(trace, **{name: getattr(trace, name)[part] for name in arrays})
                   for colour, trace in self.traces.items()}
         return Reading(self.frames[part], traces, self.clear[part])
@@ -82,7 +82,7 @@ def read(frames: Frames, least: int = 1) -> Reading:
 
 @dataclass(frozen=True)
 class Check:
-    """What of a scene is right in a span of frames; None is what could not be judged.
+    """What of a scene is right in a span of frames; None is what could not be evaluated.
 
     `objects`: marks for colour, shape, size, motion and, on large objects, letter. `ground`: for colour and
     pattern. `extra`: objects that nobody asked for.
@@ -241,8 +241,8 @@ def changed_share(frames: Frames, scene: SceneSpec, other: SceneSpec) -> float:
 
 
 def _share(marks: Marks) -> float:
-    judged = [mark for mark in marks.values() if mark is not None]
-    return float(np.mean(judged)) if judged else 0.0
+    evaluated = [mark for mark in marks.values() if mark is not None]
+    return float(np.mean(evaluated)) if evaluated else 0.0
 
 
 def _place(reading: Reading, scene: SceneSpec, index: int) -> np.ndarray | None:
@@ -255,7 +255,7 @@ def _place(reading: Reading, scene: SceneSpec, index: int) -> np.ndarray | None:
     return np.median(known, axis=0) if len(known) >= LEAST_FRAMES else None
 
 
-def _course(reading: Reading, colour: str, scene: SceneSpec, index: int) -> Course:
+def _course(reading: Reading, colour: str, scene: SceneSpec, index: int) -> Trajectory:
     """Follow a colour taken for object `index`, once; all but the objects behind that one may hide it."""
     thing = scene.objects[index]
     never = {colour, *(other.colour for other in scene.objects[:index + 1])}
@@ -275,10 +275,10 @@ def _assign(missing: list[int], others: list[str], scene: SceneSpec, reading: Re
              for i in missing for colour in others}
     for wanted in combinations(missing, count):
         for chosen in permutations(others, count):
-            judged = {i: known[i, colour] for i, colour in zip(wanted, chosen)}
-            score = sum(map(_share, judged.values()))
+            evaluated = {i: known[i, colour] for i, colour in zip(wanted, chosen)}
+            score = sum(map(_share, evaluated.values()))
             if score > best[0]:
-                best = score, judged
+                best = score, evaluated
     marks |= best[1]
     return count
 
@@ -299,12 +299,12 @@ def _judge(reading: Reading, colour: str, scene: SceneSpec, index: int) -> dict[
             marks["letter"] = _has_letter(trace, course, thing.letter)
     starts = range(0, len(trace.area) - LEAST_FRAMES + 1, WINDOW_FRAMES)
     votes = [motion_of(trace, course, slice(start, start + WINDOW_FRAMES)) for start in starts]
-    judged = [vote == thing.motion for vote in votes if vote]
-    marks["motion"] = bool(np.mean(judged) >= 0.5) if judged else None
+    evaluated = [vote == thing.motion for vote in votes if vote]
+    marks["motion"] = bool(np.mean(evaluated) >= 0.5) if evaluated else None
     return marks
 
 
-def _has_letter(trace: Trace, course: Course, letter: str | None) -> bool | None:
+def _has_letter(trace: Track, course: Trajectory, letter: str | None) -> bool | None:
     """Whether that letter, or none, is on the object; None where it never shows."""
     frames = np.flatnonzero(course.whole)
     if len(frames):
@@ -321,7 +321,7 @@ def _spread(frames: np.ndarray) -> np.ndarray:
     return frames[np.unique(np.linspace(0, len(frames) - 1, 8).astype(int))] if len(frames) > 8 else frames
 
 
-def _accounted(trace: Trace, front: list[Trace], thing: ObjectSpec) -> np.ndarray:
+def _accounted(trace: Track, front: list[Track], thing: ObjectSpec) -> np.ndarray:
     """[T] whether the object is there, or away for a reason."""
     accounted = trace.there.copy()
     shown = np.flatnonzero(trace.there)

@@ -1,4 +1,4 @@
-"""The small world to look at: pictures of scenes with their prompts, and what the checker makes of them.
+"""Moving Shapes to look at: pictures of scenes with their prompts, and what the evaluator makes of them.
 
 All is made on the spot from a seed, on the CPU: some 30 pictures a figure, a second or two.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...report.charts import Chart
-from .adherence import judge
+from .adherence import evaluate
 from .captions import describe
 from .evaluator import FPS, check, read, read_objects
 from .render import SIZE, render, simulate, to_uint8
@@ -71,7 +71,7 @@ class Sample:
         return sheet([(describe(self.scene), range(0, FRAMES, 6), self.frames[::6])])
 
     def seen(self) -> pd.DataFrame:
-        """What the checker reads in the first frame, knowing nothing of the prompt: an object a row."""
+        """What the evaluator reads in the first frame, knowing nothing of the prompt: an object a row."""
         rows = [(thing.colour, thing.shape, thing.letter, thing.scale, thing.x, thing.y, thing.area,
                  thing.whole) for thing in read_objects(self.frames[0])]
         columns = ["colour", "shape", "letter", "scale (1: large)", "x", "y", "pixels", "whole"]
@@ -87,7 +87,7 @@ class Sample:
                   "another scene": sample_scene(np.random.default_rng([self.seed, 1]))}
         rows = {}
         for name, scene in claims.items():
-            found = judge(self.frames, [describe(scene)] * FRAMES, weights_kind="none")
+            found = evaluate(self.frames, [describe(scene)] * FRAMES, weights_kind="none")
             rows[name] = {"prompt": describe(scene), "adherence": round(found["adherence_before"], 3),
                           "wrong": ", ".join(found["wrong"])}
         return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,4 +1,4 @@
-"""Where everything in the small world is at every video frame: `simulate` turns scenes into `Tracks`.
+"""Where everything in Moving Shapes is at every video frame: `simulate` turns scenes into `Tracks`.
 
 Positions are in pixels of a 128x128 picture, y downwards; angles in radians, clockwise; 16 frames a second.
 """

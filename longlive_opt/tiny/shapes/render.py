@@ -1,4 +1,4 @@
-"""Pictures of the small world: any frames of `Tracks`, on any device, each a pure function of its own row.
+"""Pictures of Moving Shapes: any frames of `Tracks`, on any device, each a pure function of its own row.
 
 Shapes are anti-aliased signed distances (https://iquilezles.org/articles/distfunctions2d): a shape of n
 corners is folded into one of its 2n equal sectors, in which its outline is a single line. A blend of two

@@ -1,8 +1,8 @@
-"""What a video of the small world shows: one to three objects that move over a patterned ground.
+"""What a video of Moving Shapes shows: one to three objects that move over a patterned ground.
 
 Vocabularies are small on purpose: a model of a few million parameters learns them in minutes, and every word
 of a prompt can be checked in the frames. Colours within a scene differ, so that a prompt can name one object
-and the checker can find it. This module imports no torch.
+and the evaluator can find it. This module imports no torch.
 """
 
 from __future__ import annotations

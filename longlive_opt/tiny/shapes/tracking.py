@@ -1,4 +1,4 @@
-"""Where an object of the small world is in each frame of a span, and which motion that is.
+"""Where an object of Moving Shapes is in each frame of a span, and which motion that is.
 
 A whole object is at the middle of its silhouette. One that the edge or another object hides in part is where
 a picture of its shape disagrees least with what is visible, over all shifts at once by Fourier transform;
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .detection import Trace, dilate, is_large, letter_reach, letter_turn, outline, read_letter, shape_angle
+from .detection import Track, dilate, is_large, letter_reach, letter_turn, outline, read_letter, shape_angle
 from .motion import SIZE
 from .render import CORNERS, silhouette
 from .scene import SHAPES
@@ -39,7 +39,7 @@ _TURNS = np.concatenate([np.arange(-0.15, -0.045, 0.01), np.arange(0.05, 0.155, 
 
 
 @dataclass(frozen=True)
-class Course:
+class Trajectory:
     """What is known of one object over a span: frames in which it is whole, its shape, size and places.
 
     `shape` and `scale` are None where no frame shows enough; `place` is [T, 2], NaN where it is not known.
@@ -53,8 +53,8 @@ class Course:
     place: np.ndarray
 
 
-def follow(trace: Trace, front: list[Trace], likely: tuple[str, float]) -> Course:
-    """Trace one object that only `front` may hide; `likely` are shape and scale if none can be read."""
+def follow(trace: Track, front: list[Track], likely: tuple[str, float]) -> Trajectory:
+    """Track one object that only `front` may hide; `likely` are shape and scale if none can be read."""
     hidden = torch.zeros_like(trace.silhouette)
     for other in front:
         hidden |= other.silhouette
@@ -82,7 +82,7 @@ def follow(trace: Trace, front: list[Trace], likely: tuple[str, float]) -> Cours
         x, y = (place[parts, side, None, None] for side in (0, 1))
         near = np.hypot(axis - x, axis[:, None] - y) < reach
         shows[parts] = inside & ~(hidden[parts].numpy() & near).any((1, 2))
-    return Course(whole, shows, shape, scale, place)
+    return Trajectory(whole, shows, shape, scale, place)
 
 
 def _place_parts(weight: Tensor, visible: np.ndarray, shape: str, scale: float, turn: float) -> np.ndarray:
@@ -103,7 +103,7 @@ def _place_parts(weight: Tensor, visible: np.ndarray, shape: str, scale: float, 
     return place
 
 
-def _recognise(trace: Trace, weight: Tensor, parts: np.ndarray) -> tuple[str | None, float | None, float]:
+def _recognise(trace: Track, weight: Tensor, parts: np.ndarray) -> tuple[str | None, float | None, float]:
     """Shape, scale and angle of an object that is never whole, from the three frames that show most of it.
 
     Shape, or scale, is None where another one, or one of the other size, fits nearly as well.
@@ -162,7 +162,7 @@ def _fit(weight: Tensor, drawn: Tensor) -> tuple[Tensor, np.ndarray]:
     return torch.stack(least), torch.stack(places).numpy()
 
 
-def motion_of(trace: Trace, course: Course, window: slice) -> str | None:
+def motion_of(trace: Track, course: Trajectory, window: slice) -> str | None:
     """The one of MOTIONS that fits a window best; None where too little is visible to say."""
     inside = np.zeros(len(course.whole), bool)
     inside[window] = True
@@ -209,7 +209,7 @@ def travel(frames: np.ndarray, place: np.ndarray) -> str:
     return min(scores, key=scores.__getitem__)
 
 
-def _in_place(trace: Trace, course: Course, frames: np.ndarray) -> str | None:
+def _in_place(trace: Track, course: Trajectory, frames: np.ndarray) -> str | None:
     """spins, pulses or still, from frames in which the object is whole."""
     shape = course.shape
     pairs = np.intersect1d(frames, frames - _LAG)

@@ -74,7 +74,7 @@ def _bench(case: Case, device: torch.device) -> dict[str, float]:
     def run(count: int) -> None:
         for _ in range(count):
             stage.step(next(steps), case.progress)
-            stage.trainee.update(case.progress)
+            stage.masters.update(case.progress)
 
     def timed(action: Callable[[], Any], then_wait: bool = True) -> float:
         wait()

@@ -1,4 +1,4 @@
-"""Training clips of the small world, made on the device: rendered, encoded by the frozen VAE, kept in rings.
+"""Training clips of Moving Shapes, made on the device: rendered, encoded by the frozen VAE, kept in rings.
 
 Chunk n of the data is a pure function of the seed and n, so a resumed run sees what an uninterrupted one
 would have seen. Rendering and encoding cost more than a training step uses up, therefore every clip is used

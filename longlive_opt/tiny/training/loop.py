@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from .checkpoints import generator_state, load_checkpoint, restore_generator, save_checkpoint
-from .master_weights import Trainee
+from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,14 @@ class Stage(Protocol):
     """One stage of the training."""
 
     name: str
-    trainee: Trainee
+    masters: MasterWeights
     generator: torch.Generator
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
-        """Leave gradients on `trainee.work`; returns losses on the device, which nothing waits for."""
+        """Leave gradients on `masters.work`; returns losses on the device, which nothing waits for."""
 
     def state(self) -> dict[str, Any]:
-        """What the stage must remember beside the trainee and the generator, JSON-ready."""
+        """What the stage must remember beside the masters and the generator, JSON-ready."""
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
@@ -88,7 +88,7 @@ def run_stage(stage: Stage, folder: Path, budget: Budget, save_seconds: float = 
             if budget.deadline is not None and last > budget.deadline:
                 break
             losses = stage.step(step, progress)
-            losses["gradient"] = stage.trainee.update(progress)
+            losses["gradient"] = stage.masters.update(progress)
             step += 1
             summed += 1
             for key, value in losses.items():
@@ -123,10 +123,10 @@ def run_stage(stage: Stage, folder: Path, budget: Budget, save_seconds: float = 
 
 
 def _save(stage: Stage, folder: Path, step: int, seconds: float, complete: bool = False) -> None:
-    if not stage.trainee.is_finite():
+    if not stage.masters.is_finite():
         raise UserError(f"{stage.name}: a weight is not a number at step {step}; give the command again with "
                         "--rate-scale 0.5, it goes on from the last checkpoint.")
-    groups = stage.trainee.groups()
+    groups = stage.masters.groups()
     groups["exact"] |= {f"stage.{name}": tensor for name, tensor in stage.tensors().items()}
     save_checkpoint(folder, stage.name, step, groups, {
         "seconds": seconds, "complete": complete, "generator": generator_state(stage.generator),
@@ -140,7 +140,7 @@ def _resume(stage: Stage, folder: Path) -> tuple[int, float]:
     groups, state = found
     exact = groups.get("exact", {})
     own = {name: exact.pop(name) for name in [n for n in exact if n.startswith("stage.")]}
-    stage.trainee.restore(groups, state["step"])
+    stage.masters.restore(groups, state["step"])
     if own:
         stage.restore_tensors({name.removeprefix("stage."): tensor for name, tensor in own.items()})
     restore_generator(stage.generator, state["generator"])

@@ -31,7 +31,7 @@ def _is_block_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and name.startswith("dit.blocks.")
 
 
-class Trainee:
+class MasterWeights:
     """A set of named modules that are trained together. `work` holds the modules to compute with."""
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, rate: float,

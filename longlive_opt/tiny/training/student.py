@@ -32,7 +32,7 @@ from ...streaming.sampler import FlowSchedule, SamplingPlan
 from .attribute_head import sample_prompts, text_features
 from .clips import EARLY_BLOCKS, LATE_BLOCK, OPENING, ClipMaker, ClipRing, layouts
 from .graphs import Recorder
-from .master_weights import Trainee
+from .master_weights import MasterWeights
 from .rollouts import Streams
 from .teacher import empty_prompt, noise_context, repeat_sigma
 from .teacher_forcing import (
@@ -150,9 +150,10 @@ class StudentStage:
         self.text_encoder = text_encoder.requires_grad_(False)
         student = CausalDiT(model.dit).to(device)
         student.load_state_dict(teacher.state_dict())
-        self.trainee = Trainee({"dit": student}, dtype, settings.rate, average_decay=settings.average_decay,
+        self.masters = MasterWeights({"dit": student}, dtype, settings.rate,
+                                     average_decay=settings.average_decay,
                                muon_rate=settings.muon_rate)
-        self.dit: CausalDiT = self.trainee.work["dit"]
+        self.dit: CausalDiT = self.masters.work["dit"]
         self.ring = ClipRing(maker, settings.ring_chunks)
         self.layouts = layouts(window_past(plan), plan.block_frames)
         tokenizer = load_tokenizer("bytes", model.text.text_len)
@@ -164,7 +165,7 @@ class StudentStage:
         self._on_device = self.timesteps.to(device), self.sigmas.to(device)
         self.steps = tuple(zip(self.timesteps.tolist(), self.sigmas.tolist()))
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.recorder = Recorder(list(self.trainee.work.parameters()), self.generator, graphs)
+        self.recorder = Recorder(list(self.masters.work.parameters()), self.generator, graphs)
         shape = (model.vae.z_dim, model.latent_height, model.latent_width)
         self._restored = False
         self.streams = Streams(settings.streams, plan.block_frames, shape, model.text.text_len, device, dtype)

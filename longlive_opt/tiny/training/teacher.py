@@ -33,7 +33,7 @@ from ...streaming.sampler import FlowSchedule, SamplingPlan
 from .attribute_head import AttributeHead, attribute_loss, sample_prompts, text_features
 from .clips import EARLY_BLOCKS, OPENING, ClipMaker, ClipRing, Clips, layouts, text_mask
 from .graphs import Recorder
-from .master_weights import Trainee
+from .master_weights import MasterWeights
 from .teacher_forcing import ClipLayout, NoisyClips, predict_clips, split_text, window_past
 
 ODD_STEPS = 6
@@ -155,14 +155,14 @@ class TeacherStage:
             init_text_(text_encoder)
         attributes = attributes or AttributeHead(model.text.dim)
         modules = {"dit": dit, "text": text_encoder, "attributes": attributes}
-        self.trainee = Trainee(
+        self.masters = MasterWeights(
             {name: module.to(device) for name, module in modules.items()},
             dtype,
             settings.rate,
             average_decay=settings.average_decay,
             muon_rate=settings.muon_rate,
         )
-        self.dit: CausalDiT = self.trainee.work["dit"]
+        self.dit: CausalDiT = self.masters.work["dit"]
         self.ring = ClipRing(maker, settings.ring_chunks)
         self.openings = ClipRing(maker.openings(settings.opening_chunk), settings.opening_ring_chunks)
         self.clips_since: int | None = None
@@ -170,7 +170,7 @@ class TeacherStage:
         schedule = FlowSchedule(plan.shift)
         self.sigmas, self.timesteps = schedule.sigmas.to(device), schedule.timesteps.to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.recorder = Recorder(list(self.trainee.work.parameters()), self.generator, graphs)
+        self.recorder = Recorder(list(self.masters.work.parameters()), self.generator, graphs)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         settings = self.settings
@@ -193,7 +193,7 @@ class TeacherStage:
         texts, features, ids = self._read(batches[0], batches[1:])
         flows = self.flow_losses(
             [(batch, self.layouts[pool], *text) for pool, batch, text in zip(pools, batches, texts)])
-        logits = self.trainee.work["attributes"](features, text_mask(ids))
+        logits = self.masters.work["attributes"](features, text_mask(ids))
         reading, right = attribute_loss(logits, torch.cat([batch.labels for batch in batches]))
         total = self._total(flows, [len(batch) for batch in batches])
         (total + self.settings.attribute_weight * reading).backward()
@@ -227,7 +227,7 @@ class TeacherStage:
         """
         ids = torch.cat([clips.ids for clips in (openings, *batches)])
         sink_ids = [clips.sink_ids for clips in batches]
-        features = text_features(self.trainee.work["text"], torch.cat([ids, *sink_ids, empty_prompt(ids)]))
+        features = text_features(self.masters.work["text"], torch.cat([ids, *sink_ids, empty_prompt(ids)]))
         dropped = torch.rand((len(ids), 1, 1), generator=self.generator, device=self.device)
         dropped = torch.cat([dropped, dropped[len(openings):]]) < self.settings.prompt_dropout
         text = self.dit.embed_text(torch.where(dropped, features[-1:], features[:-1]))
@@ -294,7 +294,7 @@ class ReadingStage:
         encoder = UMT5Encoder(model.text)
         init_text_(encoder)
         modules = {"text": encoder.to(device), "attributes": AttributeHead(model.text.dim).to(device)}
-        self.trainee = Trainee(modules, dtype, rate, average_decay=0.99)
+        self.masters = MasterWeights(modules, dtype, rate, average_decay=0.99)
         tokenizer = load_tokenizer("bytes", model.text.text_len)
         self.ids, self.labels = (t.to(device) for t in sample_prompts(tokenizer, [seed, 2], prompts))
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -302,9 +302,9 @@ class ReadingStage:
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         rows = torch.randint(len(self.ids), (self.batch,), generator=self.generator, device=self.ids.device)
         ids = self.ids[rows]
-        features = text_features(self.trainee.work["text"], ids)
+        features = text_features(self.masters.work["text"], ids)
         loss, right = attribute_loss(
-            self.trainee.work["attributes"](features, text_mask(ids)), self.labels[rows]
+            self.masters.work["attributes"](features, text_mask(ids)), self.labels[rows]
         )
         loss.backward()
         return {"reading": loss, "read_right": right}

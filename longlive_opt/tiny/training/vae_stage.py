@@ -1,4 +1,4 @@
-"""Stage 1: the VAE (Wan 2.1's, arXiv:2503.20314) on clips of the small world.
+"""Stage 1: the VAE (Wan 2.1's, arXiv:2503.20314) on clips of Moving Shapes.
 
 Loss: L1 on pixels, L1 on their spatial differences (edges of objects and the ground's pattern are where an L1
 alone is content with grey; Mathieu et al., arXiv:1511.05440) and on temporal ones, and a small KL term
@@ -26,7 +26,7 @@ from ..shapes.render import simulate
 from ..shapes.scene import change_scene
 from .attribute_head import sample_scenes
 from .compiling import compilable
-from .master_weights import Trainee
+from .master_weights import MasterWeights
 from .vae_clips import VideoRing, render_fast
 from .vae_parallel import decode_clip, moments
 
@@ -124,8 +124,8 @@ class VAEStage:
         vae = WanVAE(config)
         init_vae_(vae)
         vae = vae.to(device)
-        self.trainee = Trainee({"vae": vae}, dtype, settings.rate, average_decay=settings.average_decay)
-        self.vae: WanVAE = self.trainee.work["vae"]
+        self.masters = MasterWeights({"vae": vae}, dtype, settings.rate, average_decay=settings.average_decay)
+        self.vae: WanVAE = self.masters.work["vae"]
         if device.type == "cuda":
             self.vae.use_channels_last()
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -181,7 +181,7 @@ class VAEStage:
     def averaged(self) -> WanVAE:
         """The averaged VAE in float32, for inference."""
         vae = WanVAE(self.config).to(self.device)
-        vae.load_state_dict({name.removeprefix("vae."): t for name, t in self.trainee.average().items()})
+        vae.load_state_dict({name.removeprefix("vae."): t for name, t in self.masters.average().items()})
         return vae.eval().requires_grad_(False)
 
 

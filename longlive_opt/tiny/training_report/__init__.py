@@ -1,7 +1,8 @@
 """How the tiny model was trained and what it can do: tables and figures from the files that training leaves.
 
     training/log.jsonl   a line every so many steps: {stage, step, progress, ms_per_step, losses ...}
-    check.json           held-out prompts judged by the checker of the world; the same with parts taken away
+    check.json           held-out prompts evaluated by the evaluator of the world; the same with parts taken
+    away
 
 Both lie in the folder of the weights. Reading them needs neither torch nor a GPU.
 """

@@ -28,7 +28,7 @@ from .scores import (
 
 def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
     """A check beside that of another training, figure by figure; the difference is counted in its own
-    standard errors. Variants too, but for those that were judged on fewer videos.
+    standard errors. Variants too, but for those that were evaluated on fewer videos.
     """
     table = {words: {"these weights": cell(ours, path), "the other training": cell(theirs, path),
                      "difference in errors": "" if distance is None else f"{distance:+.1f}"}
@@ -89,7 +89,7 @@ def _verdict(here: tuple[float, float], there: tuple[float, float]) -> str:
 
 def _pairs(check: Mapping[str, Any], other: Mapping[str, Any]
            ) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any], str, float | None]]:
-    """(words, part of the one, part of the other, path, difference in errors) of all that both judged."""
+    """(words, part of the one, part of the other, path, difference in errors) of all that both evaluated."""
     pairs = [(words, check, other, path) for path, words in FIGURES.items()]
     for name, ours in variants_of(check).items():
         theirs = variants_of(other).get(name)

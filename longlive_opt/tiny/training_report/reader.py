@@ -58,7 +58,7 @@ def read_log(folder: str | Path, name: str = "") -> list[Row]:
 
 
 def read_check(folder: str | Path, name: str = "") -> dict[str, Any]:
-    """The content of check.json, with `lost` added where a minute was judged.
+    """The content of check.json, with `lost` added where a minute was evaluated.
 
     Args:
         name: the folder as messages shall name it.
@@ -80,7 +80,7 @@ def read_check(folder: str | Path, name: str = "") -> dict[str, Any]:
 
 
 def variants_of(check: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was judged with a part taken away, by name."""
+    """What was evaluated with a part taken away, by name."""
     variants = check.get("variants")
     return variants if isinstance(variants, Mapping) else {}
 

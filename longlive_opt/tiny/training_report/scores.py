@@ -167,7 +167,7 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
 
 
 def compared_with(check: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What a variant is compared with: windows are judged on fewer videos, and so is that."""
+    """What a variant is compared with: windows are evaluated on fewer videos, and so is that."""
     return variants_of(check).get("full", check) if name.startswith("window_") else check
 
 

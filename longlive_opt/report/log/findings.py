@@ -1,0 +1,93 @@
+"""What an entry of the log opens with: what was expected of a preset, what was measured, and why."""
+
+from __future__ import annotations
+
+from ...measurement import decision
+from ...measurement.catalogue import Metric, shown_in
+from ...measurement.result import block_ms, lookup, number
+from ..campaign import verdict_of, within_target
+from ..charts import target_of
+from .entry import Run, is_large, matched_runs, model_name
+from .markdown import escape, sentence
+
+FOLDED = "<details><summary>Measurement details</summary>"
+
+
+def findings(run: Run, base: Run | None, against: str = "") -> list[str]:
+    """Three lines: Expected, Measured, Why.
+
+    Args:
+        base: the campaign's baseline, None for the baseline itself or where there is none.
+        against: what the preset makes worse by more than the noise, empty if nothing.
+    """
+    hypothesis = run.result.get("hypothesis")
+    other = "" if is_large(run.result) else \
+        f"(of LongLive-1.3B on an H100; this is the model {model_name(run.result)}) "
+    expected = f"{other}{sentence(hypothesis)}" if hypothesis else "nothing was written down."
+    if run.failure:
+        return [f"**Expected**: {expected}", "**Measured**: nothing.",
+                f"**Why**: {run.outcome.capitalize()}: {sentence(run.failure)}"]
+    return [f"**Expected**: {expected}", f"**Measured**: {_measured(run, base)}",
+            f"**Why**: {_why(run, base, against)}"]
+
+
+def _measured(whole: Run, base: Run | None) -> str:
+    """The metrics of the conclusion card, each with its change; the target is for the whole run."""
+    run, other = matched_runs(whole, base)
+    parts = [_part(run, other, metric) for metric in shown_in("card") if metric.is_recorded(run.result)]
+    if is_large(whole.result):
+        verb = "meets" if within_target(whole.result) else "misses"
+        parts.append(f"the slowest block ({whole.value('ss_max')} ms per frame) {verb} the "
+                     f"{target_of(whole.result):g} ms target")
+    if lookup(run.result, "quality.identical") is True:
+        parts.append("latents and frames are the baseline's, bit for bit")
+    if other is not None and not other.failure and (difference := decision.unfair(run.result, other.result)):
+        parts.append(f"not comparable with the baseline, {escape(difference)}")
+    return f"{'; '.join(parts)}."
+
+
+def _part(run: Run, base: Run | None, metric: Metric) -> str:
+    text = run.value(metric.key) if metric.template else metric.shown(run.result)
+    text = text if text.startswith("n/a") or not metric.unit else f"{text} {metric.unit}"
+    known = base is not None and not base.failure and not decision.unfair(run.result, base.result)
+    change = metric.change(metric.value(run.result), metric.value(base.result)) if known else ""
+    return f"{metric.label} {text}{f' ({change})' if change else ''}"
+
+
+def _why(whole: Run, base: Run | None, against: str) -> str:
+    """The verdict with its reason, and where the time of a block went."""
+    verdict = verdict_of(whole.result)
+    reason = sentence(whole.result["decision"]["rationale"])
+    if verdict == "reference":
+        return f"it is the reference: {_stages(whole)}."
+    words = reason if reason.lower().startswith(verdict) else f"{verdict.capitalize()}: {reason}"
+    run, other = matched_runs(whole, base)
+    if other is None or other.failure or decision.unfair(run.result, other.result):
+        return f"{words}{against}"
+    return f"{words}{against} {_per_block(run, other)}."
+
+
+def _stages(run: Run) -> str:
+    """How long a block takes, and each of its stages."""
+    parts = ", ".join(f"{escape(name)} {number(run.result, f'latency.stages_ms.{name}.mean') or 0:.1f} ms"
+                      for name in run.result["latency"]["stages_ms"])
+    return f"a block takes {block_ms(run.result):.1f} ms ({parts})"
+
+
+def _per_block(run: Run, base: Run) -> str:
+    """How far the block interval moved, and through which stages."""
+    runs = [base.result, run.result]
+    before, after = map(block_ms, runs)
+    rest, moved = after - before, []
+    for name in run.result["latency"]["stages_ms"]:
+        was, now = (number(r, f"latency.stages_ms.{name}.mean") for r in runs)
+        if was is not None and now is not None:
+            rest -= now - was
+            moved.append(f"{escape(name)} {now - was:+.1f} ms")
+    parts = ", ".join([*moved, f"overlap of stages and time outside them {rest:+.1f} ms"])
+    return f"Per block {after - before:+.1f} ms: {parts}"
+
+
+def folded(text: str) -> str:
+    """`text` as the log folds it away."""
+    return f"{FOLDED}\n\n{text.strip()}\n\n</details>\n"

@@ -1,0 +1,75 @@
+"""The table of results in the README, generated from a campaign between two markers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import atomic_path
+from ..measurement.catalogue import Metric, metric_of
+from ..measurement.result import lookup, number
+from .campaign import BASELINE, Campaign, Result
+from .verdicts import read_decisions
+
+PRESETS = (BASELINE, "balanced", "speed", "realtime")
+"""Those that the README shows; the log has all."""
+KEYS = ("ss_mean", "ss_max", "fps", "ps_mean", "peak_allocated", "error_ratio")
+_MARKS = re.compile(r"(<!-- results: [^\n]*-->\n).*?(<!-- end of results -->\n)", re.DOTALL)
+
+
+def results_table(campaign: Campaign) -> str:
+    """A Markdown table with a row per preset of `PRESETS`; the recommended one is bold, and of several runs
+    SS max has its range.
+    """
+    metrics = [metric_of(key) for key in KEYS]
+    gpus = [run["environment"]["gpu"] for run in campaign.results if run["environment"]["gpu"]]
+    head = [f"on one {gpus[0] if gpus else 'CPU'}",
+            *(", ".join(filter(None, (metric.label, metric.unit))) for metric in metrics)]
+    best = read_decisions(campaign.folder)["recommended"]["preset"]
+    rows = [head, ["---"] * len(head)]
+    for preset in PRESETS:
+        runs = [run for run in campaign.results if run["preset"] == preset]
+        if runs:
+            first = min(runs, key=lambda run: run["run"])
+            name = f"**{first['title']}**" if preset == best else first["title"]
+            rows.append([name, *(_cell(metric, first, runs) for metric in metrics)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(metric: Metric, first: Result, runs: list[Result]) -> str:
+    value = number(first, metric.path)
+    if value is None:
+        return "n/a" if lookup(first, metric.path) is not None else ""
+    values = [found for run in runs if (found := number(run, metric.path)) is not None]
+    text = f"{value * metric.scale:.{metric.digits}f}"
+    if metric.key == "ss_max" and len(values) > 1:
+        low, high = (f"{found:.{metric.digits}f}" for found in (min(values), max(values)))
+        return f"{low} to {high} ({len(values)} runs)"
+    return text
+
+
+def page_with_results(text: str, campaign: Campaign) -> str:
+    """The page `text` with the campaign's table between its markers.
+
+    Raises:
+        UserError: the page has not exactly one pair of markers.
+    """
+    if len(_MARKS.findall(text)) != 1:
+        raise UserError("README: it needs one line '<!-- results: ... -->' and, after it, one "
+                        "'<!-- end of results -->'; put them where the table belongs.")
+    return _MARKS.sub(lambda marks: marks[1] + results_table(campaign) + marks[2], text)
+
+
+def write_readme(path: Path, campaign: Campaign) -> None:
+    """Put the campaign's table into the page, atomically.
+
+    Raises:
+        UserError: as `page_with_results`, or the page cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path.name}: cannot be read ({error.strerror}); name the page.") from error
+    with atomic_path(path) as temporary:
+        temporary.write_text(page_with_results(text, campaign), encoding="utf-8")
