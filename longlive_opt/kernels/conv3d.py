@@ -28,8 +28,10 @@ CONSUMERS = 3
 PIXELS = 256
 """Of one frame, or one of several that follow, in a tile: two boxes of `BOX`."""
 BOX = (8, 16)
+HEAD_FRAMES, HEAD_ROWS, COLOURS = 4, 4, 3
+"""Outputs that are the rows of one product in the last convolution."""
 Kind = Literal["same", "frames", "picture"]
-"""What the result is compared to the input: of its size, of twice the frames, of twice the height and width."""
+"""The result against the input: of its size, of twice the frames, or of twice the height and width."""
 Shift = tuple[int, int, int]
 
 
@@ -60,8 +62,8 @@ class Plan(NamedTuple):
         frames: that follow one another in a tile.
         dense: steps before those in which only one consumer has a part, `own` for each of them.
         adds: whether there is another tensor to add.
-        apart: steps at the beginning in which the last consumer, and at the end of the dense ones in which the
-            first has no part.
+        apart: steps at the beginning in which the last consumer has no part, and the first at the end of the
+            dense ones.
     """
 
     weight: Tensor
@@ -151,7 +153,7 @@ def picture_plan(weight: Tensor, bias: Tensor) -> Plan:
                     taps[shift] = taps[shift] + weight[:, :, i, j] if shift in taps else weight[:, :, i, j]
             units.append((2 * y + x, taps))
     if outputs == ROWS // 2:
-        blocks = [[Rows(taps, bias, output, 0, 0) for output, taps in units[pair:pair + 2]] for pair in (0, 2)]
+        blocks = [[Rows(taps, bias, output, 0, 0) for output, taps in units[i:i + 2]] for i in (0, 2)]
     else:
         blocks = [[Rows({shift: w[first:first + ROWS] for shift, w in taps.items()}, bias[first:first + ROWS],
                         output, 0, first)] for output, taps in units for first in range(0, outputs, ROWS)]
@@ -162,8 +164,8 @@ def _plan(blocks: Sequence[Sequence[Rows]], kind: Kind, channels: int, frames: i
           shortcut: Tensor | None = None) -> Plan:
     inputs = next(iter(blocks[0][0].taps.values())).shape[1]
     if not supported(inputs, channels):
-        raise ValueError(f"{inputs} to {channels} channels: the kernel takes {3 * PIECE} * 2^n of them and makes "
-                         f"{ROWS // 2} or a multiple of {ROWS}")
+        raise ValueError(f"{inputs} to {channels} channels: the kernel takes {3 * PIECE} * 2^n of them and "
+                         f"makes {ROWS // 2} or a multiple of {ROWS}")
     step = 2 * PIECE if inputs % (2 * PIECE) == 0 else PIECE
     tables, weights, biases, pieces = [], [], [], []
     dense = apart = 0
@@ -371,9 +373,6 @@ def _check_input(x: Tensor, past: Tensor | None, other: Tensor | None) -> None:
 
 # ---- the last convolution
 
-HEAD_FRAMES, HEAD_ROWS = 4, 4
-COLOURS = 3
-
 
 class HeadPlan(NamedTuple):
     """The convolution to three colours: outputs of 4 frames x 4 rows are rows of one product.
@@ -393,8 +392,8 @@ def head_plan(weight: Tensor, bias: Tensor) -> HeadPlan:
     """Of a convolution [3, C, 3, 3, 3]."""
     channels = weight.shape[1]
     if weight.shape[0] != COLOURS or channels % PIECE:
-        raise ValueError(f"{channels} to {weight.shape[0]} channels: the kernel takes multiples of {PIECE} and "
-                         f"makes {COLOURS}")
+        raise ValueError(f"{channels} to {weight.shape[0]} channels: the kernel takes multiples of {PIECE} "
+                         f"and makes {COLOURS}")
     steps, columns = [], []
     for t in range(HEAD_FRAMES + 2):
         for y in range(HEAD_ROWS + 2):
@@ -441,7 +440,9 @@ def _convolve_head_fake(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, s
 
 
 def convolve_head_reference(plan: HeadPlan, x: Tensor, past: Tensor) -> Tensor:
-    """`convolve_head` [B, T, 3, H, W] step by step in plain PyTorch, in float32 or, for such an x, float64."""
+    """What `convolve_head` does, step by step in plain PyTorch -> [B, T, 3, H, W] in float32, or float64 for
+    such an x.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, _, frames, height, width = x.shape
     out = _head_result(x).to(wide).fill_(float("nan"))

@@ -6,23 +6,29 @@ frames that follow one another, or of two neighbouring pixels of an enlarged pic
 are therefore the left operand and pixels the right one, although pixels are what there is much of: 96 is no
 size that Triton knows, and 64 + 32 columns would read shared memory faster than Hopper can.
 
-The pixels are two boxes of 8 x 16 of a frame. A step of the product is one tap and 32 or 64 input channels: the
-copy engine fetches both boxes moved by the tap from memory [T, H, W, C], and writes zeros for what lies outside
-of the picture; frames before the first come from the history, which is a tensor of its own. So nothing is
-padded or joined. A table that the host makes says what each step fetches. A residual is a few more steps, with
-the identity as weights, and a shortcut the same with its own weights: both are added before the only rounding.
+The pixels are two boxes of 8 x 16 of a frame. A step of the product is one tap and 32 or 64 input channels:
+the copy engine fetches both boxes moved by the tap from memory [T, H, W, C], and writes zeros for what lies
+outside of the picture; frames before the first come from the history, which is a tensor of its own. So
+nothing is padded or joined. A table that the host makes says what each step fetches. A residual is a few more
+steps, with the identity as weights, and a shortcut the same with its own weights: both are added before the
+only rounding.
 
-Two frames or pixels of 96 channels have some taps apart and some in common. A consumer whose rows have no part
-in a step passes it over; the one in the middle, half of whose rows have, multiplies the rest by zeros: 10 units
-of work for 9 of two frames.
+Two frames or pixels of 96 channels have some taps apart and some in common. A consumer whose rows have no
+part in a step passes it over; the one in the middle, half of whose rows have, multiplies the rest by zeros:
+10 units of work for 9 of two frames.
 
 Persistent: one program per multiprocessor, and the producer is ahead by as many steps as fit while consumers
-store what they have, each by itself: turned to [pixels, channels] in shared memory, from where the copy engine
-writes it and leaves out what lies outside of the picture.
+store what they have, each by itself: turned to [pixels, channels] in shared memory, from where the copy
+engine writes it and leaves out what lies outside of the picture.
+
+Measured on an H200: the tensor core is busy for 93 to 94 % of the time, and what the GPU does per second is
+what its power allows: 614 TFLOP/s at 96 channels, without the products with zeros, 707 at 192 and 384; cuDNN
+has 348, 508 and 643, and cuBLAS 686 for a product of 8192^3.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Sequence
 
 import torch
@@ -102,10 +108,11 @@ def _send(out_a, out_b, out_c, out_d, piece, buffer, frame, row, column, OUTPUTS
             tma.async_copy_shared_to_global(out_a, [frame, row, column, channel], buffer)
         elif which == 1:
             tma.async_copy_shared_to_global(out_b, [frame, row, column, channel], buffer)
-        elif which == 2:
-            tma.async_copy_shared_to_global(out_c, [frame, row, column, channel], buffer)
-        else:
-            tma.async_copy_shared_to_global(out_d, [frame, row, column, channel], buffer)
+        if OUTPUTS == 4:
+            if which == 2:
+                tma.async_copy_shared_to_global(out_c, [frame, row, column, channel], buffer)
+            elif which == 3:
+                tma.async_copy_shared_to_global(out_d, [frame, row, column, channel], buffer)
 
 
 @gluon.jit
@@ -229,9 +236,9 @@ def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, fr
 
 @gluon.jit(do_not_specialize=["pairs", "frames", "boxes_across"])
 def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_d, bias_ptr, steps_ptr,
-                pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, stop, PAST: gl.constexpr,
-                OTHER: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr, OUTPUTS: gl.constexpr,
-                STEP: gl.constexpr, STAGES: gl.constexpr):
+                pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, stop,
+                PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr,
+                OUTPUTS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
     """`ready` completes with its stage, `empty` with the third consumer's arrival."""
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * STEP, element_bitwidth=16, rank=2)
     pieces: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3)
@@ -277,18 +284,18 @@ def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None,
     total = tiles(plan, frames, height, width)
     programs = min(total, torch.cuda.get_device_properties(x.device).multi_processor_count)
     step = plan.step
-    sources = [_boxes(t, [1, BOX_HEIGHT, BOX_WIDTH, step]) for t in
-               (x, x if past is None else past, x if other is None else other)]
+    sources = [None if t is None else _boxes(t, [1, BOX_HEIGHT, BOX_WIDTH, step]) for t in (x, past, other)]
     weight = TensorDescriptor.from_tensor(plan.weight, [CONSUMER_ROWS, step], _layout(2 * step, 2))
     targets = [_boxes(out, [1, BOX_HEIGHT // 2, BOX_WIDTH, PIECE_ROWS]) for out in outputs]
-    targets += targets[:1] * (4 - len(targets))
+    targets += [None] * (4 - len(targets))
     conv_kernel[(programs,)](
-        *sources, weight, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks, total // plan.blocks, units, across,
-        plan.steps.shape[1], plan.dense, plan.apart, plan.stop, PAST=past is not None, OTHER=other is not None,
-        TIME=plan.frames, OWN=plan.own, OUTPUTS=len(outputs), STEP=step, STAGES=STAGES[step], num_warps=4,
-        maxnreg=128)
+        *sources, weight, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks, total // plan.blocks,
+        units, across, plan.steps.shape[1], plan.dense, plan.apart, plan.stop, PAST=past is not None,
+        OTHER=other is not None, TIME=plan.frames, OWN=plan.own, OUTPUTS=len(outputs), STEP=step,
+        STAGES=STAGES[step], num_warps=4, maxnreg=128)
 
 
+@functools.cache
 def _layout(width: int, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=rank)
 
