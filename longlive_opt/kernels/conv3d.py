@@ -11,6 +11,9 @@ joined or copied. Sums are in float32 and rounded once, with bias and residual.
 A `Plan` says what `conv3d_gluon` does, step by step, and `convolve_reference` follows it in plain PyTorch. An
 enlarged picture (`picture_plan`) is never made: an output pixel's 3x3 taps fall on 2x2 pixels of the small
 one, and weights that fall on the same are added, in float32 before they are rounded: 4 products for 9.
+
+Some products are with zeros. So a value that is not finite can spoil all channels of its pixels, and, with 96
+channels, the frame before as well.
 """
 
 from __future__ import annotations

@@ -20,7 +20,11 @@ decoder's own. Equal within rounding: norm, SiLU and residual keep float32 where
 operations; the summed weights of upsampling are rounded once more. Against float32, at full size with random
 weights, the error is 2.6e-3 of pixels in [0, 1], that of cuDNN's convolutions 3.8e-3, compiled 3.5e-3.
 
-Measured on an H200, three latents a call at 480x832: 68 to 71 ms, where the compiled decoder takes 101.
+Measured on an H200, 480x832, random weights, median of 60 calls each: three latents a call in 68 to 69 ms (67
+as a CUDA graph) where the compiled decoder takes 103; one latent a call 25 ms. A call's memory peaks at 5.4
+instead of 10.5 GB, weights included. Both decoders run at the GPU's power limit, 690 W, with clocks of 1.5 to
+1.6 GHz. Of the 68 ms, convolutions are 59, norms 5.4, attention 1.6, the last convolution 0.9. Calls of the
+kernels cost 13 to 18 ms of the host, while the GPU is busy.
 """
 
 from __future__ import annotations
