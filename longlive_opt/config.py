@@ -1,13 +1,11 @@
-"""What can be configured: the flat preset that names one experiment.
+"""The preset: a flat set of keys that defines one experiment.
 
-A preset speaks the vocabulary of the log; its keys are the parameters of the notebooks. The fields of
-`ExperimentConfig` are the catalogue of the keys: each line states type, default, meaning, group and bounds of
-one key. `params/README.md`, the notebooks' parameters cells and the log's lists of switches derive from it.
-`ExperimentConfig.from_mapping` is the door: an unknown key, a wrong type or an impossible combination stops
-here, before anything is built. This module imports no torch, so that command lines can refuse a preset at
-once.
+The preset's keys are the notebooks' parameters. Each field of `ExperimentConfig` states the type, default,
+meaning, group and bounds of one key. `params/README.md`, the notebooks' parameters cells and the log's lists
+of switches derive from these fields. `ExperimentConfig.from_mapping` refuses unknown keys, wrong types and
+impossible combinations before anything is built. This module imports no torch, so command lines can refuse a
+preset at once.
 """
-
 from __future__ import annotations
 
 import dataclasses
@@ -25,21 +23,20 @@ from .models.specs import MODELS, ROPE_POSITIONS, ModelSpec
 
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
-"""Presets that take others apart: measured and shown, never recommended."""
+"""Presets that analyse other presets: measured and shown, never recommended."""
 LINEAR_LAYERS = ("qkv", "query", "up", "down")
 REHEARSED_BLOCKS = 4
-"""After warm-up, in the rehearsal: two prompt switches, each with the block behind it."""
+"""Rehearsed blocks after warm-up: two prompt switches, each followed by one block."""
 _FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
-# What cannot do without one of other flags: which they are, and why.
+# Key -> the keys of which at least one must be on as well, and why.
 NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "use_fused_kernels": (_FIXED_CACHES, "its kernels write into a cache of fixed memory, and the reference "
                                          "cache has none"),
-    "use_quantized_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit on the "
-                                                      "way"),
-    "vae_offload_ahead": (("use_vae_offload",), "it is a way to move what lies in host memory"),
+    "use_quantized_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit"),
+    "vae_offload_ahead": (("use_vae_offload",), "it only changes how the offloaded history moves"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
-# What a notebook takes besides the keys of a preset: name -> default and meaning.
+# Notebook parameters in addition to the preset's keys: name -> default and meaning.
 RUN_KEYS: Mapping[str, tuple[Any, str]] = MappingProxyType({
     "campaign": ("manual", "results go to outputs/<campaign>/<name>"),
     "run": (1, "2 for a repetition that shows the noise"),
@@ -49,14 +46,14 @@ RUN_KEYS: Mapping[str, tuple[Any, str]] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Key:
-    """What the catalogue says of one key besides its name, type and default.
+    """A key's entry in the catalogue: everything except its name, type and default.
 
     Attributes:
         doc: the meaning, in a few words.
-        group: the part of the catalogue that lists the key.
-        choices: the values that are allowed; of a list, those of its items, of which there is one or more.
-        least, most: the smallest and the largest value.
-        above: every value must be greater.
+        group: the section of the catalogue that lists the key.
+        choices: the allowed values; for a list, the allowed items, of which at least one is required.
+        least, most: the smallest and the largest allowed value.
+        above: an exclusive lower bound.
     """
 
     doc: str
@@ -68,14 +65,14 @@ class Key:
 
     @property
     def comment(self) -> str:
-        """The meaning with the choices, as one line."""
+        """The meaning and the choices, on one line."""
         if not self.choices:
             return self.doc
         *others, last = self.choices
         return f"{self.doc}: {', '.join(others)} or {last}"
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a value that is none of the choices, or out of bounds.
+        """Refuse a value that is not among the choices or is out of bounds.
 
         Raises:
             UserError: naming the key `name`, the value and the remedy.
@@ -83,7 +80,7 @@ class Key:
         if isinstance(value, tuple):
             if self.choices and (not value or not set(value) <= set(self.choices)):
                 raise UserError(f"{name}: {list(value)} must name at least one of {', '.join(self.choices)}, "
-                                "and no other.")
+                                "and nothing else.")
         elif self.choices and value not in self.choices:
             raise UserError(f"{name}: {value!r} is unknown; choose one of {', '.join(self.choices)}.")
         elif value is None:
@@ -91,23 +88,23 @@ class Key:
         elif self.least is not None and value < self.least:
             raise UserError(f"{name}: {value} is too small; it must be at least {self.least}.")
         elif self.most is not None and value > self.most:
-            raise UserError(f"{name}: {value} is too large; it can be at most {self.most}.")
+            raise UserError(f"{name}: {value} is too large; it must be at most {self.most}.")
         elif self.above is not None and value <= self.above:
             raise UserError(f"{name}: {value} must be greater than {self.above}.")
 
 
 def key(default: Any, doc: str, **more: Any) -> Any:
-    """A field of `ExperimentConfig` with its entry in the catalogue; `more` as the attributes of `Key`."""
+    """Define a field of `ExperimentConfig` and its catalogue entry; `more` sets the attributes of `Key`."""
     return dataclasses.field(default=default, metadata={"key": Key(doc, **more)})
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One experiment, flat: exactly the keys of `params/*.yaml` and of the notebooks' parameters.
+    """One experiment: exactly the keys of `params/*.yaml` and of the notebooks' parameters.
 
-    Frames in `local_attn_size`, `sink_size`, `block_frames` and `switch_frame_indices` are latent frames.
-    What is left to the model (`denoising_steps`, `local_attn_size`, `sink_size`) and the warm-up that follows
-    from the window have their values as soon as the config is made.
+    `local_attn_size`, `sink_size`, `block_frames` and `switch_frame_indices` count latent frames. Keys that
+    default to the model's values (`denoising_steps`, `local_attn_size`, `sink_size`) are resolved when the
+    config is made, and so is the warm-up, which follows from the window.
     """
 
     name: str = key(BASELINE, "names the folder of the results", group="identity")
@@ -218,7 +215,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         spec = MODELS.get(self.model)
-        if spec is None:  # `validate` says so
+        if spec is None:  # `validate` refuses it
             return
         for name, own in (("denoising_steps", spec.steps), ("local_attn_size", spec.window),
                           ("sink_size", spec.sink)):
@@ -229,8 +226,7 @@ class ExperimentConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ExperimentConfig:
-        """Check a flat mapping (a preset, a profile on top, parameters from the command line) and build the
-        config.
+        """Check a flat mapping (preset, profile and command-line parameters merged) and build the config.
 
         Raises:
             UserError: naming the key, the value and the remedy.
@@ -246,13 +242,13 @@ class ExperimentConfig:
             )
         values = {key: coerce(key, value, str(fields[key].type)) for key, value in mapping.items()}
         if values.get("prompts_file") is not None:
-            values["prompts"] = ()  # those of the file are used, and no others are to stand in a result
+            values["prompts"] = ()  # the run uses the file's prompts, so the result must not list others
         config = cls(**values)
         config.validate()
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON- and YAML-ready values, in the order of the fields."""
+        """Return plain JSON- and YAML-ready values in field order."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def model_config(self) -> ModelSpec:
@@ -260,26 +256,26 @@ class ExperimentConfig:
 
     @property
     def window_blocks(self) -> int:
-        """Blocks until the attention window is full."""
+        """Number of blocks that fill the attention window."""
         return -(-self.local_attn_size // self.block_frames)
 
     @property
     def latents_per_vae_call(self) -> int:
-        """Latent frames that the VAE decodes in one call."""
+        """Latent frames per VAE call."""
         whole = self.use_torch_compile or self.use_fused_vae
         return self.vae_chunk_latents or (self.block_frames if whole else 1)
 
     @property
     def vae_is_channels_last(self) -> bool:
-        """Whether the VAE's weights and activations have their channels last."""
+        """Whether the VAE's weights and activations are channels last."""
         if self.vae_channels_last is not None:
             return self.vae_channels_last
         return self.use_torch_compile or self.use_fused_vae or self.device == "cpu"
 
     @property
     def times_convolutions(self) -> bool:
-        """Whether cuDNN times its kernels for the VAE's convolutions; on the CPU only where it is asked for,
-        and refused there when the pipeline is built.
+        """Whether cuDNN times its kernels for the VAE's convolutions. On the CPU this is true only if the key
+        asks for it, and building the pipeline then refuses it.
         """
         if self.cudnn_benchmark is not None:
             return self.cudnn_benchmark
@@ -287,7 +283,7 @@ class ExperimentConfig:
 
     @property
     def vae_switches(self) -> tuple[str, ...]:
-        """The keys by which the VAE's calls differ from the baseline's on this device."""
+        """The keys whose values make the VAE's calls differ from the baseline's on this device."""
         differs = {"vae_channels_last": self.vae_is_channels_last != (self.device == "cpu"),
                    "vae_chunk_latents": self.latents_per_vae_call > 1,
                    "cudnn_benchmark": self.times_convolutions}
@@ -295,13 +291,11 @@ class ExperimentConfig:
 
     @property
     def max_blocks(self) -> int | None:
-        """Blocks that one stream can hold: absolute rotary positions end at latent frame 1023; None is no
-        limit.
-        """
+        """Most blocks per stream; None means no limit. Absolute rotary positions end at latent frame 1023."""
         return None if self.relative_rope else ROPE_POSITIONS // self.block_frames
 
     def validate(self) -> None:
-        """Refuse what cannot work.
+        """Refuse an invalid config.
 
         Raises:
             UserError: naming the key, the value and the remedy.
@@ -334,19 +328,19 @@ class ExperimentConfig:
 
     @property
     def video_blocks(self) -> int:
-        """Blocks of the video that is shown."""
+        """Blocks in the video."""
         return self.video_latent_frames // self.block_frames
 
     @property
     def blocks_in_measurement(self) -> int:
-        """Blocks of the longest stream of a measurement: rehearsal, steady state, or prompt switches at every
-        second block. One more follows where decoding overlaps it (`Measurement`).
+        """Blocks in the longest stream of a measurement: rehearsal, steady state, or switches at every second
+        block. One more follows where decoding overlaps denoising (`Measurement`).
         """
         measured = max(self.measure_blocks, 2 * self.num_switches) + self.use_async_vae
         return self.warmup_blocks + max(measured, REHEARSED_BLOCKS)
 
     def _validate_length(self) -> None:
-        """Refuse a stream past the last rotary position; the key that asks for most of it is named."""
+        """Refuse a stream past the last rotary position, naming the key that requires the most blocks."""
         longest = max(self.blocks_in_measurement, self.video_blocks)
         if self.max_blocks is None or longest <= self.max_blocks:
             return
@@ -355,7 +349,7 @@ class ExperimentConfig:
         key = "video_latent_frames" if longest == self.video_blocks else max(asks, key=lambda key: asks[key])
         raise UserError(
             f"{key}: {getattr(self, key)} makes a stream of {longest} blocks, but absolute rotary positions "
-            f"end after {self.max_blocks}; use a smaller one or set relative_rope: true."
+            f"end after {self.max_blocks}; use a smaller value or set relative_rope: true."
         )
 
     def _validate_sampling(self) -> None:
@@ -370,7 +364,7 @@ class ExperimentConfig:
         if self.local_attn_size == -1:
             raise UserError(
                 "local_attn_size: -1 (global attention) needs memory that grows with the video and is not "
-                "offered; 21 attends the same keys as LongLive's global mode in normal generation."
+                "supported; 21 attends to the same keys as LongLive's global mode in normal generation."
             )
         if self.local_attn_size < self.sink_size + self.block_frames:
             raise UserError(
@@ -379,19 +373,19 @@ class ExperimentConfig:
             )
 
     def _validate_combinations(self) -> None:
-        """Refuse values that are right alone and cannot go together, on whatever machine."""
+        """Refuse values that are valid alone but not together, on any machine."""
         for key, (others, reason) in NEEDS.items():
             if getattr(self, key) and not any(getattr(self, other) for other in others):
                 raise UserError(f"{key}: {reason}; switch on {' or '.join(others)} as well.")
         backend, on_cpu, half = self.attention_backend, self.device == "cpu", self.model_dtype != "float32"
         if on_cpu and backend not in ("auto", "math", "gluon"):
-            raise UserError(f"attention_backend: {backend!r} runs on CUDA only; use auto with device: cpu.")
+            raise UserError(f"attention_backend: {backend!r} runs only on CUDA; use auto with device: cpu.")
         if backend in ("cudnn", "gluon", "flash") and not half:
             raise UserError(
                 f"attention_backend: {backend!r} has no float32 kernel; use auto or model_dtype: bfloat16."
             )
         if self.use_quantized_kv and self.kv_read_path == "fused" and not (on_cpu or half):
-            raise UserError("kv_read_path: 'fused' attends in bfloat16 on CUDA, and model_dtype is float32; "
+            raise UserError("kv_read_path: 'fused' attends in bfloat16 on CUDA, but model_dtype is float32; "
                             "use model_dtype: bfloat16 or kv_read_path: dequantize.")
         if self.use_fused_vae and not self.vae_is_channels_last:
             raise UserError("vae_channels_last: the kernels of use_fused_vae have their channels last; leave "
@@ -400,8 +394,8 @@ class ExperimentConfig:
             raise UserError("use_fused_vae: its convolutions are in bfloat16 on CUDA, and model_dtype is "
                             "float32; use model_dtype: bfloat16.")
         if self.use_quantized_linears and not (on_cpu or half):
-            raise UserError("use_quantized_linears: its products give bfloat16 on CUDA, and model_dtype is "
-                            "float32; use model_dtype: bfloat16.")
+            raise UserError("use_quantized_linears: its linear layers return bfloat16 on CUDA, but "
+                            "model_dtype is float32; use model_dtype: bfloat16.")
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:
@@ -416,22 +410,21 @@ class ExperimentConfig:
 
 KEYS: Mapping[str, Key] = MappingProxyType(
     {field.name: field.metadata["key"] for field in dataclasses.fields(ExperimentConfig)})
-"""The catalogue: every key of a preset, in the order of the fields."""
+"""The catalogue: every key of a preset, in field order."""
 
 
 def keys_of(group: str) -> tuple[str, ...]:
-    """The keys of one group of the catalogue."""
+    """The keys of one group."""
     return tuple(name for name, entry in KEYS.items() if entry.group == group)
 
 
 SWITCHES = tuple(name for name in keys_of("optimizations") if getattr(ExperimentConfig, name) is False)
-"""The optimizations that are on or off, and off by default."""
+"""The optimizations that are on or off, all off by default."""
 
 
 def check_baseline(config: ExperimentConfig) -> None:
-    """Refuse what would be run under the baseline's name with optimizations: every other run of its campaign
-    would be compared with it. A config in Python, of which nothing is stored, may have this name.
-
+    """Refuse optimizations in a run named as the baseline: all other runs of its campaign are compared with
+    it. A config made in Python may use this name, because its result is not stored.
     Raises:
         UserError: naming the flags and the remedy.
     """
@@ -446,7 +439,7 @@ def check_baseline(config: ExperimentConfig) -> None:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """What to say of `key`, with the known key that it resembles most."""
+    """Describe an unknown key and suggest the most similar known one."""
     close = difflib.get_close_matches(key, known, n=1)
     return f"unknown key {key!r}" + (
         f" (did you mean {close[0]!r}?)" if close else " (params/README.md lists the keys)"
@@ -454,10 +447,10 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 
 def coerce(key: str, value: Any, kind: str) -> Any:
-    """Check `value` against the annotation `kind`; lists become tuples, integers are accepted for floats.
+    """Check `value` against the annotation `kind`. Lists become tuples; floats accept integers.
 
     Raises:
-        UserError: naming `key`, the value and, for a wrong type, what to write.
+        UserError: naming `key`, the value and, for a wrong type, the correct form.
     """
     base = kind.removesuffix(" | None")
     if value is None:
@@ -485,7 +478,7 @@ def coerce(key: str, value: Any, kind: str) -> Any:
 
 
 def _type_hint(value: Any, base: str) -> str:
-    """What to write in place of `value`, which is not of type `base`."""
+    """Suggest what to write instead of `value`, which does not have type `base`."""
     if base == "bool":
         return "write true or false"
     if base == "str":
@@ -504,7 +497,7 @@ def _type_hint(value: Any, base: str) -> str:
 
 
 def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
-    """Check that `indices` (latent frames) rise and are one fewer than the prompts.
+    """Check that `indices` (latent frames) increase and that there is one fewer than there are prompts.
 
     Raises:
         UserError: naming `where`, the value and the remedy.
@@ -515,15 +508,15 @@ def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
             f"{prompts - 1}."
         )
     if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
-        raise UserError(f"{where}: {list(indices)} must rise strictly and not be negative.")
+        raise UserError(f"{where}: {list(indices)} must be strictly increasing and not negative.")
 
 
 def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
-    """Check that a video of `blocks` blocks serves every switch: each takes effect at the next block
-    boundary, at most one a boundary.
+    """Check that every switch takes effect within a video of `blocks` blocks. Each switch takes effect at the
+    next block boundary, at most one per boundary.
 
     Raises:
-        UserError: naming the first latent frame that comes too late.
+        UserError: naming the first latent frame that is too late.
     """
     boundary = -1
     for frame in indices:
@@ -537,10 +530,9 @@ def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -
 
 
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among a notebook's globals: every public name with a plain value.
+    """Return a notebook's parameters: every public global with a plain value.
 
-    papermill injects unknown names with no more than a warning; here they reach the config, which refuses
-    them.
+    papermill injects unknown names and only warns about them. They reach the config here, which refuses them.
     """
     shell = {"In", "Out"}
     return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell

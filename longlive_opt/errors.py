@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises: command lines print it without a traceback."""
+"""User mistakes raise `UserError`; command lines print its message without a traceback."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,4 @@ class UserError(ValueError):
 
 
 class NotAvailable(UserError):
-    """What was asked for is right and cannot run on this machine; a campaign goes on and reports `n/a:
-    reason`.
-    """
+    """The request is valid, but this machine cannot run it. A campaign goes on and reports `n/a: reason`."""

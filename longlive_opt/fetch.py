@@ -1,16 +1,17 @@
 """Download official weights:
 `python -m longlive_opt.fetch DIR [--model NAME] [--what all|dit|vae|text] [--dry-run]`.
 
-Lays out what `longlive_opt.models.weight_files.resolve_weights(DIR, model)` reads, for LongLive-1.3B:
+Creates the layout that `longlive_opt.models.weight_files.resolve_weights(DIR, model)` reads. For
+LongLive-1.3B:
 
     DIR/longlive_base.pt  DIR/lora.pt
     DIR/Wan2.1-T2V-1.3B/  config.json  Wan2.1_VAE.pth  models_t5_umt5-xxl-enc-bf16.pth  google/umt5-xxl/
 
-Other models have their own transformer and share the folder of Wan 2.1; `longlive_opt.models.specs` names
-their files and where they are published.
+Other models have their own transformer and share the Wan 2.1 folder. `longlive_opt.models.specs` names their
+files and sources.
 
-Files arrive in DIR/.fetch, where an interrupted run resumes, are checked against the hub's size and SHA-256,
-and only then take their place. A file that is already there is checked, never overwritten. Imports no torch.
+Files are downloaded to DIR/.fetch, where an interrupted run resumes. They are moved into place after their
+size and SHA-256 match the hub's. Existing files are checked and never overwritten. Needs no torch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PARTS = ("all", "dit", "vae", "text")
 
 @dataclass(frozen=True)
 class HubFile:
-    """Size and, for files in large-file storage, SHA-256 as the hub states them."""
+    """Size and SHA-256 as the hub states them; `sha256` is None outside large-file storage."""
 
     nbytes: int
     sha256: str | None
@@ -46,7 +47,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Download:
-    """One file to fetch: where it comes from, where it goes (relative to DIR), and what it must be."""
+    """One file to fetch: its source, its destination relative to DIR, and its expected size and hash."""
 
     repo: str
     revision: str
@@ -56,20 +57,20 @@ class Download:
 
 
 class Hub(Protocol):
-    """What is needed of a model hub; tests bring their own."""
+    """The methods needed from a model hub; tests use a fake one."""
 
     def files(self, repo: str) -> tuple[str, dict[str, HubFile]]:
         """The current revision of `repo` and its files by path."""
 
     def download(self, repo: str, revision: str, path: str, folder: Path) -> Path:
-        """Bring one file to `folder`, resuming an earlier try, and return its place."""
+        """Download one file to `folder`, resuming an earlier attempt, and return its path."""
 
 
 class HuggingFaceHub:
-    """The Hugging Face hub through its own client, which resumes and retries by itself.
+    """The Hugging Face hub through its own client, which resumes and retries.
 
     Raises:
-        UserError: on construction without huggingface_hub; later for anything the client reports.
+        UserError: huggingface_hub is not installed (on construction), or the client reports an error (later).
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class HuggingFaceHub:
         except ImportError as error:
             raise UserError("fetch: a package is missing; run 'pip install huggingface_hub'.") from error
         self._hub = huggingface_hub
-        # The client changed its HTTP library twice; errors.HTTPError is the base class of whichever it uses.
+        # The client changed its HTTP library twice; errors.HTTPError is the base class of either one.
         self._errors = (OSError, errors.EntryNotFoundError, errors.HTTPError)
 
     def files(self, repo: str) -> tuple[str, dict[str, HubFile]]:
@@ -100,7 +101,7 @@ class HuggingFaceHub:
 def _hub_error(what: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return UserError(f"fetch: could not get {what} from the Hugging Face hub ({reason}); check the network "
-                     "and the free space and run again to resume, or place the files by hand as shown by "
+                     "and the free space, then run again to resume, or place the files by hand as shown by "
                      f"'{FETCH_COMMAND} --help'.")
 
 
@@ -135,30 +136,31 @@ def plan(hub: Hub, what: str = "all", model: str = LONGLIVE) -> list[Download]:
 
 
 def missing_in(folder: Path, downloads: Sequence[Download]) -> list[Download]:
-    """The downloads that are not in `folder` yet; logs all sizes.
+    """Log all sizes and return the downloads that are not in `folder` yet.
 
     Raises:
-        UserError: the disk has no room for them.
+        UserError: the disk has too little free space.
     """
     missing = [item for item in downloads if not (folder / item.target).exists()]
     for item in downloads:
-        state = "to fetch" if item in missing else "there"
+        state = "to fetch" if item in missing else "present"
         logger.info("%10s  %-8s  %s", _size(item.file.nbytes), state, item.target)
     staged = sum(path.stat().st_size for path in (folder / STAGING).rglob("*") if path.is_file())
     needed = sum(item.file.nbytes for item in missing) - staged + SPARE_BYTES
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if missing and free < needed:
-        raise UserError(f"fetch: {_size(needed)} are needed and the disk of {folder} has {_size(free)} free; "
-                        "make room or name a folder on another disk.")
+        raise UserError(f"fetch: {_size(needed)} are needed, but the disk of {folder} has {_size(free)} "
+                        "free; free some space or name a folder on another disk.")
     return missing
 
 
 def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
-    """Bring every download to its place in `folder` and return the places.
+    """Download every missing file to `folder`, check the existing ones, and return all paths.
 
     Raises:
-        UserError: no network, no room, an existing file that differs, or a download that fails its check.
+        UserError: no network, too little space, an existing file that differs, or a download that fails its
+            check.
     """
     missing = missing_in(folder, downloads)
     for item in downloads:
@@ -183,12 +185,12 @@ def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
 
 
 def _mismatch(path: Path, expected: HubFile) -> str | None:
-    """What is wrong with the file, in words, or None."""
+    """Describe what is wrong with the file; None if nothing is."""
     nbytes = path.stat().st_size
     if nbytes != expected.nbytes:
-        return f"has {nbytes} bytes where the hub has {expected.nbytes}"
+        return f"has {nbytes} bytes instead of the hub's {expected.nbytes}"
     if expected.sha256 is not None and file_sha256(path) != expected.sha256:
-        return "has another SHA-256 than the hub states"
+        return "does not have the hub's SHA-256"
     return None
 
 
@@ -199,13 +201,14 @@ def _size(nbytes: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
-    """Command line; returns the exit code: 0 done, 1 failed with one sentence, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 failed with one sentence, 130 interrupted."""
     parser = argparse.ArgumentParser(prog=FETCH_COMMAND, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="where the files go")
-    parser.add_argument("--model", choices=FETCHED, default=LONGLIVE, help="whose (default: %(default)s)")
-    parser.add_argument("--what", choices=PARTS, default="all", help="which part (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="only show sizes and check the free space")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="destination folder")
+    parser.add_argument("--model", choices=FETCHED, default=LONGLIVE,
+                        help="model to fetch (default: %(default)s)")
+    parser.add_argument("--what", choices=PARTS, default="all", help="part to fetch (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="only show sizes and check free space")
     args = parser.parse_args(argv)
     folder = args.folder.expanduser()
     logging.basicConfig(format="%(message)s")

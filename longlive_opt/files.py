@@ -1,12 +1,12 @@
-"""What the project reads and writes: paths below its folder, files that appear whole, strict YAML, text that
-can be written. No torch.
-"""
+"""File handling: project paths, atomic writes, strict YAML, and text that can be written. Needs no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import site
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,41 @@ import yaml
 
 from .errors import UserError
 
+HOME_VARIABLE = "LONGLIVE_OPT_HOME"
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def project_root() -> Path:
+    """The project's folder: the clone that holds this package. Where the package was installed without a
+    clone, $LONGLIVE_OPT_HOME or the current folder, and outputs/ goes there.
+    """
+    if (_PACKAGE.parent / "params").is_dir() and (_PACKAGE.parent / "notebooks").is_dir():
+        return _PACKAGE.parent
+    return Path(os.environ.get(HOME_VARIABLE) or Path.cwd())
+
 
 def project_path(path: str | Path) -> Path:
-    """`path`, from the project's folder if relative: JupyterLab and papermill start in different ones."""
-    return Path(__file__).resolve().parent.parent / path
+    """Resolve `path` from the project's folder if relative: JupyterLab and papermill start elsewhere. Without
+    a clone, what the folder lacks is taken from the files that were installed with the package: presets,
+    notebooks and the tiny model's weights.
+    """
+    own = project_root() / path
+    if own.exists() or Path(path).is_absolute():
+        return own
+    return next((found for folder in _shipped_folders() if (found := folder / path).exists()), own)
+
+
+def _shipped_folders() -> list[Path]:
+    """Where pip puts the data files of a package: with `--target`, in an environment, or for a user."""
+    bases = (_PACKAGE.parent, Path(sysconfig.get_path("data")), Path(site.getuserbase()))
+    return [base / "share" / "longlive_opt" for base in bases]
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place when the body succeeds, delete it when it
-    fails.
+    """Yield a temporary path next to `path`; move it into place if the body succeeds, else delete it.
 
-    The folder is created. Raises UserError for any OSError (disk full, read-only folder), naming path and
+    Creates the folder. Raises UserError for any OSError (disk full, read-only folder), naming path and
     remedy.
     """
     path = Path(path)
@@ -57,7 +80,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read one flat YAML file of parameters.
 
     Raises:
-        UserError: the file is missing, unreadable, not YAML, empty, repeats a key, is no mapping, or holds
+        UserError: the file is missing, unreadable, not YAML, empty, not a mapping, repeats a key, or contains
             text that cannot be written.
     """
     try:
@@ -79,7 +102,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key, which YAML would let win silently."""
+    """SafeLoader that refuses a repeated key; YAML itself would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -91,7 +114,7 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
                 )
             seen.add(key)
         content = super().construct_mapping(node, deep=True)
@@ -103,31 +126,31 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def whole_text(text: str, where: str) -> str:
-    """`text` with every pair of surrogates, as JSON and YAML escape them, as the one character that it means.
+    """Join every surrogate pair in `text`, as JSON and YAML escape them, into the character it encodes.
 
     Raises:
-        UserError: naming `where`: half a pair is no character, and no file could hold it.
+        UserError: naming `where`. Half a pair is not a character, and no file can hold it.
     """
     try:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
         half = next(character for character in _paired(text) if "\ud800" <= character <= "\udfff")
         raise UserError(
-            f"{where}: {text!a} holds {half!a}, half of a character, which cannot be written as UTF-8; write "
-            "the whole character, or leave it out."
+            f"{where}: {text!a} holds {half!a}, half of a character, which cannot be written as UTF-8; "
+            "write the whole character, or leave it out."
         ) from None
 
 
 def _paired(text: str) -> str:
-    """`text` with its pairs of surrogates joined; halves stay."""
+    """Join the surrogate pairs in `text`; keep unpaired halves."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def check_texts(value: Any, where: str) -> Any:
-    """`whole_text` of every text in a plain value: itself, or in lists and mappings, keys included.
+    """Apply `whole_text` to every string in a plain value, including items and keys of lists and mappings.
 
     Raises:
-        UserError: naming the place below `where`.
+        UserError: naming the path below `where`.
     """
     if isinstance(value, str):
         return whole_text(value, where)

@@ -1,5 +1,5 @@
-"""What a run is given: a notebook's parameters, and prompt files in the formats of LongLive, a text file with
-one prompt a line, or JSONL with a list of prompts a line that follow one another in one video.
+"""Prompt schedules, and LongLive's prompt file formats: a text file with one prompt per line, or JSONL with
+one list of prompts per line, where each list is one video.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptSchedule:
-    """One video: its prompts in order, and the latent frame at which each but the first takes over."""
+    """One video: its prompts in order, and the latent frame at which each later prompt takes over."""
 
     prompts: tuple[str, ...]
     switch_frames: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Plain JSON-ready values: the `schedule` section of a result."""
+        """Return plain JSON-ready values: the `prompt_schedule` section of a result."""
         return {"prompts": list(self.prompts), "switch_frames": list(self.switch_frames)}
 
 
 def read_schedules(
     path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None
 ) -> list[PromptSchedule]:
-    """Read `*.txt` (one prompt a line, each its own video) or `*.jsonl` ({"prompts": [...]} a line, one video
-    each).
+    """Read `*.txt` (one prompt per line, each its own video) or `*.jsonl` (one {"prompts": [...]} per line,
+    each its own video).
 
-    A line of JSONL may carry its own `switch_frame_indices`; otherwise the argument holds for all lines, as a
+    A JSONL line may have its own `switch_frame_indices`. Otherwise the argument applies to all lines; it is a
     number, a list or LongLive's comma-separated text.
 
     Raises:
@@ -53,20 +53,20 @@ def read_schedules(
         raise UserError(f"prompts_file: {path} is not UTF-8 text; save it as UTF-8.") from error
     numbered = [(f"{path} line {i}", line.rstrip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"prompts_file: {path} holds no prompt; write one prompt a line.")
+        raise UserError(f"prompts_file: {path} contains no prompt; write one prompt per line.")
     if path.suffix == ".jsonl":
         shared = parse_switch_frames(switch_frame_indices, "switch_frame_indices")
         schedules = [_schedule(where, line, shared) for where, line in numbered]
         counts = {len(schedule.prompts) for schedule in schedules}
         if len(counts) > 1:
             raise UserError(
-                f"prompts_file: the lines of {path} hold {sorted(counts)} prompts; every line needs the same "
+                f"prompts_file: the lines of {path} have {sorted(counts)} prompts; every line needs the same "
                 "number."
             )
         return schedules
     if switch_frame_indices is not None:
         raise UserError(
-            f"switch_frame_indices: {path} has one prompt a video; use a .jsonl file to switch prompts."
+            f"switch_frame_indices: {path} has one prompt per video; use a .jsonl file to switch prompts."
         )
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
@@ -74,7 +74,7 @@ def read_schedules(
 
 
 def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> tuple[int, ...] | None:
-    """A number, a comma-separated text or a list of latent frames as a tuple; None stays None.
+    """Convert a number, comma-separated text or a list of latent frames to a tuple; None stays None.
 
     Raises:
         UserError: anything else.
@@ -90,7 +90,7 @@ def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> 
         return tuple(int(part) for part in parts)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{where}: {value!r} is no list of latent frames; write for example 40,80,120."
+            f"{where}: {value!r} is not a list of latent frames; write for example 40,80,120."
         ) from error
 
 
@@ -125,10 +125,10 @@ def _schedule(where: str, line: str, shared: tuple[int, ...] | None) -> PromptSc
 
 
 def schedule_of(config: ExperimentConfig) -> PromptSchedule:
-    """The prompts of a preset and when they take over in its video: as given, or spread evenly.
+    """Return a preset's prompts with their switch frames: as given, or evenly spaced.
 
     Raises:
-        UserError: a prompt file that cannot be read, or switches that do not fit.
+        UserError: the prompt file cannot be read, or the switches do not fit.
     """
     if config.prompts_file is not None:
         schedule, *others = read_schedules(project_path(config.prompts_file), config.switch_frame_indices)
@@ -142,7 +142,7 @@ def schedule_of(config: ExperimentConfig) -> PromptSchedule:
 
 
 def spread_evenly(prompts: Sequence[str], blocks: int, block_frames: int) -> PromptSchedule:
-    """The first `blocks` of `prompts`, spread evenly over a video of so many blocks."""
+    """Spread the first `blocks` of `prompts` evenly over a video of `blocks` blocks."""
     used = tuple(prompts[:blocks])
     starts = [blocks * i // len(used) for i in range(1, len(used))]
     return PromptSchedule(used, tuple(start * block_frames for start in starts))

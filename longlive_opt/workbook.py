@@ -1,14 +1,14 @@
-"""What the notebooks call: one experiment from its parameters to its result.json, a few verbs in order.
+"""The class behind the notebooks: one experiment, from its parameters to its result.json.
 
-    run = Experiment.from_notebook(globals())   # check the parameters
-    run.build()                        # load the model, apply the optimizations
-    run.measure()                      # rehearse, then measure the stream
-    run.generate_video()                         # a short video
-    run.check_adherence()                        # does it show its prompts? (of Moving Shapes; may be left
-    out) run.compare()                      # fidelity: errors against the baseline in float32
-    run.save()                         # result.json, the only sign of success
-    run.ablate({"local_attn_size": [9]}) # the same again with one key changed, added to result.json
-    run.conclusion()                      # what was expected, what was measured, what follows
+    run = Experiment.from_notebook(globals())  # check the parameters
+    run.build()                                # load the model, apply the optimizations
+    run.measure()                              # rehearse, then measure the streams
+    run.generate_video()                       # generate a short video
+    run.check_adherence()                      # evaluate its prompts (Moving Shapes only; optional)
+    run.compare()                              # fidelity: errors against the baseline in float32
+    run.save()                                 # write result.json, the only sign of success
+    run.ablate({"local_attn_size": [9]})       # measure again with one key changed; added to result.json
+    run.conclusion()                           # expectation, measurement and rule
 """
 
 from __future__ import annotations
@@ -62,16 +62,20 @@ from .report.tables import (
 )
 from .tiny.shapes import adherence
 
-# torchmetrics loads a progress bar that misses ipywidgets; nothing here shows one.
+# torchmetrics imports a progress bar that warns without ipywidgets. The notebooks show no progress bar.
 warnings.filterwarnings("ignore", message="IProgress not found")
-# torch.compile on a machine with the CUDA toolkit but without a GPU.
+# torch.compile logs this on a machine with the CUDA toolkit but without a GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
 RESULT_FILE = "result.json"
+# Attribute -> the method that sets it. Reading it too early raises an error that names the missing step.
+MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "measured": "measure",
+           "company": "measure", "clocks": "measure", "chunks": "generate_video",
+           "frames": "generate_video", "quality": "compare"}
 
 
 class Experiment:
-    """One run of one preset. Shows what it does by `print`, since a notebook is its terminal."""
+    """One run of one preset. It prints its progress into the notebook."""
 
     def __init__(self, config: ExperimentConfig, campaign: str, run: int, folder: Path):
         self.config = config
@@ -81,13 +85,24 @@ class Experiment:
         self.schedule = schedule_of(config)
         self.adherence: dict[str, Any] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        if (verb := MADE_BY.get(name)) is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise UserError(f"{name}: there is none yet; call {verb}() first.")
+
+    def __repr__(self) -> str:
+        done = [verb for verb in dict.fromkeys(MADE_BY.values())
+                if all(name in self.__dict__ for name, maker in MADE_BY.items() if maker == verb)]
+        return (f"Experiment({self.config.name}, run {self.number} of campaign {self.campaign}, "
+                f"{self.config.model} on {self.config.device}; done: {', '.join(done) or 'nothing yet'})")
+
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Experiment:
-        """Check the notebook's parameters, `globals()` of its first cells, before anything is built.
+        """Check the notebook's parameters (`globals()` after its first cells) before building anything.
 
         Raises:
             UserError: an unknown parameter, a wrong type or value, a baseline with optimizations, settings
-                that could not be compared with the campaign's baseline, or a folder that cannot be written.
+                that are not comparable with the campaign's baseline, or a folder that cannot be written.
         """
         given = notebook_parameters(namespace)
         campaign, run, output_dir = (given.pop(key, default) for key, (default, _) in RUN_KEYS.items())
@@ -95,7 +110,7 @@ class Experiment:
         check_baseline(config)
         check_texts([campaign, output_dir], "campaign, output_dir")
         if type(run) is not int or run < 1:
-            raise UserError(f"run: {run!r} is no run number; write 1, or 2 for a repetition.")
+            raise UserError(f"run: {run!r} is not a run number; write 1, or 2 for a repetition.")
         folder = project_path(output_dir or f"outputs/{campaign}/{config.name}")
         experiment = cls(config, campaign, run, folder)
         experiment.require_comparable()
@@ -110,7 +125,7 @@ class Experiment:
         return experiment
 
     def require_comparable(self) -> None:
-        """Refuse, before anything is built, what could not be compared with the campaign's finished baseline.
+        """Refuse settings that are not comparable with the campaign's finished baseline.
 
         Raises:
             UserError: naming the first difference.
@@ -127,11 +142,11 @@ class Experiment:
                             "campaign (papermill: -p campaign mine).")
 
     def parameters(self) -> pd.DataFrame:
-        """The parameters that are not the baseline's on the laptop, as a table."""
+        """A table of the parameters that differ from the baseline's on the laptop."""
         return parameters_table(self.config)
 
     def build(self) -> pd.DataFrame:
-        """Load the model and apply the optimizations; returns what each did."""
+        """Load the model and apply the optimizations. Returns a table of what each one did."""
         self.pipeline = build_pipeline(self.config)
         self.measurement = Measurement(self.pipeline, self.schedule)
         self.session = self.measurement.session
@@ -142,24 +157,24 @@ class Experiment:
         return optimizations_table(self.pipeline.optimizations)
 
     def measure(self) -> pd.DataFrame:
-        """Rehearse, so that compilation and capture stay out of every latency, then measure a stream without
-        and one with prompt switches (see `measurement.protocol`); returns the headline figures.
+        """Measure one stream without and one with prompt switches (see `measurement.protocol`). Returns the
+        main metrics. A rehearsal first keeps compilation and graph capture out of the latencies.
         """
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
-        self._optimization_reports()  # what optimizations count in a cache is gone after the next reset
+        self._optimization_reports()  # read the counters in the caches before the next reset
         print(self.measured["sizes"]["note"])
         print(self.measured["latency"]["clock_disagreement"]["sentence"])
         if self.company["co_scheduled"]:
-            beside = ("another process holds the GPU" if self.pipeline.device.type == "cuda" else
-                      f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
-            print(f"Warning: {beside}; these latencies are not fit for comparison.")
+            cause = ("another process holds the GPU" if self.pipeline.device.type == "cuda" else
+                     f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
+            print(f"Warning: {cause}; these latencies are not fit for comparison.")
         return headline_table(self.measured)
 
     def generate_video(self) -> HTML:
-        """Generate the schedule's video with its prompt switches; returns a player. Not measured."""
+        """Generate the video of the prompt schedule and return a player. Not measured."""
         self.session.reset()
-        self.adherence = None  # of the video before
+        self.adherence = None  # belongs to the previous video
         self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
                        for chunk in self.session.play(self.schedule, self.config.video_blocks)]
         self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
@@ -177,25 +192,24 @@ class Experiment:
         return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.schedule.prompts)))
 
     def check_adherence(self) -> pd.DataFrame:
-        """Whether the video of `video` shows its prompts, one row for each; n/a where they are not of
-        Moving Shapes. Call it before `charts` and `save`, or the result is without it.
+        """Whether the video of `generate_video` shows its prompts, one row per prompt. n/a for prompts that
+        are not of Moving Shapes. Call it before `charts` and `save`, or the result does not contain it.
 
         Raises:
-            UserError: the result was put together already.
+            UserError: the result already exists.
         """
         if "result" in self.__dict__:
-            raise UserError("check_adherence: the result was put together already; call it before "
-                            "charts() and save().")
+            raise UserError("check_adherence: the result already exists; call it before charts() and save().")
         prompts = [chunk.prompt for chunk in self.chunks for _ in range(chunk.frames.shape[1])]
         self.adherence = adherence.evaluate(self.frames, prompts, weights_kind=self.pipeline.weights["kind"])
         return adherence.table(self.adherence, prompts).map(plain)
 
     def compare(self) -> pd.DataFrame:
-        """Fidelity: errors against the baseline in float32 on the same noise and prompts (`fidelity`),
-        free-running and teacher-forced, beside the baseline's own and the null rows.
+        """Fidelity: errors against the baseline in float32 with the same noise and prompts (`fidelity`),
+        free-running and teacher-forced, compared with the baseline's own errors and the null rows.
 
-        The campaign's first baseline makes the truth and the null rows. Where a campaign has no truth, or
-        that of something else, all of it is n/a with the reason.
+        The campaign's first baseline makes the truth and the null rows. Without a comparable truth, fidelity
+        is n/a with the reason.
         """
         schedule, kind = FidelitySchedule.of(self.config, self.schedule), self.pipeline.weights["kind"]
         if self.is_reference:
@@ -212,7 +226,7 @@ class Experiment:
         else:
             try:
                 self.quality = fidelity.measure(self.pipeline, self.session, schedule, truth)
-            except Exception as error:  # what was measured before is none the worse for it
+            except Exception as error:  # the latencies are valid without the comparison
                 why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 why = (why.splitlines() or [""])[0]
                 print(f"Warning: the comparison failed, {why}")
@@ -222,8 +236,8 @@ class Experiment:
         return fidelity_table(self.quality, truth.facts if truth else None)
 
     def fidelity_reason(self) -> str:
-        """Why the frames must not be compared with the campaign's baseline; empty if they may, or if there is
-        none. `build` comes first.
+        """Why the frames must not be compared with the campaign's baseline. Empty if they may, or if there is
+        no baseline. Call `build` first.
         """
         if self.is_reference or (baseline := self.baseline()) is None:
             return ""
@@ -233,23 +247,22 @@ class Experiment:
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is the run that the campaign's other runs are compared with."""
+        """Whether the campaign's other runs are compared with this run."""
         return self.config.name == "baseline" and self.number == 1
 
     @functools.cached_property
     def reference(self) -> Truth | None:
-        """What the campaign's baseline kept for other runs, None if there is none."""
+        """The truth that the campaign's baseline stored for other runs, None if there is none."""
         path = self.folder.parent / "baseline" / REFERENCE_FILE
         return Truth.load(path) if path.is_file() else None
 
     def definitions(self) -> HTML:
-        """What every figure means."""
+        """The definition of every metric."""
         return HTML(definitions_html())
 
     def difference(self) -> HTML:
-        """Show the heat map of the mean absolute difference between this video and the baseline's, beside a
-        frame of each; returns a player of the two videos, or a sentence where the campaign has no baseline
-        video.
+        """Show a frame of this video and of the baseline's, and a heat map of their mean absolute difference.
+        Returns a player of both videos, or a sentence if the campaign has no baseline video.
         """
         reference = self.reference
         if reference is None:
@@ -261,7 +274,7 @@ class Experiment:
             return HTML("<p>n/a: the baseline's video has another length or size; run both with the same."
                         "</p>")
         display(video.difference_chart(reference.video, self.frames))
-        # Together 1.5 times as wide as the video alone: reports stay small.
+        # Together 1.5 times as wide as the video alone, which keeps reports small.
         width = self.config.video_width and self.config.video_width * 3 // 4
         path = self.folder / "side_by_side.mp4"
         video.write_mp4(path, video.side_by_side(video.shrink(reference.video, width),
@@ -271,30 +284,30 @@ class Experiment:
         return HTML(video.video_html(path, caption, min_width=512))
 
     def charts(self) -> None:
-        """Show every figure of this run, beside the campaign's baseline where there is one."""
+        """Show every chart of this run, compared with the campaign's baseline if there is one."""
         for chart in charts.run_figures(self.result, self.baseline()).values():
             display(chart)
 
     def save(self) -> None:
-        """Write result.json, last of all and atomically."""
+        """Write result.json atomically, as the last step."""
         write_result(self.folder / RESULT_FILE, self.result)
         print(f"{RESULT_FILE} is written")
 
     def conclusion(self) -> HTML:
-        """The hypothesis, and what was measured against the baseline; the campaign's summary decides."""
+        """The hypothesis and the measurements against the baseline. The campaign's summary decides."""
         return HTML(conclusion_html(self.result, self.baseline()))
 
     def ablate(self, changes: Mapping[str, Sequence[Any]],
              together: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
-        """Measure the preset again with one key changed at a time, and add the figures to result.json; only
-        `conclusion` may follow, since it lets go of the pipeline. An ablation that cannot run is n/a and says
-        why.
+        """Measure the preset again with one key changed at a time, and add the metrics to result.json.
 
-        Each runs in a thread of its own: cuDNN's kernels, once chosen for a shape, are remembered per thread.
+        Only `conclusion` may follow, because this call releases the pipeline. An ablation that cannot run is
+        n/a with the reason. Each ablation runs in its own thread, because cuDNN remembers its choice of
+        kernels per thread.
 
         Args:
             changes: the values to try instead of the preset's, by key.
-            together: changes of several keys at a time, measured after those of one.
+            together: changes of several keys at once, measured after the single ones.
         """
         rows = self.result["ablations"] = []
         del self.pipeline, self.session, self.measurement
@@ -304,7 +317,7 @@ class Experiment:
                 torch.cuda.empty_cache()
             print("ablation", ", ".join(f"{key}: {value}" for key, value in changed.items()), flush=True)
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ablation") as thread:
-                # Settings of torch's compiler belong to a context, and a new thread has a new one.
+                # Settings of torch's compiler belong to a context, and a new thread starts with an empty one.
                 context = contextvars.copy_context()
                 measured = thread.submit(context.run, self._ablation, changed).result()
             rows.append(plain_json({"changed": dict(changed)} | measured))
@@ -325,7 +338,7 @@ class Experiment:
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
-        """What `save` writes; everything before must have been called."""
+        """The content of result.json. All earlier steps must have run."""
         config, pipeline = self.config, self.pipeline
         machine = environment.environment(pipeline.device, attention_backend=pipeline.attention_backend,
                                              company=self.company)
@@ -358,7 +371,7 @@ class Experiment:
             }
         )
         gate = decision.gate_of(config, result["optimizations"])
-        # The gate stays with the result: once every run is there, the campaign's summary decides.
+        # The result keeps the gate, so that the campaign's summary can decide again once every run is there.
         noise = decision.noise_of_preset(config.name, self._noise)
         decided = decision.decide(result, self.baseline(), noise, gate)
         result["decision"] = decided | {"gate": gate, "provisional": True}
@@ -371,7 +384,7 @@ class Experiment:
 
     @functools.cached_property
     def _noise(self) -> dict[str, dict[str, Any]]:
-        """What repetitions in this campaign said of the noise, by preset, before this run was saved."""
+        """The noise by preset, from repetitions in this campaign that were saved before this run."""
         campaign, _ = read_campaign(self.folder.parent)
         return decision.campaign_noise(campaign)
 

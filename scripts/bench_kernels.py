@@ -1,17 +1,18 @@
 """Check and time the kernels of longlive_opt.kernels on one CUDA GPU: bench_kernels.py --out FILE.json
 
-From the root of the repository, offline, one to two minutes on an H100, most of it compilation:
+Run it from the root of the repository, offline. It takes one to two minutes on an H100, mostly for
+compilation:
 
     PYTHONPATH=. python3 scripts/bench_kernels.py --out outputs/bench_kernels.json
 
-Every kernel is first checked on fresh random inputs, its output memory poisoned with NaN, against float64 or
-eager PyTorch; an error above the row's limit marks the row WRONG. For 8-bit attention and products error is
-the part of what the formats explain (`kernels/tolerance.py`), and values have a part in common, which must
-not shrink. Times are medians of `do_bench`, which clears the L2 cache between runs; products are captured in
-a CUDA graph over so many buffers that the cache does not hold them. A variant that fails is a row with its
-message, and the rest go on: this is a benchmark, not a test. The Gluon kernels come last, since a fault of
-one would take the CUDA context along, and after `--limit` seconds (a kernel that hangs) the rows so far are
-written. Exit code 0 if all is well.
+Each kernel is first checked on fresh random inputs against float64 or eager PyTorch, with its output memory
+poisoned with NaN. An error above the row's limit marks the row WRONG. For 8-bit attention and linear layers
+(GEMMs) the error is relative to the error that the formats explain (`kernels/tolerance.py`), and the inputs
+share a common part, which must not shrink. Times are medians of `do_bench`, which clears the L2 cache between
+runs. Linear layers are captured in a CUDA graph over more buffers than the cache can hold. A failing variant
+becomes a row with its message, and the others continue. The Gluon kernels come last, because a fault would
+destroy the CUDA context. If a kernel hangs, the rows so far are written after `--limit` seconds. Exit code 0
+if all rows are ok.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from longlive_opt.kernels.torch_internals import gelu_linear
 DEVICE = "cuda"
 FRAME, WINDOW, HEADS, DIM, FFN = 1560, 12, 12, 128, 8960
 TOKENS, SLOTS, CHANNELS = 3 * FRAME, WINDOW * FRAME, HEADS * DIM
-# What a correct kernel stays below: parts of the error that the format explains, how much smaller a result
-# may be as a whole (half a step of bfloat16), relative error against the kernel's emulation.
+# Upper limits for a correct kernel: error relative to the error that the format explains, shrinkage of the
+# result as a whole (half a step of bfloat16), and relative error against the kernel's emulation.
 FORMAT_LIMIT, SHRINK_LIMIT, EMULATION_LIMIT = 1.1, 2.0**-9, 0.02
 MORE_TILES = {
     "int8_bf16": [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3)],
@@ -61,7 +62,8 @@ GLUON_TILES = {
 
 @dataclass
 class Row:
-    """One line of the table. `rate`: TFLOP/s for attention and products, else GB/s of the least traffic."""
+    """One line of the table. `rate`: TFLOP/s for attention and linear layers, else GB/s of the least traffic.
+    """
 
     group: str
     name: str
@@ -75,7 +77,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ok, WRONG, FAILED, or nothing where no limit is set."""
+        """ok, WRONG, FAILED, or empty without a limit."""
         if self.message:
             return "FAILED"
         if self.limit is None:
@@ -85,7 +87,7 @@ class Row:
 
 
 class Bench:
-    """Collects rows; `row` runs one variant and turns an exception into a row."""
+    """Collects rows. `row` runs one variant and turns an exception into a row."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -113,7 +115,7 @@ class Bench:
         return row
 
     def finish(self) -> int:
-        """Print the table, write the JSON, return the exit code."""
+        """Print the table, write the JSON and return the exit code."""
         print(f"\n{'group':10} {'variant':58} {'ms':>9} {'rate':>8} {'error':>9} {'vs emu':>9} {'shrinks':>9}"
               "  verdict")
         for row in self.rows:
@@ -127,7 +129,7 @@ class Bench:
 
 
 def line(row: Row) -> str:
-    """One row of the table; a dash where there is no number."""
+    """One row of the table, with a dash for a missing number."""
     numbers = ((row.ms, "9.4f"), (row.rate, "8.0f"), (row.error, "9.2e"), (row.emulation_error, "9.2e"),
                (row.shrinkage, "9.1e"))
     cells = " ".join(f"{'-':>{form[0]}}" if value is None else f"{value:{form}}" for value, form in numbers)
@@ -135,7 +137,7 @@ def line(row: Row) -> str:
 
 
 def poison() -> None:
-    """Fill memory that the allocator hands out next with NaN, so that an unwritten output shows."""
+    """Fill the memory that the allocator returns next with NaN, so that an unwritten output is detected."""
     sizes = (TOKENS * CHANNELS * factor for factor in (1, 1, 2, 3, 6))
     blocks = [torch.full((size,), float("nan"), device=DEVICE, dtype=torch.bfloat16) for size in sizes]
     del blocks
@@ -151,7 +153,7 @@ def randn(*shape: int) -> Tensor:
 
 
 class Attention:
-    """Inputs of a block's self-attention over the full window, its values with a part in common."""
+    """Inputs of a block's self-attention over the full window, with values that share a common part."""
 
     def __init__(self) -> None:
         self.q, self.k, self.v = (randn(1, n, HEADS, DIM) for n in (TOKENS, SLOTS, SLOTS))
@@ -166,7 +168,9 @@ class Attention:
         return cache
 
     def variants(self, bench: Bench, mode: str, tiles: list[Tile]) -> None:
-        """Check and time one mode with several launch shapes; the fastest good one at other lengths, too."""
+        """Check and time one mode with several launch shapes, then time the fastest correct one at other
+        lengths.
+        """
         cache, good = self.cache(mode), []
         limit = attention_limit(self.q[:, self.sample], self.k, self.v, mode)
         for tile in tiles:
@@ -196,7 +200,7 @@ class Attention:
                   lambda: attention8(recache, cache, SLOTS, best), self.flops * 3)
 
     def baseline(self, bench: Bench, name: str, backend: SDPBackend) -> None:
-        """bf16 attention by PyTorch."""
+        """Check and time PyTorch's bf16 attention."""
         def call() -> Tensor:
             with sdpa_kernel(backend):
                 heads_first = (t.transpose(1, 2) for t in (self.q, self.k, self.v))
@@ -216,7 +220,7 @@ def describe(tile: Tile) -> str:
 
 
 def bench_attention(bench: Bench, more: bool) -> None:
-    """PyTorch's bf16 attention (cuDNN twice: the spread is the noise) and the Triton kernel."""
+    """PyTorch's bf16 attention and the Triton kernel. cuDNN runs twice to show the noise."""
     attention = Attention()
     attention.baseline(bench, "bf16 SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)
     attention.baseline(bench, "bf16 SDPA flash (FA2)", SDPBackend.FLASH_ATTENTION)
@@ -228,14 +232,16 @@ def bench_attention(bench: Bench, more: bool) -> None:
 
 
 def bench_gluon(bench: Bench, more: bool) -> None:
-    """The Gluon kernel; with `more`, in several depths of its pipeline."""
+    """The Gluon kernel, with `more` in several depths of its pipeline."""
     attention = Attention()
     for mode, tiles in GLUON_TILES.items():
         attention.variants(bench, mode, tiles if more else tiles[1:2])
 
 
 def bench_write(bench: Bench, more: bool) -> None:
-    """RMS norm, RoPE and the write of k and v into three frames of the ring, in every format."""
+    """RMS norm, rotary position embedding (RoPE) and the write of k and v into three frames of the ring, in
+    every format.
+    """
     qkv, weights = randn(1, TOKENS, 3 * CHANNELS), [1 + 0.1 * randn(CHANNELS) for _ in range(2)]
     angle = torch.rand(TOKENS, DIM // 2, device=DEVICE) * 100
     slots = torch.tensor([10 * FRAME, 4 * FRAME, 5 * FRAME], device=DEVICE, dtype=torch.int32)
@@ -312,7 +318,8 @@ def bench_norms(bench: Bench, more: bool) -> None:
 
 
 def bench_gelu(bench: Bench, more: bool) -> None:
-    """First product of the FFN: GELU in the product's epilogue, or as its own pass."""
+    """First linear layer of the feed-forward network (FFN), with GELU in its epilogue or in a separate pass.
+    """
     x, weight, bias = randn(TOKENS, CHANNELS), randn(FFN, CHANNELS) / CHANNELS**0.5, randn(FFN)
     flops = 2 * TOKENS * CHANNELS * FFN
     expected = F.gelu(F.linear(x.float(), weight.float(), bias.float()), approximate="tanh")
@@ -328,7 +335,7 @@ def bench_gelu(bench: Bench, more: bool) -> None:
 
 
 def bench_rows(bench: Bench, more: bool) -> None:
-    """The kernels that make the operands of 8-bit products."""
+    """The kernels that make the operands of 8-bit linear layers (GEMMs)."""
     x, y, table = randn(1, TOKENS, CHANNELS), randn(1, TOKENS, CHANNELS), randn(1, 3, 6, CHANNELS)
     wide, (shift, scale, gate) = randn(1, TOKENS, FFN), (table[:, :, i] for i in range(3))
     normed = fused.gate_residual_layernorm_modulate(x, y, gate, shift, scale, FRAME)[1]
@@ -351,11 +358,11 @@ def bench_rows(bench: Bench, more: bool) -> None:
 LAYERS = {"qkv": (CHANNELS, 3 * CHANNELS), "query": (CHANNELS, CHANNELS), "up": (CHANNELS, FFN),
           "down": (FFN, CHANNELS)}
 COLD_BYTES = 200e6
-"""Operands of so many bytes pass between two uses of one: four times an H100's L2 cache."""
+"""Bytes of operands read between two uses of the same operand: four times an H100's L2 cache."""
 
 
 class Product:
-    """Operands of one linear layer, in as many copies as it takes to keep them out of the cache."""
+    """Operands of one linear layer, in enough copies to keep them out of the cache."""
 
     def __init__(self, tokens: int, inputs: int, outputs: int) -> None:
         self.flops = 2 * tokens * inputs * outputs
@@ -368,7 +375,7 @@ class Product:
         self.exact = x[0, self.sample].double() @ weight.double().t() + self.bias.double()
 
     def quantized(self, form: str) -> list[tuple[linear8.Rows8, Tensor, Tensor]]:
-        """The operands in 8 bit: rows, weight, its scales."""
+        """The operands in 8 bit: rows, weight and the weight's scales."""
         pairs = [(linear8.quantize_rows(x, form), linear8.rows_reference(weight, form))
                  for x, weight in self.plain]
         return [(rows, weight.values, weight.scale.t().contiguous()) for rows, weight in pairs]
@@ -393,7 +400,8 @@ class Product:
 
 
 def graphed_ms(call: Callable[..., Tensor], operands: list[tuple]) -> float:
-    """Milliseconds per call: the median of replays of a CUDA graph that calls once per operands."""
+    """Milliseconds per call, from the median replay of a CUDA graph that calls once for each set of operands.
+    """
     for arguments in operands[:2]:
         call(*arguments)
     torch.cuda.synchronize()
@@ -416,7 +424,7 @@ def graphed_ms(call: Callable[..., Tensor], operands: list[tuple]) -> float:
 
 def bench_gemm(bench: Bench, more: bool) -> None:
     """Linear layers in bf16, e4m3 (cuBLAS) and int8 in every tile, for a pass (4680 tokens) and a recache
-    (14040), then the feed-forward as a whole; a table of the fastest at the end.
+    (14040 tokens), then the whole feed-forward. Prints a table of the fastest at the end.
     """
     best: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for tokens in (TOKENS, 9 * FRAME):
@@ -453,7 +461,7 @@ def bench_gemm(bench: Bench, more: bool) -> None:
 
 
 def bench_feed_forward(bench: Bench) -> None:
-    """The two linear layers and what lies between them: where GELU and the rounding are done."""
+    """The two linear layers of the feed-forward, with different places for GELU and the rounding."""
     x, bias_up, bias_down = randn(1, TOKENS, CHANNELS), randn(FFN), randn(CHANNELS)
     weights = [(randn(FFN, CHANNELS) / CHANNELS**0.5, randn(CHANNELS, FFN) / FFN**0.5) for _ in range(4)]
     flops = 4 * TOKENS * CHANNELS * FFN
@@ -490,13 +498,13 @@ def bench_feed_forward(bench: Bench) -> None:
 
 
 def describe_product(tile: gemm8.Tile) -> str:
-    """A tile of the int8 product in a few characters."""
+    """A tile of the int8 linear layer (GEMM) in a few characters."""
     kind = "gluon" if tile.gluon else f"triton w{tile.num_warps}"
     return f"{kind} {tile.block_m}x{tile.block_n}x{tile.block_k} s{tile.stages} g{tile.group}"
 
 
 def environment() -> dict[str, str | int | None]:
-    """What the numbers depend on."""
+    """The hardware and versions behind the numbers."""
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.sm,temperature.gpu", "--format=csv"]
     smi = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else "absent"
     return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -508,7 +516,7 @@ GROUPS = {"attention": bench_attention, "write": bench_write, "norms": bench_nor
 
 
 def main() -> int:
-    """Run the groups asked for, in the order of GROUPS."""
+    """Run the requested groups, in the order of GROUPS."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to run")
@@ -517,7 +525,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("no CUDA GPU: the kernels' arithmetic is tested on a CPU by tests/test_kernels.py")
+        parser.error("no CUDA GPU; run tests/test_kernels.py to test the kernels' arithmetic on a CPU")
     torch.manual_seed(arguments.seed)
     torch.backends.cuda.matmul.allow_tf32 = False
     bench = Bench(arguments.out)

@@ -1,19 +1,20 @@
 """Set up the environment once and print its Python: python3 scripts/bootstrap.py [--newest]
 
-Standard library only. Messages go to stderr, so that `py="$(python3 scripts/bootstrap.py)"` works. Where to:
+Uses only the standard library. Messages go to stderr, so that `py="$(python3 scripts/bootstrap.py)"` works.
+The place of the installation:
 
-1. the calling Python is a virtual environment with a torch that pyproject.toml allows (GPU hosts): into that
-   environment;
-2. otherwise into .venv, which sees the caller's packages if these have such a torch (containers, conda).
+1. If the calling Python is a virtual environment with a torch that pyproject.toml allows (GPU hosts), that
+   environment.
+2. Otherwise .venv. It sees the caller's packages if they include such a torch (containers, conda).
 
-What: the versions of constraints.txt, or, with --newest, the newest that pyproject.toml allows. What an
-environment brings keeps its version where that is allowed. Its torch is never changed: pip gets the
-constraint torch==<its version>. (Without it `pip install lpips` upgrades torch, because the newest
-torchvision wants the newest torch.) What the set-up itself has put into .venv follows constraints.txt.
+The versions are those of constraints.txt, or with --newest the newest that pyproject.toml allows. Packages of
+the existing environment keep their allowed versions. Its torch never changes, because pip gets the constraint
+torch==<its version>. (Without it `pip install lpips` upgrades torch, because the newest torchvision needs the
+newest torch.) Packages that the set-up itself installed into .venv follow constraints.txt.
 
 A second call finds .bootstrap/stamp.json and does nothing until the dependencies in pyproject.toml, the
 constraints or the mode change. The syntax is that of Python 3.6, so that an old Python can read this file and
-say that it is too old.
+report that it is too old.
 """
 
 import argparse
@@ -32,10 +33,10 @@ VENV = ROOT / ".venv"
 STATE = ROOT / ".bootstrap"
 CONSTRAINTS = ROOT / "constraints.txt"
 MIN_PYTHON = (3, 11)
-# What has to fit a torch that is there, and so has no tested version where that is another.
+# Packages that must fit the existing torch. Their tested versions do not apply if it is another version.
 WITH_TORCH = ("torch", "torchvision", "triton", "cuda-bindings", "cuda-pathfinder")
 GIB = 2**30
-# Free disk space asked for: with torch and its CUDA libraries to install, and without.
+# Required free disk space: with torch and its CUDA libraries to install, and without.
 NEED_FULL, NEED_REST = 8 * GIB, 1 * GIB
 NETWORK_SIGNS = (
     "NewConnectionError", "NameResolutionError", "ConnectTimeout", "ReadTimeout", "ProxyError",
@@ -62,7 +63,7 @@ def read_project() -> Dict[str, Any]:
 
 
 def dependency_digest(newest: bool) -> str:
-    """A hash of what is to be installed; it changes when the environment has to."""
+    """A hash of the requested installation. It changes whenever the environment must change."""
     content = read_project()
     project = content["project"]
     wanted = [content["build-system"], project["dependencies"], project["optional-dependencies"],
@@ -71,7 +72,7 @@ def dependency_digest(newest: bool) -> str:
 
 
 def torch_bounds() -> Tuple[str, Tuple[int, int], Tuple[int, int]]:
-    """Which torch pyproject.toml allows: as it is written there, the first release, and the first too new."""
+    """The torch that pyproject.toml allows: its requirement, the first release, and the first too new one."""
     for requirement in read_project()["project"]["dependencies"]:
         found = re.match(r"torch(>=(\d+)\.(\d+),<(\d+)\.(\d+))$", requirement)
         if found:
@@ -81,19 +82,19 @@ def torch_bounds() -> Tuple[str, Tuple[int, int], Tuple[int, int]]:
 
 
 def tested_versions() -> Dict[str, str]:
-    """Name -> version, from constraints.txt; names as pip normalises them."""
+    """Name -> version from constraints.txt, with names as pip normalises them."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").split("\n")
     pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
     return {normal(name): version.strip() for name, version in pairs}
 
 
 def normal(name: str) -> str:
-    """The name of a package as pip compares it."""
+    """The name of a package as pip normalises it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def finished_python(digest: str) -> Optional[str]:
-    """The Python of a set-up that is complete and current, or None."""
+    """The Python of a complete and current set-up, or None."""
     try:
         stamp = json.loads((STATE / "stamp.json").read_text(encoding="utf-8"))
         current = stamp["digest"] == digest and stamp["root"] == str(ROOT)
@@ -103,7 +104,7 @@ def finished_python(digest: str) -> Optional[str]:
 
 
 def brought_packages(python: str) -> Dict[str, str]:
-    """Name -> version of what `python` sees and the set-up has not put into .venv itself."""
+    """Name -> version of the packages that `python` sees and that the set-up did not install into .venv."""
     code = """if True:
         import importlib.metadata, json, sys
         print(json.dumps([(one.metadata["Name"], one.version, str(one.locate_file("")))
@@ -112,16 +113,16 @@ def brought_packages(python: str) -> Dict[str, str]:
     done = subprocess.run([python, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     found = json.loads(done.stdout.decode()) if not done.returncode else []
     own = VENV.resolve()
-    # The first of a name is the one that is imported.
+    # Python imports the first package of a name.
     return {normal(name): version for name, version, place in reversed(found)
             if own not in Path(place).resolve().parents}
 
 
 def brought_torch(python: str) -> Optional[str]:
-    """The version, as pip knows it, of a torch that `python` can import and the set-up has not installed, or
-    None.
+    """pip's version of a torch that `python` can import and that the set-up did not install, or None.
 
-    It is read from the package's metadata: `torch.__version__` may say 2.11.0+cu130 where pip says 2.11.0.
+    It comes from the package's metadata, because `torch.__version__` may be 2.11.0+cu130 where pip has
+    2.11.0.
     """
     version = brought_packages(python).get("torch")
     if version is None or subprocess.call([python, "-P", "-c", "import torch"], stdout=subprocess.DEVNULL,
@@ -131,7 +132,7 @@ def brought_torch(python: str) -> Optional[str]:
 
 
 def is_allowed(torch: str) -> bool:
-    """Whether pyproject.toml allows this version of torch, and pip agrees: 2.10.0a0 sorts before 2.10."""
+    """Whether pyproject.toml allows this version of torch. As for pip, 2.10.0a0 sorts before 2.10."""
     _, low, high = torch_bounds()
     found = re.match(r"(\d+)\.(\d+)(\.\d+)*(a|b|rc|\.dev)?", torch)
     if not found:
@@ -141,14 +142,14 @@ def is_allowed(torch: str) -> bool:
 
 
 def choose_environment(offline: bool) -> str:
-    """Decide where to install, make .venv if that is the place, and return the environment's Python."""
+    """Decide where to install, create .venv if necessary, and return the environment's Python."""
     own = str(VENV / "bin" / "python")
     is_venv = sys.prefix != sys.base_prefix
     if is_venv and Path(sys.prefix).resolve() == VENV.resolve():
         return own
     torch = brought_torch(sys.executable)
     if torch and not is_allowed(torch):
-        say("torch %s of %s is not used: the project works with torch%s, and .venv gets one of its own"
+        say("torch %s of %s is not used: the project needs torch%s, so .venv gets its own"
             % (torch, sys.prefix, torch_bounds()[0]))
         torch = None
     if torch and is_venv:
@@ -169,13 +170,13 @@ def has_pip(python: str) -> bool:
 
 
 def make_venv(python: str, torch: Optional[str]) -> None:
-    """Create .venv anew; it sees the caller's packages where these have `torch`."""
+    """Create a new .venv. It sees the caller's packages if they include `torch`."""
     package = "install the package python3-venv (Debian, Ubuntu: apt install python%d.%d-venv) and run the " \
               "command again" % sys.version_info[:2]
     try:
         import ensurepip  # noqa: F401
     except ImportError:
-        stop("this Python cannot make virtual environments; " + package)
+        stop("this Python cannot create virtual environments; " + package)
     reuse = ", which has torch " + torch if torch else ""
     say("creating .venv with Python %d.%d" % sys.version_info[:2] + reuse)
     shutil.rmtree(str(VENV), ignore_errors=True)
@@ -196,8 +197,8 @@ def check_disk(need: int) -> None:
 
 
 def write_constraints(path: Path, brought: Dict[str, str], torch: Optional[str], newest: bool) -> None:
-    """What pip is held to: the torch that is there and, unless `newest`, the tested version of all else that
-    the environment does not bring.
+    """Write pip's constraints: the existing torch and, unless `newest`, the tested version of every package
+    that the environment does not bring.
     """
     pins = {} if newest else tested_versions()
     fits = not torch or torch.split("+")[0] == pins.get("torch")
@@ -213,11 +214,11 @@ def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: b
     """Install the project and its dependencies with pip, under one constraints file.
 
     Args:
-        torch: version of the one that the environment brings and that stays.
+        torch: version of the environment's own torch, which stays.
     """
     constraints = STATE / "constraints.txt"
     write_constraints(constraints, brought_packages(python), torch, newest)
-    # An offline host runs and tests; JupyterLab and ruff would add half again to what is carried there.
+    # An offline host runs and tests the project. JupyterLab and ruff would add half the size again.
     extras = "test" if wheels else "lab,test,lint"
     options = ["--no-index", "--find-links", str(wheels)] if wheels else []
     if newest and not torch:
@@ -240,31 +241,31 @@ def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: b
 
 
 def explain(tail: List[str], wheels: Optional[Path]) -> str:
-    """One sentence on why pip failed, from the last lines of its output."""
+    """The reason for pip's failure in one sentence, from the last lines of its output."""
     text = "\n".join(tail)
     if "No module named pip" in text:
         return "the active environment has no pip: run 'python -m ensurepip' in it"
     if "No space left" in text:
-        return "the disk is full (pip also needs room in the folder for temporary files, TMPDIR)"
+        return "the disk is full (pip also needs space in the folder for temporary files, TMPDIR)"
     error = ([line for line in tail if line.startswith("ERROR:")] or tail[-1:] or ["no message"])[0][:300]
     if wheels:
-        return "pip could not install from %s (%s); make it anew for this host's Python, see " \
+        return "pip could not install from %s (%s); collect the wheels again for this host's Python, see " \
                "'make wheelhouse'" % (wheels.name, error)
     if any(sign in text for sign in NETWORK_SIGNS):
         return "no package index reachable; set a proxy (HTTPS_PROXY) or a mirror (PIP_INDEX_URL), or " \
-               "carry the wheels here: 'make wheelhouse' on another machine, then 'make install-offline'"
+               "copy the wheels here: 'make wheelhouse' on another machine, then 'make install-offline'"
     return "pip failed (%s)" % error
 
 
 def main() -> int:
     if sys.version_info < MIN_PYTHON:
-        stop("this is Python %d.%d, the project needs 3.11 or newer; name one, such as PYTHON=python3.12"
+        stop("this is Python %d.%d, the project needs 3.11 or newer; name one, for example PYTHON=python3.12"
              % sys.version_info[:2])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--offline", type=Path, metavar="WHEELS", help="install from these wheels")
     which.add_argument("--newest", action="store_true",
-                       help="the newest versions that pyproject.toml allows, not those of constraints.txt")
+                       help="install the newest versions that pyproject.toml allows")
     arguments = parser.parse_args()
     wheels, newest = arguments.offline, arguments.newest
     digest = dependency_digest(newest)
@@ -279,7 +280,7 @@ def main() -> int:
             torch = None
         check_disk(NEED_REST if torch else NEED_FULL)
         if not torch:
-            say("where .venv lacks torch this downloads 3 GB, takes 6 GB of disk and 2 to 3 minutes")
+            say("if .venv lacks torch, this downloads 3 GB and takes 6 GB of disk and 2 to 3 minutes")
         STATE.mkdir(exist_ok=True)
         install(python, torch, wheels.resolve() if wheels else None, newest)
         stamp = json.dumps({"digest": digest, "root": str(ROOT), "python": python})
@@ -293,4 +294,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        stop("interrupted; run the command again to go on")
+        stop("interrupted; run the command again to continue")

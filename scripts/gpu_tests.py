@@ -1,9 +1,9 @@
-"""Run the tests that need a GPU and record what they printed, below the facts of the machine.
+"""Run the tests that need a GPU and record their output together with the facts of the machine.
 
     python scripts/gpu_tests.py outputs/h100/gpu_tests.txt [more arguments for pytest]
 
-A run that is interrupted (Ctrl-C, SIGTERM) leaves a record as well, which says so in its last line. Exit
-status: pytest's, 2 without a GPU, 130 if interrupted.
+An interrupted run (Ctrl-C, SIGTERM) also leaves a record, whose last line says so. Exit status: that of
+pytest, 2 without a GPU, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def main(record: str, *arguments: str) -> int:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
             for line in tests.stdout:
                 print(line, end="", flush=True)
-                lines.append(line.rstrip().replace(str(Path.cwd()), "."))  # a record names no machine's paths
+                lines.append(line.rstrip().replace(str(Path.cwd()), "."))  # keep the machine's paths out
         status = tests.returncode
     except KeyboardInterrupt:
         tests.kill()
-        lines.append("interrupted: what follows was not run")
+        lines.append("interrupted: the remaining tests were not run")
     Path(record).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(record) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -47,5 +47,5 @@ def main(record: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` ends it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends SIGTERM
     sys.exit(main(*sys.argv[1:]))

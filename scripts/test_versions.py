@@ -1,15 +1,15 @@
 """Test the oldest and the newest torch that pyproject.toml allows: python3 scripts/test_versions.py
 
     python3 scripts/test_versions.py newest                # one of the two
-    python3 scripts/test_versions.py 2.13 --keep           # a release; its environment stays
-    python3 scripts/test_versions.py oldest -- -x -k gelu  # more for pytest
+    python3 scripts/test_versions.py 2.13 --keep           # a release; keep its environment
+    python3 scripts/test_versions.py oldest -- -x -k gelu  # more arguments for pytest
 
-Each torch gets an environment of its own in .bootstrap/versions (5 GB, removed afterwards; the second is
-made while the first is tested), with the tested versions of constraints.txt in all that torch does not
-decide. What runs are the tests that touch PyTorch's and Triton's internals: kernels (compiled for GPUs,
-too), caches, optimizations, session, what training records and compiles. A torch that the package index at
-hand does not serve is skipped with a sentence. The exit status is 0, or 1 if a test failed, or 2 if an
-environment could not be made.
+Each torch gets its own environment in .bootstrap/versions (5 GB, removed afterwards). The second environment
+is made while the first is tested. Packages that do not depend on torch have the versions of constraints.txt.
+The script runs the tests that use internals of PyTorch and Triton: kernels (also compiled for GPUs), caches,
+optimizations, the session, and the recorded and compiled parts of the training. It skips a torch that the
+package index does not offer and says so. Exit status: 0, 1 if a test failed, 2 if an environment could not be
+made.
 """
 
 import argparse
@@ -41,12 +41,12 @@ FOLDER = STATE / "versions"
 TESTS = ("test_compile_kernels.py", "test_compilers.py", "test_kernels.py", "test_fused_kernels.py",
          "test_quantized_linears.py", "test_quantized_kv.py", "test_optimizations.py", "test_session.py",
          "test_vae.py", "test_training.py")
-# Of test_training.py only what is recorded or compiled.
+# From test_training.py, only run the tests of recorded or compiled code.
 TRAINING = "asks_the_host or compiled_"
-# Minutes of combinations of optimizations, each of which is tested by itself.
+# Leave out combinations of optimizations, which take minutes. Each optimization is also tested by itself.
 LONG = ("every_combination", "early_decode_leaves_out", "compiled_with", "together_with_others",
         "can_be_captured", "exact_optimizations_with_it", "stay_near_those", "under_the_interpreter")
-# What pip says where the index has no such version, or does not hand it out.
+# pip's messages if the index does not have the version or does not serve it.
 NOT_SERVED = re.compile(r"(No matching distribution found for|satisfies the requirement) torch\b|"
                         r"The user requested \(constraint\) torch\b|HTTP error 40[34]")
 
@@ -56,19 +56,20 @@ def say(text: str) -> None:
 
 
 def requirement(which: str) -> str:
-    """`oldest`, `newest` or a release such as 2.13 -> what pip is asked for."""
+    """`oldest`, `newest` or a release such as 2.13 -> pip's requirement."""
     bounds, low, _ = torch_bounds()
     if which == "newest":
         return "torch" + bounds
     release = "%d.%d" % low if which == "oldest" else which
     if not re.match(r"\d+\.\d+(\.\d+)?$", release):
-        stop("%s is no release of torch; write oldest, newest or one such as 2.13" % which)
+        stop("%s is not a release of torch; write oldest, newest or a release such as 2.13" % which)
     return "torch==%s%s" % (release, ".*" if release.count(".") == 1 else "")
 
 
 def make_environment(folder: Path, torch: str) -> Optional[str]:
-    """A virtual environment with this torch and the project's dependencies; None, said why, if the torch is
-    not to be had.
+    """Make a virtual environment with this torch and the project's dependencies, and return its Python.
+
+    Prints the reason and returns None if the torch is not available.
     """
     shutil.rmtree(str(folder), ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -88,14 +89,14 @@ def make_environment(folder: Path, torch: str) -> Optional[str]:
         return python
     refused = [line for line in done.stdout.splitlines() if NOT_SERVED.search(line)]
     if refused:
-        say("%s is skipped: the package index at hand does not serve it (%s)"
+        say("%s is skipped: the package index does not serve it (%s)"
             % (torch, refused[0].strip()[:200]))
         return None
     stop("the environment for %s: %s" % (torch, explain(done.stdout.splitlines()[-30:], None)))
 
 
 def environments(which: List[str], keep: bool) -> Iterator[Tuple[str, str]]:
-    """(which, Python of its environment) one after the other; the next is made while one is used."""
+    """(which, Python of its environment), one by one. The next environment is made while one is in use."""
     with ThreadPoolExecutor(1) as pool:
         coming = [pool.submit(make_environment, FOLDER / one, requirement(one)) for one in which[:1]]
         for number, one in enumerate(which):
@@ -118,7 +119,7 @@ def describe(python: str) -> str:
 
 
 def run_tests(python: str, more: List[str]) -> bool:
-    """Run pytest with its output on ours; whether all passed."""
+    """Run pytest on our own output. Returns whether all tests passed."""
     names = ["tests/" + name for name in TESTS]
     choose = "not (%s) and (not test_training or %s)" % (" or ".join(LONG), TRAINING)
     workers = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
@@ -133,7 +134,7 @@ def main() -> int:
     more = given[given.index("--") + 1:] if "--" in given else []
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", help="oldest, newest, or a release such as 2.13")
-    parser.add_argument("--keep", action="store_true", help="leave the environments in .bootstrap/versions")
+    parser.add_argument("--keep", action="store_true", help="keep the environments in .bootstrap/versions")
     arguments = parser.parse_args(given[:given.index("--")] if "--" in given else given)
     which = arguments.which or ["oldest", "newest"]
     check_disk(NEED_FULL * min(len(which), 2))

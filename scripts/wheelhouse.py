@@ -1,9 +1,10 @@
 """Collect the wheels that an offline Linux x86-64 host with torch is missing: scripts/wheelhouse.py FOLDER
 
-Run it where there is a network, copy FOLDER into the clone on the host, and run `make install-offline` there.
-The host is taken to have torch and torchvision, or, with `--have LIST`, whatever LIST names (the host's own
-`pip list --format=freeze`): the resolver sees an empty stand-in wheel for each of these, so it keeps their
-versions and downloads none of them. The others come in the versions of constraints.txt.
+Run it on a machine with a network, copy FOLDER into the clone on the host, and run `make install-offline`
+there. The script assumes that the host has torch and torchvision, or with `--have LIST` the packages in LIST
+(the output of `pip list --format=freeze` on the host). The resolver sees an empty stand-in wheel for each of
+them, so it keeps their versions and downloads none of them. Other packages come in the versions of
+constraints.txt.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from bootstrap import (
     torch_bounds,
 )
 
-# pip takes a platform tag literally: manylinux_2_28 does not imply the older ones.
+# pip takes a platform tag literally, so manylinux_2_28 does not include the older tags.
 OLDEST_GLIBC, OLD_TAGS = 5, ("manylinux2014", "manylinux2010", "manylinux1")
-# pip's --python-version and --platform choose wheels, but conditions such as `python_version == "3.12"` are
-# still read with the running Python, and pip has no option for it; this starts pip with the host's values.
+# pip's --python-version and --platform choose wheels, but pip evaluates conditions such as
+# `python_version == "3.12"` for the running Python and has no option for it. This starts pip with the host's
+# values.
 PIP_FOR_HOST = """
 import sys
 from pip._internal.cli.main import main
@@ -41,10 +43,9 @@ host = dict(python_version=version, python_full_version=version + ".0", implemen
 markers.default_environment = lambda: {**here, **host}
 sys.exit(main(sys.argv[1:]))
 """
-# Stand-ins for a host of which nothing more is known than that it has a torch and torchvision that
-# pyproject.toml allows.
+# Stand-ins for a host that is only known to have a torch and torchvision that pyproject.toml allows.
 ASSUMED = {"torch": "2.14.999", "torchvision": "0.29.999"}
-# No dependencies to keep: the project itself, and what the set-up brings or every Python has.
+# Packages that are not kept: the project itself, and packages that the set-up installs or every Python has.
 NOT_KEPT = ("longlive_opt", "pip", "setuptools", "wheel")
 
 
@@ -63,7 +64,7 @@ def read_have(path: Path) -> Dict[str, str]:
 
 
 def write_stand_in(folder: Path, name: str, version: str) -> str:
-    """Write an empty wheel and return the constraint that selects it; no index has its local version."""
+    """Write an empty wheel and return the constraint that selects it. No index has its local version."""
     version = version if "+" in version else f"{version}+host"
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
@@ -74,7 +75,7 @@ def write_stand_in(folder: Path, name: str, version: str) -> str:
 
 
 def requirements() -> List[str]:
-    """What an offline set-up installs: the dependencies, what runs the tests, and what builds the project."""
+    """The requirements of an offline set-up: the dependencies, the test tools and the build tools."""
     content = read_project()
     project, build = content["project"], content["build-system"]
     return project["dependencies"] + project["optional-dependencies"]["test"] + build["requires"]
@@ -100,7 +101,7 @@ def download(folder: Path, python: str, glibc: int, have: Dict[str, str]) -> Non
         command += ["--find-links", temporary, "--constraint", str(constraints), "--dest", str(folder)]
         if subprocess.call(command + requirements()):
             stop("pip download failed, see above; where it names a conflict with a +host version, the host's "
-                 "package is too old: take its line out of the --have list")
+                 "package is too old: remove its line from the --have list")
         for stand_in in stand_ins.glob("*.whl"):
             (folder / stand_in.name).unlink(missing_ok=True)
 
@@ -109,7 +110,7 @@ def main() -> int:
     if sys.version_info < MIN_PYTHON:
         stop("this is Python %d.%d, the project needs 3.11 or newer" % sys.version_info[:2])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to put the wheels; wheels in it are replaced")
+    parser.add_argument("folder", type=Path, help="folder for the wheels; existing wheels are replaced")
     parser.add_argument("--python", default="3.12", help="Python version of the host (default: 3.12)")
     parser.add_argument("--glibc", type=int, default=28, metavar="N", help="its glibc is 2.N (default: 28)")
     parser.add_argument("--have", type=Path, metavar="LIST", help="the host's 'pip list --format=freeze'")

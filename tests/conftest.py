@@ -1,6 +1,8 @@
 """Before any test module is imported: no network, no caches of this user, no display, two threads."""
 
+import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -17,13 +19,35 @@ os.environ |= {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--browser-tests", action="store_true",
+                     help="run the tests that drive JupyterLab in Chromium, for minutes")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU; torch takes seconds to import, so only such a test asks it."""
+    """Skip what needs a GPU or a browser; torch takes seconds to import, so only such a test asks it."""
+    if item.get_closest_marker("browser"):
+        if not item.config.getoption("--browser-tests"):
+            pytest.skip("make test-browser runs it: JupyterLab in Chromium, for minutes")
+        _require_browser()
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
+
+
+def _require_browser() -> None:
+    """Who asked for these tests wants no green without them."""
+    if importlib.util.find_spec("playwright") is None:
+        pytest.fail("playwright is missing: pip install -e '.[browser]'", pytrace=False)
+    from playwright.sync_api import sync_playwright
+
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))):
+        with sync_playwright() as playwright:
+            if not os.path.exists(playwright.chromium.executable_path):
+                pytest.fail("Chromium is missing: apt install chromium, or playwright install chromium",
+                            pytrace=False)
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ def test_a_compiler_that_builds_is_found() -> None:
 
 @pytest.mark.parametrize("text, says", [
     (NO_HEADERS, "Python.h: No such file"),
-    (NOT_LOADED, "cannot be loaded.*TMPDIR"),
-    (None, "is not there"),
+    (NOT_LOADED, "cannot load what.*TMPDIR"),
+    (None, "is not installed"),
 ])
 def test_a_compiler_that_cannot_build_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                  text: str | None, says: str) -> None:

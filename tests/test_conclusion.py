@@ -54,7 +54,7 @@ def test_a_notebook_gives_no_verdict(baseline):
     """Would catch: 'undecided' at the end of a report that opens with 'keep'."""
     for result in (example_result("speed", 0.5), example_result("static_kv", 1.1)):
         text = conclusion_html(result, baseline)
-        assert "its summary decides" in text and "decisions.json" in text
+        assert "The campaign's summary decides" in html.unescape(text) and "decisions.json" in text
         assert result["decision"]["rationale"] not in text and "Verdict:" not in text
 
 
@@ -71,12 +71,12 @@ def test_scope_says_what_the_figures_cannot_tell(baseline):
     """Would catch: seconds on a laptop read as those of the hypothesis."""
     assert scope(baseline) == ""
     crowded = dict(baseline, environment={"gpu": "NVIDIA H100", "co_scheduled": True})
-    assert scope(crowded) == "Something else ran on the machine meanwhile: not fit for comparison."
+    assert scope(crowded) == "Something else ran on the machine in the meantime: not fit for comparison."
     quick = example_result(steady=2, switches=1)
     assert scope(quick).startswith("Quick run: 2 steady-state blocks")
     tiny = dict(baseline, model={"name": "tiny"}, environment={"gpu": None, "cpu": "Example CPU"})
-    assert scope(tiny) == ("These are the tiny model's latencies on this machine (Example CPU); the presets' "
-                           "hypotheses speak of LongLive-1.3B on an H100.")
+    assert scope(tiny) == ("These are the tiny model's latencies on this machine (Example CPU). The presets' "
+                           "hypotheses are about LongLive-1.3B on an H100.")
 
 
 def test_variations_in_the_unit_of_the_hypothesis():

@@ -56,7 +56,7 @@ def write(path: Path, text: str) -> Path:
     ("measure_blocks", 400, "relative_rope"), ("prompts", [], "at least one prompt"),
     ("prompts", ["a", " "], "write some"),
     ("switch_frame_indices", [3, 6, 9], "3 prompts need 2"),
-    ("switch_frame_indices", [-3, 3], "not be negative"),
+    ("switch_frame_indices", [-3, 3], "not negative"),
     ("switch_frame_indices", [3, 18], "video_latent_frames"),
     ("video_latent_frames", 10, "use 9 or 12"),
     ("max_error_ratio", -5, "greater than 0"), ("linear_layers", ["head"], "at least one of qkv"),
@@ -237,7 +237,7 @@ def test_model_sizes():
 @pytest.mark.parametrize("text, says", [
     ("", "found nothing"), ("# only a comment\n", "found nothing"), ("- a\n- b\n", "found list"),
     ("just text\n", "found str"),
-    ("seed: 1\nseed: 2\n", "'seed' stands twice"), ("a: {b: 1, b: 2}\n", "'b' stands twice"),
+    ("seed: 1\nseed: 2\n", "'seed' occurs twice"), ("a: {b: 1, b: 2}\n", "'b' occurs twice"),
     ("seed: [1\n", "not plain YAML"), ("seed:\t1\n\t- x: 2", "not plain YAML"),
     ("seed: 1\n---\nseed: 2\n", "not plain YAML"),
     ("seed: !!python/object/apply:os.system ['true']\n", "not plain YAML"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longlive_opt.errors import UserError
 from longlive_opt.tiny.shapes import evaluator
-from longlive_opt.tiny.shapes.detection import read_traces
+from longlive_opt.tiny.shapes.detection import read_tracks
 from longlive_opt.tiny.shapes.evaluator import (
     Reading,
     check,
@@ -75,8 +75,8 @@ def test_motions_are_told_apart(motion: str) -> None:
     """Two motions that the evaluator cannot tell apart in one block, at any size."""
     for size in ("small", "large"):
         scene = SceneSpec((ObjectSpec(size, "white", "star", motion),), "teal", "checked")
-        trace = read_traces(video((0, scene), frames=12))[0]["white"]
-        assert motion_of(trace, follow(trace, [], ("star", 1.0)), slice(0, 12)) == motion
+        track = read_tracks(video((0, scene), frames=12))[0]["white"]
+        assert motion_of(track, follow(track, [], ("star", 1.0)), slice(0, 12)) == motion
 
 
 @pytest.mark.parametrize(("claimed", "wrong"), [
@@ -186,11 +186,11 @@ def test_a_course_is_remembered_for_one_shape_one_size_and_what_may_hide_it():
     other = {name: replace(scene, objects=objects) for name, objects in {
         "in front": (blue, RED), "shape": (RED, replace(blue, shape="star")),
         "size": (RED, replace(blue, size="large"))}.items()}
-    behind = evaluator._course(reading, "blue", scene, 1)
-    assert evaluator._course(reading, "blue", scene, 1) is behind
-    assert evaluator._course(reading, "blue", other["in front"], 0) is not behind
-    assert evaluator._course(reading, "blue", other["shape"], 1) is not behind
-    assert evaluator._course(reading, "blue", other["size"], 1) is not behind
+    behind = evaluator._trajectory(reading, "blue", scene, 1)
+    assert evaluator._trajectory(reading, "blue", scene, 1) is behind
+    assert evaluator._trajectory(reading, "blue", other["in front"], 0) is not behind
+    assert evaluator._trajectory(reading, "blue", other["shape"], 1) is not behind
+    assert evaluator._trajectory(reading, "blue", other["size"], 1) is not behind
 
 
 @pytest.mark.parametrize("frames", [torch.zeros(11, 3, 128, 128, dtype=torch.uint8),

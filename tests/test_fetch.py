@@ -122,8 +122,8 @@ def _interrupted(download, after: int):
     return stop
 
 
-@pytest.mark.parametrize("arrived, expected", [(b"short", "has 5 bytes where the hub has 200"),
-                                               (b"x" * 200, "another SHA-256")])
+@pytest.mark.parametrize("arrived, expected", [(b"short", "has 5 bytes instead of the hub's 200"),
+                                               (b"x" * 200, "the hub's SHA-256")])
 def test_damaged_download_is_removed(hub, tmp_path, arrived, expected):
     """A wrong file must never reach its final place, nor be resumed from."""
     hub.sent["models/lora.pt"] = arrived
@@ -135,7 +135,7 @@ def test_damaged_download_is_removed(hub, tmp_path, arrived, expected):
 def test_a_different_file_of_the_user_is_kept(hub, tmp_path):
     """Someone's own lora.pt in the folder must not be replaced by the official one."""
     (tmp_path / "lora.pt").write_bytes(b"mine" * 50)
-    with pytest.raises(UserError, match="another SHA-256.*move it away"):
+    with pytest.raises(UserError, match="the hub's SHA-256.*move it away"):
         fetch(tmp_path, hub, plan(hub, "dit"))
     assert (tmp_path / "lora.pt").read_bytes() == b"mine" * 50 and not hub.log
 
@@ -143,7 +143,7 @@ def test_a_different_file_of_the_user_is_kept(hub, tmp_path):
 def test_full_disk_is_noticed_first(hub, tmp_path, monkeypatch):
     """Better now than after an hour."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="1.07 GB are needed .* has 10 B free"):
+    with pytest.raises(UserError, match="1.07 GB are needed, .* has 10 B free"):
         fetch(tmp_path / "not" / "there", hub, plan(hub))
     assert not hub.log
 

@@ -162,7 +162,7 @@ def test_room_comes_before_what_wraps_passes():
     flags = {"use_cuda_graphs": True, "use_torch_compile": True, "use_fused_kernels": True}
     assert [optimization.name for optimization in optimizations_of(micro_config(**flags, **INT8))] == [
         "quantized_kv", "fused_kernels", "vae_chunk", "torch_compile", "cuda_graphs"]
-    with pytest.raises(UserError, match="heads of 2\\^n channels, and this model has 24"):
+    with pytest.raises(UserError, match="heads of 2\\^n channels, but this model has 24"):
         check_triton(24)
 
 

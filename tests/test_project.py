@@ -34,15 +34,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 REQUIREMENTS = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
 # What the project takes the insides of, or draws and reports with.
 CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib", "transformers",
-         "torchmetrics", "numpy", "ipykernel", "jupyterlab", "huggingface-hub", "av", "pillow"}
+         "torchmetrics", "numpy", "ipykernel", "jupyterlab", "huggingface-hub", "av", "pillow",
+         "ipywidgets", "anywidget", "traitlets", "playwright"}
 
 # Import name -> package, where they differ.
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py"}
-# Declared, but not imported: torchvision is for lpips, ipykernel for papermill, the rest are commands.
-NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff"}
+# Declared, but not imported: torchvision is for lpips, ipykernel for papermill, ipywidgets for anywidget,
+# playwright for tests, the rest are commands.
+NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff",
+                "ipywidgets", "playwright"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
-NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow",
-                "ipywidgets"}
+NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)

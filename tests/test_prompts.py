@@ -69,12 +69,12 @@ def test_single_prompt_needs_no_switches(tmp_path):
     ('{"prompts": ["a", "b"]}\n', "has 2 prompts and no switch_frame_indices; give 1"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": [1, 2]}\n', "2 switch frames for 2 prompts"),
     ('{"prompts": ["a"], "switch_frame_indices": [1]}\n', "1 switch frames for 1 prompts"),
-    ('{"prompts": ["a", "b", "c"], "switch_frame_indices": [5, 5]}\n', "must rise strictly"),
-    ('{"prompts": ["a", "b"], "switch_frame_indices": [-1]}\n', "not be negative"),
+    ('{"prompts": ["a", "b", "c"], "switch_frame_indices": [5, 5]}\n', "must be strictly increasing"),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": [-1]}\n', "not negative"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": [1.5]}\n', "line 1, switch_frame_indices: [1.5]"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": true}\n', "line 1, switch_frame_indices: True"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": "x"}\n', "line 1, switch_frame_indices: 'x'"),
-    ("", "holds no prompt"), (" \n\t\n", "holds no prompt"), (b"\xff\xfe\x00", "not UTF-8"),
+    ("", "contains no prompt"), (" \n\t\n", "contains no prompt"), (b"\xff\xfe\x00", "not UTF-8"),
 ])
 def test_bad_jsonl_is_refused_in_one_line(tmp_path, content, says):
     """A KeyError or a half-read file: the message names file, line and remedy."""
@@ -107,7 +107,7 @@ def test_shared_switches_that_do_not_fit_name_the_line(tmp_path):
 @pytest.mark.parametrize("value", ["", "a", "1,", "1.5", "1;2", True, [True], [1.0], [None], [[1]], 2.5])
 def test_switch_frames_that_are_no_list_of_frames(value):
     """A comma at the end, a fraction, a boolean that counts as 1."""
-    with pytest.raises(UserError, match="setting: .* is no list of latent frames; write"):
+    with pytest.raises(UserError, match="setting: .* is not a list of latent frames; write"):
         parse_switch_frames(value, "setting")
 
 
@@ -117,7 +117,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "cannot read" in refusal(tmp_path)
     assert "'.csv'" in refusal(write(tmp_path / "p.csv", "a\n"))
     assert "'nothing'" in refusal(write(tmp_path / "prompts", "a\n"))
-    assert "holds no prompt" in refusal(write(tmp_path / "p.txt", "\n \n"))
+    assert "contains no prompt" in refusal(write(tmp_path / "p.txt", "\n \n"))
     assert "not UTF-8" in refusal(write(tmp_path / "q.txt", b"caf\xe9\n"))
 
 

@@ -227,7 +227,7 @@ def test_room_says_what_it_did():
     assert optimization["knobs"] == {"quantization": "int8", "read_path": "fused"}
     assert optimization["report"]["done"].startswith("K int8, V e4m3; attention: ")
     assert "emulating" in optimization["report"]["kernel"]
-    assert optimization["report"]["done"].endswith("use_static_kv was not applied, this ring takes its place")
+    assert optimization["report"]["done"].endswith("not applied, because this ring replaces it")
     assert pipeline.sampler.trim_recache
     keys = {"kv_quantization": "fp8", "kv_read_path": "dequantize", **SMALL}
     optimization, = micro_pipeline(use_quantized_kv=True, **keys).optimizations

@@ -307,7 +307,7 @@ def test_it_comes_after_the_kernels_and_before_what_wraps_passes():
 
 
 @pytest.mark.parametrize("form, dim, capability, kind, says", [
-    ("fp8", 1536, (8, 6), NotAvailable, "linear_quantization fp8 .*8.9.*8.6; take linear_quantization int8"),
+    ("fp8", 1536, (8, 6), NotAvailable, "linear_quantization fp8 .*8.9.*8.6; use linear_quantization: int8"),
     ("fp8", 1536, (7, 5), NotAvailable, "linear_quantization fp8 .*8.9.*7.5; switch use_quantized_linears"),
     ("int8", 1536, (7, 5), NotAvailable, "linear_quantization int8 .*8.0.*7.5"),
     ("int8", 1544, (9, 0), UserError, "multiples of 16 channels.*1544"),

@@ -447,4 +447,4 @@ def test_code_that_is_newer_than_the_runs_is_counted(monkeypatch, tmp_path):
     sentence, = environment.code_since([commits[3]])
     assert f"the runs' code, {commits[3][:12]}, with uncommitted changes" in sentence
     unknown = environment.code_since([None, "f" * 40])
-    assert len(unknown) == 2 and all("is newer is unknown" in sentence for sentence in unknown)
+    assert len(unknown) == 2 and all("it is unknown by how many commits" in sentence for sentence in unknown)

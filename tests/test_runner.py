@@ -152,7 +152,7 @@ def test_interrupt_ends_the_kernel(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.splitlines() == ["interrupted; run the same command again to go on"]
+    assert stderr.splitlines() == ["interrupted; run the same command again to continue"]
     assert failure(tmp_path, "baseline")["kind"] == "KeyboardInterrupt"
     wait_until(lambda: not alive(kernel))
 
@@ -409,7 +409,7 @@ def test_finished_is_judged_by_the_prompts_in_a_file(whole: Path, monkeypatch: p
     assert runner.main(["run", "--campaign", "c", "--set", setting], whole) == 0 and executed == ["summary"]
     prompts.write_text('{"prompts": ["a", "c"], "switch_frame_indices": [9]}\n')
     assert error_of(whole, capsys, "--set", setting) == (
-        "error: baseline is finished with other prompts; take --overwrite or another --campaign")
+        "error: baseline is finished with other prompts; use --overwrite or another --campaign")
     prompts.write_text('{"prompts": ["a", "b"], "switch_frame_indices": [6]}\n')
     assert "finished with other switch frames;" in error_of(whole, capsys, "--set", setting)
     assert executed == ["summary"]
@@ -428,7 +428,7 @@ def test_finished_is_judged_by_the_weights_in_a_folder(whole: Path, tmp_path: Pa
     content[-1] ^= 1
     changed.write_bytes(content)
     assert error_of(whole, capsys, "--set", f"weights={weights}") == (
-        "error: baseline is finished with other weights (dit: another SHA-256); take --overwrite or another "
+        "error: baseline is finished with other weights (dit: another SHA-256); use --overwrite or another "
         "--campaign")
 
 
@@ -578,7 +578,7 @@ def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) 
     ("", "found nothing"),
     ("- a\n- b\n", "found list"),
     ("just text\n", "found str"),
-    ("name: baseline\nseed: 1\nseed: 2\n", "stands twice"),
+    ("name: baseline\nseed: 1\nseed: 2\n", "occurs twice"),
     ("name: !!python/object/apply:os.getcwd []\n", "not plain YAML"),
     ("name: baseline\ntimestep_shift: 1e-3\n", "1.0e-3"),
     ("name: baseline\nsede: 1\n", "did you mean 'seed'"),
@@ -603,9 +603,9 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--set", "use_fused_kernels=true"], "use_fused_kernels: its"),
     (["--set", "model=longlive-1.3b"], "model: 'longlive-1.3b'"),
     (["--campaign", "../escape"], "cannot name a folder"),
-    (["--repeat-baseline", "-1"], "--repeat-baseline: -1 is no number of runs; write 0"),
-    (["--repeats", "-1"], "--repeats: -1 is no number of runs"),
-    (["--repeat", "baseline", "--repeat-baseline", "1"], "take one of the two"),
+    (["--repeat-baseline", "-1"], "--repeat-baseline: -1 is not a number of runs; write 0"),
+    (["--repeats", "-1"], "--repeats: -1 is not a number of runs"),
+    (["--repeat", "baseline", "--repeat-baseline", "1"], "use only one of the two"),
     (["--set", 'title="a \\ud83e"'], "--set 'title': 'a \\ud83e' holds"),
     (["--set", "title=a \udce4"], "--set 'title': 'a \\udce4' holds"),
 ])

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longlive_opt.errors import UserError
+from longlive_opt.kernels.torch_internals import compiled_graphs
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampling_plan
@@ -443,3 +445,126 @@ def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):
     fail[0] = False
     session.reset()
     assert same_video(list(session.stream("a", 2)), list(StreamingSession(point).stream("a", 2)))
+
+
+def test_prompt_may_be_switched_from_another_thread(point):
+    """A request from the thread of a button that is lost, or that changes a block which is being made."""
+    session, chunks = StreamingSession(point), []
+    for chunk in session.stream("a", 5):
+        chunks.append(chunk)
+        if chunk.block == 1:
+            other = threading.Thread(target=session.switch_prompt, args=("b",))
+            other.start()
+            other.join()
+    assert [chunk.prompt for chunk in chunks] == ["a", "a", "b", "b", "b"]
+    session.reset()
+    assert same_video(chunks, list(session.play(PromptSchedule(("a", "b"), (6,)), 5)))
+
+
+def test_second_thread_is_refused_in_the_middle_of_a_step(point, monkeypatch):
+    """Two threads in one cache: a video of nonsense, and no error."""
+    session, refused = StreamingSession(point), []
+
+    def interrupt(kind: str):
+        def call() -> None:
+            with pytest.raises(UserError, match="another thread is using it"):
+                next(chunks[1]) if kind == "stream" else getattr(session, kind)()
+            refused.append(kind)
+        return call
+
+    def push(latents: Tensor) -> list[Tensor]:
+        for kind in ("reset", "stream"):
+            thread = threading.Thread(target=interrupt(kind))
+            thread.start()
+            thread.join()
+        return decode(latents)
+
+    decode = session._decoder.push
+    monkeypatch.setattr(session._decoder, "push", push)
+    chunks = [session.stream("a", 2)]
+    session._streaming = False
+    chunks.append(session.stream("b", 2))
+    next(chunks[0])
+    assert refused == ["reset", "stream"]
+
+
+def test_stream_ends_with_a_reset(point):
+    """A loop over a video that was forgotten goes on in the middle of the next one."""
+    session = StreamingSession(point)
+    chunks = session.stream("a")
+    next(chunks)
+    session.reset()
+    assert next(chunks, None) is None and session.next_block == 0
+
+
+def test_seed_of_the_noise(point):
+    """A seed that changes nothing, or that is forgotten with the video."""
+    session = StreamingSession(point)
+    videos = []
+    for seed in (3, None, point.config.seed):
+        session.reset(seed)
+        videos.append(list(session.stream("a", 2)))
+    assert same_video(videos[0], videos[1]) and not same_video(videos[0], videos[2])
+    assert same_video(videos[2], list(StreamingSession(point).stream("a", 2)))
+    assert session.seed == point.config.seed
+    for seed in (-1, 2**63, 1.0, True):
+        with pytest.raises(UserError, match="no seed"):
+            session.reset(seed)
+
+
+@pytest.mark.parametrize("keys", [
+    {"use_static_kv": True}, {"use_static_kv": True, "use_early_decode": True, "use_async_vae": True},
+    {"local_attn_size": 7, "sink_size": 2, "global_sink": False},
+    {"use_static_kv": True, "local_attn_size": 10, "sink_size": 1, "block_frames": 4}], ids=str)
+def test_warm_up_meets_every_kind_of_pass(keys):
+    """A viewer who waits for a compiler at the first switch; warm-up that changes the video."""
+    pipeline = micro_pipeline(**POINT, **keys, name="warm")
+    kinds: set[object] = set()
+
+    def forward(latents, timestep, text, cache, *, keys_only=False):
+        kinds.add((cache.signature, tuple(latents.shape), timestep, keys_only))
+        return inner(latents, timestep, text, cache, keys_only=keys_only)
+
+    inner = pipeline.sampler.forward
+    pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
+    timeline = Timeline(pipeline.device)
+    session, seen = StreamingSession(pipeline, timeline=timeline), []
+    session.warm_up(lambda done, count: seen.append((done, count)))
+    assert seen[-1] == (len(seen), len(seen)) and timeline.resolve() == []
+    known = set(kinds)
+    for switch_at in range(1, 8):
+        for chunk in session.stream("a", 9):
+            if session.next_block == switch_at:
+                session.switch_prompt("b")
+        session.reset()
+    assert kinds == known
+    assert same_video(list(session.stream("a", 2)), list(StreamingSession(pipeline).stream("a", 2)))
+    with pytest.raises(UserError, match=r"reset\(\) before warm_up"):
+        session.warm_up()
+
+
+def test_nothing_is_compiled_after_the_warm_up(cheap_compile):
+    """The first switch of a live stream waits for the compiler."""
+    keys = {"use_static_kv": True, "use_torch_compile": True, "name": "warm"}
+    session = StreamingSession(micro_pipeline(**POINT, **keys))
+    session.warm_up()
+    compiled = compiled_graphs()
+    assert compiled > 0
+    for switch_at in (1, 2, 5, 7):
+        for _ in session.stream("a", 9):
+            if session.next_block == switch_at:
+                session.switch_prompt("b")
+        session.reset()
+    assert compiled_graphs() == compiled
+
+
+def test_reprs_are_short(pipeline):
+    """Pages of tensors and of modules where a notebook shows a value."""
+    session = StreamingSession(pipeline)
+    chunks = list(session.stream("a <b>fox</b>", 1))
+    for thing in (pipeline, session, chunks[0]):
+        assert len(repr(thing)) < 400 and "tensor" not in repr(thing)
+    assert "block 1, prompt" in repr(session) and "micro 48x32" in repr(pipeline)
+    assert repr(chunks[0]).startswith("Chunk(block 0, 9 frames 48x32 on cpu")
+    html = chunks[0]._repr_html_()
+    assert "data:image/webp;base64," in html and "<b>" not in html

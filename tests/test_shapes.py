@@ -112,7 +112,7 @@ def test_canonical_prompt() -> None:
 
 @pytest.mark.parametrize(("prompt", "words"), [
     ("a small pink circle moves left, on dotted grey", "the word 'pink'.*red, green, blue"),
-    ("a red circle moves left, on dotted grey", "'red' stands in the wrong place.*small, little"),
+    ("a red circle moves left, on dotted grey", "'red' is in the wrong place.*small, little"),
     ("a small red circle", "a motion is missing"),
     ("a small red circle stays", "names no ground"),
     ("on dotted grey", "names no object"),

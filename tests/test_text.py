@@ -172,7 +172,7 @@ def test_tokenizer_folder_errors(tmp_path, tokenizer_folder):
     content = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     content["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="T5 family"):
+    with pytest.raises(UserError, match="no T5 tokenizer"):
         load_tokenizer(tmp_path, 8)
 
 
@@ -193,7 +193,7 @@ def test_encode_refuses_what_is_no_list_of_texts(bytes_encoder, prompts):
 
 def test_tokenizer_must_fit_the_encoder():
     """Ids beyond the table end in a device-side assertion on CUDA, far from the cause."""
-    with pytest.raises(UserError, match="259 tokens, the encoder only 64"):
+    with pytest.raises(UserError, match="259 tokens, but the encoder has only 64"):
         text_encoder(UMT5Encoder(CONFIG), load_tokenizer("bytes", 8))
 
 

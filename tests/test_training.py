@@ -626,7 +626,7 @@ def test_streams_run_on_and_switch(maker, dit):
     assert streams.position.tolist() == [12] * 4
 
 
-OPENINGS = dict(opening_batch=3, opening_beside=2, opening_chunk=4, opening_ring_chunks=2,
+OPENINGS = dict(opening_batch=3, opening_with_clips=2, opening_chunk=4, opening_ring_chunks=2,
                 opening_first_chunks=1, opening_refresh_every=2)
 
 
@@ -690,7 +690,7 @@ def test_checkpoint_without_moments_goes_on(maker, dit, tmp_path, caplog):
     for path in checkpoints(tmp_path, "teacher")[0].glob("exact.*"):
         path.unlink()
     assert run_stage(make(), tmp_path, Budget(steps=6))
-    assert "moments start anew" in caplog.text
+    assert "moments are reset" in caplog.text
 
 
 def test_broken_checkpoint_is_named(maker, dit, tmp_path):

@@ -18,9 +18,9 @@ from longlive_opt.tiny.training_report import (
     TrainingReport,
     ablation_chart,
     ablation_table,
-    beside_conclusions,
-    beside_table,
     check_table,
+    compare_conclusions,
+    compare_table,
     conclusions,
     conditions,
     loss_chart,
@@ -101,7 +101,7 @@ def test_a_resumption_costs_what_it_took(tmp_path: Path) -> None:
 
 def test_figures_against_targets(trained: Path) -> None:
     """A target that is met the wrong way round, or that n/a meets."""
-    table = check_table(read_check(trained)).set_index("figure")
+    table = check_table(read_check(trained)).set_index("metric")
     met = {name: value for name, value in table["met"].items() if value}
     assert list(met.values()) == ["yes", "no", "yes"]
     assert list(table["target"][:3]) == [">= 0.90", ">= 0.85", "<= 0.05"]
@@ -114,7 +114,7 @@ def test_what_was_not_measured_meets_no_target(tmp_path: Path) -> None:
     """A quick check without long videos passes for a model without drift."""
     quick = checked(long=None, switch={"videos": 1, "adherence": 0.1, "later_adherence": 0.1,
                                        "delay_blocks": None, "delay_blocks_never": 1, "permanence": 0.9})
-    table = check_table(read_check(write(tmp_path, check=quick))).set_index("figure")
+    table = check_table(read_check(write(tmp_path, check=quick))).set_index("metric")
     assert table.loc["adherence lost over 60 s (first 5 s minus last 5 s)", "met"] == "not measured"
     assert table.loc["switch delay in blocks, where the new scene came", "value"] == "none came"
 
@@ -181,9 +181,9 @@ def test_few_videos_conclude_nothing() -> None:
     few["long"]["videos"] = full["long"]["videos"] = 10
     assert "lost over 60 s -0.083" in conclusions(check)[-1]
     other = checked(plain={"videos": 32, "adherence": 0.2, "adherence_se": 0.01})
-    assert "0.200 ± 0.01" not in beside_conclusions(check, other)[0]
+    assert "0.200 ± 0.01" not in compare_conclusions(check, other)[0]
     other["plain"]["videos"] = check["plain"]["videos"] = 10
-    assert "0.200 ± 0.01" in beside_conclusions(check, other)[0]
+    assert "0.200 ± 0.01" in compare_conclusions(check, other)[0]
 
 
 def test_a_curve_that_begins_later_names_its_step(trained: Path) -> None:
@@ -202,7 +202,7 @@ def test_curves_are_logarithmic_where_they_fall_far(trained: Path) -> None:
         loss_chart([one | {"read_right": 0.9} for one in rows if one["stage"] == "text"])
     assert [ax.get_yscale() for ax in vae.axes] == ["log", "linear"]
     assert [ax.get_title(loc="left") for ax in right.axes] == \
-        ["text encoder alone: losses", "norm of the gradient", "share read rightly"]
+        ["text encoder alone: losses", "norm of the gradient", "share read correctly"]
     assert right.axes[2].get_yscale() == "linear"
     for chart in (vae, right, ablation_chart(read_check(trained)), loss_chart([row("vae", 50, 0.0)])):
         picture, metadata = chart._repr_png_()
@@ -247,13 +247,13 @@ def test_two_trainings_beside_each_other(trained: Path) -> None:
     other = checked(plain={"videos": 32, "adherence": 0.5, "adherence_se": 0.05, "permanence": 1.0},
                     variants={"no_sink": part(0.88, 0.4, 24), "window_6": part(0.1, 0.1)})
     check = checked(variants={"no_sink": part(0.88, 0.4, 24), "window_6": part(0.9, 0.9)})
-    table = beside_table(check, other)
+    table = compare_table(check, other)
     row = table.loc["prompt adherence, 5 s of one held-out prompt"]
     assert list(row[:2]) == ["0.930 ± 0.05", "0.500 ± 0.05"] and float(row.iloc[2]) < -5
     assert table.loc["no sink: in place", "difference in errors"] == "+0.0"
     assert not any("window" in name for name in table.index)
-    first, *alone = beside_conclusions(check, other)
-    assert first.startswith("Of 12 figures 1 differ from the other training's by more than twice the error")
+    first, *alone = compare_conclusions(check, other)
+    assert first.startswith("Of 12 metrics 1 differ from the other training's by more than twice the error")
     assert first.endswith("; by chance alone, one in twenty, 0.6 would: prompt adherence, 5 s of one "
                           "held-out prompt 0.930 ± 0.05 here, 0.500 ± 0.05 there.")
     alone = [line for line in alone if line.startswith("The other")]
@@ -276,7 +276,7 @@ def test_an_effect_of_half_the_size_is_not_confirmed() -> None:
         return checked(**part(0.84, 1.0, 48), variants={"no_sink": less, "window_6": few})
 
     here, there = training(-0.62, -0.06, -0.03, 0.1), training(-0.32, -0.05, -0.05, -0.1)
-    told = [line for line in beside_conclusions(here, there) if "here and in the other" in line]
+    told = [line for line in compare_conclusions(here, there) if "here and in the other" in line]
     assert told == [
         "No sink, here and in the other training. Same direction, beyond twice the error only there: second "
         "block after a switch 0.84 to 0.8 here (-0.030 ± 0.020), 0.84 to 0.8 there (-0.050 ± 0.020). "
@@ -286,9 +286,9 @@ def test_an_effect_of_half_the_size_is_not_confirmed() -> None:
         "difference apart): in place 1 to 0.38 here (-0.620 ± 0.140), 1 to 0.68 there (-0.320 ± 0.140)."]
     del there["variants"]["no_sink"]["switch"]["later_adherence_change"]
     assert "only here: later 0.84 to 0.8 here (-0.060 ± 0.020), 0.84 to 0.8 there (-0.040 ± 0.0" in \
-        beside_conclusions(here, there)[1], "of a check that kept no changes the figures' difference counts"
+        compare_conclusions(here, there)[1], "of a check that kept no changes the figures' difference counts"
     del there["variants"]["no_sink"]
-    assert not any("here and in the other" in line for line in beside_conclusions(here, there))
+    assert not any("here and in the other" in line for line in compare_conclusions(here, there))
 
 
 def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ BAD_FILES = {
     "text": (lambda mark: b"weights", "not a torch file"),
     "cut": (lambda mark: _saved({"generator": {"a": ONES}})[:-200], "cut short"),
     "cut old": (lambda mark: _saved({"a": ONES}, old=True)[:-200], "cut short"),
-    "bare pickle": (lambda mark: pickle.dumps({"a": 1}, 2), "no torch file"),
+    "bare pickle": (lambda mark: pickle.dumps({"a": 1}, 2), "not a torch file"),
     "hostile": (lambda mark: _saved({"generator": {"a": _Hostile(mark)}}), "posix.system"),
     "hostile old": (lambda mark: _saved(_Hostile(mark), old=True), "posix.system"),
     "hostile pickle": (lambda mark: pickle.dumps(_Hostile(mark), 2), "posix.system"),

@@ -526,3 +526,18 @@ def test_variations_are_measured_beside_the_preset(campaign, monkeypatch):
                                  "sink_size: 0, vae_chunk_latents: 3"]
     assert table.loc["use_static_kv: false", "error ratio"] == 1 and "error ratio" in table
     assert table.loc["local_attn_size: 2", "FPS"].startswith("n/a: local_attn_size")
+
+
+def test_wrong_order_names_the_missing_step(tmp_path):
+    """An AttributeError about the inside of a class where a sentence would say what to call first."""
+    experiment = open_run(tmp_path / "early")
+    assert "done: nothing yet" in repr(experiment)
+    for verb in ("generate_video", "measure", "check_adherence", "save"):
+        with pytest.raises(UserError, match=r"call (build|generate_video)\(\) first"):
+            getattr(experiment, verb)()
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = experiment.nonsense
+    experiment.build()
+    assert "done: build" in repr(experiment)
+    with pytest.raises(UserError, match=r"call measure\(\) first"):
+        experiment.save()

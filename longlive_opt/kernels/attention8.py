@@ -1,11 +1,11 @@
-"""Attention over an 8-bit cache as one PyTorch operator: Triton on CUDA, its emulation elsewhere.
+"""Attention over an 8-bit cache as one PyTorch operator: Triton or Gluon on CUDA, emulated elsewhere.
 
     out = attention8(q, cache, num_keys)
 
-No mask: every slot below `num_keys` is attended, so the order of cached keys does not matter and a ring
-buffer needs no rolling. The operator allocates only its output and never synchronises: it can be captured in
-a CUDA graph and sits in a compiled region (`fullgraph=True`) as one node. `num_keys` is a Python int, so each
-of its values (four while the window grows) is its own graph.
+There is no mask: attention covers every slot below `num_keys`. The order of cached keys does not matter, so a
+ring buffer needs no rolling. The operator allocates only its output and never synchronises. A CUDA graph can
+capture it, and a compiled region (`fullgraph=True`) contains it as one node. `num_keys` is a Python int, so
+each of its values (four while the window grows) has its own graph.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .quantize import FP8, V_GROUP, QuantizedKV
 
 
 class Tile(NamedTuple):
-    """How the kernel is launched.
+    """Launch parameters of the kernel.
 
-    `max_registers` caps a thread's registers (168 lets three programs of 4 warps share a multiprocessor, for
-    a few spills); 0 is no cap. `gluon` takes the kernel of `attention_gluon` instead, which reads `block_n`
-    and `num_stages` only. Either adds each tile's P V to the sum in float32 where V is e4m3: the FP8
-    accumulators of the tensor core keep about 14 bits, and over 147 tiles a part common to all of V would
-    shrink by a tenth.
+    `max_registers` limits the registers per thread; 0 means no limit. With 168, three programs of 4 warps
+    share a multiprocessor at the cost of a few spills. `gluon` selects the kernel of `attention_gluon`, which
+    reads only `block_n` and `num_stages`. For e4m3 V, both kernels add each tile's P V to the sum in float32:
+    the tensor core's FP8 accumulators keep about 14 bits, and over 147 tiles a component common to all of V
+    would shrink by a tenth.
     """
 
     block_m: int = 64
@@ -37,14 +37,14 @@ class Tile(NamedTuple):
     gluon: bool = False
 
 
-# By (K dtype, V dtype). On an H100 Gluon's kernel leads in each of these formats (its module has the times).
+# By (K dtype, V dtype). On an H100 the Gluon kernel is the fastest for each of these formats.
 GLUON_TILES = {
     (torch.int8, FP8): Tile(num_stages=4, gluon=True),
     (FP8, FP8): Tile(num_stages=3, gluon=True),
     (torch.int8, torch.bfloat16): Tile(num_stages=3, gluon=True),
 }
-# Triton's: 128 queries with 8 warps read the L2 cache half as often as 64 with 4, of which fp8 would ask
-# 5 TB/s. Stages are those for which ptxas (12.8) leaves the products asynchronous.
+# Triton: 128 queries with 8 warps read the L2 cache half as often as 64 with 4, which would need 5 TB/s in
+# fp8. With these stages ptxas (12.8) keeps the matrix products asynchronous.
 TILES = {
     (torch.int8, FP8): Tile(128, 128, 8, 3),
     (FP8, FP8): Tile(128, 128, 8, 3),
@@ -64,10 +64,10 @@ def attention8(q: Tensor, cache: QuantizedKV, num_keys: int, tile: Tile | None =
 
 
 def default_tile(cache: QuantizedKV, hopper: bool = True) -> Tile:
-    """Gluon's tile where its kernel fits, else Triton's.
+    """Return the Gluon tile if its kernel fits, else the Triton tile.
 
-    Gluon needs a Hopper GPU, heads of 128, V in bf16 or e4m3 and, for the copy engine, scales per token in
-    rows of whole 16 bytes, that is a number of slots that 4 divides.
+    Gluon needs a Hopper GPU, heads of 128 and V in bf16 or e4m3. Its copy engine needs rows of per-token
+    scales in multiples of 16 bytes, so the number of slots must be divisible by 4.
     """
     formats = (cache.k.dtype, cache.v.dtype)
     fits = cache.k.shape[3] == 128 and (cache.k.dtype == FP8 or cache.k.shape[1] % 4 == 0)
@@ -101,7 +101,7 @@ def _attention8_fake(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None, num_keys: int) -> None:
-    """Shapes of the module `quantize`; a wrong one would make the kernel read elsewhere rather than fail."""
+    """Check shapes against the module `quantize`: a wrong one would read elsewhere instead of failing."""
     batch, _, heads, dim = q.shape
     slots = k.shape[1]
     per_head, per_token = (batch, heads), (batch, heads, slots)
@@ -118,4 +118,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | N
     if not 0 < num_keys <= slots:
         raise ValueError(f"num_keys is {num_keys}; the cache has {slots} slots")
     if not all(t.is_contiguous() for t in (q, k, v, k_scale, v_scale) if t is not None):
-        raise ValueError("q, k, v and their scales must be contiguous: the kernel takes no strides")
+        raise ValueError("q, k, v and their scales must be contiguous: the kernel does not support strides")

@@ -1,11 +1,12 @@
 """The arithmetic of the 8-bit attention kernels in plain PyTorch: same quantisation points, same tiles.
 
-It is the kernel's oracle in tests and its stand-in on a CPU. Not emulated: fused multiply-adds, the
-hardware's exp2 (2 ulp) and the short accumulators of Hopper's fp8 product.
+Tests use it as the kernels' reference, and CPUs run it instead of them. It does not emulate fused
+multiply-adds, the hardware's exp2 (2 ulp) or the short accumulators of Hopper's fp8 matrix product.
 
-Relative error (RMS) against float32 attention on random normal data, D = 128, 6000 keys: int8_bf16 0.9 %,
-int8_int8 1.1 %, int8_fp8 3.8 %, fp8_fp8 5.3 % (an H100 measured 1.0, 3.9 and 5.4 for all but the second). Of
-storage alone, with exact q and P: 0.7, 0.9, 2.8 and 3.9 %. More keys average out error and signal alike.
+Relative error (root mean square, RMS) against float32 attention on random normal data, D = 128, 6000 keys:
+int8_bf16 0.9 %, int8_int8 1.1 %, int8_fp8 3.8 %, fp8_fp8 5.3 %. An H100 measured 1.0, 3.9 and 5.4 % for all
+but int8_int8. Storage alone, with exact q and P, causes 0.7, 0.9, 2.8 and 3.9 %. With more keys, error and
+signal average out alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .quantize import FP8, QuantizedKV, dequantize_kv, gather_v, quantize_fp8, quantize_int8
 
-# P is kept in units of 2^-P_SHIFT: the largest of a row becomes 256 in e4m3, which ends at 448.
+# P has units of 2^-P_SHIFT: the largest value of a row becomes 256 in e4m3, whose maximum is 448.
 P_SHIFT = {"fp8": 8, "int8": 6, "bf16": 0}
 
 
@@ -29,11 +30,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention8_emulated(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None,
                         num_keys: int, block_n: int = 128) -> Tensor:
-    """What the kernel computes, tile by tile of `block_n` keys -> [B,L,N,D] in q's dtype.
+    """Compute what the kernel does, in tiles of `block_n` keys -> [B,L,N,D] in q's dtype.
 
-    q is quantised per token and head to the format of k. Scores leave in base 2; the running maximum, P and
-    the sums are float32; P is rounded to what multiplies V: bf16 (V bf16), fp16 with V's token scale folded
-    in (V int8), e4m3 (V fp8).
+    q is quantised per token and head to K's format. Scores are in base 2; the running maximum, P and the sums
+    are float32. P is rounded to match V: bf16 (V bf16), fp16 with V's token scale included (V int8), or e4m3
+    (V fp8).
     """
     k_int8, v_fp8 = k.dtype == torch.int8, v.dtype == FP8
     v_kind = "fp8" if v_fp8 else "int8" if v.dtype == torch.int8 else "bf16"
@@ -66,12 +67,12 @@ def attention8_emulated(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scal
 
 def attention8_dequantized(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor | None,
                            num_keys: int) -> Tensor:
-    """float32 attention over the dequantised cache, q as it is: the error of storage without the kernel's."""
+    """float32 attention over the dequantised cache with q unchanged: the error of storage alone."""
     return attention_reference(q, *dequantize_kv(QuantizedKV(k, v, k_scale, v_scale), num_keys))
 
 
 def _round_p(p: Tensor, v_dtype: torch.dtype, v_scale: Tensor | None, cols: slice) -> Tensor:
-    """Round P as the second product takes it: to V's dtype, or with V's token scales to fp16 for int8 V."""
+    """Round P as the second matrix product takes it: to V's dtype; for int8 V, times its scales to fp16."""
     if v_dtype == torch.int8:
         return (p * v_scale[..., None, cols]).to(torch.float16)
     return p.to(v_dtype)

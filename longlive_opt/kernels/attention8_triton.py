@@ -1,14 +1,14 @@
-"""Triton kernel behind `attention8`: 8-bit keys and values eaten as stored, online softmax in float32.
+"""Triton kernel behind `attention8`: reads 8-bit keys and values as stored, with online softmax in float32.
 
-What shaped it (read off the machine code for sm_90a, Triton 3.6):
+Design decisions, from the machine code for sm_90a (Triton 3.6):
 
-* the permuted V of `quantize` makes P the second product's operand without leaving its registers. Otherwise
-  the exchange between threads is a fifth of the loop's instructions, and ptxas waits after every single wgmma
-  (its note C7515);
-* keys beyond `num_keys` are masked in the last tile only, which is peeled off the loop;
-* q is quantised here, once per program; its scale, 1/sqrt(D) and log2(e) enter as one factor per row, after
-  the row's maximum;
-* K and V come through TMA descriptors, whose loads run `num_stages` tiles ahead.
+* V is permuted as in `quantize`, so P becomes the second matrix product's operand without leaving its
+  registers. Otherwise exchanges between threads take a fifth of the loop's instructions, and ptxas waits
+  after every wgmma (its note C7515).
+* Only the last tile masks keys beyond `num_keys`; it is peeled off the loop.
+* q is quantised here, once per program. Its scale, 1/sqrt(D) and log2(e) form one factor per row, applied
+  after the row's maximum.
+* K and V use TMA (tensor memory accelerator) descriptors, whose loads run `num_stages` tiles ahead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _values(v_desc, row, column, channel, start, V_KIND: tl.constexpr):
     if V_KIND == "fp8":
         return v_desc.load([channel, start]).T
     elif V_KIND == "int8":
-        # 0x6400 is 1024 in float16, whose last bit is worth 1: or-ing a byte into it adds the byte.
+        # 0x6400 is 1024 in float16 with a last bit of 1, so or-ing a byte into it adds the byte.
         v = v_desc.load([row + start, column]).to(tl.uint8, bitcast=True)
         return ((v ^ 128).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
     else:
@@ -54,9 +54,9 @@ def _values(v_desc, row, column, channel, start, V_KIND: tl.constexpr):
 @triton.jit
 def _softmax(s, q_scale, running, total, k_scale, v_scale, cols, num_keys, K_INT8: tl.constexpr,
              V_KIND: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Scores of a tile -> (P, new maximum, new sum, factor for what was accumulated before).
+    """Scores of a tile -> (P, new maximum, new sum, factor for the earlier sums).
 
-    P of e4m3 values is permuted and rounded as they are; P of int8 values carries their token scales.
+    For e4m3 V, P is permuted and rounded unscaled. For int8 V, P includes V's token scales.
     """
     if K_INT8:
         if MASK:
@@ -85,7 +85,7 @@ def _softmax(s, q_scale, running, total, k_scale, v_scale, cols, num_keys, K_INT
 
 @triton.jit
 def _attend(acc, p, v, alpha, V_FP8: tl.constexpr):
-    """acc * alpha + p v. The product of e4m3 starts from zero and is added in float32."""
+    """acc * alpha + p v. An e4m3 product starts from zero and is added in float32."""
     p = p.to(v.dtype)
     if V_FP8:
         return acc * alpha[:, None] + tl.dot(p, v)
@@ -97,7 +97,7 @@ def _attend(acc, p, v, alpha, V_FP8: tl.constexpr):
 def attention8_kernel(q_ptr, out_ptr, k_desc, v_desc, k_scale_ptr, v_scale_ptr, queries, slots, num_keys,
                       heads, qk_scale, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       K_INT8: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr):
-    """One program: BLOCK_M queries of one head against all keys. Programs of a head are neighbours, so its
+    """One program: BLOCK_M queries of one head against all keys. Programs of a head are adjacent, so its
     cache stays in L2.
     """
     batch_head = tl.program_id(1)

@@ -1,11 +1,11 @@
-"""Attention in bf16 as one PyTorch operator: the Gluon kernel on Hopper for many keys, cuDNN for few. On the
-CPU it is PyTorch's own attention, as the other kernels are plain PyTorch there.
+"""bf16 attention as one PyTorch operator: the Gluon kernel on Hopper for many keys, cuDNN for few keys, and
+PyTorch's own attention on the CPU.
 
     out = attention_bf16(q, k, v)
 
-The kernel of `attention_gluon` leads over cuDNN where the keys are those of a window (645 against 521 TFLOP/s
-with 18,720 keys on an H100); cross-attention's 512 keys are too few tiles to fill its pipeline, so they stay
-with cuDNN. The operator can be captured in a CUDA graph and is one node of a compiled region.
+The kernel of `attention_gluon` is faster than cuDNN for the keys of a window: 645 against 521 TFLOP/s with
+18,720 keys on an H100. Cross-attention has 512 keys, too few tiles to fill its pipeline, so it uses cuDNN. A
+CUDA graph can capture the operator, and a compiled region contains it as one node.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FEWEST_KEYS = 1024
 def attention_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of q [B,L,N,D] over k, v [B,T,N,D] -> [B,L,N,D], contiguous.
 
-    No mask, scale 1/sqrt(D). On CUDA, a Hopper GPU, all are bf16 and D is 128: raises ValueError for others.
+    No mask, scale 1/sqrt(D). CUDA needs a Hopper GPU, bf16 tensors and D = 128; others raise ValueError.
     """
     if not q.is_cuda:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -55,8 +55,8 @@ def check_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Check that the operator can run for a model's heads.
 
     Raises:
-        NotAvailable: the device is no Hopper GPU.
-        UserError: the model's dtype or heads are others than the kernel's.
+        NotAvailable: the device is not a Hopper GPU.
+        UserError: the kernel does not support the model's dtype or heads.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         raise NotAvailable("attention_backend: 'gluon' needs a Hopper GPU (compute capability 9.0, such as "

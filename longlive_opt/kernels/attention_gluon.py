@@ -1,35 +1,37 @@
-"""Attention over the cache, scheduled by hand for Hopper in Gluon (`gluon_api` lists the Tritons).
+"""Attention over the cache, scheduled by hand for Hopper in Gluon (`gluon_api` lists the Triton versions).
 
-Same arithmetic as `attention8_triton`, another schedule. A program has 128 queries: two consumer warpgroups
-of 64 rows each, and one producer warp that fetches tiles of K and V for both, so the L2 cache is read half as
-often as with 64 queries per program. K and V are in 8 bit, or V, or both, in bf16.
+The arithmetic is that of `attention8_triton`; the schedule differs. A program has 128 queries: two consumer
+warpgroups of 64 rows each, and one producer warp that fetches tiles of K and V for both. The L2 cache is thus
+read half as often as with 64 queries per program. K and V are in 8 bit, or V or both are in bf16.
 
-e4m3 V: Hopper's FP8 accumulators keep about 14 bits, and what V has in common over the tokens is cut off a
-little with each product that is added. So the P V of each tile of 128 keys starts from zero and is added to
-the total in float32. The total is rescaled by the factor of the tile before in the same instruction, which
-therefore costs nothing beyond the registers. They suffice because P V is issued before the next scores:
+e4m3 V: Hopper's FP8 accumulators keep about 14 bits, so each added product truncates a little of what all
+tokens of V have in common. Therefore P V of each tile of 128 keys starts from zero and is added to the total
+in float32. The same instruction rescales the total by the previous tile's factor, so rescaling costs only
+registers. They suffice because P V is issued before the next scores:
 
     pack P_{i-1} | issue R = P_{i-1} V_{i-1} | issue S_i = Q K_i
     wait for R | O = O a_{i-1} + R | wait for S_i | softmax of S_i
 
-P must then be packed before S_i is written, and both share registers (with S_i first ptxas keeps 60 more and
-spills). One warpgroup's products run while the other computes exponentials.
+P is packed before S_i is written, and both share registers. (With S_i first, ptxas keeps 60 more registers
+and spills.) One warpgroup's matrix products run while the other computes exponentials.
 
-bf16 V: the accumulator is a true float32, so P V is added to O in the tensor core, and runs while the same
-warpgroup computes the exponentials of S_i, which is issued first.
+bf16 V: the accumulator is true float32, so the tensor core adds P V to O. This runs while the same warpgroup
+computes the exponentials of S_i, which is issued first.
 
-What the generated code taught (ptxas 12.8): P is carried to the next iteration in float32 (as e4m3 it would
-be unpacked and packed byte by byte); no product may be under way across a loop's end (ptxas then serialises
-all of them, note C7514); addresses of the result are computed behind the loop from a program index that the
-compiler cannot follow, or they hold registers all the while; q lies in shared memory and the scales of K
-arrive there with K.
+Lessons from the generated code (ptxas 12.8):
 
-The last wave: 4680 queries and 12 heads are 444 programs on 132 multiprocessors, 3.36 waves. Those of the
-last, partial wave are split along the keys (`split_last_wave`), and a second kernel merges their parts by
-the logarithms of their sums.
+* P passes to the next iteration in float32; as e4m3 it would be unpacked and packed byte by byte.
+* No matrix product may be pending across a loop's end, or ptxas serialises all of them (note C7514).
+* Result addresses are computed after the loop from a program index that is opaque to the compiler; otherwise
+  they occupy registers throughout.
+* q is in shared memory, and the scales of K arrive there with K.
 
-Measured on an H100, 4680 queries on 18720 keys, 12 heads of 128, V with a part common to all tokens: see
-`scripts/bench_kernels.py`, whose record is in outputs/.
+The last wave: 4680 queries and 12 heads make 444 programs on 132 multiprocessors, or 3.36 waves. Programs of
+the last, partial wave are split along the keys (`split_last_wave`). A second kernel merges their parts by the
+logarithms of their sums.
+
+`scripts/bench_kernels.py` measures it on an H100 (4680 queries on 18720 keys, 12 heads of 128, V with a
+component common to all tokens) and records the times in outputs/.
 """
 
 from __future__ import annotations
@@ -60,16 +62,16 @@ CONSUMER_ROWS = 64
 PROGRAM_ROWS = 2 * CONSUMER_ROWS
 MAX_PARTS = 8
 MIN_KEY_TILES = 4
-"""Fewest key tiles of a part; shorter ones cost more to start and merge than they balance."""
+"""Fewest key tiles per part; starting and merging shorter parts costs more than balancing gains."""
 PART_COST = 0.04
-"""What one more part of each split program costs, as a share of a whole program's time."""
+"""Cost of one more part per split program, as a share of a whole program's time."""
 ROUND = gl.constexpr(12582912.0)
 
 
 @gluon.jit
 def _softmax(s, k_scale, q_scale, running, total, limit, K_INT8: gl.constexpr, SHIFT: gl.constexpr,
              MASK: gl.constexpr):
-    """Scores -> (P in float32, new maximum, new sum, factor for what was accumulated before)."""
+    """Scores -> (P in float32, new maximum, new sum, factor for the earlier sums)."""
     s = s.to(gl.float32)
     if K_INT8:
         s = s * k_scale.reshape([s.shape[1]]).load(gl.SliceLayout(0, s.type.layout))[None, :]
@@ -84,7 +86,7 @@ def _softmax(s, k_scale, q_scale, running, total, limit, K_INT8: gl.constexpr, S
 
 @gluon.jit
 def _operand(p, layout: gl.constexpr, V_FP8: gl.constexpr):
-    """P as the register operand of the second product; both conversions are without data movement."""
+    """P as the register operand of the second matrix product; neither conversion moves data."""
     ROWS: gl.constexpr = p.shape[0]
     KEYS: gl.constexpr = p.shape[1]
     if V_FP8:
@@ -105,7 +107,7 @@ def _values(v_smem, slot, V_FP8: gl.constexpr):
 
 @gluon.jit
 def _rows(factor, x):
-    """A factor per row, ready to multiply the accumulator x."""
+    """One factor per row, in the layout that multiplies the accumulator x."""
     return gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
 
 
@@ -113,9 +115,9 @@ def _rows(factor, x):
 def _step(i, limit, p, acc, before, running, total, q_scale, no_scores, no_values, q_shared, k_smem, v_smem,
           scale_smem, k_ready, v_ready, k_empty, v_empty, operand: gl.constexpr, STAGES: gl.constexpr,
           K_INT8: gl.constexpr, V_FP8: gl.constexpr, SHIFT: gl.constexpr, LAST: gl.constexpr):
-    """Scores of tile i, P V of the tile before: -> (P of tile i, O, its factor, maximum, sum).
+    """Compute the scores of tile i and P V of tile i - 1 -> (P of tile i, O, its factor, maximum, sum).
 
-    `before` is the factor of tile i - 1, which O still lacks where V is e4m3.
+    `before` is the factor of tile i - 1; for e4m3 V, O does not include it yet.
     """
     slot = i % STAGES
     old = (i - 1) % STAGES
@@ -153,7 +155,7 @@ def _step(i, limit, p, acc, before, running, total, q_scale, no_scores, no_value
 
 @gluon.jit
 def _work(program, tiles, whole, parts):
-    """(its block of rows and head, first key tile, number of key tiles, place of its part or -1)."""
+    """(block of rows and head, first key tile, number of key tiles, index of the part or -1)."""
     if program < whole:
         return program, 0, tiles, -1
     else:
@@ -165,7 +167,7 @@ def _work(program, tiles, whole, parts):
 
 @gluon.jit
 def _opaque(x):
-    """x, hidden from the compiler: what hangs on it is computed where it is used, and holds no registers."""
+    """Hide x from the compiler: values derived from it are computed where used and occupy no registers."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
 
@@ -195,7 +197,7 @@ def _consume(INDEX: gl.constexpr, q_ptr, out_ptr, part_ptr, lse_ptr, k_scale_ptr
     if K_INT8 or K_FP8:
         LARGEST: gl.constexpr = 127.0 if K_INT8 else 448.0
         q = q.to(gl.float32)
-        # Zero, or NaN where a row holds NaN or infinity, which a maximum or int8 would lose.
+        # Zero, or NaN if a row contains NaN or infinity, which a maximum or int8 would lose.
         spoilt = gl.sum(q * 0.0, 1)
         absmax = gl.maximum(gl.max(gl.abs(q), 1), 1e-12)
         q = q * (1.0 / absmax * LARGEST)[:, None]
@@ -270,7 +272,7 @@ def _consume(INDEX: gl.constexpr, q_ptr, out_ptr, part_ptr, lse_ptr, k_scale_ptr
 def _produce(k_desc, v_desc, scale_desc, slots, num_keys, heads, row_blocks, whole, parts, k_smem, v_smem,
              scale_smem, k_ready, v_ready, k_empty, v_empty, KEYS: gl.constexpr, D: gl.constexpr,
              STAGES: gl.constexpr, K_INT8: gl.constexpr, V_FP8: gl.constexpr):
-    """One warp: K (and its scales) and V, tile after tile, into slots that both consumers have left."""
+    """One warp: load K (and its scales) and V tile by tile into slots that both consumers have released."""
     block, first, count, place = _work(gl.program_id(0), gl.cdiv(num_keys, KEYS), whole, parts)
     batch_head = block // row_blocks
     row = batch_head // heads * slots
@@ -303,8 +305,9 @@ def attention_kernel(q_ptr, out_ptr, part_ptr, lse_ptr, k_desc, v_desc, scale_de
                      queries, slots, num_keys, heads, row_blocks, whole, parts, qk_scale, ROWS: gl.constexpr,
                      KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K_INT8: gl.constexpr,
                      K_FP8: gl.constexpr, V_FP8: gl.constexpr, SHIFT: gl.constexpr):
-    """Grid: `whole` blocks of 2 * ROWS queries of one head, then those that are split along the keys, `parts`
-    programs each. `ready` completes with its tile, `empty` with the second consumer's arrival.
+    """Grid: `whole` blocks of 2 * ROWS queries of one head, then the blocks that are split along the keys,
+    with `parts` programs each. `ready` completes when its tile arrives, `empty` when the second consumer
+    arrives.
     """
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], k_desc.dtype)
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [2, ROWS, D], q_layout)
@@ -321,7 +324,7 @@ def attention_kernel(q_ptr, out_ptr, part_ptr, lse_ptr, k_desc, v_desc, scale_de
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    # The tuples are written out: one bound to a name would lose its compile-time constants.
+    # The tuples are written out: bound to a name, they would lose their compile-time constants.
     gl.warp_specialize(
         [(_consume, (0, q_ptr, out_ptr, part_ptr, lse_ptr, k_scale_ptr, v_scale_ptr, queries, num_keys, heads,
                      row_blocks, whole, parts, qk_scale, q_smem, k_smem, v_smem, scale_smem, k_ready, v_ready,
@@ -338,8 +341,9 @@ def attention_kernel(q_ptr, out_ptr, part_ptr, lse_ptr, k_desc, v_desc, scale_de
 @triton.jit(do_not_specialize=["queries", "whole"])
 def merge_kernel(part_ptr, lse_ptr, out_ptr, queries, heads, row_blocks, whole, PARTS: tl.constexpr,
                  SLOTS: tl.constexpr, PROGRAM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
-    """Grid: (split blocks, PROGRAM / ROWS). Weighted mean of a block's parts, each divided by its own sum.
-    The weights are those sums, of which `lse` holds the logarithms to base 2. SLOTS: PARTS to a power of two.
+    """Grid: (split blocks, PROGRAM / ROWS). Compute the weighted mean of a block's parts, each divided by its
+    own sum. The weights are these sums; `lse` has their logarithms to base 2. SLOTS: PARTS rounded up to a
+    power of two.
     """
     block = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -363,10 +367,10 @@ def merge_kernel(part_ptr, lse_ptr, out_ptr, queries, heads, row_blocks, whole, 
 
 @functools.cache
 def split_last_wave(blocks: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """(blocks that one program works on alone, parts of each of the others).
+    """(blocks with one program each, parts of every other block).
 
-    Whole waves of one program per multiprocessor stay whole; the rest is split so that it takes the least
-    time, in units of one program: rounds / parts, and `PART_COST` per part.
+    Whole waves of one program per multiprocessor are not split. The rest is split to take the least time, in
+    units of one program: rounds / parts, plus `PART_COST` per part.
     """
     rest = blocks % multiprocessors
     most = min(MAX_PARTS, key_tiles // MIN_KEY_TILES) if rest else 1
@@ -383,7 +387,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Ten
     """Run the kernel on arguments that `attention8` has checked -> new tensor like q.
 
     K: int8 or e4m3 with scales, or bf16 without. V: bf16 or e4m3. Raises ValueError for int8 V, whose
-    conversion would be in the way of the overlap.
+    conversion would prevent the overlap.
     """
     if v.dtype not in (torch.bfloat16, FP8):
         raise ValueError(f"v is {v.dtype}; the Gluon kernel takes bf16 or {FP8}: use the Triton kernel")
@@ -422,7 +426,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """Copy-engine descriptor of a matrix, its tiles laid out as the matrix product reads them."""
+    """Copy-engine descriptor of a matrix, with tiles laid out as the matrix product reads them."""
     kinds = {torch.int8: gl.int8, FP8: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
     layout = gl.NVMMASharedLayout.get_default_for(block, kinds[tensor.dtype])
     return TensorDescriptor.from_tensor(tensor, block, layout)

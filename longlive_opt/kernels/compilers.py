@@ -1,8 +1,9 @@
-"""Whether this machine can build the small extensions of Python that compiled kernels come with.
+"""Check that this machine can build the small Python extensions that compiled kernels need.
 
-Inductor writes C++ for the CPU, Triton writes C to start its kernels on a GPU, and both build and load it
-while they run. A compiler that is there and cannot do that (no Python.h, a folder for temporary files from
-which no program runs) fails late, with hundreds of lines; so something of two lines is built and loaded once.
+Inductor writes C++ for the CPU, and Triton writes C to start its kernels on a GPU; both build and load it at
+run time. Some installed compilers cannot do this: Python.h is missing, or programs may not run from the
+folder for temporary files. Such failures come late and with hundreds of lines, so these checks build and load
+two lines first.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ TIMEOUT_S = 60
 
 
 def check_cpp(key: str) -> None:
-    """Check that Inductor can build for the CPU: with $CXX, else with g++, or clang++ on macOS.
+    """Check that Inductor can build for the CPU with $CXX, else with g++, or clang++ on macOS.
 
     Raises:
-        NotAvailable: it cannot; the message begins with `key` of the preset.
+        NotAvailable: it cannot build; the message begins with the preset's `key`.
     """
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if fault := build_fault(compiler, "c++", os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
@@ -38,10 +39,10 @@ def check_cpp(key: str) -> None:
 
 
 def check_triton(key: str) -> None:
-    """Check that Triton can start kernels on a GPU: it builds with $CC, else with gcc or clang.
+    """Check that Triton can start kernels on a GPU; it builds with $CC, else with gcc or clang.
 
     Raises:
-        NotAvailable: Triton is missing, or it cannot build; the message begins with `key` of the preset.
+        NotAvailable: Triton is missing or cannot build; the message begins with the preset's `key`.
     """
     if importlib.util.find_spec("triton") is None:
         raise NotAvailable(f"{key}: its kernels need Triton, which is not installed here; install the one "
@@ -54,15 +55,15 @@ def check_triton(key: str) -> None:
 
 @functools.cache
 def build_fault(compiler: str, language: str, folder: str | None = None) -> str | None:
-    """Why `compiler` cannot build, and Python load, an extension in c or c++; None if it can.
+    """Explain why `compiler` cannot build, or Python cannot load, a c or c++ extension; None if both work.
 
     Args:
-        compiler: a command, perhaps with options.
-        folder: where what is built will lie; None: the folder for temporary files.
+        compiler: a command, optionally with arguments.
+        folder: the build folder; None: the folder for temporary files.
     """
     command = shlex.split(compiler)
     if not command or shutil.which(command[0]) is None:
-        return f"{compiler} is not there"
+        return f"{compiler} is not installed"
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="longlive-build-", dir=folder) as name:
@@ -82,6 +83,6 @@ def build_fault(compiler: str, language: str, folder: str | None = None) -> str 
             works = ctypes.CDLL(str(built)).probe() == sys.version_info.major
         except (OSError, AttributeError) as error:
             reason = str(error).replace(name + os.sep, "")
-            return (f"what {compiler} builds cannot be loaded: {reason}; if its folder does not let programs "
-                    "run, set TMPDIR to one that does")
+            return (f"Python cannot load what {compiler} builds: {reason}; if programs may not run from its "
+                    "folder, set TMPDIR to one where they may")
         return None if works else f"what {compiler} builds is not for this Python"

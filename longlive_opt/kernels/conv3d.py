@@ -1,19 +1,19 @@
-"""The convolutions of the VAE's decoder as PyTorch operators: Gluon on Hopper, plain PyTorch elsewhere.
+"""The convolutions of the VAE's decoder as PyTorch operators: Gluon on Hopper, plain PyTorch on the CPU.
 
-Tensors are [B, C, T, H, W] with their channels last in memory. A convolution over time takes the two frames
-before its input as a tensor of their own, `past` [B, C, 2, H, W], and pads the picture with zeros; nothing is
-joined or copied. Sums are in float32 and rounded once, with bias and residual.
+Tensors are [B, C, T, H, W] with channels last in memory. A causal convolution takes the two frames before its
+input as a separate tensor, `past` [B, C, 2, H, W], and pads the image with zeros; nothing is concatenated or
+copied. Sums are in float32 and rounded once, with bias and residual.
 
-    plan = causal_plan(weight, bias, residual=True)     # once: weights packed, the order of work decided
+    plan = causal_plan(weight, bias, residual=True)     # once: packs the weights and decides the steps
     n, new_past = norm_silu(x, gamma, past)             # RMS norm over channels, SiLU, the new history
     y = convolve(plan, n, past, x)                      # 3x3x3 convolution of past and n, + x
 
-A `Plan` says what `conv3d_gluon` does, step by step, and `convolve_reference` follows it in plain PyTorch. An
-enlarged picture (`picture_plan`) is never made: an output pixel's 3x3 taps fall on 2x2 pixels of the small
-one, and weights that fall on the same are added, in float32 before they are rounded: 4 products for 9.
+A `Plan` says what `conv3d_gluon` does step by step, and `convolve_reference` does the same in plain PyTorch.
+The upsampled image of `picture_plan` is never stored: the 3x3 taps of one of its pixels read 2x2 pixels of
+the small image. Weights of taps that read the same pixel are summed in float32 and rounded to bf16.
 
-Some products are with zeros. So a value that is not finite can spoil all channels of its pixels, and, with 96
-channels, the frame before as well.
+The kernels multiply some values by zero weights. So a NaN or an infinity can reach all channels of its
+pixel's outputs and, with 96 channels, the frame before.
 """
 
 from __future__ import annotations
@@ -25,24 +25,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 192
-"""Outputs per pixel that a program of the kernel makes."""
+"""Outputs per pixel of a tile."""
 PIECE = 32
 CONSUMERS = 3
 PIXELS = 256
-"""Of one frame, or one of several that follow, in a tile: two boxes of `BOX`."""
+"""Pixels per tile: two boxes of `BOX`."""
 BOX = (8, 16)
 HEAD_FRAMES, HEAD_ROWS, COLOURS = 4, 4, 3
-"""Outputs that are the rows of one product in the last convolution."""
+"""The last convolution computes this many frames, image rows and colours as rows of one tile."""
 Kind = Literal["same", "frames", "picture"]
-"""The result against the input: of its size, of twice the frames, or of twice the height and width."""
+"""Size of the result: as the input, twice the frames, or twice the height and width."""
 Shift = tuple[int, int, int]
 
 
 class Rows(NamedTuple):
-    """Rows of a product that have their taps in common: 96 or 192 channels of one output.
+    """Rows of a tile that share their taps: 96 or 192 channels of one output.
 
-    taps: how far the input is moved in frames, rows and columns -> weights [rows, C] in float32.
-    output: which of the outputs; frame: how many frames behind the first of the tile; channel: the first.
+    Attributes:
+        taps: the input's shift in frames, rows and columns -> float32 weights [rows, C].
+        bias: float32 [rows].
+        output: index of the output tensor.
+        frame: offset from the tile's first frame.
+        channel: first channel in the output.
     """
 
     taps: dict[Shift, Tensor]
@@ -53,20 +57,22 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A convolution as the kernel does it.
+    """A convolution as the steps of the kernel.
 
     Attributes:
         weight: bf16 [blocks * ROWS, steps * step].
         bias: float32 [blocks * ROWS].
-        steps: int32 [blocks, steps], `_pack_step`: what each step of the product reads.
-        pieces: int32 [blocks, ROWS / PIECE], `_pack_piece`: where each 32 rows go.
-        kind: what the result is like; channels: how many it has.
+        steps: int32 [blocks, steps]: what each step loads (`_pack_step`).
+        pieces: int32 [blocks, ROWS / PIECE]: where each group of 32 rows is stored (`_pack_piece`).
+        kind: size of the result.
+        channels: channels of the result.
         step: input channels per step.
-        frames: that follow one another in a tile.
-        dense: steps before those in which only one consumer has a part, `own` for each of them.
-        adds: whether there is another tensor to add.
-        apart: steps at the beginning in which the last consumer has no part, and the first at the end of the
-            dense ones.
+        frames: consecutive frames per tile.
+        dense: number of steps before those that only one consumer computes.
+        apart: the last consumer skips this many steps at the beginning, and the first consumer as many at the
+            end of the dense ones.
+        own: number of steps that only one consumer computes, for each consumer.
+        adds: whether it adds another tensor.
     """
 
     weight: Tensor
@@ -88,30 +94,36 @@ class Plan(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Step from which the first consumer's weights are not needed any more."""
+        """First step that does not need the first consumer's weights."""
         return self.dense - self.apart if self.apart else self.steps.shape[1]
 
 
 def supported(in_channels: int, out_channels: int) -> bool:
-    """Whether the kernels can convolve that many channels: from 96 times 2^n to 96 or a multiple of 192."""
+    """Whether the kernels support these channels: from 96 * 2^n to 96 or a multiple of 192."""
     parts, rest = divmod(in_channels, 3 * PIECE)
     powers = parts > 0 and rest == 0 and parts & (parts - 1) == 0
     return powers and (out_channels == ROWS // 2 or out_channels % ROWS == 0)
 
 
 def tiles(plan: Plan, frames: int, height: int, width: int) -> int:
-    """How many tiles a convolution of that many frames and pixels has."""
+    """Number of tiles of an input of this size."""
     boxes = -(-frames // plan.frames) * -(-height // BOX[0]) * -(-width // BOX[1])
     return -(-boxes // (PIXELS // (BOX[0] * BOX[1]))) * plan.blocks
 
 
 def causal_plan(weight: Tensor, bias: Tensor, residual: bool = False, shortcut: Tensor | None = None,
                 shortcut_bias: Tensor | None = None) -> Plan:
-    """Convolution [O, C, 3, 3, 3] over two frames of history and the frame itself.
+    """Plan of a causal convolution.
 
     Args:
+        weight: [O, C, 3, 3, 3].
+        bias: [O].
         residual: add another tensor of the result's size.
-        shortcut: [O, C'], add that product of another tensor instead, and `shortcut_bias`.
+        shortcut: [O, C'], a 1x1 convolution of another tensor that is added.
+        shortcut_bias: [O], its bias.
+
+    Raises:
+        ValueError: the kernel does not support these channels.
     """
     outputs = weight.shape[0]
     weight, bias = weight.float(), bias.float()
@@ -119,7 +131,7 @@ def causal_plan(weight: Tensor, bias: Tensor, residual: bool = False, shortcut: 
         bias = bias + shortcut_bias.float()
     pair = outputs == ROWS // 2
     if pair and shortcut is not None:
-        raise ValueError(f"{outputs} channels with a shortcut: the kernel takes one where channels grow only")
+        raise ValueError(f"{outputs} channels with a shortcut: the kernel needs a multiple of {ROWS} for one")
     blocks = []
     for channel in range(0, outputs, ROWS):
         part = slice(channel, channel + ROWS)
@@ -130,7 +142,7 @@ def causal_plan(weight: Tensor, bias: Tensor, residual: bool = False, shortcut: 
 
 
 def frames_plan(weight: Tensor, bias: Tensor) -> Plan:
-    """Convolution [2C, C, 3, 1, 1] over time whose halves are every other frame of the result."""
+    """Plan of a causal convolution [2C, C, 3, 1, 1] whose channel halves become alternating frames."""
     channels = weight.shape[0] // 2
     weight, bias = weight.float(), bias.float()
     blocks = []
@@ -142,10 +154,10 @@ def frames_plan(weight: Tensor, bias: Tensor) -> Plan:
 
 
 def picture_plan(weight: Tensor, bias: Tensor) -> Plan:
-    """Convolution [O, C, 3, 3] of each frame, enlarged to twice its height and width by repeating pixels."""
+    """Plan of a convolution [O, C, 3, 3] of each frame, upsampled twofold to the nearest neighbour."""
     outputs = weight.shape[0]
     weight, bias = weight.float(), bias.float()
-    moved = {0: (-1, 0, 0), 1: (0, 0, 1)}  # place among the two -> which small pixel each tap falls on
+    moved = {0: (-1, 0, 0), 1: (0, 0, 1)}  # parity of an upsampled pixel -> the small pixel of each tap
     units = []
     for y in range(2):
         for x in range(2):
@@ -202,7 +214,7 @@ def _plan(blocks: Sequence[Sequence[Rows]], kind: Kind, channels: int, frames: i
 
 
 class _Product:
-    """Steps of the product of one tile, with the columns of its weights."""
+    """Steps of a tile with their columns of the weight."""
 
     def __init__(self, step: int, units: Sequence[Rows]):
         self.step = step
@@ -211,7 +223,7 @@ class _Product:
         self.columns: list[Tensor] = []
 
     def add_tap(self, shift: Shift) -> None:
-        """All input channels, moved by `shift`, times the weights of the rows that have this tap."""
+        """All input channels, shifted, times the weights of the rows that have this tap."""
         some = next(iter(self.units[0].taps.values()))
         self._add(0, shift, torch.cat([rows.taps.get(shift, torch.zeros_like(some)) for rows in self.units]))
 
@@ -225,8 +237,8 @@ class _Product:
             self.columns.append(weight[:, channel:channel + self.step])
 
     def spread_residual(self, wanted: range) -> None:
-        """What the other tensor adds to the `wanted` rows, evenly among the steps that are there: it is read
-        once, from device memory, and the copy engine should not have to wait for much of it at a time.
+        """Add the other tensor to the `wanted` rows, with steps spread evenly among the existing ones: its
+        data comes from device memory, and the loads of several such steps in a row stall the consumers.
         """
         size = ROWS // len(self.units)
         starts = wanted[::self.step]
@@ -240,7 +252,7 @@ class _Product:
 
 
 def _pack_step(source: int, shift: Shift, chunk: int) -> int:
-    """source: 0 is the input, 1 the other tensor; chunk: of the channels, in steps."""
+    """source: 0 is the input, 1 the other tensor. chunk: first channel / channels per step."""
     t, y, x = shift
     return chunk | (x + 1) << 8 | (y + 1) << 10 | (t + 2) << 12 | source << 16
 
@@ -250,15 +262,18 @@ def _pack_piece(output: int, frame: int, channel: int) -> int:
 
 
 def convolve(plan: Plan, x: Tensor, past: Tensor | None = None, other: Tensor | None = None) -> Tensor:
-    """Convolve x as `plan` says.
+    """Convolve x by the plan.
 
     Args:
-        x: bf16 [B, C, T, H, W], channels last.
-        past: the two frames before x, [B, C, 2, H, W]; None where the plan looks at no earlier frame.
-        other: what a residual or shortcut adds, [B, C', T, H, W].
+        x: [B, C, T, H, W], channels last; bf16 on CUDA.
+        past: the two frames before x, [B, C, 2, H, W]; None for a plan without a temporal kernel.
+        other: the tensor that a residual or shortcut adds, [B, C', T, H, W].
 
     Returns:
-        [B, O, T, H, W], of twice the frames or twice the height and width if the plan says so; channels last.
+        [B, O, T, H, W] in the size that the plan's kind says, channels last.
+
+    Raises:
+        ValueError: a shape, dtype or layout that the kernel does not support.
     """
     return torch.ops.longlive.vae_conv(
         x, past, other, plan.weight, plan.bias, plan.steps, plan.pieces, plan.kind,
@@ -289,7 +304,7 @@ def _convolve_fake(x: Tensor, past: Tensor | None, other: Tensor | None, weight:
 
 def convolve_reference(plan: Plan, x: Tensor, past: Tensor | None = None,
                        other: Tensor | None = None) -> Tensor:
-    """`convolve` step by step in plain PyTorch, in float32 or, for such an x, float64."""
+    """`convolve` step by step in plain PyTorch, in float32, or float64 for a float64 x."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = _result(x, plan.kind, plan.channels).to(wide).fill_(float("nan"))
     weight, frames = plan.weight.to(wide), x.shape[2]
@@ -297,7 +312,7 @@ def convolve_reference(plan: Plan, x: Tensor, past: Tensor | None = None,
         sources = [_rows(x, b), None if other is None else _rows(other, b)]
         if past is not None:
             sources[0] = torch.cat([_rows(past, b), sources[0]])
-        # Two frames or rows of zeros on each side stand in for what the copy engine writes outside.
+        # The TMA unit writes these zeros.
         padded = [None if t is None else F.pad(t.to(wide), (0, 0, 1, 1, 1, 1, 0, 2)) for t in sources]
         views = _views(_rows(out, b), plan.kind)
         for block in range(plan.blocks):
@@ -322,7 +337,7 @@ def convolve_reference(plan: Plan, x: Tensor, past: Tensor | None = None,
 
 
 def _taking_part(plan: Plan, k: int) -> Tensor:
-    """1 for the rows [ROWS, 1] of the consumers that multiply in step k, else 0."""
+    """Mask [ROWS, 1] of the rows whose consumer computes step k."""
     consumer = torch.arange(CONSUMERS)
     if k >= plan.dense:
         takes = consumer == (k - plan.dense) // plan.own
@@ -339,12 +354,12 @@ def _result(x: Tensor, kind: str, channels: int) -> Tensor:
 
 
 def _rows(x: Tensor, b: int) -> Tensor:
-    """[B, C, T, H, W] -> [T, H, W, C] of one video."""
+    """Video b of [B, C, T, H, W] as [T, H, W, C]."""
     return x[b].permute(1, 2, 3, 0)
 
 
 def _views(out: Tensor, kind: str) -> list[Tensor]:
-    """The outputs of a plan in its result [T, H, W, C]."""
+    """The output tensors of a plan, views of its result [T, H, W, C]."""
     if kind == "frames":
         return [out[0::2], out[1::2]]
     if kind == "picture":
@@ -353,7 +368,7 @@ def _views(out: Tensor, kind: str) -> list[Tensor]:
 
 
 def _check(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None) -> None:
-    """Refuse what the kernel would misread."""
+    """Raise ValueError for what the kernel would misread."""
     _check_input(x, past, other)
     if plan.adds and other is None:
         raise ValueError("the plan adds another tensor, and there is none")
@@ -378,12 +393,12 @@ def _check_input(x: Tensor, past: Tensor | None, other: Tensor | None) -> None:
 
 
 class HeadPlan(NamedTuple):
-    """The convolution to three colours: outputs of 4 frames x 4 rows are rows of one product.
+    """The convolution to RGB as the steps of its kernel.
 
     Attributes:
-        weight: bf16 [64, steps * 32], rows (frame, row, colour), 16 of them zero.
+        weight: bf16 [64, steps * 32]; the rows are (frame, image row, colour) and 16 rows of zeros.
         bias: float32 [3].
-        steps: int32, how far the input is moved and from which channel it is read.
+        steps: int32 [steps]: shift and first channel of the input.
     """
 
     weight: Tensor
@@ -392,7 +407,7 @@ class HeadPlan(NamedTuple):
 
 
 def head_plan(weight: Tensor, bias: Tensor) -> HeadPlan:
-    """Of a convolution [3, C, 3, 3, 3]."""
+    """Plan of a causal convolution [3, C, 3, 3, 3]; ValueError for other channels."""
     channels = weight.shape[1]
     if weight.shape[0] != COLOURS or channels % PIECE:
         raise ValueError(f"{channels} to {weight.shape[0]} channels: the kernel takes multiples of {PIECE} "
@@ -415,8 +430,13 @@ def head_plan(weight: Tensor, bias: Tensor) -> HeadPlan:
 
 
 def convolve_head(plan: HeadPlan, x: Tensor, past: Tensor) -> Tensor:
-    """Convolve bf16 x [B, C, T, H, W] after past [B, C, 2, H, W], both channels last -> [B, 3, T, H, W], each
-    colour of a frame a picture of its own in memory. H is a multiple of 4.
+    """Convolve x [B, C, T, H, W] and past [B, C, 2, H, W], both channels last and bf16 on CUDA.
+
+    Returns:
+        [B, 3, T, H, W], a view of a contiguous [B, T, 3, H, W].
+
+    Raises:
+        ValueError: H is not a multiple of 4, or a shape, dtype or layout is wrong.
     """
     return torch.ops.longlive.vae_head(x, past, plan.weight, plan.bias, plan.steps).transpose(1, 2)
 
@@ -443,9 +463,7 @@ def _convolve_head_fake(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, s
 
 
 def convolve_head_reference(plan: HeadPlan, x: Tensor, past: Tensor) -> Tensor:
-    """What `convolve_head` does, step by step in plain PyTorch -> [B, T, 3, H, W] in float32, or float64 for
-    such an x.
-    """
+    """`convolve_head` step by step in plain PyTorch -> [B, T, 3, H, W], float32 or, like x, float64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, _, frames, height, width = x.shape
     out = _head_result(x).to(wide).fill_(float("nan"))
@@ -478,11 +496,10 @@ def _head_result(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("longlive::vae_norm_silu", mutates_args=())
 def norm_silu(x: Tensor, gamma: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """SiLU of the RMS norm of x [B, C, T, H, W] over its channels, times gamma (C values).
+    """SiLU of the RMS norm of x [B, C, T, H, W] over its channels, with weight gamma [C].
 
     Returns:
-        The result, and its last two frames [B, C, 2, H, W] as the history to come; where x is one frame, the
-        second of `past` is the first of them.
+        The result and the new history: the last two frames of past and result together, [B, C, 2, H, W].
     """
     if x.is_cuda:
         from . import conv3d_triton
@@ -498,7 +515,7 @@ def _norm_silu_fake(x: Tensor, gamma: Tensor, past: Tensor) -> tuple[Tensor, Ten
 
 
 def norm_silu_reference(x: Tensor, gamma: Tensor) -> Tensor:
-    """The norm and SiLU in float32 (float64 for such an x), rounded once."""
+    """Norm and SiLU in float32 (float64 for a float64 x), rounded once."""
     wide = x if x.dtype == torch.float64 else x.float()
     norm = F.normalize(wide, dim=1, eps=1e-12) * x.shape[1]**0.5 * gamma.to(wide.dtype).view(-1, 1, 1, 1)
     return F.silu(norm).to(x.dtype).contiguous(memory_format=torch.channels_last_3d)

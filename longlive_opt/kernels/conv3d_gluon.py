@@ -1,29 +1,29 @@
-"""The convolutions of the VAE's decoder as matrix products, scheduled by hand for Hopper in Gluon.
+"""The convolutions of the VAE's decoder as implicit matrix products, scheduled by hand for Hopper in Gluon.
 
-A program makes 192 outputs (rows) of 256 pixels (columns): three consumer warpgroups of 64 rows each, and one
-producer warp that fetches for all of them. The rows are 192 channels of one frame, or 96 channels of two
-frames that follow one another, or of two neighbouring pixels of an enlarged picture (`conv3d.Plan`). Weights
-are therefore the left operand and pixels the right one, although pixels are what there is much of: 96 is no
-size that Triton knows, and 64 + 32 columns would read shared memory faster than Hopper can.
+A program computes tiles of 192 outputs (rows) for 256 pixels (columns): three consumer warpgroups compute 64
+rows each, and one producer warp loads for all of them. The rows are 192 channels of one frame, or 96 channels
+of two consecutive frames, or of two neighbouring pixels of an upsampled image (`conv3d.Plan`). So the weights
+are the left operand and the pixels the right one: Triton has no tile of 96 columns, and 64 + 32 columns would
+need more shared-memory bandwidth than Hopper has.
 
-The pixels are two boxes of 8 x 16 of a frame. A step of the product is one tap and 32 or 64 input channels:
-the copy engine fetches both boxes moved by the tap from memory [T, H, W, C], and writes zeros for what lies
-outside of the picture; frames before the first come from the history, which is a tensor of its own. So
-nothing is padded or joined. A table that the host makes says what each step fetches. A residual is a few more
-steps, with the identity as weights, and a shortcut the same with its own weights: both are added before the
-only rounding.
+The pixels are two boxes of 8 x 16 pixels of one frame each. A step multiplies 32 or 64 input channels of one
+tap. The TMA unit loads both boxes, shifted by the tap, from memory [T, H, W, C] and writes zeros for pixels
+outside the image. Frames before the first come from the history, a tensor of its own. So nothing is padded or
+concatenated. A table computed on the host says what each step loads. A residual is a few more steps with the
+identity matrix as weights, and a 1x1 shortcut the same with its own weights; both are added before the result
+is rounded.
 
-Two frames or pixels of 96 channels have some taps apart and some in common. A consumer whose rows have no
-part in a step passes it over; the one in the middle, half of whose rows have, multiplies the rest by zeros:
-10 units of work for 9 of two frames.
+Two frames (or pixels) of 96 channels share some taps and not others. A consumer skips a step that none of its
+rows needs. The middle consumer has rows of both and multiplies the unneeded half by zeros, so two frames cost
+10 units of work instead of 9.
 
-Persistent: one program per multiprocessor, and the producer is ahead by as many steps as fit while consumers
-store what they have, each by itself: turned to [pixels, channels] in shared memory, from where the copy
-engine writes it and leaves out what lies outside of the picture.
+There is one persistent program per multiprocessor. While consumers store their results, the producer loads
+the next tile's steps, as many as fit. Each consumer transposes its results to [pixels, channels] in shared
+memory, and the TMA unit writes them and omits pixels outside the image.
 
-Measured on an H200: the tensor core is busy for 93 to 94 % of the time, and what the GPU does per second is
-what its power allows: 614 TFLOP/s at 96 channels, without the products with zeros, 707 at 192 and 384; cuDNN
-has 348, 508 and 643, and cuBLAS 686 for a product of 8192^3.
+Measured on an H200: the tensor core is busy 93 to 94 % of the time, and power limits the clock. 614 TFLOP/s
+at 96 channels (without the multiplications by zero), 707 at 192 and 703 at 384; cuDNN reaches 348, 508 and
+643, and a cuBLAS product of 8192^3 686.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ CONSUMER_ROWS = 64
 BOX_HEIGHT, BOX_WIDTH = BOX
 PIECE_ROWS = 32
 STAGES = {64: 3, 32: 6}
-"""By the channels of a step: 168 KB."""
+"""By channels per step; 168 KB of shared memory."""
 
 
 @gluon.jit
 def _place(box, frames, boxes_across, TIME: gl.constexpr):
-    """Number of a box -> its first frame, row and column: frames follow one another, for the L2 cache."""
+    """Index of a box -> its first frame, row and column. Consecutive boxes are consecutive frames: they share
+    input, which is then in the L2 cache.
+    """
     spot = box // frames
     return box % frames * TIME, spot // boxes_across * 8, spot % boxes_across * 16
 
@@ -73,7 +75,7 @@ def _halves(x):
 
 @gluon.jit
 def _skip(first, last, at, ready, empty, STAGES: gl.constexpr):
-    """Steps in which a consumer has no part."""
+    """Pass over steps first ... last - 1."""
     for k in range(first, last):
         slot = (at + k) % STAGES
         mbarrier.wait(ready.index(slot), (at + k) // STAGES & 1)
@@ -82,7 +84,7 @@ def _skip(first, last, at, ready, empty, STAGES: gl.constexpr):
 
 @gluon.jit
 def _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX: gl.constexpr, STAGES: gl.constexpr):
-    """acc + the products of steps first ... last - 1; there is one at least."""
+    """acc + the products of steps first ... last - 1, at least one."""
     for k in range(first, last):
         slot = (at + k) % STAGES
         mbarrier.wait(ready.index(slot), (at + k) // STAGES & 1)
@@ -97,7 +99,7 @@ def _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX: gl.cons
 
 @gluon.jit
 def _send(out_a, out_b, out_c, out_d, piece, buffer, frame, row, column, OUTPUTS: gl.constexpr):
-    """Write 32 channels of 64 pixels to where `piece` says: which output, which frame, from which channel."""
+    """Write 32 channels of 64 pixels to the output, frame and channel of `piece`."""
     channel = piece & 0xFFFF
     frame += piece >> 16 & 15
     which = piece >> 20
@@ -118,7 +120,7 @@ def _send(out_a, out_b, out_c, out_d, piece, buffer, frame, row, column, OUTPUTS
 @gluon.jit
 def _store(sums, out_a, out_b, out_c, out_d, low, high, turned, boxes, PLACE: gl.constexpr, frame, row,
            column, OUTPUTS: gl.constexpr):
-    """Round 64 rows of 64 pixels and store them through buffer PLACE, not that of the piece before."""
+    """Round and store 64 rows of 64 pixels through buffer PLACE, which differs from the previous one."""
     out = gl.permute(gl.reshape(sums.to(gl.bfloat16), [2, 32, 64]), (0, 2, 1))
     tma.store_wait(2)
     barrier()
@@ -179,7 +181,7 @@ def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_p
 @gluon.jit
 def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, target, PAST: gl.constexpr,
            OTHER: gl.constexpr, STEP: gl.constexpr):
-    """One box as `step` says: which tensor, how far moved, from which channel."""
+    """Load one box from the tensor, shift and channel of `step`."""
     channel = (step & 0xFF) * STEP
     column += (step >> 8 & 3) - 1
     row += (step >> 10 & 3) - 1
@@ -200,7 +202,7 @@ def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, targe
 def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across, steps,
              stop, apart, w_smem, x_boxes, ready, empty, PAST: gl.constexpr, OTHER: gl.constexpr,
              TIME: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
-    """One warp: pixels and weights of one step after the other, into slots that all consumers have left."""
+    """One warp: load pixels and weights step by step, into slots that all consumers have released."""
     at = 0
     for tile in range(gl.program_id(0), blocks * pairs, gl.num_programs(0)):
         block = tile % blocks
@@ -239,7 +241,7 @@ def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_
                 pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, stop,
                 PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr,
                 OUTPUTS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
-    """`ready` completes with its stage, `empty` with the third consumer's arrival."""
+    """`ready` completes when its stage is loaded, `empty` when the third consumer arrives."""
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * STEP, element_bitwidth=16, rank=2)
     pieces: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3)
     x_boxes = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES] + x_desc.block_shape, x_desc.layout)
@@ -272,11 +274,11 @@ def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_
 
 def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None,
            outputs: Sequence[Tensor]) -> None:
-    """Convolve x [T, H, W, C] into `outputs`, views [T, H, W, C'] of the result that may have any strides.
+    """Convolve x [T, H, W, C] into `outputs`, views [T, H, W, C'] of the result with any strides.
 
     Args:
         past: the two frames before x, [2, H, W, C].
-        other: what the plan's residual or shortcut reads, [T, H, W, C''].
+        other: the input of the plan's residual or shortcut, [T, H, W, C''].
     """
     frames, height, width, _ = x.shape
     units = triton.cdiv(frames, plan.frames)
@@ -301,5 +303,5 @@ def _layout(width: int, rank: int) -> gl.NVMMASharedLayout:
 
 
 def _boxes(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """Copy-engine descriptor of [T, H, W, C] in boxes, laid out as the matrix product reads them."""
+    """TMA descriptor of [T, H, W, C] in boxes, in the layout that the matrix product reads."""
     return TensorDescriptor.from_tensor(tensor, block, _layout(2 * block[-1], 4))

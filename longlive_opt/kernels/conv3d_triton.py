@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 2048
-"""Of each third of the channels, per program."""
+"""Per program and third of the channels."""
 
 
 @triton.jit
@@ -20,9 +20,9 @@ def _norm_third(x, factor, gamma, out_type: tl.constexpr):
 @triton.jit(do_not_specialize=["pixels", "first_kept"])
 def norm_silu_kernel(x_ptr, gamma_ptr, past_ptr, out_ptr, new_past_ptr, pixels, first_kept, scale,
                      C: tl.constexpr, ROWS: tl.constexpr, ONE_FRAME: tl.constexpr):
-    """Program: ROWS pixels of C channels, in thirds, which are powers of two. From pixel `first_kept` on the
-    result goes to the history, too; of one frame, `first_kept` is -pixels, and the history's second frame
-    becomes its first.
+    """Program: ROWS pixels of C channels, in thirds, because these are powers of two. From pixel `first_kept`
+    on, the result is also stored in the new history. With a single frame, `first_kept` is -pixels, and the
+    old history's second frame becomes the first of the new one.
     """
     THIRD: tl.constexpr = C // 3
     kind: tl.constexpr = out_ptr.dtype.element_ty

@@ -1,16 +1,16 @@
 """Element-wise fusions of the DiT block as PyTorch operators: Triton on CUDA, plain PyTorch elsewhere.
 
-Each reads and writes every tensor once. Rounding follows eager PyTorch in the tensors' dtype (SPEC 2.5):
-LayerNorm in float32 and rounded once, then 1 + scale, product and sum each rounded; RMS norm rounded before
-its weight; RoPE in float32. On CUDA results differ from eager by the order of sums in a norm, that is now and
-then in the last bit.
+Each operator reads and writes every tensor once. Rounding follows eager PyTorch in the tensors' dtype (SPEC
+2.5): LayerNorm in float32 and rounded once, then 1 + scale, product and sum each rounded; RMS norm rounded
+before its weight; RoPE in float32. On CUDA, the order of sums in a norm differs from eager PyTorch, so
+results occasionally differ in the last bit.
 
 Per-frame vectors (gate, scale, shift) are [B,F,C] and may be views with any strides over B and F, such as a
 slice of the modulation table [B,F,6,C]. Token l belongs to latent frame l // frame_tokens.
 
-Cache slots arrive as a device tensor (`slots`, int32 [F]: first slot of each latent frame of the call,
-negative = do not store), so one captured CUDA graph serves every position of the ring. Slots must lie within
-the cache: kernels do not check.
+A device tensor gives the cache slots (`slots`, int32 [F]: first slot of each latent frame of the call;
+negative = do not store), so one captured CUDA graph works for every ring position. Slots must be within the
+cache: kernels do not check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .quantize import QuantizedKV, write_kv
 @torch.library.custom_op("longlive::layernorm_modulate", mutates_args=())
 def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int,
                        eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift for x [B,L,C], shift and scale [B,F,C] -> [B,L,C]. Not affine."""
+    """LayerNorm(x) * (1 + scale) + shift, for x [B,L,C], shift and scale [B,F,C] -> [B,L,C]. Not affine."""
     for vector in (shift, scale):
         check_frames(x, vector, frame_tokens)
     if x.is_cuda:
@@ -77,13 +77,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
                        slots: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None,
                        v_scale: Tensor | None, frame_tokens: int, eps: float = 1e-6) -> Tensor:
-    """Everything between the QKV product and attention; k and v go straight into their cache slots.
+    """Do everything between the QKV linear layer and attention; write k and v directly to their cache slots.
 
-    qkv [B,L,3C] holds q, k, v side by side; weights [C] of the RMS norms over C = N*D; cos, sin float32
-    [L,D/2] (pair j is channels 2j, 2j+1 of a head). The caches are [B,T,N,D] in qkv's dtype with scales None,
-    or the tensors of a `QuantizedKV`: then k, rounded to qkv's dtype, and v are quantised on the way, scales
-    per token are written and scales per head read. Returns q [B,L,N,D], normalised and rotated. Raises
-    ValueError when shapes do not fit.
+    qkv [B,L,3C] is the concatenation of q, k and v. The RMS norms have weights [C] over C = N*D. cos and sin
+    are float32 [L,D/2]; pair j is channels 2j, 2j+1 of a head. The caches are [B,T,N,D] in qkv's dtype with
+    scales None, or the tensors of a `QuantizedKV`. In the latter case, k (rounded to qkv's dtype) and v are
+    quantised: per-token scales are written, per-head scales are read. Returns q [B,L,N,D], normalised and
+    rotated. Raises ValueError when shapes do not fit.
     """
     batch, tokens, width = qkv.shape
     heads, dim = k_cache.shape[2:]
@@ -94,7 +94,7 @@ def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Ten
     if slots.shape[0] * frame_tokens != tokens:
         raise ValueError(f"qkv has {tokens} tokens, slots {slots.shape[0]} frames of {frame_tokens}")
     if not (qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel takes no strides")
+        raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel does not support strides")
     if qkv.is_cuda:
         from . import fused_triton
 
@@ -115,10 +115,10 @@ def qk_norm_rope_write8(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Te
 
 
 def store_kv(k: Tensor, v: Tensor, slots: Tensor, cache: QuantizedKV, frame_tokens: int) -> None:
-    """Put k (normalised, rotated) and v, both [B,L,N,D], into their slots of an 8-bit cache.
+    """Write k (normalised, rotated) and v, both [B,L,N,D], to their slots of an 8-bit cache.
 
-    The part of `qk_norm_rope_write8` that is left where a compiler fuses norm and rotation. Raises ValueError
-    when shapes do not fit.
+    This is the last step of `qk_norm_rope_write8`, for use where a compiler fuses norm and rotation. Raises
+    ValueError when shapes do not fit.
     """
     torch.ops.longlive.store_kv(k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, frame_tokens)
 
@@ -147,7 +147,7 @@ def layernorm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, frame_
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor | None, frame_tokens: int) -> Tensor:
-    """x + gate * y, the gate per frame; None is 1."""
+    """x + gate * y with one gate per frame; None means 1."""
     return x + (y if gate is None else _spread(gate, frame_tokens) * y)
 
 
@@ -158,14 +158,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x [B,L,N,D] by the tables [L,D/2], in float32."""
+    """Rotate the interleaved channel pairs of x [B,L,N,D] by the tables [L,D/2], in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def _spread(per_frame: Tensor, frame_tokens: int) -> Tensor:
-    """[B,F,C] -> [B,L,C]: a frame's vector for each of its tokens."""
+    """[B,F,C] -> [B,L,C]: repeat each frame's vector for its tokens."""
     return per_frame.repeat_interleave(frame_tokens, 1)
 
 

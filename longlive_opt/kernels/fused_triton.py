@@ -1,8 +1,8 @@
-"""Triton kernels behind `fused`: a program per token, intermediates rounded where eager PyTorch rounds them.
+"""Triton kernels behind `fused`: one program per token, with intermediates rounded as in eager PyTorch.
 
-All are memory bound, so they are launched without fused multiply-add: a product is rounded before it is
-added, as in eager code. A row of C channels is one program of 4 warps; C is padded to a power of two and the
-padding masked.
+The kernels are memory bound, so they are launched without fused multiply-add: as in eager code, a product is
+rounded before it is added. One program of 4 warps handles a row of C channels; C is padded to a power of two
+and the padding is masked.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ KINDS = {torch.int8: "int8", FP8: "fp8"}
 
 @triton.jit
 def largest(x, axis: tl.constexpr):
-    """Largest magnitude of float32 x along an axis, at least 1e-12; NaN where there is one.
+    """Largest magnitude of float32 x along an axis, at least 1e-12; NaN if x contains NaN.
 
-    tl.max drops NaN. As integers non-negative floats keep their order, and NaN is the largest.
+    tl.max drops NaN. As integers, non-negative floats keep their order, and NaN is the largest.
     """
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
     return tl.maximum(bits, 0x2B8CBCCC).to(tl.float32, bitcast=True)  # the bits of 1e-12
@@ -31,7 +31,7 @@ def largest(x, axis: tl.constexpr):
 
 @triton.jit
 def rounded_row(x, absmax, FORMAT: tl.constexpr):
-    """x by the scale of `scale_of` in int8, ties to even, or e4m3. absmax: of x's shape but for the row."""
+    """Divide x by `scale_of` and round to int8 (ties to even) or e4m3. absmax: x's shape without the row."""
     inverse = tl.div_rn(1.0, absmax) * (127.0 if FORMAT == "int8" else 448.0)
     if FORMAT == "int8":
         return ((x * inverse + ROUND) - ROUND).to(tl.int8)
@@ -41,13 +41,13 @@ def rounded_row(x, absmax, FORMAT: tl.constexpr):
 
 @triton.jit
 def scale_of(absmax, FORMAT: tl.constexpr):
-    """The factor that widens what `rounded_row` gives."""
+    """The scale that converts the output of `rounded_row` back."""
     return absmax * ((1.0 / 127.0) if FORMAT == "int8" else (1.0 / 448.0))
 
 
 @triton.jit
 def _saturated(x):
-    """float32 -> e4m3, clamped to +-448; what is not finite becomes NaN."""
+    """float32 -> e4m3, clamped to +-448; non-finite values become NaN."""
     clamped = tl.minimum(tl.maximum(x, -448.0), 448.0)
     return tl.where(tl.abs(x) < float("inf"), clamped, float("nan")).to(tl.float8e4nv)
 
@@ -64,9 +64,9 @@ def norm_kernel(x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, x_out_ptr, out_ptr
                 channels, frame_tokens, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch,
                 shift_frame, eps, RESIDUAL: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr,
                 FORMAT: tl.constexpr, BLOCK: tl.constexpr):
-    """x + gate * y, LayerNorm, then modulation per frame or, weight and bias in their places, affine. What
-    comes out is rounded to x's dtype and, unless FORMAT is "plain", to 8 bit by the row's own scale, which is
-    stored.
+    """x + gate * y, LayerNorm, then per-frame modulation, or an affine step with weight and bias in its
+    place. The output is rounded to x's dtype. Unless FORMAT is "plain", it is then rounded to 8 bit by the
+    row's own scale, which is stored.
     """
     row = tl.program_id(0)
     batch = row // tokens
@@ -117,7 +117,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, channels, eps, BLOCK: tl.constex
 @triton.jit
 def _store_row(pointer, scale_ptr, x, batch, slot, slots, heads, N: tl.constexpr, D: tl.constexpr,
                KIND: tl.constexpr):
-    """Put a token x [heads, D] into its cache row: int8 and its scales, e4m3 by the scales found, or plain.
+    """Write a token x [heads, D] to its cache row: int8 with new scales, e4m3 with existing ones, or plain.
 
     A negative slot stores nothing.
     """
@@ -140,7 +140,7 @@ def qk_norm_rope_write_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_
                               v_ptr, k_scale_ptr, v_scale_ptr, tokens, slots, frame_tokens, eps,
                               N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, K_KIND: tl.constexpr,
                               V_KIND: tl.constexpr):
-    """Program (token, role): 0 normalises and rotates q; 1 does so for k and stores it; 2 stores v."""
+    """Program (token, role). Role 0 normalises and rotates q; 1 does so for k and stores it; 2 stores v."""
     row = tl.program_id(0)
     role = tl.program_id(1)
     batch = row // tokens
@@ -176,7 +176,7 @@ def qk_norm_rope_write_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_
 @triton.jit
 def write_rows_kernel(x_ptr, slots_ptr, out_ptr, scale_ptr, tokens, slots, frame_tokens, N: tl.constexpr,
                       D: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr):
-    """A program per token: x [B,L,N,D] into its cache row."""
+    """One program per token: write x [B,L,N,D] to its cache row."""
     row = tl.program_id(0)
     token = row % tokens
     first = tl.load(slots_ptr + token // frame_tokens)
@@ -192,7 +192,7 @@ def write_v_transposed_kernel(x_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, toke
                               frame_tokens, blocks, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Program (block of columns of a frame, batch and head): V as e4m3 [B,N,D,T'], slots permuted.
 
-    It walks the cache's columns, so that stores are contiguous, and fetches the token that belongs to each.
+    It iterates over the cache's columns and loads each column's token, so stores are contiguous.
     """
     frame = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -214,7 +214,7 @@ def write_v_transposed_kernel(x_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, toke
     stored = tl.trans(_saturated(x))
     target = v_ptr + (batch_head * D + channels)[:, None] * capacity + column[None, :]
     if start >= first and start + BLOCK <= end:
-        tl.store(target, stored)  # unmasked, so 16 bytes at a time
+        tl.store(target, stored)  # unmasked, so 16 bytes at once
     else:
         tl.store(target, stored, mask=inside[None, :])
 
@@ -223,7 +223,7 @@ def norm(x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift:
          modulate: bool, eps: float) -> tuple[Tensor | None, Tensor]:
     """Launch `norm_kernel` -> (new residual stream or None without y, normed).
 
-    scale and shift are [B,F,C] if `modulate`, else weight and bias [C].
+    scale and shift are [B,F,C] if `modulate`; otherwise they are weight and bias [C].
     """
     out = torch.empty_like(x)
     return norm_into(out, None, x, y, gate, scale, shift, frame_tokens, modulate, eps), out
@@ -231,8 +231,8 @@ def norm(x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift:
 
 def norm_into(out: Tensor, row_scale: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None,
               scale: Tensor, shift: Tensor, frame_tokens: int, modulate: bool, eps: float) -> Tensor | None:
-    """Launch `norm_kernel` with the normed rows going into `out`, which is int8 or e4m3 where there are
-    scales of rows [B,L,1] to write; returns the new residual stream, None without y.
+    """Launch `norm_kernel` and write the normed rows to `out`, which is int8 or e4m3 if `row_scale` [B,L,1]
+    is given and written too. Return the new residual stream, None without y.
     """
     batch, tokens, channels = x.shape
     x_out = None if y is None else torch.empty_like(x)
@@ -261,7 +261,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
                        slots: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
                        frame_tokens: int, eps: float) -> Tensor:
-    """Launch the write kernels; k, v and their scales per token change in place. Returns q [B,L,N,D]."""
+    """Launch the write kernels; change k, v and their per-token scales in place. Return q [B,L,N,D]."""
     batch, tokens, _ = qkv.shape
     _, capacity, heads, dim = k.shape
     transposed = v.dtype == FP8
@@ -295,7 +295,7 @@ def _store_rows(x: Tensor, slots: Tensor, rows: Tensor, scale: Tensor | None, fr
 
 
 def _store_transposed(x: Tensor, slots: Tensor, v: Tensor, v_scale: Tensor, frame_tokens: int) -> None:
-    """x [B,L,N*D], channels adjacent, tokens any distance apart and batches as far as L tokens."""
+    """x [B,L,N*D]: channels are adjacent, tokens may be any distance apart, batches are L tokens apart."""
     batch, tokens, _ = x.shape
     heads, dim, capacity = v.shape[1:]
     blocks = triton.cdiv(frame_tokens + V_GROUP, V_TOKENS)

@@ -1,7 +1,7 @@
-"""How the int8 product is launched on CUDA: which kernel, in which tiles.
+"""Choose the kernel and tiles for the int8 matrix product on CUDA.
 
-Nothing is timed at run time. `choose_tile` is a small table; `scripts/bench_kernels.py --only gemm` times all
-`CANDIDATES` at the model's shapes, and what it finds is written here by hand.
+Nothing is timed at run time. `choose_tile` is a small table, written by hand from the times that
+`scripts/bench_kernels.py --only gemm` measures for all `CANDIDATES` at the model's shapes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Outputs of a program at a time, channels per step, and steps that are loaded ahead. `group`: tiles of
-    rows that are done before the next column. Gluon's kernel takes steps of 128 and brings its own warps.
+    """Output size per program, channels per step, and steps loaded ahead. `group`: tiles of rows done before
+    the next column. The Gluon kernel uses steps of 128 and sets its own number of warps.
     """
 
     block_m: int = 128
@@ -42,25 +42,26 @@ PLAIN = Tile(128, 128, 64, 3, gluon=False)
 
 
 def choose_tile(rows: int, columns: int, hopper: bool) -> Tile:
-    """The tile of a product of this size."""
+    """The tile for a matrix product of this size."""
     if not hopper:
         return PLAIN
     if rows <= 128:
         return Tile(128, 128, stages=6)
-    # On an H100 the wide tile leads for the feed-forward's first product only (1233 against 1170 TOP/s).
+    # On an H100 the wide tile is faster only for the feed-forward's first layer (1233 against 1170 TOP/s).
     return Tile(128, 256, stages=4, group=37) if columns > 4608 else Tile(256, 128, stages=4)
 
 
 def launch(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, gelu: bool,
            tile: Tile | None = None) -> Tensor:
-    """The product on arguments that `linear8` has checked -> [..., N] in bfloat16; tile None: `choose_tile`.
+    """Multiply the arguments that `linear8` has checked -> [..., N] in bfloat16; tile None: `choose_tile`.
 
-    Raises ValueError when dtypes or layouts do not suit the kernels.
+    Raises ValueError when the kernels do not support the dtypes or layouts.
     """
     if bias.dtype != torch.bfloat16:
-        raise ValueError(f"bias is {bias.dtype}; int8 products on CUDA give bfloat16")
+        raise ValueError(f"bias is {bias.dtype}; int8 linear layers on CUDA return bfloat16")
     if not all(t.is_contiguous() for t in (values, row_scale, weight, weight_scale, bias)):
-        raise ValueError("values, weight, bias and scales must be contiguous: the kernel takes no strides")
+        raise ValueError("values, weight, bias and scales must be contiguous: the kernel does not support "
+                         "strides")
     columns, channels = weight.shape
     if columns % 16 or channels % 16:
         raise ValueError(f"weight is {tuple(weight.shape)}; both must be multiples of 16")

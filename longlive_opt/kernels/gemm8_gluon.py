@@ -1,15 +1,15 @@
-"""The int8 product scheduled by hand for Hopper, in Gluon: out = act(a b^T * scales + bias).
+"""The int8 matrix product scheduled by hand for Hopper, in Gluon: out = act(a b^T * scales + bias).
 
-A persistent program per multiprocessor walks over tiles of the output. One producer warp fetches 128
-channels of a and b at a time, as far ahead as there are stages; two or three consumer warpgroups, each with
-rows of its own, feed the tensor core and never wait for one another. When a consumer has finished its sums it
-scales, rounds and stores them, a few columns at a time through shared memory, while the producer goes on with
-the next tile and the other consumers with theirs.
+One persistent program per multiprocessor iterates over output tiles. One producer warp fetches 128 channels
+of a and b at a time, as many stages ahead as there are. Two or three consumer warpgroups, each with its own
+rows, feed the tensor core and never wait for one another. After finishing its sums, a consumer scales, rounds
+and stores them a few columns at a time through shared memory. Meanwhile the producer and the other consumers
+continue with the next tile.
 
-What shaped it: at 128 x 256 outputs a program asks the L2 cache for 48 KB per 128 channels, near what Hopper
-gives, so tiles are as large as the registers allow and the stages as many as shared memory holds: what is
-loaded during an epilogue is worked off after it. The generated code (ptxas 12.8, Triton 3.6 and 3.8) keeps
-all sums in registers and leaves the products asynchronous; `tests/test_gemm8.py` compiles it and looks.
+Tiles are as large as the registers allow, because a program with 128 x 256 outputs reads 48 KB per 128
+channels from the L2 cache, near Hopper's limit. There are as many stages as shared memory holds, because data
+loaded during an epilogue is used after it. The generated code (ptxas 12.8, Triton 3.6 and 3.8) keeps all sums
+in registers and the matrix products asynchronous; `tests/test_gemm8.py` compiles it and checks this.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .gluon_api import (
 )
 
 STEP = 128
-"""Channels per stage: a row of them is one 128-byte line of shared memory."""
-# sqrt(2 / pi), and that times GELU's 0.044715.
+"""Channels per stage: one row of them is one 128-byte line of shared memory."""
+# sqrt(2 / pi), and its product with GELU's 0.044715.
 GELU_LINEAR = gl.constexpr(0.7978845608028654)
 GELU_CUBIC = gl.constexpr(0.035677408136300125)
 
 
 @gluon.jit
 def _gelu(x):
-    """GELU in its tanh form; the hardware's tanh is off by 2^-11, an eighth of a step of bfloat16."""
+    """GELU in its tanh form; the hardware's tanh has an error of 2^-11, an eighth of a bfloat16 step."""
     u = x * (GELU_LINEAR + GELU_CUBIC * (x * x))
     tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=gl.float32, is_pure=True,
                                      pack=1)
@@ -49,7 +49,7 @@ def _gelu(x):
 
 @gluon.jit
 def _tile(index, row_tiles, column_tiles, GROUP: gl.constexpr):
-    """Tile number -> (row of tiles, column of tiles): down GROUP rows, then the next column."""
+    """Tile number -> (row of tiles, column of tiles): GROUP rows down, then the next column."""
     per_group = GROUP * column_tiles
     first = index // per_group * GROUP
     rows = gl.minimum(row_tiles - first, GROUP)
@@ -59,7 +59,7 @@ def _tile(index, row_tiles, column_tiles, GROUP: gl.constexpr):
 
 @gluon.jit
 def _halves(x):
-    """Left and right half of x's columns; nothing moves between threads."""
+    """Left and right half of x's columns; no data moves between threads."""
     ROWS: gl.constexpr = x.shape[0]
     COLUMNS: gl.constexpr = x.shape[1]
     return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
@@ -67,7 +67,7 @@ def _halves(x):
 
 @gluon.jit
 def _vectors(column_scale_ptr, bias_ptr, column, columns, PIECE: gl.constexpr):
-    """Scale and bias of PIECE columns; asked for early, since they come from the L2 cache."""
+    """Load scale and bias of PIECE columns early, since they come from the L2 cache."""
     piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
     cols = column + gl.arange(0, PIECE, gl.SliceLayout(0, piece))
     scale = gl.load(column_scale_ptr + cols, mask=cols < columns, other=0.0)
@@ -78,7 +78,7 @@ def _vectors(column_scale_ptr, bias_ptr, column, columns, PIECE: gl.constexpr):
 @gluon.jit
 def _store(sums, row_scale, column_scale, bias, out_desc, buffer, row, column, PIECE: gl.constexpr,
            GELU: gl.constexpr):
-    """Scale, round and store sums [ROWS, PIECE], through a buffer that is not that of the piece before."""
+    """Scale, round and store sums [ROWS, PIECE] through a buffer that the previous piece does not use."""
     piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
     out = gl.convert_layout(sums, piece, assert_trivial=True).to(gl.float32)
     out = out * row_scale[:, None] * column_scale[None, :] + bias.to(gl.float32)[None, :]
@@ -98,8 +98,8 @@ def _consume(INDEX: gl.constexpr, out_desc, row_scale_ptr, column_scale_ptr, bia
              CONSUMERS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr,
              PIECE: gl.constexpr,
              STAGES: gl.constexpr, GROUP: gl.constexpr, GELU: gl.constexpr):
-    """One warpgroup: ROWS rows of every tile of this program."""
-    # 128 columns are the widest int8 product that Triton knows.
+    """One warpgroup: process ROWS rows of every tile of this program."""
+    # Triton's widest int8 matrix product has 128 columns.
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
     steps = gl.cdiv(channels, STEP)
@@ -125,7 +125,7 @@ def _consume(INDEX: gl.constexpr, out_desc, row_scale_ptr, column_scale_ptr, bia
         at += steps
         mbarrier.arrive(empty.index((at + STAGES - 1) % STAGES), count=1)
         left, right = _halves(sums)
-        if CONSUMERS == 3:  # no registers to load the next piece's vectors early
+        if CONSUMERS == 3:  # too few registers to load the next piece's vectors early
             gl.static_assert(COLUMNS == 4 * PIECE)
             a, b = _halves(left)
             scale, bias = _vectors(column_scale_ptr, bias_ptr, column, columns, PIECE)
@@ -159,7 +159,7 @@ def _consume(INDEX: gl.constexpr, out_desc, row_scale_ptr, column_scale_ptr, bia
 def _produce(a_desc, b_desc, channels, row_tiles, column_tiles, a_smem, b_smem, ready, empty,
              CONSUMERS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr,
              STAGES: gl.constexpr, GROUP: gl.constexpr):
-    """One warp: 128 channels after the other, of every tile, into slots that all consumers have left."""
+    """One warp: load 128 channels at a time, of every tile, into slots that all consumers have released."""
     steps = gl.cdiv(channels, STEP)
     at = 0
     for index in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
@@ -182,7 +182,7 @@ def linear_kernel(a_desc, b_desc, out_desc, row_scale_ptr, column_scale_ptr, bia
                   channels, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
                   STEP: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
                   GELU: gl.constexpr):
-    """`ready` completes with its stage, `empty` with the last consumer's arrival."""
+    """`ready` completes when its stage arrives, `empty` when the last consumer arrives."""
     a_smem = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS, ROWS, STEP], a_desc.layout)
     b_smem = gl.allocate_shared_memory(gl.int8, [STAGES, COLUMNS, STEP], b_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [2 * CONSUMERS, ROWS, PIECE], out_desc.layout)
@@ -194,7 +194,7 @@ def linear_kernel(a_desc, b_desc, out_desc, row_scale_ptr, column_scale_ptr, bia
     fence_async_shared()
     row_tiles = gl.cdiv(rows, CONSUMERS * ROWS)
     column_tiles = gl.cdiv(columns, COLUMNS)
-    # The tuples are written out: one bound to a name would lose its compile-time constants.
+    # The tuples are written out: bound to a name, they would lose their compile-time constants.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [(_consume, (0, out_desc, row_scale_ptr, column_scale_ptr, bias_ptr, rows, columns, channels,
@@ -224,7 +224,7 @@ def linear_kernel(a_desc, b_desc, out_desc, row_scale_ptr, column_scale_ptr, bia
 
 
 def plan(block_m: int) -> tuple[int, int, int, int]:
-    """Consumers, rows of each, columns that leave at once (8 KB), and registers of a thread on average."""
+    """Consumers, rows per consumer, columns stored at once (8 KB), and average registers per thread."""
     consumers, rows = {128: (2, 64), 192: (3, 64), 256: (2, 128)}[block_m]
     return consumers, rows, 64 * 64 // rows, 168 if consumers == 2 else 128
 
@@ -248,7 +248,7 @@ def launch(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tens
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """Copy-engine descriptor of a matrix, its tiles laid out as the matrix product reads them."""
+    """Copy-engine descriptor of a matrix, with tiles laid out as the matrix product reads them."""
     kinds = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16}
     layout = gl.NVMMASharedLayout.get_default_for(block, kinds[tensor.dtype])
     return TensorDescriptor.from_tensor(tensor, block, layout)

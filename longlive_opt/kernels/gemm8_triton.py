@@ -1,9 +1,9 @@
-"""The int8 product in plain Triton: a persistent program per multiprocessor walks over tiles of the output.
+"""The int8 matrix product in plain Triton: one persistent program per multiprocessor loops over the tiles.
 
-It runs on every GPU with int8 tensor cores; on Hopper `gemm8_gluon` is the faster of the two. Operands come
-through tensor descriptors, `num_stages` steps ahead, which Triton turns into plain loads where a GPU has no
-copy engine. `flatten` makes one loop of tiles and steps, so that the loads of the next tile are on their way
-while this one is scaled and stored.
+It runs on every GPU with int8 tensor cores; on Hopper `gemm8_gluon` is faster. Tensor descriptors load the
+operands `num_stages` steps ahead; on GPUs without a copy engine, Triton turns these into plain loads.
+`flatten` merges the loops over tiles and steps, so the next tile's loads start while this one is scaled and
+stored.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The names of Gluon that our kernels use: `triton.experimental` renames them between releases of Triton.
+"""The Gluon names that our kernels use. `triton.experimental` renames them between Triton releases.
 
-Kernels import from here and from nowhere in `triton.experimental`. Known to work: Triton 3.6, 3.7 and 3.8.
-What was renamed in between has its newest name here: `barrier`, which Triton 3.6 calls `thread_barrier`. An
-alias is as good as the builtin itself inside a jit function, which looks its globals up when it is compiled.
+Kernels import from here and never from `triton.experimental`. Known to work: Triton 3.6, 3.7 and 3.8. Renamed
+objects have their newest name here: `barrier` is `thread_barrier` in Triton 3.6. A jit function looks up its
+globals when it is compiled, so an alias works as well as the builtin.
 
 Raises (on import):
-    NotAvailable: another Triton is installed, or this one lacks a name.
+    NotAvailable: Triton has another version or lacks a name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import NotAvailable
 
 KNOWN = ((3, 6), (3, 7), (3, 8))
 _REMEDY = ("The Gluon kernels of use_quantized_kv are known to work with Triton 3.6 to 3.8; install a "
-           "PyTorch that brings one of these ('make install'), or set kv_read_path to dequantize.")
+            "PyTorch that includes one of these ('make install'), or set kv_read_path to dequantize.")
 
 
 def check_version(version: str) -> None:
@@ -43,7 +43,7 @@ try:
 
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 except (ImportError, AttributeError) as error:
-    raise NotAvailable(f"This Triton {triton.__version__} has another Gluon ({error}). {_REMEDY}") from error
+    raise NotAvailable(f"Gluon differs in this Triton {triton.__version__} ({error}). {_REMEDY}") from error
 
 __all__ = ["TensorDescriptor", "barrier", "fence_async_shared", "gl", "gluon", "mbarrier", "tma",
            "warpgroup_mma", "warpgroup_mma_wait"]

@@ -1,20 +1,20 @@
-"""Linear layers in 8 bit and the element-wise operators that feed them: Triton, Gluon and cuBLAS on CUDA,
-plain PyTorch elsewhere.
+"""8-bit linear layers and the element-wise operators that feed them: Triton, Gluon and cuBLAS on CUDA, plain
+PyTorch elsewhere.
 
-Both factors have float32 scales, an activation's per token and a weight's per output channel: the row's
-largest magnitude / 127 in int8, / 448 in e4m3. A product of them is scaled once, after the sum. In int8 the
-sum is exact (int32), and a row of normal numbers is off by 0.9 % RMS; e4m3 keeps three bits of mantissa,
-which is 2.6 % whatever the scale.
+Both operands have float32 scales: activations one per token, weights one per output channel. The scale is the
+row's largest magnitude / 127 in int8, / 448 in e4m3. A matrix product is scaled once, after the sum. In int8
+the sum is exact (int32), and a row of normal numbers has a root-mean-square (RMS) error of 0.9 %. e4m3 keeps
+three bits of mantissa, which gives 2.6 % for any scale.
 
-Rounding an activation to 8 bit costs a pass of its own unless the kernel that makes it does it. So the norms
-here are those of `fused` with that step at their end: they round to x's dtype as those do, and then to 8 bit.
-GELU needs a whole row of the feed-forward before its largest is known; the int8 product applies it to its
-sums, and `quantize_rows` reads and writes once more.
+Rounding an activation to 8 bit costs a separate pass unless the kernel that computes it does the rounding.
+Therefore the norms here are those of `fused` with this step at the end: they round to x's dtype first, then
+to 8 bit. GELU must process a whole row of the feed-forward before its largest value is known; the int8 matrix
+product applies it to its sums, and `quantize_rows` reads and writes the row once more.
 
-A row that holds NaN or an infinity has that as its scale (int8) or in its codes (e4m3), and all outputs of
-its token become NaN.
+If a row contains NaN or infinity, so does its scale (int8) or its codes (e4m3), and all outputs of its token
+become NaN.
 
-Operators take and return tensors only, so each has a function around it that speaks of `Rows8`.
+Operators take and return only tensors, so each one has a wrapper function that uses `Rows8`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .quantize import FP8, quantize_fp8, quantize_int8
 from .torch_internals import scaled_mm
 
 FORMATS = {"int8": torch.int8, "fp8": FP8}
-# Sums of so many int8 products are exact in float32 whatever their values.
+# Sums of this many int8 products are exact in float32 for any values.
 EXACT_IN_FLOAT32 = 2**24 // 127**2
 
 
@@ -43,7 +43,7 @@ class Rows8(NamedTuple):
 
 def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int, eps: float = 1e-6, *,
                        form: str) -> Rows8:
-    """`fused.layernorm_modulate` in 8 bit; form: int8 or fp8."""
+    """`fused.layernorm_modulate` with 8-bit output; form: int8 or fp8."""
     return Rows8(*torch.ops.longlive.layernorm_modulate8(x, shift, scale, frame_tokens, eps, form))
 
 
@@ -66,15 +66,15 @@ def gate_residual_layernorm_affine(x: Tensor, y: Tensor, gate: Tensor | None, we
 
 
 def quantize_rows(x: Tensor, form: str, gelu: bool = False) -> Rows8:
-    """x [B,L,C] in 8 bit; with `gelu` GELU in its tanh form of it, rounded to x's dtype first."""
+    """Quantize x [B,L,C] to 8 bit; with `gelu`, first apply GELU (tanh form) and round to x's dtype."""
     return Rows8(*torch.ops.longlive.quantize_rows8(x, form, gelu))
 
 
 def linear(rows: Rows8, weight: Tensor, weight_scale: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
-    """rows times weight [N,C], of the rows' format with a scale per output channel [1,N], plus bias [N]
-    -> [B,L,N] in the bias's dtype, bfloat16 on CUDA, where C and N are multiples of 16.
+    """Multiply rows by weight [N,C] (same format, scales per output channel [1,N]) and add bias [N] ->
+    [B,L,N] in the bias's dtype. On CUDA the bias is bfloat16, and C and N are multiples of 16.
 
-    gelu: apply GELU in its tanh form; int8 does so before it rounds. Raises ValueError when shapes or formats
+    gelu: apply GELU in its tanh form; int8 does so before rounding. Raises ValueError when shapes or formats
     do not fit.
     """
     arguments = (rows.values, rows.scale, weight, weight_scale, bias)
@@ -160,23 +160,23 @@ def _linear_fp8(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale:
 
 def scaled_product(values: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor,
                    short_sums: bool = False) -> Tensor:
-    """cuBLAS's e4m3 product of values [M,C] and weight [N,C] -> [M,N].
+    """cuBLAS's e4m3 matrix product of values [M,C] and weight [N,C] -> [M,N].
 
-    short_sums: leave the sum in the tensor core, which keeps about 14 bits of it, instead of adding to a
-    float32 one every few steps. Over the feed-forward's 8960 channels what is lost shows, so only the bench
-    asks for it.
+    short_sums: keep the sum in the tensor core, which retains about 14 bits, instead of adding to a float32
+    sum every few steps. The loss is measurable over the feed-forward's 8960 channels, so only the benchmark
+    uses it.
     """
     return scaled_mm(values, weight.t(), row_scale, weight_scale, bias, use_fast_accum=short_sums)
 
 
 def rows_reference(x: Tensor, form: str) -> Rows8:
-    """x [...,C] -> int8 or e4m3 [...,C] and the scale of each row [...,1], in plain PyTorch."""
+    """Quantize x [...,C] in plain PyTorch -> int8 or e4m3 [...,C] and one scale per row [...,1]."""
     values, scale = {"int8": quantize_int8, "fp8": quantize_fp8}[form](x)
     return Rows8(values, scale[..., None])
 
 
 def empty_rows(x: Tensor, form: str) -> Rows8:
-    """Memory for what `rows_reference` makes of x."""
+    """Allocate memory for the result of `rows_reference` on x."""
     return Rows8(torch.empty_like(x, dtype=FORMATS[form]),
                  x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
 

@@ -1,8 +1,8 @@
-"""Triton kernels that make the operands of `linear8`: the norm of `fused_triton` in its quantising form, and
-rows rounded to 8 bit, with GELU before it where the product does not apply it.
+"""Triton kernels that produce the operands of `linear8`: the norm of `fused_triton` with 8-bit output, and
+rows rounded to 8 bit, after GELU where the matrix product does not apply it.
 
-A row of the feed-forward's width would waste half of its lanes if it were padded to a power of two (8960 to
-16384), so such rows are taken in two parts: as many channels as a power of two holds, and the padded rest.
+Padding a feed-forward row to a power of two (8960 to 16384) would waste half of its lanes. Such rows are
+split in two: the largest power of two, and the padded rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .fused_triton import largest, norm_into, rounded_row, scale_of
 from .linear8 import empty_rows
 
-# -2 sqrt(2 / pi) log2(e), and that times GELU's 0.044715.
+# -2 sqrt(2 / pi) log2(e), and its product with GELU's 0.044715.
 GELU_LINEAR = tl.constexpr(-2.302208198144325)
 GELU_CUBIC = tl.constexpr(-0.1029432395800235)
 
@@ -27,7 +27,7 @@ def tanh_gelu(x):
 
 @triton.jit
 def _load(pointer, mask, GELU: tl.constexpr):
-    """A part of a row as float32; GELU of it is rounded to the dtype in memory first."""
+    """Load a part of a row as float32; GELU's result is rounded to the dtype in memory first."""
     if mask is None:
         x = tl.load(pointer)
     else:
@@ -40,8 +40,8 @@ def _load(pointer, mask, GELU: tl.constexpr):
 @triton.jit
 def rows_kernel(x_ptr, out_ptr, row_scale_ptr, channels, BLOCK: tl.constexpr, REST: tl.constexpr,
                 FORMAT: tl.constexpr, GELU: tl.constexpr):
-    """One row: GELU if asked for, then 8 bit by the row's own scale. BLOCK <= channels < 2 BLOCK; the rest,
-    if there is any, is masked in REST lanes.
+    """One row: GELU if requested, then 8 bit by the row's own scale. BLOCK <= channels < 2 BLOCK; any rest is
+    masked in REST lanes.
     """
     row = tl.program_id(0)
     cols = row * channels + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""8-bit formats of the KV cache: what is stored, in which order, and the arithmetic of quantisation.
+"""8-bit formats of the KV (key-value) cache: contents, order, and the arithmetic of quantisation.
 
 Letters: B batch, T cache slots (tokens), N heads, D head dim. A mode names the formats of K and of V:
 
@@ -9,23 +9,23 @@ Letters: B batch, T cache slots (tokens), N heads, D head dim. A mode names the 
 | int8_fp8  | int8 [B,T,N,D], per token [B,N,T] | e4m3 [B,N,D,T'] permuted, per head [B,N] | 1/2     |
 | fp8_fp8   | e4m3 [B,T,N,D], per head [B,N]    | e4m3 [B,N,D,T'] permuted, per head [B,N] | 1/2     |
 
-A scale per token adds 4 bytes per head, 3 % of int8 at D = 128. Scales are float32. Every format is written
-slot by slot and quantised once, when written.
+One scale per token adds 4 bytes per head, or 3 % of int8 at D = 128. Scales are float32. Every format is
+written slot by slot; each value is quantised once, when written.
 
-*Why V is transposed in fp8.* Hopper's 8-bit matrix product wants both operands contiguous along the summed
-dimension; for P V that is the slots. T' is T rounded up to 16 bytes, the granularity of the copy engine.
+*Why V is transposed in fp8.* Hopper's 8-bit matrix product needs both operands contiguous along the summed
+dimension; for P V these are the slots. T' is T rounded up to 16 bytes, the granularity of the copy engine.
 
-*Why its slots are permuted.* P leaves the first product with a thread holding columns 2q, 2q+1, 8+2q, 9+2q of
-each 16, and enters the second as columns 4q..4q+3. Attention does not care about the order of keys, so V is
-stored in the order in which P lies in registers, and the exchange between threads disappears (`slot_column`).
+*Why its slots are permuted.* After the first matrix product, a thread holds columns 2q, 2q+1, 8+2q, 9+2q of
+each 16 of P; the second needs columns 4q..4q+3. Attention does not depend on the order of keys. Storing V in
+the order in which P lies in registers therefore avoids the exchange between threads (`slot_column`).
 
-*Why fp8 has one fixed scale per head.* e4m3 is a floating-point format: 15 binades lie between its smallest
-normal number and its largest, so a scale per token buys no precision and costs a multiplication per score. A
-scale of 1 covers 0.016 to 448; finite values beyond saturate, and `count_codes` says how many did. int8 needs
-its scale per token.
+*Why fp8 has one fixed scale per head.* e4m3 is a floating-point format with 15 binades between its smallest
+normal number and its largest. A scale per token would add no precision and cost one multiplication per score.
+A scale of 1 covers 0.016 to 448; larger finite values saturate, and `count_codes` counts them. int8 needs its
+scale per token.
 
-*What is not finite stays so.* e4m3 has a code for NaN, which infinities become too. int8 has none: the scale
-of its row is then NaN or infinite, and whatever is multiplied by it is lost visibly rather than wrong.
+*Non-finite values stay visible.* e4m3 has a code for NaN, and infinities become NaN too. int8 has none, so
+the row's scale becomes NaN or infinite, and results that use it are visibly broken instead of subtly wrong.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class QuantizedKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, scales included."""
+        """Bytes of memory, scales included."""
         return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
 
 def allocate_kv(mode: str, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device | str,
                 dtype: torch.dtype = torch.bfloat16) -> QuantizedKV:
-    """An empty cache of `tokens` slots; zeroed, since a kernel may read slots that hold no token (weight 0).
+    """Allocate an empty cache of `tokens` slots, zeroed because a kernel may read unused slots (weight 0).
 
-    `dtype` is that of V in int8_bf16. Scales start at 1. Raises ValueError for an unknown mode.
+    `dtype` is V's dtype in int8_bf16. Scales start at 1. Raises ValueError for an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
@@ -88,8 +88,8 @@ def allocate_kv(mode: str, batch: int, tokens: int, heads: int, head_dim: int, d
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] -> (int8 [..., D], float32 scale [...]), scale = absmax / 127, round half to even.
 
-    A row that holds NaN or an infinity has that as its scale. The order of operations is a contract with the
-    kernels: one reciprocal per row, then products in float32.
+    If a row contains NaN or infinity, so does its scale. The kernels rely on this order of operations: one
+    reciprocal per row, then multiplications in float32.
     """
     x = x.float()
     absmax = x.abs().amax(-1).clamp_min(TINY)
@@ -105,8 +105,8 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def saturate_fp8(x: Tensor) -> Tensor:
-    """float32 -> e4m3, clamped to +-448: a plain cast of a larger value gives NaN on some devices. NaN and
-    infinities become NaN.
+    """float32 -> e4m3, clamped to +-448, because a plain cast of a larger value gives NaN on some devices.
+    NaN and infinities become NaN.
     """
     return torch.where(x.isfinite(), x.clamp(-FP8_MAX, FP8_MAX), math.nan).to(FP8)
 
@@ -117,13 +117,13 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def token_slots(slots: Tensor, frame_tokens: int) -> Tensor:
-    """First slot of each latent frame, int [F] -> slot of each token, int64 [F*frame_tokens]; -1: dropped."""
+    """First slot of each latent frame, int [F] -> slot of each token, int64 [F*frame_tokens]; -1: none."""
     table = slots.long()[:, None] + torch.arange(frame_tokens, device=slots.device)
     return torch.where(slots[:, None] < 0, -1, table).flatten()
 
 
 def slot_column(slots: Tensor) -> Tensor:
-    """Slot -> column of the transposed fp8 V: bits (h,q1,q0,e) of its place in 16 become (q1,q0,h,e)."""
+    """Slot -> column of the transposed fp8 V: bits (h,q1,q0,e) of its position in 16 become (q1,q0,h,e)."""
     low = slots % V_GROUP
     return slots - low + low % 8 // 2 * 4 + low // 8 * 2 + low % 2
 
@@ -142,8 +142,8 @@ def dequantize_kv(cache: QuantizedKV, num_keys: int) -> tuple[Tensor, Tensor]:
 
 
 def count_codes(values: Tensor) -> Tensor:
-    """How many e4m3 values [B,T,N,D] of each head lie at +-448, below the smallest normal number (zeros too),
-    and are NaN -> int64 [3,N].
+    """Count the e4m3 values [B,T,N,D] of each head that are +-448, below the smallest normal number (zeros
+    too), or NaN -> int64 [3,N].
     """
     magnitude = values.view(torch.uint8) & 0x7F
     kinds = (magnitude == 0x7E, magnitude < 0x08, magnitude == 0x7F)
@@ -151,15 +151,16 @@ def count_codes(values: Tensor) -> Tensor:
 
 
 def write_keys(cache: QuantizedKV, k: Tensor) -> None:
-    """Put k [B,L,N,D] into the first L slots, in place, in the cache's format; shapes are static."""
+    """Write k [B,L,N,D] to the first L slots, in place, in the cache's format; shapes are static."""
     _write_rows(cache.k, cache.k_scale, k, torch.arange(k.shape[1], device=k.device))
 
 
 def write_kv(cache: QuantizedKV, k: Tensor, v: Tensor, slots: Tensor, frame_tokens: int) -> None:
-    """Put k, v [B,L,N,D] into their slots, in place, in the cache's formats. The fused kernels do the same.
+    """Write k, v [B,L,N,D] to their slots, in place, in the cache's formats, as the fused kernels do.
 
-    slots: int [F], first slot of each latent frame of the call, negative = do not store it; L = F *
-    frame_tokens. Scales per head are read, scales per token written; formats without scales are stored plain.
+    slots: int [F], first slot of each latent frame of the call, negative = do not store; L = F *
+    frame_tokens. Per-head scales are read, per-token scales are written; formats without scales are stored
+    plain.
     """
     index = token_slots(slots, frame_tokens)
     kept, index = index >= 0, index[index >= 0]
@@ -172,7 +173,7 @@ def write_kv(cache: QuantizedKV, k: Tensor, v: Tensor, slots: Tensor, frame_toke
 
 
 def _by_head(x: Tensor, scale: Tensor) -> Tensor:
-    """x [B,L,N,D] in units of a scale per head [B,N], as e4m3."""
+    """Divide x [B,L,N,D] by a scale per head [B,N] and convert it to e4m3."""
     return saturate_fp8(x.float() * scale.reciprocal()[:, None, :, None])
 
 
@@ -184,7 +185,7 @@ def _plain_rows(rows: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _write_rows(rows: Tensor, scale: Tensor | None, x: Tensor, index: Tensor) -> None:
-    """Put x [B,L,N,D] into rows [B,T,N,D] at `index`, in the format of `rows`."""
+    """Write x [B,L,N,D] to rows [B,T,N,D] at `index`, in the format of `rows`."""
     if rows.dtype == torch.int8:
         x, token_scale = quantize_int8(x)
         scale.index_copy_(2, index, token_scale.transpose(1, 2))

@@ -1,12 +1,13 @@
-"""What the formats of 8-bit kernels may cost, derived from the formats: the limits of tests and bench.
+"""Error limits of 8-bit kernels for tests and benchmarks, derived from the number formats.
 
-A float with m bits of mantissa rounds a value to a step of 2^-m of its binade; the error is uniform within a
-step, so its RMS is step / sqrt(12), at most 2^-m / sqrt(12) of the value: 3.6 % for e4m3 (m = 3), 0.23 % for
-bf16 (m = 7). Below the smallest normal number the step is constant. int8 has a step of absmax / 127 per row.
+A float with m bits of mantissa rounds a value to a step of 2^-m of its binade. The error is uniform within a
+step, so its root mean square (RMS) is step / sqrt(12), at most 2^-m / sqrt(12) of the value: 3.6 % for e4m3
+(m = 3), 0.23 % for bf16 (m = 7). Below the smallest normal number the step is constant. int8 has a step of
+absmax / 127 per row.
 
-Errors of single values are independent, so in a sum their squares add. `attention_limit` does that for each
-output: what rounding q and k does to a score moves its probability p, what rounding p and v does enters as it
-is. What all values have in common is not an error of that kind: it averages out, and must not shrink.
+Errors of single values are independent, so their squares add in a sum. `attention_limit` applies this to each
+output: rounding q and k changes a score and thus its probability p, and rounding p and v enters directly. A
+component common to all values averages out instead, and must not shrink.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ MANTISSA = {"fp8": 3, "bf16": 7, "fp16": 10}
 FP8_SUBNORMAL = 2.0**-9
 """The step of e4m3 below its smallest normal number, 2^-6."""
 FP8_SUMS = 2.0**-9
-"""What may be cut off a sum of one tile of e4m3 products, whose accumulators keep about 14 bits on Hopper: as
-much as half a step of bf16. Tiles are added in float32, so it does not grow with their number.
+"""Largest loss in a sum of one tile of e4m3 products, half a step of bf16: Hopper's accumulators keep about
+14 bits. Tiles are added in float32, so the loss does not grow with their number.
 """
 P_UNIT = 2.0**-8
 """e4m3 probabilities: the largest of a row is 256."""
 
 
 def rounding(form: str) -> float:
-    """RMS of a value's relative error in a float format, at most."""
+    """Upper bound of the RMS relative error of a value in a float format."""
     return 2.0 ** -MANTISSA[form] / math.sqrt(12)
 
 
@@ -45,7 +46,7 @@ def row_rounding(x: Tensor, form: str) -> Tensor:
 
 
 def plain_rounding(x: Tensor, form: str) -> Tensor:
-    """RMS error of the values of x in a float format without a scale."""
+    """RMS error of the values of x in a float format without scales."""
     error = x.double().abs() * rounding(form)
     return error.clamp_min(FP8_SUBNORMAL / math.sqrt(12)) if form == "fp8" else error
 
@@ -61,24 +62,26 @@ def product_limit(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLimit:
-    """The exact result of attention over values that the formats can hold, [B,L,N,D] in float64, and the RMS
-    error of each output that the formats explain."""
+    """Exact attention over values that the formats can represent, [B,L,N,D] in float64, and the RMS error of
+    each output that the formats explain.
+    """
 
     exact: Tensor
     error: Tensor
 
     def ratio(self, found: Tensor) -> float:
-        """RMS error of `found` as a part of the limit; NaN if anything is not finite."""
+        """RMS error of `found` relative to the limit; NaN if any value is not finite."""
         return ((found.double() - self.exact).square().mean() / self.error.square().mean()).sqrt().item()
 
     def shrinkage(self, found: Tensor) -> float:
-        """How much smaller `found` is than the exact result as a whole, relative; negative if larger."""
+        """Relative amount by which `found` is smaller than the exact result overall; negative if larger."""
         return 1 - ((found.double() * self.exact).sum() / self.exact.square().sum()).item()
 
 
 def attention_limit(q: Tensor, k: Tensor, v: Tensor, mode: str) -> AttentionLimit:
-    """Attention of q [B,L,N,D] over k, v [B,T,N,D] stored in `mode`, e4m3 at a scale of 1: values beyond 448
-    are taken as 448, which is what the format promises."""
+    """Attention of q [B,L,N,D] over k, v [B,T,N,D] stored in `mode`, e4m3 with a scale of 1. Values beyond
+    448 are taken as 448, as the format specifies.
+    """
     k_form, v_form = MODES[mode]
     q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
     if k_form == "fp8":
@@ -91,7 +94,7 @@ def attention_limit(q: Tensor, k: Tensor, v: Tensor, mode: str) -> AttentionLimi
     moved /= q.shape[-1]
     p = scores.softmax(-1)
     exact = p @ v
-    # sum of p^2 moved (v - exact)^2, multiplied out: [L,T] x [T,D] products only.
+    # The sum of p^2 moved (v - exact)^2, expanded so that it needs only [L,T] x [T,D] matrix products.
     weight = p.square() * moved
     error = weight @ v.square() - 2 * exact * (weight @ v) + exact.square() * weight.sum(-1, keepdim=True)
     p_error = p * rounding({"fp8": "fp8", "int8": "fp16", "bf16": "bf16"}[v_form])

@@ -1,7 +1,7 @@
-"""The private interfaces of PyTorch that the project uses, each behind one function.
+"""The private PyTorch interfaces that the project uses, each behind one function.
 
-Known to work: PyTorch 2.10 to 2.14. With another version the function that is called raises NotAvailable;
-one that a PyTorch lacks does so too. Nothing else in the project touches these names.
+Known to work: PyTorch 2.10 to 2.14. With another version, or if the interface is missing, the function raises
+NotAvailable. Nothing else in the project uses these names.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ OLDEST, NEWEST = (2, 10), (2, 14)
 
 @functools.cache
 def private(path: str, purpose: str, version: str = torch.__version__) -> Any:
-    """What torch's attribute `path` is, such as "_dynamo.config".
+    """Return torch's attribute at `path`, such as "_dynamo.config".
 
     Args:
-        path: dotted, below `torch`.
-        purpose: what it is wanted for, as the message begins.
-        version: of PyTorch.
+        path: dotted path below `torch`.
+        purpose: the beginning of the error message: what needs the attribute.
+        version: PyTorch's version.
 
     Raises:
         NotAvailable: this version is not known to work, or lacks it.
@@ -49,8 +49,8 @@ def private(path: str, purpose: str, version: str = torch.__version__) -> Any:
 
 def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor,
               use_fast_accum: bool) -> Tensor:
-    """8-bit product of a [M,K] and b [K,N], scaled per row of a [M,1] and column of b [1,N], plus bias [N] ->
-    [M,N] in the bias's dtype.
+    """Multiply 8-bit a [M,K] and b [K,N], scaled per row of a [M,1] and per column of b [1,N], and add bias
+    [N] -> [M,N] in the bias's dtype.
     """
     product = private("_scaled_mm", "An 8-bit linear layer")
     return product(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=bias.dtype,
@@ -58,7 +58,7 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tens
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of x [M,K] times weight [N,K] plus bias [N], in one product: GELU's tanh form on CUDA, its exact
+    """GELU of x [M,K] times weight [N,K] plus bias [N] in one kernel: GELU's tanh form on CUDA, its exact
     form on the CPU.
     """
     product = private("_addmm_activation", "GELU in a product's epilogue (use_fused_kernels)")
@@ -97,5 +97,5 @@ def allow_recompiles(limit: int) -> None:
 
 
 def leave_open(tensor: Tensor, axis: int) -> None:
-    """Let the length of an axis ablate from call to call without compiling again."""
+    """Let the length of an axis vary between calls without recompiling."""
     private("_dynamo.maybe_mark_dynamic", "Compiled training")(tensor, axis)

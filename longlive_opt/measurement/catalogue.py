@@ -35,15 +35,15 @@ class Metric:
     Args:
         key: its name in the code, in decisions.json and in noise.json.
         label: its name for readers.
-        unit: of what is shown; empty for a ratio or a count.
-        path: dotted place in result.json.
-        better: "lower", "higher", or empty where neither is.
+        unit: the unit of the shown value; empty for a ratio or a count.
+        path: dotted path in result.json.
+        better: "lower", "higher", or empty if neither is.
         digits: decimals in a table.
         shown_in: names of `PLACES`, separated by spaces.
-        definition: what is measured: between which marks, by which clock, in which stream.
+        definition: the measured interval or value, its clock and its stream.
         column: its name in summary.csv, by default the key.
-        template: its name in the log's template, empty where that does not ask for it.
-        scale: what is shown is `scale` times what is stored.
+        template: its name in the log's template; empty if the template does not use it.
+        scale: the shown value is `scale` times the stored one.
     """
 
     key: str
@@ -68,7 +68,7 @@ class Metric:
         return self.column or self.key
 
     def value(self, result: Mapping[str, Any]) -> float | None:
-        """The number in its unit; None where it is missing or n/a."""
+        """The number in its unit; None if it is missing or n/a."""
         found = number(result, self.path)
         return None if found is None else found if self.scale == 1 else self.scale * found
 
@@ -86,7 +86,7 @@ class Metric:
         return text if text == "n/a" or not self.unit else f"{text} {self.unit}"
 
     def change(self, ours: float | None, theirs: float | None) -> str:
-        """Ours against theirs in percent, of decibels the difference; empty where either is not known."""
+        """Ours against theirs in percent, or the difference in decibels; empty if either is unknown."""
         if ours is None or theirs is None:
             return ""
         if self.unit == "dB":
@@ -94,7 +94,7 @@ class Metric:
         return f"{round(100 * (ours / theirs - 1), 1) + 0.0:+.1f}%" if theirs else ""  # + 0.0: no -0.0
 
     def is_recorded(self, result: Mapping[str, Any]) -> bool:
-        """Whether the result says anything of it, be it n/a."""
+        """Whether the result records it, even as n/a."""
         section = lookup(result, self.path.rpartition(".")[0])
         return lookup(result, self.path) is not None or is_na(section)
 
@@ -275,7 +275,7 @@ TERMS = {
     "Readings of the GPU":
         "Clock, power and temperature are single readings; NVML's power is an average over up to a second.",
 }
-"""What is no metric and needs a definition, by its name."""
+"""Terms that are not metrics but need a definition."""
 
 
 def shown_in(place: str) -> list[Metric]:
@@ -292,7 +292,7 @@ def metric_of(key: str) -> Metric:
 
 
 def of_template(label: str) -> Metric | None:
-    """The metric that the log's template calls `label`; None if it asks for no such metric."""
+    """The metric that the log's template calls `label`; None if there is none."""
     return next((metric for metric in METRICS if metric.template and metric.template == label), None)
 
 

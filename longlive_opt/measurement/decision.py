@@ -1,5 +1,5 @@
-"""Two runs compared, and the verdict on one: may they be compared and over which blocks, how large is the
-noise, is the preset kept? Pure functions of results; `catalogue` says what the metrics are.
+"""Compares two runs and decides on one: are they comparable, over which blocks, how large is the noise, and
+is the preset kept? These are pure functions of results; `catalogue` describes the metrics.
 """
 
 from __future__ import annotations
@@ -20,34 +20,32 @@ from .result import is_finite, is_na, lookup, na
 
 log = logging.getLogger(__name__)
 
-CROWDED = "Something else ran on the machine meanwhile: not fit for comparison."
+CROWDED = "Something else ran on the machine in the meantime: not fit for comparison."
 NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
-# What a metric depends on and no optimization may change: keys of a preset, whose defaults hold where a
-# result is older than the key.
+# Preset keys that metrics depend on and that no optimization may change. Older results have the default.
 _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
               "local_attn_size", "sink_size", "global_sink", "relative_rope")
-# What fidelity depends on besides: both videos have to be equally long.
+# Fidelity also depends on these: both videos must have the same length.
 _SAME_VIDEO = ("video_latent_frames", "fidelity_blocks")
 _DEFAULTS = ExperimentConfig().to_dict()
-PLANNED = "planned"  # status of what is known of a run before it
+PLANNED = "planned"  # status of a run that has not started
 OBJECTIVES = {"latency": "ss_mean", "switch": "ps_mean", "memory": "peak_allocated"}
-"""What a preset is to improve -> the key of the metric that says so."""
+"""What a preset should improve -> the key of the metric that measures it."""
 _EXACTNESS = ("bitwise", "rounding", "lossy")  # from strict to loose
 MAX_ERROR_RATIO = 1.1
-"""The gate of a preset that states none: as exact as the baseline's own rounding, with room for the luck of
-one stream.
+"""The gate of a preset without its own: as exact as the baseline's own rounding, with a margin for chance.
 """
 _LIMIT = "max_error_ratio"
 _OLD_LIMITS = ("min_psnr_db", "min_ssim", "min_ms_ssim", "max_lpips", "min_clip_delta")
 
 
 def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Empty if the two runs may be compared, else the first difference that forbids it.
+    """Return an empty string if the two runs are comparable, else the first difference that forbids it.
 
-    Compared is everything that a metric depends on and that no optimization may change: GPU (or CPU, for runs
-    on one), torch, model, weights with the SHA-256 of every file, prompts and switch frames as they were
-    used, seed, picture size, dtype, block size, sampling, window, sink and rotation. Where one is only
-    `planned`, what one of the two does not say is not compared.
+    This compares everything that metrics depend on and that no optimization may change: GPU (or CPU, for CPU
+    runs), torch, model, weights with the SHA-256 of every file, prompts and switch frames as used, seed,
+    picture size, dtype, block size, sampling, window, sink and rotation. If one run is only `planned`, facts
+    missing from either run are skipped.
     """
     for name, ours, theirs in _facts(a, b):
         if ours != theirs:
@@ -56,11 +54,11 @@ def unfair(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """Empty if the frames of the two may be compared, else why not: videos of unequal length, or `unfair`.
+    """Return an empty string if the two runs' frames are comparable, else why not: length, or `unfair`.
 
     `result` may be a planned run.
     """
-    for key in _SAME_VIDEO:  # first, since prompts are spread over the length
+    for key in _SAME_VIDEO:  # first, because prompts are spread over the length
         ours, theirs = _key(result, key), _key(baseline, key)
         if ours != theirs:
             return _difference(key, ours, theirs)
@@ -69,10 +67,10 @@ def fidelity_reason(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> s
 
 def planned(config: ExperimentConfig, schedule: PromptSchedule, sha256: Mapping[str, str] | None = None
             ) -> dict[str, Any]:
-    """What is known of a run before it: the part of its result that `fidelity_reason` reads.
+    """Return the known facts of a run before it starts: the part of its result that `fidelity_reason` reads.
 
     Args:
-        sha256: of the weights' files by part, None if they were not read.
+        sha256: of the weights' files by part; None if they were not read.
     """
     model = config.model_config()
     weights = {"kind": "random" if config.weights == "random" else "files"}
@@ -83,7 +81,7 @@ def planned(config: ExperimentConfig, schedule: PromptSchedule, sha256: Mapping[
 
 
 def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """(name, value of `a`, value of `b`) of everything in which the two have to agree."""
+    """(name, value of `a`, value of `b`) of everything in which the two must agree."""
     partial = PLANNED in (a.get("status"), b.get("status"))
     paths = ["environment.gpu", "environment.torch", "model.name", "weights.kind", "seed",
              "sizes.frames_per_block"]
@@ -103,16 +101,16 @@ def _facts(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, An
         yield key, _key(a, key), _key(b, key)
     if lookup(a, "weights.kind") != "random":
         yield "lora_alpha", _key(a, "lora_alpha"), _key(b, "lora_alpha")
-    # Last: how they are spread depends on what was compared before.
+    # Last, because the prompts' spread depends on the values compared before.
     schedules = [schedule_of_result(run) for run in (a, b)]
     yield "prompts", *(prompts for prompts, _ in schedules)
     yield "switch frames", *(frames for _, frames in schedules)
     if _key(a, "prompts_file") is None and _key(b, "prompts_file") is None:
-        yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video leaves out
+        yield "prompts", _key(a, "prompts"), _key(b, "prompts")  # also those that a short video omits
 
 
 def _key(result: Mapping[str, Any], key: str) -> Any:
-    """A preset's key: a result that does not state it is of code that did as the default does."""
+    """Read a preset's key; a result without it comes from code that behaved like the default."""
     value = (result.get("parameters") or {}).get(key, _DEFAULTS[key])
     return list(value) if isinstance(value, tuple) else value
 
@@ -123,10 +121,10 @@ def _side(result: Mapping[str, Any], side: str) -> Any:
 
 
 def schedule_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
-    """The prompts that a run used, and the latent frames at which each but the first took over.
+    """Return a run's prompts and the latent frames at which each later prompt took over.
 
-    They are under `schedule`; of an older result they follow from its parameters, unless it read them from a
-    file: then both are None.
+    They are in `prompt_schedule`. In an older result they follow from its parameters, unless it read them
+    from a file; then both are None.
     """
     schedule = result.get("prompt_schedule")
     if schedule:
@@ -142,7 +140,7 @@ def schedule_of_result(result: Mapping[str, Any]) -> tuple[list[str] | None, lis
 
 
 def _difference(name: str, ours: Any, theirs: Any) -> str:
-    """Of two lists of one length, only the first item that differs."""
+    """Describe a difference; for two lists of one length, only the first differing item."""
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         at = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
         name, ours, theirs = f"{name}[{at}]", ours[at], theirs[at]
@@ -155,8 +153,8 @@ def _short(value: Any) -> str:
 
 
 def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:
-    """A `quality` section in which every metric is n/a for `reason`: the frames were not, or must not be,
-    compared with the baseline's.
+    """Return a `quality` section in which every metric is n/a for `reason`: the frames were not, or must not
+    be, compared with the baseline's.
     """
     absent = na(f"not comparable with the baseline, {reason}", "run both with the same settings")
     kept: dict[str, Any] = {}
@@ -173,14 +171,14 @@ def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 
 def is_study(result: Mapping[str, Any]) -> bool:
-    """Whether the run takes presets apart and is none to take itself: it is measured, and never advised."""
+    """Whether the run analyses presets instead of being a candidate: it is measured but never recommended."""
     return result["preset"] in STUDIES or bool(result.get("ablations"))
 
 
 def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Two results over equally many steady-state blocks and prompt switches, the first of each: what the log
-    compares (see "Comparison" in `catalogue.TERMS`). One that is short enough is returned as it is, and
-    where one has no switches the other keeps its own. Switches without a stream of their own end with the
+    """Cut two results to equally many steady-state blocks and prompt switches, the first of each, for the
+    log's comparison (see "Comparison" in `catalogue.TERMS`). A result that is short enough is returned
+    unchanged. If one has no switches, the other keeps its own. Switches without their own stream end with the
     blocks.
     """
     first, second = _all_matched((a, b))
@@ -195,7 +193,7 @@ def _all_matched(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def compared(result: Mapping[str, Any], other: Mapping[str, Any] | None
              ) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The two, `matched`; None if there is no other, or the two may not be compared."""
+    """Return both results, `matched`; None if there is no other result or the two are not comparable."""
     return None if other is None or unfair(result, other) else matched(result, other)
 
 
@@ -215,28 +213,27 @@ def _shortened(result: Mapping[str, Any], blocks: int, switches: int) -> Mapping
 
 
 def _first(rows: Iterable[list[Any]], counted: Sequence[int], count: int) -> list[Event]:
-    """Events before the block that is counted after the first `count` ones."""
+    """Return the events before the block that is counted after the first `count` ones."""
     end = next(iter(counted[count:]), math.inf)
     events = map(Event.from_row, rows)
     return [event for event in events if event.block is None or event.block < end]
 
 
 def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Run-to-run noise of one preset, from two or more runs in processes of their own: metric -> spread, or
-    n/a.
+    """Run-to-run noise of one preset from two or more runs in separate processes: metric -> spread, or n/a.
 
-    The spread is (max - min) / mean over the runs, each `matched` to the shortest: no distribution is
-    assumed, and it can only grow with the number of runs. A few runs are a rough estimate: see `NOISE_FLOOR`.
+    The spread is (max - min) / mean over the runs, each `matched` to the shortest. It assumes no distribution
+    and can only grow with the number of runs. A few runs give a rough estimate; see `NOISE_FLOOR`.
 
     Returns:
-        preset, runs, blocks and switches (how many of each were compared), the spread of each metric that the
-        catalogue shows in "noise", and under `values` what each run measured of it.
+        preset, runs, blocks and switches (the compared number of each), the spread of each metric that the
+        catalogue shows in "noise", and in `values` what each run measured.
 
     Raises:
-        UserError: fewer than two runs, or not of one preset under equal conditions.
+        UserError: there are fewer than two runs, or they differ in preset or conditions.
     """
     if len(runs) < 2:
-        raise UserError(f"A/A noise needs one preset twice or more, found {len(runs)} run; repeat it")
+        raise UserError(f"A/A noise needs one preset at least twice, found {len(runs)} run; repeat it")
     first, *others = runs
     for other in others:
         difference = unfair(first, other)
@@ -257,8 +254,8 @@ def aa_noise(*runs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """preset -> `aa_noise` of every preset in `results` that was run more than once; one whose runs are not
-    alike is left out with a warning.
+    """preset -> `aa_noise` of every preset in `results` with more than one run. A preset whose runs are not
+    comparable is left out with a warning.
     """
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -274,8 +271,8 @@ def campaign_noise(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What a comparison of `preset` with the baseline has to exceed, metric by metric: the larger of its own
-    noise and the baseline's, where both were repeated, else the one that is known; None if neither is.
+    """The noise that a comparison of `preset` with the baseline must exceed, per metric: the larger of the
+    preset's and the baseline's if both were repeated, else the known one; None if neither is known.
     """
     known = [noise[name] for name in dict.fromkeys((preset, BASELINE)) if name in noise]
     if not known:
@@ -288,8 +285,8 @@ def noise_of_preset(preset: str, noise: Mapping[str, Mapping[str, Any]]) -> dict
 
 
 def gate_of(config: ExperimentConfig, optimizations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The quality gate of `decide`: the loosest exactness of the optimizations, and how many times the
-    baseline's own error a run may be away from the truth.
+    """Return the quality gate for `decide`: the loosest exactness of the optimizations, and the largest
+    allowed ratio of a run's error to the baseline's own.
     """
     exactness = max((optimization["exactness"] for optimization in optimizations), key=_EXACTNESS.index,
                     default="bitwise")
@@ -298,8 +295,8 @@ def gate_of(config: ExperimentConfig, optimizations: Sequence[Mapping[str, Any]]
 
 
 def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None:
-    """The least error ratio of the null rows of a campaign's baseline, and the row's title; None if there are
-    none. A gate at or above it would pass that stream.
+    """The smallest error ratio of the null rows of a campaign's baseline, and that row's title; None without
+    null rows. A gate at or above this ratio would pass that stream.
     """
     rows = lookup(baseline or {}, "quality.nulls") or []
     known = [(row["worst_ratio"], row["title"]) for row in rows if is_finite(row.get("worst_ratio"))]
@@ -308,22 +305,22 @@ def mildest_null(baseline: Mapping[str, Any] | None) -> tuple[float, str] | None
 
 def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise: Mapping[str, Any] | None,
            gate: Mapping[str, Any]) -> dict[str, Any]:
-    """The `decision` section: keep True or False by a stated rule, None where the rule cannot be applied.
+    """Return the `decision` section: keep is True or False by a stated rule, None if it does not apply.
 
-    What fails its gate is dropped, however fast it is. Dropped is also what gains nothing, so that no change
-    stays in for its own sake. Undecided: a run that is not comparable with the baseline (`fidelity_reason`),
-    one during which something else ran on the machine, and a change within a noise of more than
-    `NOISE_FLOOR`, for on such a machine it may be anything. A study gets no verdict.
+    A run that fails its gate is dropped at any speed. A run without a gain is dropped too, so no change stays
+    for its own sake. Undecided runs are those not comparable with the baseline (`fidelity_reason`), those
+    during which something else ran on the machine, and those whose change is within a noise of more than
+    `NOISE_FLOOR`, because on such a machine any change may be noise. A study gets no verdict.
 
-    `noise`: from `noise_of_preset`, None if nothing was run twice (then undecided). `gate`: from `gate_of`,
-    {"exactness": "bitwise", "rounding" or "lossy", "max_error_ratio": number, optionally "objective":
-    "latency" (the default), "switch" or "memory"}. Gates of results from before protocol 2 can be read; what
-    they let pass is undecided, unless the frames are identical.
+    `noise`: from `noise_of_preset`; None, and then undecided, if nothing was run twice. `gate`: from
+    `gate_of`, {"exactness": "bitwise", "rounding" or "lossy", "max_error_ratio": number, optionally
+    "objective": "latency" (the default), "switch" or "memory"}. Gates of results from before protocol 2 are
+    readable; runs that pass them are undecided unless the frames are identical.
     """
     objective, exactness, limit = _read_gate(gate)
     metric = metric_of(OBJECTIVES[objective])
     words, unit = metric.label, metric.unit
-    near = ("as near as a gate of an older kind asks" if limit is None else
+    near = ("as near as a gate of an older kind requires" if limit is None else
             f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
     same = "the same bits as the baseline, or " if exactness == "bitwise" else ""
     quality = f"the latents are {same}{near}"
@@ -337,7 +334,7 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return {"keep": None, "rule": "reference", "rationale": "the others are compared with the baseline"}
     if is_study(result):
         return {"keep": None, "rule": "study",
-                "rationale": "no verdict: this is a study of other presets, and none to take itself"}
+                "rationale": "no verdict: this run studies other presets and is not a candidate itself"}
     if baseline is None:
         return verdict(None, "undecided: the campaign has no baseline result")
     if difference := fidelity_reason(result, baseline):
@@ -384,7 +381,7 @@ def _read_gate(gate: Mapping[str, Any]) -> tuple[str, str, float | None]:
 
 def _passes(quality: Mapping[str, Any], limit: float | None,
             baseline: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """(True, False, or None if that is unknown; why)."""
+    """Whether the gate is passed (None if unknown), and why."""
     if quality.get("flags"):
         return False, f"quality check failed: {quality['flags'][0]}"
     if quality.get("identical"):
@@ -397,8 +394,8 @@ def _passes(quality: Mapping[str, Any], limit: float | None,
         return None, "undecided: the gate is of an older kind; run the preset again"
     null = mildest_null(baseline)
     if null is None:
-        return None, ("undecided: the baseline has no null rows that would show what the gate is worth; run "
-                      "the baseline again")
+        return None, ("undecided: the baseline has no null rows to show what the gate is worth; run the "
+                      "baseline again")
     if limit >= null[0]:
         return None, (f"undecided: the gate, {limit:g}, would pass a stream with {null[1]} (error ratio "
                       f"{null[0]:.3g}); set a lower {_LIMIT}")

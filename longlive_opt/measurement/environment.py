@@ -1,6 +1,6 @@
-"""Where a number came from: machine, versions, commit, settings that change arithmetic.
+"""Where a number comes from: machine, versions, commit, and settings that change arithmetic.
 
-Nothing here may fail a run: what cannot be found is null, and `reasons` says why. No host name, no paths.
+Nothing here may fail a run: unknown values are null, and `reasons` says why. No host name, no paths.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ _ENV_NAMES = ("NVIDIA_TF32_OVERRIDE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
 THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
                   0x40: "hw_thermal", 0x80: "hw_power_brake"}
-_CROWDED_CORES = 0.5  # kept busy by others: above, a run on the CPU was not alone
+_CROWDED_CORES = 0.5  # cores kept busy by other processes; above this, a CPU run was not alone
 _NOT_WATCHED = {"other_cpu_cores": None, "co_scheduled": None, "reasons": dict.fromkeys(
     ("other_cpu_cores", "co_scheduled"), "not watched in this run")}
-# What runs write: no input of a run, and no change of the code.
+# Written by runs: neither an input of a run nor a change of the code.
 _WRITTEN = (":(top,exclude)outputs", ":(top,exclude)OPTIMIZATION_LOG.md")
 _SHORTEST_S = 0.5  # /proc counts hundredths of a second
 
@@ -37,7 +37,7 @@ def environment(device: "torch.device | str", *, attention_backend: str | None =
                 company: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `environment` section of result.json, except clocks_before and clocks_after (see `clocks`).
 
-    `attention_backend`: what was pinned for this run. `company`: what ran beside it, from
+    `attention_backend`: the backend pinned for this run. `company`: other processes during the run, from
     `company_of`.
     """
     import torch
@@ -101,15 +101,15 @@ def clocks(device: "torch.device | str") -> dict[str, Any]:
 
 
 def cpu_seconds(proc: Path = Path("/proc")) -> tuple[float, float, float] | None:
-    """Three times in seconds: by the clock, busy of the CPUs that this process may use, and what this process
-    and its descendants had of any CPU; None where the system does not tell.
+    """Three times in seconds: by the clock, the busy time of the CPUs that this process may use, and the CPU
+    time of this process and its descendants. None if the system does not report them.
     """
     try:
         usable, ticks = os.sched_getaffinity(0), os.sysconf("SC_CLK_TCK")
         lines = (proc / "stat").read_text(encoding="ascii").splitlines()
     except (OSError, AttributeError):
         return None
-    # All but idle and iowait; what guests had is in user already.
+    # All but idle and iowait; guest time is already part of user time.
     busy = [sum(int(row[i]) for i in (1, 2, 3, 6, 7, 8)) for row in map(str.split, lines)
             if re.fullmatch(r"cpu\d+", row[0]) and int(row[0][3:]) in usable]
     return time.perf_counter(), sum(busy) / ticks, _family_ticks(proc, os.getpid()) / ticks
@@ -117,18 +117,18 @@ def cpu_seconds(proc: Path = Path("/proc")) -> tuple[float, float, float] | None
 
 def company_of(device: "torch.device | str", before: tuple[float, float, float] | None,
                after: tuple[float, float, float] | None) -> dict[str, Any]:
-    """What ran beside a measurement, from `cpu_seconds` before and after it: {other_cpu_cores, co_scheduled,
-    reasons of what is null}.
+    """Describe other processes during a measurement, from `cpu_seconds` before and after it:
+    {other_cpu_cores, co_scheduled, reasons for null values}.
 
-    other_cpu_cores: how many cores other processes kept busy on average. co_scheduled: on the CPU, whether
-    that is more than half a core; on a GPU, whether another process holds it.
+    other_cpu_cores: average number of cores that other processes kept busy. co_scheduled: on the CPU, whether
+    this exceeds half a core; on a GPU, whether another process uses it.
     """
     import torch
 
     device = torch.device(device)
     cores = unknown = None
     if before is None or after is None:
-        unknown = "not measured: the system does not tell"
+        unknown = "not measured: the system does not report it"
     elif after[0] - before[0] < _SHORTEST_S:
         unknown = f"measured for less than {_SHORTEST_S} s"
     else:
@@ -143,8 +143,8 @@ def company_of(device: "torch.device | str", before: tuple[float, float, float] 
 
 
 def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -> dict[str, Any]:
-    """The `memory_gb` section, in 1e9 bytes: allocator peaks since `torch.cuda.reset_peak_memory_stats`, and
-    what is taken of the GPU now, by this process, its CUDA context and everybody else.
+    """The `memory_gb` section in 1e9 bytes: allocator peaks since `torch.cuda.reset_peak_memory_stats`, and
+    GPU memory in use now by this process, its CUDA context and all other processes.
     """
     import torch
 
@@ -163,9 +163,9 @@ def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -
 
 
 def allocator_counts(device: "torch.device | str") -> dict[str, int]:
-    """How often the allocator of a GPU has asked the driver so far: {driver_allocations, driver_frees} and
-    {allocator_retries}, when memory ran out, all that was cached was given back, and it asked again. Empty
-    elsewhere.
+    """Count the requests of a GPU's allocator to the driver so far: {driver_allocations, driver_frees} and
+    {allocator_retries}, which are requests after memory ran out and the cache was released. Empty on other
+    devices.
     """
     import torch
 
@@ -178,7 +178,7 @@ def allocator_counts(device: "torch.device | str") -> dict[str, int]:
 
 
 def throttle_reasons(mask: str | None) -> list[str] | None:
-    """Names of the bits of nvidia-smi's hexadecimal mask; idle and application clocks are no throttling."""
+    """Names of the bits of nvidia-smi's hexadecimal mask, without idle and application clocks."""
     try:
         bits = int(mask or "", 16)
     except ValueError:
@@ -187,7 +187,7 @@ def throttle_reasons(mask: str | None) -> list[str] | None:
 
 
 def packages() -> dict[str, str]:
-    """name -> version of every installed distribution: what `pip freeze` knows, without its paths."""
+    """name -> version of every installed distribution, as in `pip freeze` but without paths."""
     found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {name: found[name] for name in sorted(filter(None, found), key=str.lower) if found[name]}
 
@@ -205,11 +205,11 @@ def numerics_env_vars(variables: "os._Environ[str] | dict[str, str]") -> dict[st
 
 def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
               ) -> tuple[str | None, bool | None, str | None]:
-    """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`. What runs write,
-    outputs/ and the log, does not count as a change: it is no input of a run.
+    """(commit, uncommitted changes, reason if unknown) of the checkout that holds `folder`. Files that runs
+    write (outputs/ and the log) do not count as changes, because they are no input of a run.
 
-    On a GPU host that got a copy of the files, LONGLIVE_OPT_GIT_COMMIT and LONGLIVE_OPT_GIT_DIRTY (0 or 1)
-    say it; they go before a git history that was there already and knows nothing of the copy.
+    On a GPU host with a copy of the files, LONGLIVE_OPT_GIT_COMMIT and LONGLIVE_OPT_GIT_DIRTY (0 or 1) give
+    these values. They take precedence over an existing git history, which knows nothing of the copy.
     """
     given = variables.get("LONGLIVE_OPT_GIT_COMMIT") or None
     commit = None if given else _run("git", "-C", str(folder), "rev-parse", "HEAD")
@@ -222,8 +222,8 @@ def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
 
 
 def code_since(commits: Iterable[str | None]) -> list[str]:
-    """A sentence for each of the runs' `commits` that is not the code of this checkout: how many commits lie
-    between. What changed results only counts as no commit.
+    """Return one sentence for each of the runs' `commits` that differs from this checkout's code, with the
+    number of commits in between. Commits that changed only results do not count.
     """
     root, sentences = Path(__file__).parent, []
     ours, dirty, _ = git_state(root, os.environ)
@@ -234,8 +234,8 @@ def code_since(commits: Iterable[str | None]) -> list[str]:
         if count == "0" and not dirty:
             continue
         if not count:
-            sentences.append(f"Code: the runs' commit is {shown}; by how many commits the code that wrote "
-                             "this log is newer is unknown.")
+            sentences.append(f"Code: the runs' commit is {shown}; it is unknown by how many commits the code "
+                             "that wrote this log is newer.")
             continue
         if count == "0":
             sentences.append(f"Code: this log was written by the runs' code, {shown}, with uncommitted "
@@ -248,7 +248,7 @@ def code_since(commits: Iterable[str | None]) -> list[str]:
 
 
 def _run(*command: str) -> str | None:
-    """Stripped standard output, or None if the program is missing, fails or hangs."""
+    """Return stripped standard output, or None if the program is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
@@ -257,10 +257,10 @@ def _run(*command: str) -> str | None:
 
 
 def _family_ticks(proc: Path, pid: int) -> int:
-    """CPU time of process `pid` and its descendants, those included that have ended."""
+    """CPU time of process `pid` and its descendants, including those that have ended."""
     parents, ticks = {}, {}
     for path in proc.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             number = int(path.parent.name)
             parents[number], ticks[number] = int(fields[1]), sum(map(int, fields[11:15]))
@@ -271,18 +271,18 @@ def _family_ticks(proc: Path, pid: int) -> int:
 
 
 def _gpu_is_shared(device: "torch.device") -> tuple[bool | None, str | None]:
-    """(whether another process holds the GPU, reason if unknown); this process must hold it already."""
+    """(whether another process holds the GPU, reason if unknown); this process must already hold it."""
     uuid = gpu_uuid(device)
     listed = _run("nvidia-smi", f"--id={uuid}", "--query-compute-apps=pid", "--format=csv,noheader") or ""
     holders = {int(word) for word in listed.split() if word.isdigit()} if uuid else set()
-    # In a container this process may be listed by another number, or nobody at all.
+    # In a container this process may be listed by another number, or no process may be listed.
     if len(holders) > 1 or os.getpid() in holders:
         return len(holders) > 1, None
     return None, "nvidia-smi does not name this process among those that hold the GPU"
 
 
 def gpu_uuid(device: "torch.device") -> str | None:
-    """nvidia-smi does not follow CUDA_VISIBLE_DEVICES: its indices are others than torch's."""
+    """The GPU's UUID. nvidia-smi ignores CUDA_VISIBLE_DEVICES, so its indices differ from torch's."""
     import torch
 
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -1,31 +1,31 @@
 """How exact a preset is: protocol 2, errors against the baseline in float32.
 
-The truth is the reference pipeline in float32 with the weights of the campaign's baseline, TF32 off. All runs
-get the noise that the baseline draws and the prompt embeddings of its text encoder; the truth gets both
-widened. The stream has `fidelity_blocks` blocks and one prompt switch, at a block at which the window is
-full, so that a ring cache has turned and a recache may leave frames out (`FidelitySchedule`).
+The truth is the reference pipeline in float32 with the weights of the campaign's baseline and TF32 off. All
+runs get the baseline's noise and the prompt embeddings of its text encoder; for the truth, both are widened.
+The stream has `fidelity_blocks` blocks and one prompt switch at a block with a full window, so a ring cache
+has turned and a recache may skip frames (`FidelitySchedule`).
 
-Each run goes through it twice:
+Each run processes the stream twice:
 
-- *free-running*: on its own past, as a viewer would see it. Errors may add up.
-- *teacher-forced*: every block from the truth's past. The run fills its cache with the truth's clean latents
-  and decodes with a history of the truth's latents. Errors of one block are seen alone.
+- *free-running*: each block starts from the run's own past, as for a viewer. Errors may accumulate.
+- *teacher-forced*: each block starts from the truth's past. The run fills its cache with the truth's clean
+  latents and decodes with a history of the truth's latents. Errors do not accumulate across blocks.
 
 An error is the root mean square of the difference of the latents, divided by that of the truth's latents. The
-*error ratio* divides it by the baseline's own error in its own dtype: 1 is as exact as bfloat16. PSNR and its
-siblings compare the uint8 frames with the truth's, teacher-forced unless they are called free-running.
+*error ratio* divides it by the baseline's own error in its own dtype: 1 is as exact as bfloat16. PSNR (peak
+signal-to-noise ratio) and related metrics compare the uint8 frames with the truth's, teacher-forced unless
+called free-running.
 
-The greater of the two ratios over all blocks is what a preset is evaluated by. With weights that magnify
-their own rounding, so that the baseline's free-running error is more than twice its teacher-forced one, a
-stream's luck decides how far it drifts: there the teacher-forced ratio counts alone, for presets and null
-rows alike.
+The greater of the two ratios over all blocks decides about a preset. Some weights magnify their own rounding:
+the baseline's free-running error is more than twice its teacher-forced one. Then chance decides how far a
+stream drifts, so only the teacher-forced ratio counts, for presets and null rows alike.
 
-What a ratio is worth the *null rows* say: streams of the baseline from which something was taken away,
-without sink, with a smaller window, without the recache or without the switch, and one with the noise of
-another seed. A gate must lie below the mildest of them (`decision`).
+The *null rows* show what a ratio is worth. They are streams of the baseline with something removed (no sink,
+a smaller window, no recache or no switch), and one with the noise of another seed. A gate must be below the
+mildest of them (`decision`).
 
-The campaign's first baseline run makes the truth, its own rows and the null rows once, and keeps what the
-other presets need in `reference.safetensors`. All of this comes after measuring.
+The campaign's first baseline run makes the truth, its own rows and the null rows once, and stores the data
+that other presets need in `reference.safetensors`. All of this happens after the measurement.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ FREE_METRICS = ("psnr_db", "ssim", "lpips")
 OTHER_PROMPT = "Detection at night and from far away: "
 _TENSORS = ("latents", "frames", "frames_per_block", "video")
 MAGNIFIED = 2.0
-"""So many times its teacher-forced error may the baseline's free-running one be, for free-running ratios to
-count.
+"""Free-running ratios count only up to this ratio of the baseline's free-running error to its teacher-forced
+one.
 """
-_NOTHING = "the baseline has no error: it runs in float32, as the truth does"
+_NOTHING = "the baseline has no error: it runs in float32, like the truth"
 
 Noise = Iterator[tuple[Tensor, Tensor]]
 
@@ -76,7 +76,7 @@ Noise = Iterator[tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class FidelitySchedule:
     """The stream of the protocol: its prompts, its blocks, and the block at which the second prompt takes
-    over; None where the stream is too short for a switch with a full window.
+    over (None if the stream is too short for a switch with a full window).
     """
 
     prompts: tuple[str, str]
@@ -85,8 +85,8 @@ class FidelitySchedule:
 
     @classmethod
     def of(cls, config: ExperimentConfig, schedule: PromptSchedule) -> FidelitySchedule:
-        """The first two prompts that the preset's video shows; of a single one the second is made by putting
-        `OTHER_PROMPT` before it. The switch is half-way, but at least a block after the window is full.
+        """Use the first two prompts of the preset's video; for a single prompt, the second is `OTHER_PROMPT`
+        followed by it. The switch is halfway, but at least one block after the window is full.
         """
         shown = schedule.prompts[1:] if schedule.switch_frames[:1] == (0,) else schedule.prompts
         prompts = (shown[0], shown[1] if len(shown) > 1 else OTHER_PROMPT + shown[0])
@@ -94,13 +94,13 @@ class FidelitySchedule:
         return cls(prompts, config.fidelity_blocks, switch if switch < config.fidelity_blocks else None)
 
     def played(self, block_frames: int) -> PromptSchedule:
-        """As a session plays it."""
+        """Convert to the schedule that a session plays."""
         if self.switch_block is None:
             return PromptSchedule(self.prompts[:1])
         return PromptSchedule(self.prompts, (self.switch_block * block_frames,))
 
     def frame_prompts(self, frames_per_block: Sequence[int]) -> list[str]:
-        """The prompt of every frame."""
+        """Return the prompt of every frame."""
         switch = self.blocks if self.switch_block is None else self.switch_block
         return [self.prompts[block >= switch] for block, count in enumerate(frames_per_block)
                 for _ in range(count)]
@@ -111,8 +111,8 @@ class FidelitySchedule:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a run made of the schedule, on the CPU: `latents` [blocks, B, F, C, h, w] in its dtype, `frames`
-    uint8 [T, 3, H, W], and how many of them each block has.
+    """A run's output for the schedule, on the CPU: `latents` [blocks, B, F, C, h, w] in its dtype, `frames`
+    uint8 [T, 3, H, W], and the number of frames in each block.
     """
 
     latents: Tensor
@@ -122,12 +122,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the campaign's baseline run keeps for the other runs: the truth's float32 `latents` [blocks, B, F,
-    C, h, w], its uint8 `frames` [T, 3, H, W] and how many each block has, and the baseline's own `video` [T,
-    3, H, W] for the eye.
+    """The data that the campaign's baseline run stores for the other runs: the truth's float32 `latents`
+    [blocks, B, F, C, h, w], its uint8 `frames` [T, 3, H, W] with the number per block, and the baseline's own
+    `video` [T, 3, H, W] for viewing.
 
-    `facts` says of what it is the truth (`made_of`) and holds the `schedule`, the rows `baseline` and
-    `nulls`, and digests of the baseline's own streams.
+    `facts` describes what it is the truth of (`made_of`). It also has the `prompt_schedule`, the rows
+    `baseline` and `nulls`, and digests of the baseline's own streams.
     """
 
     latents: Tensor
@@ -148,7 +148,7 @@ class Truth:
 
     @classmethod
     def load(cls, path: Path) -> Truth | None:
-        """None if the file holds no truth of this protocol."""
+        """Return None if the file has no truth of this protocol."""
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {}).get("facts", "{}"))
@@ -163,7 +163,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Null:
-    """The baseline's stream with something taken away; `first` is the first block that this can change."""
+    """The baseline's stream with something removed; `first` is the first block that this can change."""
 
     name: str
     title: str
@@ -175,7 +175,7 @@ class Null:
 
 
 def nulls_of(config: ExperimentConfig, schedule: FidelitySchedule) -> tuple[list[Null], list[dict[str, Any]]]:
-    """The null rows that a baseline of this config can have, and why it cannot have the others."""
+    """Return the null rows that a baseline of this config can have, and rows that explain missing ones."""
     window, sink, block = config.local_attn_size, config.sink_size, config.block_frames
     switch = schedule.switch_block
     found = [Null("other_seed", "another seed", 0, {"seed": config.seed ^ 1}, forced=False)]
@@ -188,7 +188,7 @@ def nulls_of(config: ExperimentConfig, schedule: FidelitySchedule) -> tuple[list
         else:
             found.append(null)
 
-    # The first block that drops a frame drops another one without a sink. A sink larger than a block is
+    # Without a sink, the first block that drops a frame drops a different one. A sink larger than a block is
     # attended even while it is empty.
     rolls = window // block if sink <= block else 0
     short = "the stream ends before the window is full" if window // block >= schedule.blocks else ""
@@ -205,7 +205,7 @@ def nulls_of(config: ExperimentConfig, schedule: FidelitySchedule) -> tuple[list
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """float32 arithmetic without TF32, in matrix products and convolutions."""
+    """Use float32 arithmetic without TF32 in matrix products and convolutions."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -217,7 +217,7 @@ def full_float32() -> Iterator[None]:
 
 @torch.no_grad()
 def make_truth(pipeline: Pipeline, schedule: FidelitySchedule) -> Stream:
-    """The stream of the float32 twin of the baseline `pipeline`. The twin is built and let go here."""
+    """Make the stream of the baseline `pipeline`'s float32 twin, which is built and released here."""
     twin = float32_twin(pipeline)
     try:
         with full_float32():
@@ -230,10 +230,10 @@ def make_truth(pipeline: Pipeline, schedule: FidelitySchedule) -> Stream:
 
 
 def establish(pipeline: Pipeline, schedule: FidelitySchedule, shown: Tensor) -> tuple[Truth, dict[str, Any]]:
-    """Make the truth of a campaign from its baseline, and measure the baseline itself and the null rows.
+    """Make a campaign's truth from its baseline, and measure the baseline itself and the null rows.
 
     Args:
-        shown: the baseline's video, uint8 [T, 3, H, W], which is kept for the eye.
+        shown: the baseline's video, uint8 [T, 3, H, W], stored for viewing.
 
     Returns:
         The truth, and the `quality` section of the baseline, with `nulls`.
@@ -260,7 +260,7 @@ def establish(pipeline: Pipeline, schedule: FidelitySchedule, shown: Tensor) -> 
         {**truth.facts, "baseline": own, "digests": {"forced": _digest(forced.latents),
                                                      "free_running": _digest(free.latents, free.frames)}}))
     section = _section(pipeline, truth, free, forced)
-    section["identical"] = section["free_running"]["identical"] = None  # others are compared with it
+    section["identical"] = section["free_running"]["identical"] = None  # other runs are compared with it
     section["nulls"] = _null_rows(pipeline, truth, free, decoders)
     decoders.clear()
     release(pipeline.device)
@@ -270,8 +270,8 @@ def establish(pipeline: Pipeline, schedule: FidelitySchedule, shown: Tensor) -> 
 @torch.no_grad()
 def measure(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySchedule,
             truth: Truth) -> dict[str, Any]:
-    """The `quality` section of a run against the campaign's truth; n/a as a whole where the truth is that of
-    something else.
+    """Return the `quality` section of a run against the campaign's truth; n/a as a whole if the truth belongs
+    to different settings.
     """
     if different := _difference(pipeline, schedule, truth):
         return quality.not_compared(f"the campaign's baseline has {different}",
@@ -289,8 +289,8 @@ def measure(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySch
 
 def ablation_fidelity(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySchedule,
                        truth: Truth | None) -> dict[str, Any]:
-    """Teacher-forced error, its ratio and the PSNR of an ablation, which may have another window than the
-    truth; n/a where the campaign has no truth, or where noise is drawn in other steps.
+    """Return the teacher-forced error, its ratio and the PSNR of an ablation, whose window may differ from
+    the truth's; n/a if the campaign has no truth, or if the noise is drawn in other steps.
     """
     if truth is None:
         return {"psnr_db": na("the campaign has no truth to compare with", "run the baseline first")}
@@ -307,8 +307,8 @@ def ablation_fidelity(pipeline: Pipeline, session: StreamingSession, schedule: F
 
 
 def latent_errors(made: Tensor, truth: Tensor) -> dict[str, Any]:
-    """{all, last, worst, worst_block, by_block}: the relative root mean square error of latents [blocks,
-    ...], over the whole stream and by block; n/a where one is not finite.
+    """{all, last, worst, worst_block, by_block}: the relative root mean square error of latents [blocks, ...]
+    over the whole stream and by block; n/a if one is not finite.
     """
     wide, true = made.double().flatten(1), truth.double().flatten(1)
     difference, size = (wide - true).square().sum(1), true.square().sum(1)
@@ -321,7 +321,7 @@ def latent_errors(made: Tensor, truth: Tensor) -> dict[str, Any]:
 
 def error_ratios(error: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """`latent_errors` divided by the baseline's `own`: {all, last, worst, worst_block, by_block}, where worst
-    is that of the block with the greatest ratio; n/a where there is nothing to divide.
+    is the greatest ratio of a block; n/a without anything to divide.
     """
     if is_na(error):
         return dict(error)
@@ -337,14 +337,14 @@ def _over_blocks(whole: float, by_block: list[float]) -> dict[str, Any]:
 
 
 def release(device: torch.device) -> None:
-    """Give what nobody holds any more back to the driver."""
+    """Return unused memory to the driver."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _noise(pipeline: Pipeline, seed: int | None = None) -> Noise:
-    """The noise of one block after the other, as a run of this dtype draws it."""
+    """The noise of consecutive blocks, as a run of this dtype draws it."""
     source = StreamNoise(pipeline.sampler.plan, pipeline.latent_shape,
                          pipeline.config.seed if seed is None else seed, pipeline.device, pipeline.dtype)
     while True:
@@ -354,10 +354,10 @@ def _noise(pipeline: Pipeline, seed: int | None = None) -> Noise:
 def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, schedule: FidelitySchedule, noise: Noise,
             past: Sequence[Tensor], first: int, null: Null | None = None,
             forced: bool = False) -> Iterator[Tensor]:
-    """The latents of the blocks from `first` on, one after the other.
+    """Yield the latents of consecutive blocks from `first` on.
 
-    `past`: clean latents of the blocks before `first`, which fill the cache; with `forced` those of all
-    blocks, and each takes the place of the block that was made.
+    `past`: clean latents of the blocks before `first`, which fill the cache. With `forced`, `past` has the
+    latents of all blocks, and each one replaces the block that was made.
     """
     plan, latents = sampler.plan, list(past[:first])
     text: TextContext = pipeline.encode_prompt(schedule.prompts[0])
@@ -382,8 +382,8 @@ def _passes(pipeline: Pipeline, sampler: Sampler, cache: KVCache, schedule: Fide
 def _stream(pipeline: Pipeline, sampler: Sampler, cache: KVCache, schedule: FidelitySchedule, noise: Noise,
             decoder: StreamingDecoder, before: Any = lambda block: None, past: Sequence[Tensor] = (),
             null: Null | None = None) -> Stream:
-    """Run free from block `len(past)` on; `decoder` has decoded what lies before. `before` is called with
-    each block that is going to be decoded.
+    """Run freely from block `len(past)` on; `decoder` has already decoded the blocks before. `before` is
+    called with each block before it is decoded.
     """
     latents, frames = [], []
     for block, made in enumerate(_passes(pipeline, sampler, cache, schedule, noise, past, len(past), null),
@@ -396,7 +396,7 @@ def _stream(pipeline: Pipeline, sampler: Sampler, cache: KVCache, schedule: Fide
 
 @torch.no_grad()
 def _forced(pipeline: Pipeline, cache: KVCache, truth: Truth) -> Stream:
-    """Every block from the truth's past, with the pipeline's own sampler, cache and decoders."""
+    """Run every block from the truth's past, with the pipeline's own sampler, cache and decoders."""
     true = list(truth.latents.to(pipeline.device, pipeline.dtype))
     history, decoder = pipeline.make_vae_decoder(), pipeline.make_vae_decoder()
     latents, frames = [], []
@@ -411,13 +411,13 @@ def _forced(pipeline: Pipeline, cache: KVCache, truth: Truth) -> Stream:
 
 
 def _decoded(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
-    """uint8 [T, 3, H, W] on the CPU of one block of latents."""
+    """Decode one block of latents to uint8 [T, 3, H, W] on the CPU."""
     return torch.cat([frames_to_uint8(part[0]) for part in decoder.push(latents)]).cpu()
 
 
 def _null_rows(pipeline: Pipeline, truth: Truth, free: Stream,
                decoders: Mapping[int, StreamingDecoder]) -> list[dict[str, Any]]:
-    """A row for each null. Up to its first block it is the baseline, so that only the rest is computed."""
+    """Return one row per null. It equals the baseline before its first block, so only the rest runs."""
     schedule, own = truth.schedule, truth.facts["baseline"]
     nulls, absent = nulls_of(pipeline.config, schedule)
     return [_null_row(pipeline, truth, free, decoders, null, own) for null in nulls] + absent
@@ -455,7 +455,7 @@ def _null_row(pipeline: Pipeline, truth: Truth, free: Stream, decoders: Mapping[
         row["error_ratio"] = error_ratios(row["latent_error"], own["forced"])
     else:
         row["latent_error"] = row["error_ratio"] = na(
-            "every block is another sample: its past does not matter", "read the free-running figures")
+            "every block is another sample: its past does not matter", "read the free-running metrics")
     row["worst_ratio"] = _worst(own, row["error_ratio"], row["free_running"]["error_ratio"])
     return row
 
@@ -468,7 +468,7 @@ def _joined(by_block: list[float], truth: Tensor) -> dict[str, Any]:
 
 
 def _section(pipeline: Pipeline, truth: Truth, free: Stream, forced: Stream) -> dict[str, Any]:
-    """The `quality` section of a run: teacher-forced, with `free_running` inside."""
+    """Return the `quality` section of a run: teacher-forced, with `free_running` inside."""
     section = _frames_section(pipeline, truth, forced, quality.METRICS)
     running = _frames_section(pipeline, truth, free, FREE_METRICS, "free_running")
     digests = truth.facts["digests"]
@@ -482,7 +482,7 @@ def _section(pipeline: Pipeline, truth: Truth, free: Stream, forced: Stream) -> 
 
 def _frames_section(pipeline: Pipeline, truth: Truth, made: Stream, metrics: Sequence[str],
                     kind: str = "forced") -> dict[str, Any]:
-    """`quality.compare` of a stream's frames with the truth's, with the errors of its latents."""
+    """Compare a stream's frames with the truth's by `quality.compare`, and add the errors of its latents."""
     counts = truth.frames_per_block.tolist()
     section = quality.compare(truth.frames, made.frames, weights_kind=pipeline.weights["kind"],
                               reference_name=REFERENCE_NAME, prompts=truth.schedule.frame_prompts(counts),
@@ -496,7 +496,7 @@ def _frames_section(pipeline: Pipeline, truth: Truth, made: Stream, metrics: Seq
 
 
 def _by_block(per_frame: Sequence[float | None], counts: Sequence[int]) -> list[float | None]:
-    """The mean of each block's frames; None where all are equal to the truth's."""
+    """Return the mean over each block's frames; None if all equal the truth's."""
     means, start = [], 0
     for count in counts:
         values = [value for value in per_frame[start:start + count] if value is not None]
@@ -511,8 +511,8 @@ def _magnified(own: Mapping[str, Any]) -> bool:
 
 
 def _worst(own: Mapping[str, Any], forced: Mapping[str, Any], free: Mapping[str, Any]) -> Any:
-    """The greater of the two ratios over all blocks, or the teacher-forced one where free-running ones do not
-    count; n/a if it is not known.
+    """Return the greater of the two ratios over all blocks, or the teacher-forced one if free-running ratios
+    do not count; n/a if it is unknown.
     """
     counted = [forced] if _magnified(own) and not is_na(forced) else [forced, free]
     known = [ratio["all"] for ratio in counted if not is_na(ratio)]
@@ -520,7 +520,7 @@ def _worst(own: Mapping[str, Any], forced: Mapping[str, Any], free: Mapping[str,
 
 
 def _made_of(pipeline: Pipeline) -> dict[str, Any]:
-    """What a truth hangs on, by the names of the config."""
+    """Everything that a truth depends on, by the names of the config."""
     config, weights = pipeline.config, pipeline.weights
     found = {key: getattr(config, key) for key in ("seed", "denoising_steps", "timestep_shift",
                                                    "context_noise", "block_frames")}
@@ -531,7 +531,7 @@ def _made_of(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _difference(pipeline: Pipeline, schedule: FidelitySchedule, truth: Truth) -> str:
-    """What the truth has and this run has not, empty if nothing."""
+    """Describe the first setting in which the truth differs from this run; empty if there is none."""
     ours = _made_of(pipeline) | schedule.to_dict()
     theirs = {**truth.facts["made_of"], **truth.facts["prompt_schedule"]}
     return next((f"{key} {theirs[key]!r} and this run {ours[key]!r}"

@@ -1,8 +1,8 @@
-"""Pure functions from events to metrics. `catalogue` says in words what each metric is.
+"""Pure functions from events to metrics. `catalogue` describes each metric.
 
-The session records, on the host clock, the marks "block_start", "switch_request" and, after a synchronise at
-the block edge, CHUNK_READY (the block's frames are complete, in a measurement in host memory); and spans for
-the stages.
+On the host clock, the session records the marks "block_start", "switch_request" and, after a synchronise at
+the block edge, CHUNK_READY (the block's frames are complete; in a measurement, in host memory). It also
+records spans for the stages.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..errors import UserError
 from ..streaming.timeline import Event
 from .result import na
 
-FULL_BLOCKS = 100  # steady-state samples and switches of a full run; anything smaller is called quick
+FULL_BLOCKS = 100  # steady-state samples and switches of a full run; a smaller run is called quick
 FULL_SWITCHES = 20
-P99_SAMPLES = 299  # 0.99^299 < 5 %: with fewer, even the largest sample is no 95 % upper bound of the p99
+P99_SAMPLES = 299  # 0.99^299 < 5 %: with fewer, even the largest sample is not a 95 % upper bound of the p99
 CLOCK_THRESHOLD = 0.05
-COPY = "copy_to_host"  # a stage where there is a device to copy from
+COPY = "copy_to_host"  # a stage on devices that frames must be copied from
 STAGES = ("text_encode", "recache", "denoise", "decode", COPY)
 CHUNK_READY = "chunk_ready"
 
@@ -46,7 +46,7 @@ def distribution(values: Sequence[float]) -> dict[str, Any]:
 def grouped(values: Sequence[float], groups: Sequence[str]) -> dict[str, dict[str, Any]]:
     """{group: distribution of its values}, one group name per value; {} without groups.
 
-    Raises ValueError if there are groups and not one for each value.
+    Raises ValueError unless there are no groups or exactly one per value.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for value, group in zip(values, groups, strict=bool(groups)):
@@ -64,7 +64,7 @@ def random_moments_by_group(latencies: Sequence[float], before: Sequence[float],
 
 
 def marks(events: Iterable[Event], name: str) -> dict[int, float]:
-    """block -> time of the mark, by block; a block that repeats means two streams in one timeline."""
+    """block -> time of its mark; a repeated block means that the timeline holds two streams."""
     times: dict[int, float] = {}
     for event in events:
         if event.name == name and event.block is not None:
@@ -75,7 +75,7 @@ def marks(events: Iterable[Event], name: str) -> dict[int, float]:
 
 
 def stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
-    """(stage -> block -> ms, stage -> clock), on the cuda clock where a stage has cuda events."""
+    """(stage -> block -> ms, stage -> clock), on the cuda clock if a stage has cuda events."""
     spans = [event for event in events if event.duration_ms > 0 and event.block is not None]
     clocks = {event.name: "host" for event in spans} | {e.name: "cuda" for e in spans if e.clock == "cuda"}
     totals: dict[str, dict[int, float]] = {name: defaultdict(float) for name in clocks}
@@ -97,7 +97,7 @@ def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, 
 
 
 def steady_intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
-    """block -> interval of the steady-state blocks: measured, and no switch took effect at them."""
+    """block -> interval of the steady-state blocks: measured blocks at which no switch took effect."""
     switched = marks(events, "switch_request")
     intervals = _intervals(events, first_measured_block)
     steady = {block: interval for block, interval in intervals.items() if block not in switched}
@@ -111,12 +111,12 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
                     switch_events: Sequence[Event] | None = None, target_ms: float = 40.0) -> dict[str, Any]:
     """The `latency` section of result.json (shape in `result`, meanings in `catalogue`).
 
-    `events`: one stream. `first_measured_block`: its first block after warm-up; the caller sees to it that by
+    `events`: one stream. `first_measured_block`: its first block after warm-up; the caller ensures that by
     then the window is full and compilation and capture are over. The interval of block k is chunk_ready[k] -
-    chunk_ready[k - 1] and contains whatever the consumer does between blocks. Measured blocks with a
-    "switch_request" mark count in PS, the others in SS. `switch_events`: a second stream with the same
-    warm-up that gives the PS metrics instead, for when the switches would eat up the steady-state samples.
-    `target_ms`: per frame, for `ss_over_target`.
+    chunk_ready[k - 1] and includes the consumer's work between blocks. Measured blocks with a
+    "switch_request" mark count in PS (prompt switch), the others in SS (steady state). `switch_events`: a
+    second stream with the same warm-up that provides the PS metrics, for runs whose switches would use up the
+    steady-state samples. `target_ms`: per frame, for `ss_over_target`.
 
     Raises UserError if no SS block is left, ValueError if `events` hold more than one stream.
     """
@@ -173,8 +173,9 @@ def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[
 
 
 def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
-    """{n, mean, p95} of the wait for a switch that is requested at a random moment: `latencies` of requests
-    at a block's edge, each after a block that took `before` ms, in which the request comes anywhere.
+    """{n, mean, p95} of the wait for a switch requested at a random moment. `latencies` are those of requests
+    at a block's edge, each after a block that took `before` ms; the random request comes at any time
+    in that block.
     """
     spans = [(least, least + wait) for least, wait in zip(latencies, before, strict=True)]
 
@@ -193,10 +194,10 @@ def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> di
 
 def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
                     threshold: float = CLOCK_THRESHOLD) -> dict[str, Any]:
-    """Host block interval against the sum of the CUDA spans of `STAGES`, over the steady-state blocks.
+    """Compare the host's block interval with the sum of the CUDA spans of `STAGES` in the steady state.
 
-    `share` is (host - cuda) / host of the totals: positive for host work and gaps that no stage covers,
-    negative for stages that overlap on several streams. `flag` when |share| exceeds `threshold`; `sentence`
+    `share` is (host - cuda) / host of the totals: positive if no stage covers some host work and gaps,
+    negative if stages overlap on several streams. `flag` is set when |share| exceeds `threshold`; `sentence`
     is for the report.
     """
     steady = steady_intervals(events, first_measured_block)
@@ -223,15 +224,15 @@ def clock_agreement(events: Sequence[Event], *, first_measured_block: int,
 
 def wall_clock_fps(events: Sequence[Event], *, first_measured_block: int,
                    frames_per_block: int = 12) -> float:
-    """Video frames of the measured blocks of `events` per second of wall clock, switches included."""
+    """Video frames per second of wall-clock time over the measured blocks of `events`, switches included."""
     begin, end = measured_ms(events, first_measured_block)
     count = len(_intervals(events, first_measured_block))
     return count * frames_per_block / (end - begin) * 1e3
 
 
 def measured_ms(events: Sequence[Event], first_measured_block: int) -> tuple[float, float]:
-    """When a stream's measured part begins and ends: with the start of its first block, or, where the chunk
-    before is still being decoded then, with that chunk; and with its last chunk.
+    """Begin and end of a stream's measured part. It begins with its first block or, if the previous chunk is
+    still being decoded then, when that chunk is ready. It ends with its last chunk.
     """
     blocks = _intervals(events, first_measured_block)
     ready, first = marks(events, CHUNK_READY), min(blocks)
@@ -244,8 +245,8 @@ def measurements(events: Sequence[Event], *, first_measured_block: int, frames_p
                  target_ms: float = 40.0) -> dict[str, Any]:
     """The sections `sizes`, `latency`, `fps`, `fps_with_switches` and `playback` of result.json.
 
-    Arguments as for `latency_metrics`. Playback is that of the measured blocks of `events`: the block before
-    them starts the show. With `switch_events`, `playback.switch_stream` is the same for that stream.
+    Arguments are those of `latency_metrics`. Playback covers the measured blocks of `events`; the block
+    before them starts the show. With `switch_events`, `playback.switch_stream` is the same for that stream.
     """
     section = {"first_measured_block": first_measured_block, "frames_per_block": frames_per_block}
     latency = latency_metrics(events, **section, switch_events=switch_events, target_ms=target_ms)
@@ -274,14 +275,14 @@ def measurements(events: Sequence[Event], *, first_measured_block: int, frames_p
 
 
 def playback(chunk_ready_ms: Sequence[float], frames_per_chunk: Sequence[int], fps: float) -> dict[str, Any]:
-    """What a viewer sees who shows frame i at start + i / fps, given when each chunk became ready.
+    """Simulate a viewer who sees frame i at start + i / fps, given the time when each chunk became ready.
 
-    `startup_buffer_ms`: smallest delay of the start after the first chunk's arrival that never stalls. With
-    no delay, playback pauses when the next chunk is not there and resumes on its arrival:
-    `stalls_at_zero_buffer` pauses, `stall_ms_at_zero_buffer` in total (which equals the start-up buffer: one
-    waits at once or in pieces). `deadline_miss_share`: share of the chunks after the first that come later
-    than the chunk before them lasts on screen. `sustained`: production keeps up with `fps`; if it does not,
-    the buffer grows with the stream's length.
+    `startup_buffer_ms`: the smallest delay after the first chunk's arrival that never stalls. Without a
+    delay, playback pauses when the next chunk is late and resumes on its arrival: `stalls_at_zero_buffer`
+    pauses, with a total of `stall_ms_at_zero_buffer` (which equals the start-up buffer: one waits at once or
+    in pieces). `deadline_miss_share`: the share of chunks after the first that arrive later than the previous
+    chunk lasts on screen. `sustained`: production keeps up with `fps`; otherwise the buffer grows with the
+    stream's length.
 
     Raises UserError for fps <= 0, unequal lengths, empty chunks or decreasing times.
     """
@@ -292,7 +293,7 @@ def playback(chunk_ready_ms: Sequence[float], frames_per_chunk: Sequence[int], f
             or any(ready < before for before, ready, _ in steps):
         raise UserError(f"playback: {len(chunk_ready_ms)} times for {len(frames_per_chunk)} chunks; give one "
                         "time per chunk, in order, and at least one frame in each.")
-    # When a chunk is to start on screen: without any pause, and with the pauses so far.
+    # When each chunk should start on screen: without any pause, and with the pauses so far.
     due = clock = chunk_ready_ms[0]
     buffer_ms = stall_ms = 0.0
     stalls = misses = 0

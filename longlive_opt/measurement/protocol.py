@@ -1,14 +1,14 @@
-"""Measuring a pipeline: a rehearsal, then two streams whose events every latency is derived from.
+"""Measures a pipeline: a rehearsal, then two streams whose events give every latency.
 
-Two streams, each filling the window first: one without a switch, for the steady state, and one with a prompt
-switch at every second block. Every second switch asks for a prompt that was never seen before.
+Each stream fills the window first. One stream has no switch and measures the steady state. The other has a
+prompt switch at every second block; every second switch requests a prompt that was never used before.
 
-A chunk is ready when its frames lie in page-locked host memory, from where they can be shown or sent.
+A chunk is ready when its frames are in page-locked host memory, from where they can be shown or sent.
 
-Python's garbage is collected before each of the two: loading and compiling leave many objects, and the first
-look through them would else fall into a block somewhere. What a stream itself makes necessary is measured
-with it and recorded: garbage collections, and how often the GPU's allocator had to ask the driver. So are the
-GPU's clock, power and energy (`telemetry`).
+Python's garbage is collected before each stream. Loading and compiling leave many objects, and the first scan
+through them would otherwise fall into a measured block. A stream's own garbage collections, and the GPU
+allocator's requests to the driver, are part of the measurement and are recorded. So are the GPU's clock,
+power and energy (`telemetry`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ SWITCH_EVERY = 2
 
 
 class Measurement:
-    """Measures one pipeline with a session of its own, which may be used afterwards. Shows what it does by
-    `print`.
+    """Measures one pipeline with its own session, which may be used afterwards. Prints its progress.
     """
 
     def __init__(self, pipeline: Pipeline, schedule: PromptSchedule):
-        """Args: schedule: its prompts, in turn, are what the streams ask for."""
+        """Args: schedule: its prompts are the ones that the streams request, in turn."""
         self.pipeline = pipeline
         self.config = pipeline.config
         self.timeline = Timeline(pipeline.device)
@@ -52,8 +51,8 @@ class Measurement:
         self._variations = itertools.count(1)
 
     def rehearse(self) -> None:
-        """One short stream through everything that the measured ones will do, timed as set-up: compilation
-        and capture happen here.
+        """Run one short stream through everything that the measured streams will do. Its time is set-up time,
+        because compilation and capture happen here.
         """
         started, built_before = time.perf_counter(), self._building_seconds()
         self._start_over()
@@ -74,11 +73,11 @@ class Measurement:
         )
 
     def run(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Measure, after `rehearse`.
+        """Run the measured streams, after `rehearse`.
 
         Returns:
-            The sections of result.json that come from the streams; and of its environment, what ran beside
-            them (`environment.company_of`) and the clocks before and after them.
+            The sections of result.json that come from the streams, and two sections of its environment: other
+            processes during the streams (`environment.company_of`), and the clocks before and after.
         """
         device, config = self.pipeline.device, self.config
         if device.type == "cuda":
@@ -103,7 +102,7 @@ class Measurement:
             playback_fps=config.playback_fps,
             target_ms=config.target_ms_per_frame,
         )
-        # The first request of the stream is no switch.
+        # The stream's first request is not a switch.
         outcomes = self._prompt_outcomes()[asked_before + 1:]
         latency = measured["latency"]
         latency["ps_by_prompt"] = metrics.grouped(latency["ps_ms_all"], outcomes)
@@ -127,9 +126,9 @@ class Measurement:
         return measured, company, clocks
 
     def _record(self, blocks: int, switches: list[int]) -> tuple[list[Event], Samples]:
-        """The events of a stream's first `blocks` blocks, and what the GPU did meanwhile. Where decoding
-        overlaps the next block, a stream has one more: nothing competes with the decoding of its last, which
-        is no steady state.
+        """Return the events of a stream's first `blocks` blocks and the GPU's samples. If decoding overlaps
+        the next block, the stream has one more block: nothing competes with the decoding of its last block,
+        which is not a steady state.
         """
         gc.collect()
         self._start_over()
@@ -141,7 +140,7 @@ class Measurement:
         return [event for event in events if event.block is None or event.block < blocks], samples
 
     def _energy(self, events: list[Event], samples: Samples) -> dict[str, Any]:
-        """The section `energy` of one stream."""
+        """The `energy` section of one stream."""
         first = self.config.warmup_blocks
         counted = sum(block >= first for block in metrics.marks(events, metrics.CHUNK_READY))
         frames = counted * self.config.block_frames * VAE_TEMPORAL_STRIDE
@@ -149,8 +148,8 @@ class Measurement:
 
     @contextlib.contextmanager
     def _frames_to_host(self) -> Iterator[None]:
-        """Let chunks come in host memory. Not beyond the measured streams: that memory is used again, and
-        what else uses the session may keep its chunks.
+        """Deliver chunks in host memory, only for the measured streams: that memory is reused, and other
+        users of the session may keep their chunks.
         """
         self.session.host_frames = True
         try:
@@ -182,21 +181,21 @@ class Measurement:
         return [report["stats"].summary() for report in reports if "stats" in report]
 
     def _built(self) -> dict[str, int]:
-        """How many CUDA graphs were captured and how many regions compiled so far."""
+        """Numbers of CUDA graphs captured and regions compiled so far."""
         return {"captured": sum(stats.get("captured", 0) for stats in self._stats()),
                 "compiled": compiled_graphs()}
 
     def _building_seconds(self) -> dict[str, float]:
-        """What compilation and capture have taken so far; other experiments of this process included."""
+        """Compilation and capture times so far, including other experiments of this process."""
         return {"compile": compile_seconds(),
                 "capture": sum(stats.get("capture_s", 0.0) for stats in self._stats())}
 
     def _prompt_outcomes(self) -> list[str]:
-        """What the prompt cache made of every request so far; empty without one."""
+        """The prompt cache's outcome of every request so far; empty without a cache."""
         encode = self.pipeline.encode_prompt
         return list(encode.stats.outcomes) if isinstance(encode, CachedPrompts) else []
 
 
 def switch_blocks(config: ExperimentConfig) -> list[int]:
-    """Blocks of the switch stream at which the prompt switches: every second one after warm-up."""
+    """Blocks of the switch stream with a prompt switch: every second one after warm-up."""
     return [config.warmup_blocks + SWITCH_EVERY * i for i in range(config.num_switches)]

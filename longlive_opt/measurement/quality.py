@@ -1,12 +1,13 @@
-"""How far a variant's frames are from a reference: PSNR, SSIM, MS-SSIM, LPIPS, ST-LPIPS and change of CLIP
-score.
+"""How far a preset's frames are from a reference: PSNR (peak signal-to-noise ratio), SSIM and MS-SSIM
+(structural similarity, MS: multi-scale), LPIPS and ST-LPIPS (learned perceptual distance, ST:
+shift-tolerant), and the change of CLIP score.
 
-These measure deviation, not beauty: autoregressive video diverges chaotically, so per-frame curves say more
-than the mean, and with random weights they are numerical fidelity and nothing else. Weights of LPIPS and CLIP
-are only ever read from this machine; what is missing becomes n/a with the command that fetches it. ST-LPIPS
-(shift-tolerant LPIPS, arXiv:2207.13686) has its weights in its package and needs no other file.
+These metrics measure deviation, not beauty. Autoregressive video diverges chaotically, so curves per frame
+say more than the mean. With random weights they only measure numerical fidelity. Weights of LPIPS and CLIP
+are only read from this machine; a missing metric becomes n/a with the command that fetches its weights.
+ST-LPIPS (arXiv:2207.13686) has its weights in its package and needs no other file.
 
-All arithmetic is float32 on frames in 0..1 without TF32: SSIM subtracts nearly equal numbers.
+All arithmetic is float32 on frames in 0..1 without TF32, because SSIM subtracts nearly equal numbers.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 METRICS = ("psnr_db", "ssim", "ms_ssim", "lpips", "st_lpips", "clip_delta")
 CLIP_MODELS = ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32",
                "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336")
-# pixels: kernel, kernel 4 scales down, AlexNet
+# In pixels: the kernel, the kernel 4 scales down, AlexNet.
 _LEAST_SIZE = {"ssim": 11, "ms_ssim": 176, "lpips": 32, "st_lpips": 32}
 _FALLING = ("lpips", "st_lpips")  # distances: 0 is equal
 ST_LPIPS_WEIGHTS = "weights/vST0.0/alex_shift_tolerant.pth"
@@ -43,14 +44,14 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
             device: "torch.device | str | None" = None) -> dict[str, Any]:
     """The `quality` section of result.json for two clips [T,3,H,W] of one dtype: uint8, or float in 0..1.
 
-    Computed on `device`, by default the reference's, a few frames at a time. `identical` is about all frames,
-    the rest about at most `max_frames` of them, evenly spaced (`frame_indices`). `prompts`: one for all
-    frames or one per frame, for the CLIP score. `lpips_folder`: where the AlexNet trunk lies, by default
-    torch's hub cache. `metrics`: those that are wanted; the others are left out of the section.
+    Computed on `device`, by default the reference's, a few frames at a time. `identical` covers all frames;
+    the other metrics cover at most `max_frames` of them, evenly spaced (`frame_indices`). `prompts`: one for
+    all frames, or one per frame, for the CLIP score. `lpips_folder`: the folder with the AlexNet trunk, by
+    default torch's hub cache. `metrics`: the metrics to compute; the section omits the others.
 
     A metric is {mean, min, max, per_frame, worst_frame}. A frame equal to its reference has PSNR null, and
-    the mean is over the others; identical clips have no PSNR. `flags` holds what makes the numbers worthless,
-    such as constant frames: a broken decoder's black against black scores perfectly.
+    the mean is over the others; identical clips have no PSNR. `flags` lists problems that invalidate the
+    numbers, such as constant frames: a broken decoder's black frames match black frames perfectly.
 
     Raises UserError for unequal lengths, sizes or dtypes, non-finite frames, or values outside 0..1.
     """
@@ -96,7 +97,7 @@ def compare(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.
 
 
 def not_compared(reason: str, how_to_fix: str, weights_kind: str) -> dict[str, Any]:
-    """The `quality` section where there is nothing to compare with, such as the baseline's own."""
+    """Return a `quality` section without a comparison, such as the baseline's own."""
     return {"reference": None, "label": _label(weights_kind), "identical": None, "flags": [],
             "frames_compared": 0, "frames_total": 0} | {name: na(reason, how_to_fix) for name in METRICS}
 
@@ -129,7 +130,7 @@ def _spread(total: int, most: int | None) -> list[int]:
 def _batches(reference: "torch.Tensor", variant: "torch.Tensor",
              indices: Sequence[int],
              device: "torch.device | None" = None) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """The chosen frames of both clips as float32 in 0..1 on `device`, by default the reference's, checked."""
+    """Yield the chosen frames of both clips, checked, as float32 in 0..1 on `device` or the reference's."""
     device = device or reference.device
     for start in range(0, len(indices), _BATCH):
         chosen = list(indices[start:start + _BATCH])
@@ -172,7 +173,7 @@ def _ms_ssim(variant: "torch.Tensor", reference: "torch.Tensor") -> "torch.Tenso
 
 
 def _summarise(name: str, values: list[float], indices: list[int], identical: bool) -> dict[str, Any]:
-    """Mean, extremes, worst frame. Equal clips score by definition, not by rounding; infinity is null."""
+    """Return mean, extremes and worst frame. Equal clips score without rounding; infinity is null."""
     if identical:
         values = [{"psnr_db": math.inf, **dict.fromkeys(_FALLING, 0.0)}.get(name, 1.0)] * len(indices)
     finite = {index: value for index, value in zip(indices, values, strict=True) if value != math.inf}
@@ -184,9 +185,16 @@ def _summarise(name: str, values: list[float], indices: list[int], identical: bo
                       "max": max(finite.values()), "worst_frame": pick(finite, key=finite.get)}
 
 
+def perceptual_metrics() -> dict[str, str]:
+    """Perceptual metric -> why it is n/a on this machine, empty where it can be computed."""
+    loaded = {"LPIPS": _load_lpips(None, "cpu"), "ST-LPIPS": _load_st_lpips("cpu")}
+    return {name: f"n/a: {one['reason']}; {one['how_to_fix']}" if is_na(one) else ""
+            for name, one in loaded.items()}
+
+
 def _load_lpips(folder: str | Path | None,
                 device: "torch.device") -> "Callable[..., torch.Tensor] | dict[str, Any]":
-    """A scorer (variant, reference) -> LPIPS per frame, or n/a if no trunk fits the hash in its name."""
+    """Return a scorer (variant, reference) -> LPIPS per frame, or n/a if no trunk has the right hash."""
     import torch
 
     path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / LPIPS_TRUNK
@@ -202,8 +210,8 @@ def _load_lpips(folder: str | Path | None,
     except ImportError:
         return na("the package lpips is not installed", "pip install lpips==0.1.4")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips calls torchvision by a deprecated keyword
-        # A random trunk first: lpips would otherwise download one, or load an unchecked one.
+        warnings.simplefilter("ignore")  # lpips calls torchvision with a deprecated keyword
+        # A random trunk first: otherwise lpips would download a trunk, or load an unchecked one.
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     trunk = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in model.net.named_modules():
@@ -215,11 +223,11 @@ def _load_lpips(folder: str | Path | None,
 
 
 def _load_st_lpips(device: "torch.device") -> "Callable[..., torch.Tensor] | dict[str, Any]":
-    """A scorer (variant, reference) -> ST-LPIPS per frame with the shift-tolerant AlexNet of its package, or
-    n/a without the package.
+    """Return a scorer (variant, reference) -> ST-LPIPS per frame with the package's shift-tolerant AlexNet,
+    or n/a without the package.
 
-    Only the network is taken from the package. Its class for the metric asks for a package that it does not
-    declare, and reads its weights with a `torch.load` that may run code.
+    Only the network comes from the package. The package's class for the metric needs another package that it
+    does not declare, and reads its weights with a `torch.load` that may run code.
     """
     import torch
     from torch.nn import functional as F
@@ -243,7 +251,7 @@ def _load_st_lpips(device: "torch.device") -> "Callable[..., torch.Tensor] | dic
         return [F.normalize(part, dim=1, eps=1e-10) for part in network((2 * frame - 1 - shift) / scale)]
 
     def score(variant: "torch.Tensor", reference: "torch.Tensor") -> "torch.Tensor":
-        # One frame at a time: the first layer keeps the picture's size, 64 channels of it.
+        # One frame at a time: the first layer has 64 channels at full picture size.
         return torch.stack([
             sum(F.conv2d((a - b).square(), weight).mean()
                 for a, b, weight in zip(features(ours[None]), features(theirs[None]), weights, strict=True))
@@ -256,7 +264,7 @@ def _clip_delta(reference: "torch.Tensor", variant: "torch.Tensor", indices: lis
                 prompts: str | Sequence[str] | None, name: str, weights_kind: str,
                 device: "torch.device") -> dict[str, Any]:
     """{mean, reference, variant, model}: CLIP score (0 to 100), variant minus reference; or n/a."""
-    if name not in CLIP_MODELS:  # other names can run code that comes with the model
+    if name not in CLIP_MODELS:  # other names can run code from the model's repository
         raise UserError(f"clip_model: {name!r} is not allowed; choose one of {', '.join(CLIP_MODELS)}.")
     if weights_kind == "random":
         return na("random weights: the frames do not show the prompt", "run with official weights")
@@ -291,7 +299,8 @@ def _load_clip(name: str, device: "torch.device") -> Any:
 def _clip_score(loaded: tuple[Any, Any], frames: "torch.Tensor", texts: list[str]) -> float:
     """Mean of 100 x cosine between image and text, at least 0 (the CLIP score). Prompts are cut at 77 tokens.
 
-    Not torchmetrics' `clip_score`: 1.9 fails on what get_image_features of transformers 5 returns.
+    Does not use torchmetrics' `clip_score`: 1.9 fails on the return value of transformers 5's
+    get_image_features.
     """
     import torch
 

@@ -1,14 +1,14 @@
-"""A study: what each 8-bit format costs in exactness and gives in time, for K and V and for linear layers.
+"""A study of 8-bit formats for K, V and linear layers: what each costs in exactness and saves in time.
 
 The truth is the reference pipeline in float32. Every combination makes the same blocks, each from the truth's
-past (teacher-forced), so that errors of one block are seen alone: the root mean square of the difference of
-the latents, divided by that of the truth's. The ratio divides that by what the reference pipeline in the
-model's dtype is off: 1 is as exact as bfloat16. The stream is long enough for a window that turns, and ends
-with a block after a prompt switch.
+past (teacher-forced), so errors do not accumulate across blocks. An error is the root mean square of the
+difference of the latents, divided by that of the truth's. The ratio divides it by the error of the reference
+pipeline in the model's dtype: 1 is as exact as bfloat16. The stream is long enough for the window to turn,
+and ends with a block after a prompt switch.
 
-The model is built once and all its weights stay, so combinations share them: memory is counted, not measured.
-A pass is timed at the full window, captured in a CUDA graph as the presets do; no compiler takes part, so
-times are those of denoising alone. Shown by `notebooks/91_quantization.ipynb`.
+The model is built once and keeps all its weights, so combinations share them; memory is therefore counted,
+not measured. A pass is timed at the full window and captured in a CUDA graph, as the presets do. No compiler
+takes part, so times cover only denoising. `notebooks/91_quantization.ipynb` shows the results.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ KV_FORMATS = {"bf16": "K and V as they are", "int8_bf16": "K int8, V bf16", "int
 LINEAR_FORMATS = {None: "as they are", "int8": "int8", "fp8": "e4m3"}
 TABLE_FILE = "table.json"
 OWN_KEYS = ("blocks", "every_combination", "output_dir")
-"""Parameters of the notebook that are no keys of a preset."""
+"""Parameters of the notebook that are not keys of a preset."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Formats of a pass: `cache` of `KV_FORMATS`; `form` of the linear layers named `layers`."""
+    """Formats of a pass: `cache` from `KV_FORMATS`; `form` for the linear layers named in `layers`."""
 
     cache: str
     form: str | None = None
@@ -65,7 +65,7 @@ class Combination:
 
     @property
     def linears(self) -> str:
-        """The linear layers in words."""
+        """Describe the linear layers in words."""
         if self.form is None:
             return LINEAR_FORMATS[None]
         left = [name for name in LINEAR_LAYERS if name not in self.layers]
@@ -74,8 +74,8 @@ class Combination:
 
 
 def combinations(every: bool) -> list[Combination]:
-    """All formats of K and V with all of linear layers, with one layer left out of int8 and with one alone in
-    e4m3. Not `every`: the last two kinds with one format of K and V only.
+    """All formats of K and V with all formats of the linear layers, with int8 except for one layer, and with
+    one layer alone in e4m3. Unless `every`, the last two kinds use only one format of K and V.
     """
     found = []
     for cache in KV_FORMATS:
@@ -90,8 +90,8 @@ def combinations(every: bool) -> list[Combination]:
 
 @dataclass(frozen=True)
 class Stream:
-    """What every combination gets: noise of each block in the model's dtype, the encoded prompts, and the
-    block at which the second takes over.
+    """The input of every combination: each block's noise in the model's dtype, the encoded prompts, and the
+    block at which the second prompt takes over.
     """
 
     noise: list[tuple[Tensor, Tensor]]
@@ -100,7 +100,7 @@ class Stream:
 
     @classmethod
     def of(cls, pipeline: Pipeline, prompts: Sequence[str], blocks: int) -> Stream:
-        """The first two prompts, the second for the last block."""
+        """Use the first two prompts, the second one for the last block."""
         noise = StreamNoise(pipeline.sampler.plan, pipeline.latent_shape, pipeline.config.seed,
                             pipeline.device, pipeline.dtype)
         return cls([noise.next_block() for _ in range(blocks)],
@@ -110,11 +110,11 @@ class Stream:
 @torch.no_grad()
 def play(pipeline: Pipeline, cache: KVCache, stream: Stream,
          past: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
-    """The clean latents [B, F, C, H, W] of one block after the other.
+    """Yield the clean latents [B, F, C, H, W] of consecutive blocks.
 
     Args:
-        past: clean latents of each block that take the place of the pipeline's own, once it has made its own;
-            None leaves the stream on its own past.
+        past: clean latents of each block that replace the pipeline's own after it has made them; None keeps
+            the stream on its own past.
     """
     sampler, made = pipeline.sampler, []
     texts = [pipeline.embed_text(prompt.to(pipeline.dtype)) for prompt in stream.prompts]
@@ -130,15 +130,15 @@ def play(pipeline: Pipeline, cache: KVCache, stream: Stream,
 
 
 def forced_errors(pipeline: Pipeline, cache: KVCache, stream: Stream, truth: Sequence[Tensor]) -> list[float]:
-    """Relative RMS error of each block's latents, every block from the truth's past; leaves `cache` as the
-    last block's clean pass does.
+    """Relative RMS error of each block's latents, with every block from the truth's past. `cache` ends in the
+    state after the last block's clean pass.
     """
     return [((latents.float() - true).square().mean() / true.square().mean()).sqrt().item()
             for latents, true in zip(play(pipeline, cache, stream, truth), truth, strict=True)]
 
 
 def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Mean time of a call, of all `calls` one after the other: on CUDA the median of replays of a graph."""
+    """Mean time per call when all `calls` run in sequence; on CUDA, the median over replays of a graph."""
     for call in calls:
         call()
     if device.type != "cuda":
@@ -162,14 +162,14 @@ def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) ->
 
 
 class QuantizationStudy:
-    """The verbs of the notebook, in their order: `open`, `build`, `measure`, tables and chart, `save`."""
+    """The steps of the notebook, in order: `open`, `build`, `measure`, tables and chart, `save`."""
 
     def __init__(self, config: ExperimentConfig, blocks: int, every_combination: bool | None, folder: Path):
-        """Raises UserError where the stream is too short for a window that turns before the switch."""
+        """Raises UserError if the stream is too short for the window to turn before the switch."""
         least = config.window_blocks + 2
         if blocks < least:
             raise UserError(f"blocks: {blocks} are too few for a window of {config.window_blocks} blocks "
-                            f"that turns and a switch after that; write {least} or more.")
+                            f"to turn and a switch after that; write {least} or more.")
         self.config, self.blocks, self.folder = config, blocks, folder
         every = config.device.startswith("cuda") if every_combination is None else every_combination
         self.combinations = combinations(every)
@@ -178,8 +178,8 @@ class QuantizationStudy:
 
     @classmethod
     def open(cls, namespace: Mapping[str, Any]) -> QuantizationStudy:
-        """From a notebook's globals: keys of a preset, and `OWN_KEYS`. On a CPU, which emulates the kernels,
-        pictures have half the model's height and width unless a size is given.
+        """Create a study from a notebook's globals: keys of a preset, and `OWN_KEYS`. On a CPU, which
+        emulates the kernels, pictures have half the model's height and width unless a size is given.
         """
         parameters = notebook_parameters(namespace)
         own = {key: parameters.pop(key) for key in OWN_KEYS}
@@ -191,11 +191,11 @@ class QuantizationStudy:
 
     @torch.no_grad()
     def build(self) -> pd.DataFrame:
-        """Load the model, make the truth with its twin in float32 (`fidelity` has the same), which is let go
-        again, and measure the reference against it.
+        """Load the model, make the truth with its float32 twin (as in `fidelity`), release the twin, and
+        measure the reference against the truth.
 
         Raises:
-            UserError: weights are missing, or the kernels do not run here; says why.
+            UserError: weights are missing, or the kernels do not run here; the message says why.
         """
         config = self.config
         pipeline = build_reference(config)
@@ -221,14 +221,14 @@ class QuantizationStudy:
                                                        for block in range(self.blocks)]}).round(3)
 
     def measure(self) -> None:
-        """Error, time and bytes of every combination, and the time of single calls."""
+        """Measure error, time and bytes of every combination, and the time of single calls."""
         for number, combination in enumerate(self.combinations, 1):
             print(f"{number} of {len(self.combinations)}: {combination.cache}, linear layers "
                   f"{combination.linears}", flush=True)
             self.rows.append(self._row(combination))
 
     def table(self) -> pd.DataFrame:
-        """All combinations, the most exact first."""
+        """Return all combinations, the most exact first."""
         rows = [{
             "K, V": KV_FORMATS[row["cache"]], "linear layers": row["linears"],
             "error, %": 100 * row["error"], "worst block, %": 100 * max(row["errors"]),
@@ -239,25 +239,25 @@ class QuantizationStudy:
         return pd.DataFrame(rows).round(3)
 
     def calls_table(self) -> pd.DataFrame:
-        """Milliseconds of single calls: linear layers by format, and attention over the full window."""
+        """Return ms of single calls: linear layers by format, and attention over the full window."""
         rows = [{"call": call, "ms": ms, "of": kind} for kind, calls in self.calls.items()
                 for call, ms in calls.items()]
         return pd.DataFrame(rows).round(4)
 
     def conclusion(self) -> str:
-        """In words: the fastest combination as exact as each limit allows."""
+        """Name the fastest combination within each error limit."""
         lines = []
         for limit in (1.1, 1.2, 1.6, 2.0):
             good = [row for row in self.rows if row["ratio"] <= limit]
             if good:
                 best = min(good, key=lambda row: row["ms_per_frame"])
-                lines.append(f"Up to {limit} times the reference's error the fastest is {best['cache']} with "
-                             f"linear layers {best['linears']}: {best['ms_per_frame']:.2f} ms per video "
+                lines.append(f"Up to {limit} times the reference's error, the fastest is {best['cache']} "
+                             f"with linear layers {best['linears']}: {best['ms_per_frame']:.2f} ms per video "
                              f"frame, ratio {best['ratio']:.2f}.")
         return "\n".join(lines) or "No combination is within twice the reference's error."
 
     def save(self) -> Path:
-        """Write all of it as JSON; returns the file."""
+        """Write everything as JSON; return the file."""
         path = self.folder / TABLE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         machine = environment.environment(self.pipeline.device,
@@ -289,7 +289,7 @@ class QuantizationStudy:
         }
 
     def _applied(self, combination: Combination) -> tuple[Pipeline, Sequence[Any]]:
-        """The pipeline with these formats, and its linear layers. What they replace is kept."""
+        """Return the pipeline with these formats, and its linear layers. The replaced layers are kept."""
         pipeline = self.pipeline
         geometry = cache_geometry(pipeline.config, pipeline.model)
         rest = (1, pipeline.device, pipeline.dtype, rotate_complex)
@@ -308,7 +308,7 @@ class QuantizationStudy:
         return dataclasses.replace(pipeline, sampler=sampler, make_cache=make_cache), products
 
     def _pass_ms(self, pipeline: Pipeline, cache: KVCache) -> tuple[float, float]:
-        """A denoising pass over the full window, and a clean pass."""
+        """Return the times of a denoising pass over the full window and of a clean pass."""
         sampler, noise = pipeline.sampler, self.stream.noise[-1][0]
         text: TextContext = pipeline.embed_text(self.stream.prompts[-1].to(pipeline.dtype))
         timestep, start = sampler.timesteps[0], self.blocks * sampler.plan.block_frames
@@ -320,8 +320,8 @@ class QuantizationStudy:
 
     def _time_calls(self, combination: Combination, pipeline: Pipeline, cache: KVCache,
                     products: Sequence[Any]) -> None:
-        """Each layer and format once, with the weights of all blocks, so that the L2 cache does not hold
-        them. The feed-forward is timed whole, with GELU and what rounds between its layers.
+        """Time each layer and format once, over the weights of all blocks, so that the L2 cache does not hold
+        them. The feed-forward is timed as a whole, with GELU and the rounding between its layers.
         """
         tokens, dim = cache.geometry.tokens_per_frame * pipeline.sampler.plan.block_frames, pipeline.model.dit
         device, found = pipeline.device, self.calls["linear layers"]
@@ -348,7 +348,7 @@ class QuantizationStudy:
             found[key] = milliseconds([partial(call, x) for call in calls], device)
 
     def _linear_bytes(self, combination: Combination, products: Sequence[Any]) -> int:
-        """Weights of the layers that `LINEAR_LAYERS` names, in the formats of a combination."""
+        """Bytes of the layers that `LINEAR_LAYERS` names, in the formats of a combination."""
         plain = sum(parameter.nbytes for block in self.pipeline.dit.blocks
                     for name, linears in linears_of(block).items() if name not in combination.layers
                     for linear in linears for parameter in linear.parameters())

@@ -8,14 +8,14 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     schema_version  2                       status      "ok" (nothing else is ever written)
     campaign, preset, title, hypothesis     strings     run         1; 2 for the A/A repeat of the preset
     parameters      {flat preset}           created_utc "2026-01-31T12:00:00Z"
-    prompt_schedule {prompts [str], switch_frames [int]}: the video's prompts as they were used, also those of
-                    a prompts_file, and the latent frame at which each but the first takes over; not in old
+    prompt_schedule {prompts [str], switch_frames [int]}: the video's prompts as used, including those of a
+                    prompts_file, and the latent frame at which each later prompt took over; missing in old
                     results (see `decision.schedule_of_result`)
     environment     see `environment.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
                     attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
-                    other_cpu_cores (see `environment.company_of`; not in old results, whose co_scheduled says
-                    nothing), packages {}, env_vars {}, clocks_before {}, clocks_after {}; null where unknown:
-                    why is in `reasons` {field: reason}
+                    other_cpu_cores (see `environment.company_of`; missing in old results, whose co_scheduled
+                    has no meaning), packages {}, env_vars {}, clocks_before {}, clocks_after {}; unknown
+                    values are null, with the reason in `reasons` {field: reason}
     model           {name, parameters: int, ...}
     weights         {kind: "random" | "official" | ..., seed?, files?, sha256?}
     tokenizer       string or null          seed        int
@@ -26,31 +26,31 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     ss_with_switches   {n, mean, max} per frame, switch blocks included
                     ps_ms              {n, mean, p50, p99, max}, each but n a METRIC
                     ps_ms_all          [one per switch]; ps_blocks [its block]; ps_before_ms_all, optional,
-                                       [interval of the block before it]
+                                       [interval of the previous block]
                     ps_random_ms       optional {n, mean, p95: METRIC}: derived, for a request at any moment
                     ps_by_prompt       {"hit" | "disk" | "miss": {n, mean, p50, p95, p99: METRIC, max}}, by
-                                       what the prompt cache made of the request; {} without one;
-                                       ps_random_by_prompt, optional, the same of ps_random_ms
+                                       the prompt cache's outcome; {} without a cache; ps_random_by_prompt,
+                                       optional, the same for ps_random_ms
                     ps_breakdown_ms    {text_encode, recache, denoise, decode, other: METRIC}, mean per
                                        switch; copy_to_host too where frames are copied
                     first_frame_ms     METRIC
                     stages_ms          {stage: {n, mean, p50, p95, p99: METRIC, max, clock: "cuda" | "host"}}
                     clock_disagreement {available: bool, share, threshold, flag: bool or null, sentence, ...}
-    frames_on       optional: "host" where a chunk is ready with its frames in page-locked host memory;
-                    in results without it, when they are complete on the device
-    fps             number, of the steady stream; fps_with_switches, optional METRIC, of the switch stream
+    frames_on       optional: "host" if a chunk is ready when its frames are in page-locked host memory;
+                    in results without it, chunks are ready when complete on the device
+    fps             number, for the steady stream; fps_with_switches, optional METRIC, for the switch stream
     playback        {fps, startup_buffer_ms, stalls_at_zero_buffer, stall_ms_at_zero_buffer, deadline_ms,
                     deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
                     switch_stream, optional, {the same of a separate switch stream}
     memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC}
-    built_while_measured {captured, compiled}, optional: CUDA graphs and regions built inside the measured
-                    streams; 0 if all was rehearsed
-    interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of
-                    1 ms and more; on a GPU driver_allocations, driver_frees, allocator_retries}
-    gpu_samples     optional, of the steady stream, warm-up included: {period_s, t_s [] since it began,
+    built_while_measured {captured, compiled}, optional: CUDA graphs and regions built during the measured
+                    streams; 0 if the rehearsal built all of them
+    interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of at
+                    least 1 ms; on a GPU driver_allocations, driver_frees, allocator_retries}
+    gpu_samples     optional, of the steady stream including warm-up: {period_s, t_s [] since it began,
                     sm_mhz [], power_w [], temperature_c [], throttled {reason: share of the readings},
-                    switch_stream {the same}}, null for what the GPU does not tell; METRIC as a whole (n/a)
-                    where nothing was read
+                    switch_stream {the same}}; null for values that the GPU does not report; METRIC as a whole
+                    (n/a) if nothing was read
     energy          optional, of the measured part of the steady stream: {joules_per_frame, mean_power_w,
                     joules: METRIC, seconds, frames, switch_stream, optional, {the same}}
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
@@ -67,18 +67,18 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     ...}}, and of the campaign's first baseline nulls [{name, title, first_block,
                     free_running {...}, latent_error, error_ratio, worst_ratio: METRIC}]; a null that this
                     baseline cannot have is {name, title, latent_error: n/a}. Without a protocol, or with one
-                    in words, the figures are against the baseline's own frames, and identical frames have
+                    in words, the metrics are against the baseline's own frames, and identical frames have
                     null for all of psnr_db
     optimizations           [{name, applied: bool, report {}}]
     events          [[name, start_ms, duration_ms, block or null, "host" | "cuda"], ...] of the SS stream;
-                    switch_events, optional, the same of a separate stream that gave the PS figures
-    decision        {keep: bool or null, rule, rationale, gate {}, provisional: true}: what could be said when
-                    the run ended. The verdict of the whole campaign, which alone counts, is in the campaign's
+                    switch_events, optional, the same for a separate stream that gave the PS metrics
+    decision        {keep: bool or null, rule, rationale, gate {}, provisional: true}: the verdict when the
+                    run ended. Only the verdict of the whole campaign counts; it is in the campaign's
                     decisions.json (see `report.decisions`)
-    adherence       optional: whether the video shows its prompts, if they are of Moving Shapes; METRIC as a
-                    whole (n/a) if they are not, else {label, adherence_before, adherence_after, delay_blocks,
+    adherence       optional: whether the video shows its prompts, if they are of Moving Shapes; otherwise
+                    METRIC as a whole (n/a), else {label, adherence_before, adherence_after, delay_blocks,
                     permanence: METRIC, drift, switches, never: int, wrong [str], not_evaluated [str],
-                    segments [{}]}; `adherence.evaluate` says what each means
+                    segments [{}]}; `adherence.evaluate` describes each
     ablations      optional, the preset with one key changed at a time: [{changed {key: value}, latency
                     {ss_ms_per_frame, ps_ms, stages_ms}, fps, memory_gb, sizes, quality {psnr_db, ...},
                     setup_s}]; one that could not run is {changed, failure: METRIC}
@@ -96,10 +96,9 @@ from ..errors import UserError
 from ..files import atomic_path, whole_text
 
 SCHEMA_VERSION = 2
-REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, beside the baseline's result.json
+REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, next to the baseline's result.json
 
-# Kind (see _KINDS) -> dotted paths of the fields that must be there, or may be missing (those with a question
-# mark); others are allowed.
+# Kind (see _KINDS) -> dotted paths of required fields, or of optional ones (question mark). Others may exist.
 _SCHEMA = {
     "int": "seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
            "latency.ss_ms_per_frame.n latency.ps_ms.n",
@@ -129,12 +128,12 @@ _MISSING = object()
 
 
 def run_label(preset: str, run: int) -> str:
-    """The name of a run's folder within its campaign: the preset, or baseline.repeat2 for a repetition."""
+    """The name of a run's folder in its campaign: the preset, or baseline.repeat2 for a repetition."""
     return preset if run == 1 else f"{preset}.repeat{run}"
 
 
 def na(reason: str, how_to_fix: str) -> dict[str, Any]:
-    """A metric that could not be measured: why, and what the reader can do about it (both non-empty)."""
+    """A metric that could not be measured: the reason, and the reader's remedy (both non-empty)."""
     if not reason or not how_to_fix:
         raise ValueError("na() needs a reason and a remedy")
     return {"value": None, "reason": reason, "how_to_fix": how_to_fix}
@@ -165,7 +164,7 @@ _KINDS = {
 
 
 def _check_json(value: Any, where: str) -> None:
-    """Refuse what JSON cannot hold, naming its place: a NaN must not surface first in a plot."""
+    """Refuse values that JSON cannot hold, naming their path: a NaN must not surface first in a chart."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}: results hold finite numbers only, store results.na(...)")
     if isinstance(value, dict):
@@ -217,7 +216,7 @@ def _short(value: Any) -> str:
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Validate and write `result` as JSON, atomically: readers see the old file or the complete new one.
 
-    One line per top-level key, so that a diff of two runs stays readable. Raises UserError (invalid, disk
+    Each top-level key has one line, so a diff of two runs stays readable. Raises UserError (invalid, disk
     full).
     """
     validate(result, str(path))
@@ -235,7 +234,7 @@ _RENAMED_IN_ADHERENCE = {"not_judged": "not_evaluated", "judged_from": "evaluate
 
 
 def upgraded(result: Any) -> Any:
-    """`result` with the names of schema version 2; what is not a result of version 1 comes back as it is."""
+    """Return `result` with the names of schema version 2; anything but a version 1 result is unchanged."""
     if not isinstance(result, dict) or result.get("schema_version") != 1:
         return result
     result = {_RENAMED.get(key, key): value for key, value in result.items()} | {"schema_version": 2}
@@ -251,7 +250,7 @@ def upgraded(result: Any) -> Any:
 
 
 def _with_exactness(entry: Any) -> Any:
-    """An optimization or a gate that has its exactness under that name and calls equal bits bitwise."""
+    """Rename `level` to `exactness`, and its value `exact` to `bitwise`, in an optimization or a gate."""
     if not isinstance(entry, dict) or "level" not in entry:
         return entry
     value = "bitwise" if entry["level"] == "exact" else entry["level"]
@@ -266,8 +265,7 @@ def _renamed_inside(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read, upgrade and validate one result.json; raises UserError naming the file, the field and the
-    remedy.
+    """Read, upgrade and validate one result.json; raise UserError naming the file, the field and the remedy.
     """
     path = Path(path)
 
@@ -288,8 +286,8 @@ def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[
     """Read `folder/*/result.json`: (valid results, baseline first, then by folder name; problems as (path,
     reason)).
 
-    One bad file never hides the others. A preset folder that holds an executed notebook but no result is a
-    problem too: that run did not finish. Raises UserError only when `folder` itself is not a folder.
+    One bad file never hides the others. A preset folder with an executed notebook but without a result is a
+    problem too: that run did not finish. Raises UserError only if `folder` is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -320,30 +318,30 @@ def plain_json(value: Any) -> Any:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number that can be drawn or compared: no NaN, no infinity, no bool."""
+    """True for a number that can be plotted or compared: no NaN, no infinity, no bool."""
     return _is_number(value) and math.isfinite(value)
 
 
 def lookup(result: Any, path: str) -> Any:
-    """The value at a dotted path, None where any part of the path is missing."""
+    """The value at a dotted path; None if any part of the path is missing."""
     for key in path.split("."):
         result = result.get(key) if isinstance(result, Mapping) else None
     return result
 
 
 def number(result: Mapping[str, Any], path: str) -> float | None:
-    """The finite number at a dotted path; None where it is missing, n/a or something else."""
+    """The finite number at a dotted path; None if it is missing, n/a or something else."""
     value = lookup(result, path)
     return float(value) if is_finite(value) else None
 
 
 def numbers(result: Mapping[str, Any], path: str) -> list[float]:
-    """The finite numbers of the list at a dotted path; empty where it is missing."""
+    """The finite numbers of the list at a dotted path; empty if it is missing."""
     values = lookup(result, path)
     return [float(value) for value in values if is_finite(value)] if isinstance(values, list) else []
 
 
 def block_ms(result: Mapping[str, Any]) -> float | None:
-    """Mean steady-state block interval; None where it is missing."""
+    """Mean steady-state block interval; None if it is missing."""
     mean, frames = number(result, "latency.ss_ms_per_frame.mean"), number(result, "sizes.frames_per_block")
     return None if mean is None or frames is None else mean * frames

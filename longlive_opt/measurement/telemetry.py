@@ -1,13 +1,14 @@
-"""What the GPU does while a stream runs: clock, power, temperature, throttling and energy, read from NVML.
+"""The GPU's clock, power, temperature, throttling and energy during a stream, read from NVML (NVIDIA's
+management library).
 
     telemetry = Telemetry(device)
     with telemetry.recording(timeline.now_ms) as samples:
         ...                                   # the stream
     section, energy = samples.section(), samples.energy(begin_ms, end_ms, video_frames)
 
-A thread of its own reads four times per second; each reading is a few calls of NVML's library, during which
-Python runs on. NVML comes with the driver, its bindings with the package `nvidia-ml-py`, which is optional:
-without it, or without a GPU, both sections are n/a and say why. Nothing here may fail a run.
+A separate thread reads four times per second. Each reading is a few calls of NVML's library, which do not
+block Python. NVML comes with the driver, its bindings with the optional package `nvidia-ml-py`. Without it,
+or without a GPU, both sections are n/a with a reason. Nothing here may fail a run.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 PERIOD_S = 0.25
-"""Between two readings."""
+"""Time between two readings."""
 FIELDS = ("sm_mhz", "power_w", "temperature_c", "throttle", "energy_j")
 
 
 class Telemetry:
-    """Reads one GPU. `missing` is the n/a of everything where that cannot be, else None."""
+    """Reads one GPU. If that is impossible, `missing` is the n/a of both sections, else None."""
 
     def __init__(self, device: torch.device, period_s: float = PERIOD_S):
         self.period_s = period_s
@@ -45,7 +46,7 @@ class Telemetry:
         except ImportError:
             self.missing = na("the package nvidia-ml-py is not installed", "pip install nvidia-ml-py")
             return
-        # NVML does not follow CUDA_VISIBLE_DEVICES: its indices are others than torch's.
+        # NVML ignores CUDA_VISIBLE_DEVICES, so its indices differ from torch's.
         uuid = gpu_uuid(device)
         if uuid is None:
             self.missing = na("torch does not report the GPU's UUID", "update PyTorch")
@@ -55,14 +56,14 @@ class Telemetry:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             self._nvml = pynvml
         except pynvml.NVMLError as error:
-            self.missing = na(f"NVML does not give this GPU: {error}", "see whether nvidia-smi works")
+            self.missing = na(f"NVML cannot access this GPU: {error}", "check whether nvidia-smi works")
 
     @contextlib.contextmanager
     def recording(self, now_ms: Callable[[], float]) -> Iterator[Samples]:
-        """Read while the body runs, at once, then once per period, and at the end.
+        """Read while the body runs: at once, then once per period, and at the end.
 
         Args:
-            now_ms: the clock of the readings; that of the stream's timeline.
+            now_ms: the clock for the readings, the same as the stream's timeline.
         """
         samples = Samples(self.period_s, self.missing)
         if self.missing is not None:
@@ -86,9 +87,9 @@ class Telemetry:
             thread.join()
 
     def read(self) -> dict[str, float | int | None]:
-        """One reading of `FIELDS`, null what this GPU does not tell; `throttle` is a mask."""
+        """Take one reading of `FIELDS`, null for values that are not reported; `throttle` is a mask."""
         nvml = self._nvml
-        # The question was renamed; old drivers and old bindings know one name only.
+        # NVML renamed this query; old drivers and old bindings know only one name.
         masks = (self._ask(getattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", None))
                  for name in ("Event", "Throttle"))
         return {"sm_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
@@ -118,8 +119,9 @@ class Samples:
         self._rows.append(reading)
 
     def section(self) -> dict[str, Any]:
-        """{period_s, t_s [], sm_mhz [], power_w [], temperature_c [], throttled {reason: share of readings}},
-        times since the stream's beginning, null for what the GPU does not tell; or n/a.
+        """Return {period_s, t_s [], sm_mhz [], power_w [], temperature_c [], throttled {reason: share of
+        readings}} with times since the stream's beginning and null for values that the GPU does not report;
+        or n/a.
         """
         if self._missing is not None or not self._rows:
             return dict(self._missing or na("nothing was read", "measure more blocks"))
@@ -131,8 +133,8 @@ class Samples:
                 "throttled": {reason: share for reason, share in shares.items() if share}}
 
     def energy(self, begin_ms: float, end_ms: float, video_frames: int) -> dict[str, Any]:
-        """{joules_per_frame, mean_power_w, joules: METRIC, seconds, frames} of the part of the stream from
-        `begin_ms` to `end_ms`.
+        """Return {joules_per_frame, mean_power_w, joules: METRIC, seconds, frames} for the part of the stream
+        from `begin_ms` to `end_ms`.
         """
         seconds = (end_ms - begin_ms) / 1e3
         joules = self._joules(begin_ms, end_ms)
@@ -154,7 +156,7 @@ class Samples:
 
 
 def _between(times: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Linear between the readings around `at`."""
+    """Interpolate linearly between the readings around `at`."""
     after = min(max(1, bisect.bisect_left(times, at)), len(times) - 1)
     (t0, t1), (v0, v1) = times[after - 1:after + 1], values[after - 1:after + 1]
     return v0 + (v1 - v0) * (at - t0) / (t1 - t0) if t1 > t0 else v1

@@ -1,5 +1,5 @@
-"""Where the slowest steady-state block of a run lost its time. A worst case needs a cause, not only a figure.
-No torch.
+"""Explains where the slowest steady-state block of a run lost its time, because a worst case needs a cause as
+well as a number. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from ..streaming.timeline import GARBAGE, Event
 from .metrics import CHUNK_READY, marks, stage_totals, steady_intervals
 
 OUTLIER = 1.1  # a slowest block within a tenth of the median needs no explanation
-LAUNCH_BOUND = 0.95  # of a stage's time on the GPU: with less, the host was ahead of it
+LAUNCH_BOUND = 0.95  # share of a stage's time on the GPU; below it, the host was ahead of the stage
 
 
 def explain(result: Mapping[str, Any]) -> str:
-    """What the slowest block was slow in, beside the median block; empty if it was no outlier.
+    """Name the stages in which the slowest block was slower than the median; empty if it was no outlier.
 
-    A stage on a GPU that took longer because the host was late to launch it says so: launching it took as
-    long as the stage, and longer than usual by at least half of what the stage lost.
+    If a GPU stage took longer because the host launched it late, the text says so: launching took as long as
+    the stage, and exceeded its usual time by at least half of what the stage lost.
     """
     events = [Event.from_row(row) for row in result["events"]]
     intervals = steady_intervals(events, result["sizes"]["warmup_blocks"])
@@ -37,8 +37,8 @@ def explain(result: Mapping[str, Any]) -> str:
 
 def _excess(events: Sequence[Event], block: int,
             steady: Mapping[int, float]) -> dict[str, tuple[float, float, float, float]]:
-    """Stage -> (ms above its median, ms, ms of launching, median of that) in `block`, the largest first.
-    Launching is 0 where a stage has no clock but the host's.
+    """Stage -> (ms above its median, ms, ms of launching, median of launching) in `block`, the largest first.
+    Launching is 0 for stages with only the host's clock.
     """
     totals, clocks = stage_totals(events)
     on_host, _ = stage_totals([event for event in events if event.clock == "host"])
@@ -60,7 +60,7 @@ def _stage(name: str, excess: float, ms: float, launching: float, usual: float) 
 
 
 def _garbage_ms(events: Sequence[Event], block: int) -> float:
-    """Of the interval that ends with `block`."""
+    """Milliseconds of garbage collection in the interval that ends with `block`."""
     ready = marks(events, CHUNK_READY)
     return sum(event.duration_ms for event in events
                if event.name == GARBAGE and ready[block - 1] <= event.start_ms < ready[block])

@@ -1,4 +1,4 @@
-"""Scaled-dot-product attention on token-major tensors, with the kernel named instead of guessed."""
+"""Scaled-dot-product attention on token-major tensors with an explicitly chosen kernel."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _BACKENDS = {
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turn `auto` into the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32
+    """Resolve `auto` to the backend that will run: cuDNN for half precision on CUDA, `efficient` for float32
     on CUDA, and PyTorch's only choice on the CPU (called `cpu`). `gluon`, the project's own kernel, is an
-    optimization and has to be asked for. The result goes into every run's provenance.
-    `ExperimentConfig.validate` refuses what cannot run.
+    optimization and must be requested. Every run's environment records the result.
+    `ExperimentConfig.validate` refuses combinations that cannot run.
     """
     if name != "auto":
         return name
@@ -36,7 +36,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def make_attention(backend: str) -> Attention:
     """Build `attention(q, k, v)` for q [B, L, N, D] and k, v [B, T, N, D]: no mask, scale 1/sqrt(D), result
-    [B, L, N, D]. A pinned backend that cannot run raises; there is no silent second choice.
+    [B, L, N, D]. A pinned backend that cannot run raises; there is no silent fallback.
     """
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

@@ -1,7 +1,7 @@
-"""Weights files of strangers: opened lazily, checked from the first bytes on, explained in one sentence.
+"""Untrusted weights files: opened lazily, checked from the first bytes, refused with a short reason.
 
-Torch pickles are opened with `weights_only=True` and nothing else: a file that holds anything but tensors is
-refused before any of it runs. Tensors stay in the file (memory-mapped) until they are read.
+Torch pickles are only ever opened with `weights_only=True`, so a file that holds anything but tensors is
+refused before any of its code runs. Tensors stay in the memory-mapped file until they are read.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..errors import UserError
 from .weight_files import check_start, remedy
 
 LISTED_NAMES = 20
-# The dtypes that can be weights, as safetensors and as torch call them.
+# The dtypes that weights may have: safetensors' name -> torch's name.
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# The errors that torch.load was seen to raise on damaged files.
+# The errors that torch.load has raised on damaged files.
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
            AttributeError, AssertionError)
 
 
 class Header(NamedTuple):
-    """Shape and dtype of a stored tensor (of another object: no shape and its type)."""
+    """Shape and dtype of a stored tensor; for other objects, no shape and the type."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,7 +41,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open weights file: `headers` by name, and `read` for one tensor on the CPU (perhaps a view)."""
+    """An open weights file: `headers` by name; `read` returns one tensor on the CPU, possibly a view."""
 
     path: Path
     headers: Mapping[str, Header]
@@ -54,8 +54,8 @@ def open_checkpoint(path: Path, containers: tuple[str | None, ...] = (None,)) ->
     The wrapper prefix `model.` and FSDP's `_fsdp_wrapped_module.` are removed from the names.
 
     Args:
-        containers: keys under which a pickle may keep its tensors, the preferred one first; None stands for
-            the file itself being the flat dictionary, as every safetensors file is.
+        containers: keys that may hold a pickle's tensors, in order of preference; None means that the file
+            itself is the flat dictionary, as in every safetensors file.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -73,14 +73,14 @@ def open_checkpoint(path: Path, containers: tuple[str | None, ...] = (None,)) ->
     for name in headers:
         plain = name.replace("_fsdp_wrapped_module.", "").removeprefix("model.")
         if plain in stored:
-            raise UserError(f"{path}: {stored[plain]} and {name} name one tensor; the file is inconsistent.")
+            raise UserError(f"{path}: {stored[plain]} and {name} are one tensor; the file is inconsistent.")
         stored[plain] = name
     return Checkpoint(path, {plain: headers[name] for plain, name in stored.items()},
                       lambda plain: read(stored[plain]))
 
 
 def raise_problems(path: Path, problems: Mapping[str, list[str]]) -> None:
-    """Raise one UserError that lists the names under every kind of problem, if there are any."""
+    """Raise one UserError that lists the names for each kind of problem; do nothing if there are none."""
     found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"{path}: does not fit the model; {'; '.join(found)}. Choose `model` and `weights` "
@@ -88,7 +88,7 @@ def raise_problems(path: Path, problems: Mapping[str, list[str]]) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """At most 20 names, and how many more there are."""
+    """List at most 20 names and how many more there are."""
     names = list(names)
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
@@ -98,7 +98,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[str], Te
     try:
         file = safetensors.safe_open(path, framework="pt")
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged, cut short or no safetensors file ({error}); "
+        raise UserError(f"{path}: damaged, cut short or not a safetensors file ({error}); "
                         f"{remedy(path)}.") from error
     headers = {}
     for name in file.keys():
@@ -110,20 +110,20 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[str], Te
 
 def _load_pickle(path: Path) -> Any:
     try:
-        # The format of torch before 1.6 is no zip archive and cannot be memory-mapped; it is read whole.
+        # The format of torch before 1.6 is not a zip archive and cannot be memory-mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except DAMAGED as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise UserError(f"{path}: it asks for {refused[1]}, which is no tensor and could run code; the "
-                            "file was refused and nothing of it was run.") from error
-        reason = re.split(r"\.\s|\n", str(error))[0]  # what follows is torch's advice to switch the check off
-        raise UserError(f"{path}: damaged, cut short or no torch file ({reason}); "
+            raise UserError(f"{path}: it asks for {refused[1]}, which is not a tensor and could run code; "
+                            "the file was refused and none of its code was run.") from error
+        reason = re.split(r"\.\s|\n", str(error))[0]  # the rest is torch's advice to switch the check off
+        raise UserError(f"{path}: damaged, cut short or not a torch file ({reason}); "
                         f"{remedy(path)}.") from error
 
 
 def _select(content: Any, path: Path, containers: tuple[str | None, ...]) -> Mapping[str, Any]:
-    """The dictionary of tensors inside what a pickle held."""
+    """Return the dictionary of tensors inside a pickle's content."""
     if isinstance(content, Mapping):
         for key in containers:
             tensors = content if key is None else content.get(key)

@@ -1,8 +1,8 @@
-"""The causal video diffusion transformer of LongLive-1.3B (Wan 2.1 T2V-1.3B, arXiv:2503.20314; LongLive,
-arXiv:2509.22622).
+"""The causal video diffusion transformer (DiT) of LongLive-1.3B (Wan 2.1 T2V-1.3B, arXiv:2503.20314;
+LongLive, arXiv:2509.22622).
 
-The module uses a KV cache and never builds or inspects one: each block hands q, k, v to its `LayerCache`,
-which rotates, stores and attends. Parameter names are those of the official checkpoints.
+The module uses a key-value (KV) cache but never builds or inspects one: each block passes q, k, v to its
+`LayerCache`, which rotates, stores and attends. Parameter names are those of the official checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .attention import Attention, make_attention
 from .specs import DiTConfig
 
 Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""An embedded prompt [B, L, dim] -> a cross-attention's keys and values, [B, L, N, D] each."""
+"""An embedded prompt [B, L, dim] -> cross-attention's keys and values, [B, L, N, D] each."""
 
 
 class LayerCache(Protocol):
@@ -30,7 +30,7 @@ class LayerCache(Protocol):
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the transformer keeps of a prompt: keys and values of every cross-attention, each [B, text_len, N,
+    """A prompt as the transformer uses it: keys and values of every cross-attention, each [B, text_len, N,
     D].
     """
 
@@ -43,16 +43,14 @@ class TextContext:
 
 
 class TimeContext(NamedTuple):
-    """What the transformer keeps of the timesteps: `head` [B, F, 1, dim] and `blocks` [B, F, 6, dim]."""
+    """The timesteps as the transformer uses them: `head` [B, F, 1, dim] and `blocks` [B, F, 6, dim]."""
 
     head: Tensor
     blocks: Tensor
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the whole vector, before it is split into heads; normalised in float32, rounded, then
-    scaled.
-    """
+    """RMS norm over the whole vector before the split into heads: normalise in float32, round, then scale."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -65,7 +63,7 @@ class RMSNorm(nn.Module):
 
 
 class AttentionProjections(nn.Module):
-    """The linears and norms that self- and cross-attention share."""
+    """The linear layers and norms that self- and cross-attention share."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -103,7 +101,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Self-attention over the cache, cross-attention to the prompt, feed-forward; the first and last are
+    """Self-attention over the cache, cross-attention to the prompt, feed-forward. The first and the last are
     modulated.
     """
 
@@ -129,14 +127,14 @@ class DiTBlock(nn.Module):
         return self.finish(x, attended, time, text_key, text_value)
 
     def project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What self-attention is given: q, k and v, [B, L, N, D] each."""
+        """Compute self-attention's inputs q, k and v, [B, L, N, D] each."""
         shift, scale = (self.modulation + time)[:, :, :2].split(1, dim=2)
         hidden = modulate(self.norm1(x), shift, scale)
         return self.self_attn.query(hidden), *self.self_attn.key_value(hidden)
 
     def finish(self, x: Tensor, attended: Tensor, time: Tensor, text_key: Tensor,
                text_value: Tensor) -> Tensor:
-        """What comes after self-attention, of which `attended` [B, L, N, D] is the result."""
+        """Run the rest of the block on `attended` [B, L, N, D], the result of self-attention."""
         _, _, gate_a, shift_f, scale_f, gate_f = (self.modulation + time).split(1, dim=2)
         x = add_gated(x, self.self_attn.output(attended), gate_a)
         attended = self.attention(self.cross_attn.query(self.norm3(x)), text_key, text_value)
@@ -166,7 +164,7 @@ class CausalDiT(nn.Module):
     """
 
     def __init__(self, config: DiTConfig, attention: Attention | None = None):
-        """Args: attention: the kernel of the cross-attention; None takes PyTorch's own choice."""
+        """Args: attention: the kernel of cross-attention; None uses PyTorch's default."""
         super().__init__()
         attention = attention or make_attention("cpu")
         self.config = config
@@ -203,7 +201,7 @@ class CausalDiT(nn.Module):
 
     def forward_embedded(self, x: Tensor, time: TimeContext, text: TextContext,
                          layers: Sequence[LayerCache]) -> Tensor:
-        """`forward` with the timesteps already embedded."""
+        """Run `forward` with timesteps that are already embedded."""
         _, _, _, height, width = x.shape
         tokens = self.patchify(x)
         for block, layer, key, value in zip(self.blocks, layers, text.keys, text.values, strict=True):
@@ -222,14 +220,14 @@ class CausalDiT(nn.Module):
         return TimeContext(embedded[:, :, None], self.time_projection(embedded).unflatten(-1, (6, -1)))
 
     def embed_text(self, prompt: Tensor, projections: Iterable[Projection] | None = None) -> TextContext:
-        """Keys and values of every cross-attention for a prompt [B, L <= text_len, text_dim]. Missing rows
-        are zero-padded and attended like the others, as LongLive does.
+        """Compute the keys and values of every cross-attention for a prompt [B, L <= text_len, text_dim]. As
+        in LongLive, missing rows are zeros and attended like the others.
 
         Args:
-            projections: one for each block, called instead of its `cross_attn.key_value`.
+            projections: one per block, called instead of its `cross_attn.key_value`.
 
         Raises:
-            ValueError: more rows than text_len or another width than text_dim.
+            ValueError: there are more than text_len rows, or the width is not text_dim.
         """
         _, length, width = prompt.shape
         if length > self.config.text_len or width != self.config.text_dim:

@@ -1,7 +1,7 @@
 """Rotary position embedding over (time, row, column), as in Wan 2.1 (RoPE: Su et al., arXiv:2104.09864).
 
-A head of D components is D/2 complex pairs (2j, 2j+1); the pairs split into a time, a row and a column group
-of c - 2*(c//3), c//3 and c//3 pairs with c = D/2 (22, 21, 21 for D = 128), each restarting at frequency 1.
+A head of D components has c = D/2 complex pairs (2j, 2j+1). They split into a time, a row and a column group
+of c - 2*(c//3), c//3 and c//3 pairs (22, 21, 21 for D = 128). Each group restarts at frequency 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ THETA = 10000.0
 
 
 def rope_angles(head_dim: int, frames: Tensor, rows: int, columns: int) -> Tensor:
-    """Angles in radians, float64 [len(frames) * rows * columns, head_dim / 2], of tokens ordered frame, row,
-    column at the time positions `frames` (one number per latent frame).
+    """Angles in radians, float64 [len(frames) * rows * columns, head_dim / 2], of tokens ordered by frame,
+    row and column at the time positions `frames` (one number per latent frame).
     """
     pairs = head_dim // 2
     spatial = pairs // 3
@@ -34,26 +34,26 @@ def rope_angles(head_dim: int, frames: Tensor, rows: int, columns: int) -> Tenso
 
 
 def check_positions(last_frame: int) -> None:
-    """Absolute positions end at latent frame 1023, where LongLive's tables end.
+    """Check that `last_frame` has an absolute position; LongLive's tables end at latent frame 1023.
 
     Raises:
         UserError: naming the first frame that has no position.
     """
     if last_frame >= ROPE_POSITIONS:
         raise UserError(
-            f"relative_rope: false ends at latent frame {ROPE_POSITIONS - 1}, and frame {last_frame} was "
-            "asked for; reset the session or set relative_rope: true, which has no limit."
+            f"relative_rope: false ends at latent frame {ROPE_POSITIONS - 1}, but frame {last_frame} was "
+            "requested; reset the session or set relative_rope: true, which has no limit."
         )
 
 
 class Rotary:
-    """Rotation of q or k by one table of angles; float64 and complex, as LongLive computes it."""
+    """Rotates q or k by one table of angles; uses float64 and complex numbers, as LongLive does."""
 
     def __init__(self, angles: Tensor):
         """Args: angles: float64 [tokens, D/2]."""
         self.factors = torch.polar(torch.ones_like(angles), angles)[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate x [B, tokens, N, D]; computed in float64, returned in the dtype of x."""
+        """Rotate x [B, tokens, N, D] in float64; return the dtype of x."""
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * self.factors).flatten(-2).to(x.dtype)

@@ -1,7 +1,7 @@
 """Every model of the family: its sizes, window, sink, denoising steps, and the files that hold its weights.
 
-A model is one row of `MODELS`. The config takes its window, sink and steps from here, `weight_files` the
-places of its files, `fetch` where they are published.
+Each model is one row of `MODELS`. The config reads its window, sink and steps here, `weight_files` the
+locations of its files, and `fetch` their sources.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or with a final "/" one folder, of a model hub's repository.
+    """One file, or one folder (path ending in "/"), in a repository of a model hub.
 
     Args:
-        part: of a checkpoint: `dit`, `vae` or `text`.
-        target: its place in a weights folder.
-        approx_bytes: its size when this was written, shown where the hub cannot be asked; None is unknown.
+        part: the part of a checkpoint: `dit`, `vae` or `text`.
+        target: its path in a weights folder.
+        approx_bytes: its recorded size, shown when the hub cannot be reached; None means unknown.
     """
 
     part: str
@@ -87,14 +87,14 @@ class Source:
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Which files of a weights folder hold a model.
+    """The files of a weights folder that hold a model.
 
     Args:
-        files: place in the folder by part: `dit`, `vae`, `text`, `tokenizer`, and `lora` if there is an
-            adapter to merge.
-        containers: keys under which the transformer's torch file may keep its tensors, the preferred one
-            first; None is the file itself.
-        sources: where the files are published; none for weights that come with the project.
+        files: path in the folder by part: `dit`, `vae`, `text`, `tokenizer`, and `lora` if an adapter is
+            merged.
+        containers: keys that may hold the transformer's tensors in its torch file, in order of preference;
+            None means the file itself.
+        sources: where the files are published; empty for weights that come with the project.
     """
 
     files: Mapping[str, str]
@@ -104,8 +104,8 @@ class CheckpointFiles:
 
 def _wan_checkpoint(own: Mapping[str, tuple[str, str, int | None]], repo: str,
                     containers: tuple[str | None, ...]) -> CheckpointFiles:
-    """A transformer of `repo` (part -> path there, place here, bytes) with the VAE and the text encoder of
-    Wan 2.1.
+    """The files of a transformer in `repo` (part -> path there, path here, bytes) plus Wan 2.1's VAE and text
+    encoder.
     """
     files = {
         "vae": f"{WAN_FOLDER}/Wan2.1_VAE.pth",
@@ -132,7 +132,7 @@ class ModelSpec:
         height, width: of the picture, in pixels.
         window, sink: of attention, in latent frames.
         steps: nominal timesteps of the denoising passes.
-        full_size: whether figures of speed and memory are those of the published size.
+        full_size: whether speed and memory metrics are those of the published size.
     """
 
     name: str
@@ -150,7 +150,7 @@ class ModelSpec:
     full_size: bool = True
 
     def sizes(self) -> dict[str, Any]:
-        """Everything but the checkpoint, for a result."""
+        """Return everything except the checkpoint, for a result."""
         values = dataclasses.asdict(dataclasses.replace(self, checkpoint=CheckpointFiles({})))
         del values["checkpoint"]
         return values
@@ -171,8 +171,8 @@ class ModelSpec:
 
     @property
     def window_tokens(self) -> int:
-        """Keys of the model's own attention window (LongLive-1.3B: 12 latent frames, 18,720 at 480x832),
-        whatever window a run has.
+        """Keys in the model's own attention window (LongLive-1.3B: 12 latent frames, 18,720 at 480x832),
+        independent of the run's window.
         """
         return self.window * self.tokens_per_frame
 
@@ -201,7 +201,7 @@ def _tiny() -> ModelSpec:
 
 
 LONGLIVE = "longlive-1.3b"
-"""The model that the presets' hypotheses and the target of 40 ms speak of."""
+"""The model to which the presets' hypotheses and the target of 40 ms refer."""
 MODELS: Mapping[str, ModelSpec] = MappingProxyType({spec.name: spec for spec in (
     ModelSpec(LONGLIVE, "LongLive-1.3B", _wan_checkpoint(
         {"dit": ("models/longlive_base.pt", "longlive_base.pt", 5_676_334_208),

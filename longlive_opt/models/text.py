@@ -1,10 +1,11 @@
 """UMT5-XXL text encoder and its tokenizer: prompts -> [B, text_len, dim] (UMT5: arXiv:2304.09151).
 
-Parameter names are those of `models_t5_umt5-xxl-enc-bf16.pth`. Always the full `text_len` rows are computed,
-as in LongLive: padding keys get weight exactly 0, so cutting them off would only change the order of sums.
+Parameter names are those of `models_t5_umt5-xxl-enc-bf16.pth`. As in LongLive, the encoder always computes
+all `text_len` rows. Padding keys get a weight of exactly 0, so cutting them off would only change the order
+of sums.
 
-The tokenizer is read from `tokenizer.json` with the `tokenizers` library, not by transformers' AutoTokenizer:
-transformers 5 rebuilds a T5 tokenizer from its vocabulary and drops the normalizer that the file holds.
+The `tokenizers` library reads the tokenizer from `tokenizer.json`. Transformers' AutoTokenizer is not used,
+because transformers 5 rebuilds a T5 tokenizer from its vocabulary and drops the file's normalizer.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """fc2(fc1(x) * gelu(gate(x))); the GELU rounds once where LongLive's bf16 run rounds every step of it."""
+    """fc2(fc1(x) * gelu(gate(x))). GELU rounds once here; LongLive's bf16 run rounds each of its steps."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -69,7 +70,7 @@ class GatedFeedForward(nn.Module):
 
 
 class PositionBias(nn.Module):
-    """One number per head and distance bucket; UMT5 has a table in every layer, T5 only in the first."""
+    """One number per head and distance bucket; UMT5 has a table in every layer, T5 only in the first one."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -111,7 +112,7 @@ class UMT5Encoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode token ids [B, L] with mask [B, L] (1: token, 0: padding), on any device, to [B, L, dim].
 
-        Rows at padding positions are computed like the others and mean nothing; `TextEncoder` zeroes them.
+        Rows at padding positions are computed like the others but have no meaning; `TextEncoder` zeroes them.
         """
         table = self.token_embedding.weight
         buckets, padding = self.positions(mask.to(table.device))
@@ -121,7 +122,7 @@ class UMT5Encoder(nn.Module):
         return self.norm(x)
 
     def positions(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What a block is told of a mask [B, L]: distance buckets [L, L] and padding [B, 1, 1, L]."""
+        """Convert a mask [B, L] to a block's inputs: distance buckets [L, L] and padding [B, 1, 1, L]."""
         position = torch.arange(mask.shape[1], device=mask.device)
         distance = position - position[:, None]
         buckets = distance_bucket(distance, self.config.num_buckets, self.config.max_distance)
@@ -129,9 +130,9 @@ class UMT5Encoder(nn.Module):
 
 
 def distance_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """T5's bucket of a distance key - query in tokens (arXiv:1910.10683): exact when near, then logarithmic.
+    """T5's bucket for a distance key - query in tokens (arXiv:1910.10683): exact when near, then logarithmic.
 
-    Half of the buckets serve each sign; from `max_distance` on every distance shares the last one.
+    Half of the buckets cover each sign; all distances from `max_distance` on share the last bucket.
     """
     per_sign = num_buckets // 2
     exact = per_sign // 2
@@ -143,10 +144,10 @@ def distance_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Te
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Prompts to padded ids.
+    """Converts prompts to padded ids.
 
-    `kind` names the vocabulary, `fingerprint` identifies its contents, and `to_ids` turns one cleaned text
-    into ids with the end token last.
+    `kind` names the vocabulary, `fingerprint` identifies its contents, and `to_ids` converts one cleaned text
+    to ids that end with the end token.
     """
 
     kind: str
@@ -156,7 +157,7 @@ class Tokenizer:
     to_ids: Callable[[str], list[int]]
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the cleaned prompts, int64 [B, text_len]; cuts a longer one and logs a warning."""
+        """Return ids and mask of the cleaned prompts, int64 [B, text_len]; cut long ones with a warning."""
         ids = torch.full((len(prompts), self.text_len), PAD_ID)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -170,15 +171,15 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """Mend broken Unicode, resolve HTML entities (twice, for the doubly escaped) and collapse white space."""
+    """Repair broken Unicode, resolve HTML entities (twice, for double escapes) and collapse white space."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 def load_tokenizer(source: str | Path, text_len: int) -> Tokenizer:
-    """The tokenizer in the folder `source`, or for "bytes" a stand-in that needs no file.
+    """Load the tokenizer in the folder `source`; "bytes" gives a stand-in that needs no file.
 
-    The stand-in maps UTF-8 bytes to ids in the manner of ByT5 (arXiv:2105.13626). It is for random weights,
-    where a token means nothing, and calls itself a stand-in.
+    The stand-in maps UTF-8 bytes to ids as ByT5 does (arXiv:2105.13626). It is for random weights, whose
+    tokens have no meaning, and its `kind` says that it is a stand-in.
 
     Raises:
         UserError: the folder has no readable T5 tokenizer, or the `tokenizers` package is missing.
@@ -202,17 +203,17 @@ def load_tokenizer(source: str | Path, text_len: int) -> Tokenizer:
     pipeline.no_padding()
     pipeline.no_truncation()
     if pipeline.token_to_id("<pad>") != PAD_ID or pipeline.encode("a").ids[-1:] != [END_ID]:
-        raise UserError(f"tokenizer: {path} is not of the T5 family, where padding is id {PAD_ID} and every "
+            raise UserError(f"tokenizer: {path} is no T5 tokenizer, where padding is id {PAD_ID} and every "
                         f"text ends with id {END_ID}; use the folder google/umt5-xxl of Wan2.1-T2V-1.3B.")
     return Tokenizer(Path(source).name, hashlib.sha256(content).hexdigest(), pipeline.get_vocab_size(),
                      text_len, lambda text: pipeline.encode(text).ids)
 
 
 class TextEncoder:
-    """Tokenizer and encoder together. The encoder is loaded when it is first needed, or by `load`.
+    """Tokenizer and encoder together. The encoder is loaded at its first use, or by `load`.
 
-    `fingerprint` is a cache key: it changes with the tokenizer and with the encoder's config and `identity`,
-    and is known without the encoder. `description` is what a result records of the tokenizer, `report` of
+    `fingerprint` is a cache key. It depends on the tokenizer and on the encoder's config and `identity`, and
+    is known before the encoder is loaded. A result records `description` for the tokenizer and `report` for
     the encoder.
     """
 
@@ -220,17 +221,17 @@ class TextEncoder:
                  load: Callable[[str | None], tuple[UMT5Encoder, Mapping[str, Any]]],
                  hosted: Callable[[UMT5Encoder], nn.Module] | None = None):
         """Args:
-            identity: tells these weights, on this kind of device and in this dtype, from all others.
-            load: makes the encoder and the report of its weights; is told where to keep them, None being the
-                device that they run on.
-            hosted: keep them in host memory, and run what this makes of them.
+            identity: distinguishes these weights, on this kind of device and in this dtype, from all others.
+            load: makes the encoder and the report of its weights. Its argument is the device for the weights;
+                None means the device that runs them.
+            hosted: if given, keep the weights in host memory and run the module that this makes from them.
 
         Raises:
-            UserError: the tokenizer makes ids that the embedding table does not have.
+            UserError: the tokenizer makes ids that are not in the embedding table.
         """
         if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} tokens, the encoder "
-                            f"only {config.vocab_size}; use the tokenizer of these weights.")
+            raise UserError(f"tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} tokens, but the encoder "
+                            f"has only {config.vocab_size}; use the tokenizer of these weights.")
         self.config = config
         self.tokenizer = tokenizer
         self.identity = identity
@@ -245,11 +246,11 @@ class TextEncoder:
         self.report: dict[str, Any] = {"loaded": False}
 
     def hosted(self, make: Callable[[UMT5Encoder], nn.Module]) -> TextEncoder:
-        """The same encoder, not loaded, with its weights in host memory: `make` turns it into what is run."""
+        """Return the same encoder, unloaded, with weights in host memory; `make` makes what runs."""
         return TextEncoder(self.config, self.tokenizer, self.identity, self._load, make)
 
     def load(self) -> nn.Module:
-        """What runs, called as `UMT5Encoder.forward`; loads it unless that was done."""
+        """Return the module that runs, called like `UMT5Encoder.forward`; load it if necessary."""
         if self._module is None:
             module, report = self._load("cpu" if self._hosted else None)
             self._module = self._hosted(module) if self._hosted else module
@@ -258,12 +259,12 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts to [B, text_len, dim], rows after each prompt's end token zero.
+        """Encode prompts to [B, text_len, dim]; rows after each prompt's end token are zero.
 
-        One prompt at a time, so that a prompt gives the same bits whatever it is encoded together with.
+        Prompts are encoded one at a time, so a prompt gives the same bits in any batch.
 
         Raises:
-            UserError: `prompts` is one string, empty, or holds something that is not a string.
+            UserError: `prompts` is a single string, is empty, or contains something other than a string.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"prompts: {prompts!r:.80} is not a list of texts; write ['first prompt', ...].")

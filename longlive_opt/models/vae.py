@@ -1,16 +1,18 @@
-"""The Wan 2.1 VAE: latents to frames (streaming), and frames to latents. Source: SPEC section 7.
+"""The Wan 2.1 VAE (variational autoencoder): latents to frames (streaming), and frames to latents. Source:
+SPEC section 7.
 
-The network is functional. Every causal convolution looks two frames back; those frames, its *history*, come
-in and go out as tensors of fixed shape and strides, so a step can be compiled or captured in a CUDA graph as
-it stands. Both halves are lists of *stages* with one signature,
+The network is functional. Every causal convolution looks two frames back. These frames, its *history*, are
+inputs and outputs of fixed shape and strides, so a step can be compiled or captured in a CUDA graph
+unchanged. Encoder and decoder are lists of *stages* with one signature,
 
     stage(x [B, C, T, H, W], history, first) -> (y, new_history)
 
-with `history` a flat tuple of [B, C, 2, H, W] tensors, one per causal convolution (`stage.history_channels`).
-A fresh history is zeros, which is the causal padding itself. `first` marks the first call of a stream: the
-temporal resamplers skip it, so one latent is one frame there and four frames afterwards.
+where `history` is a flat tuple of [B, C, 2, H, W] tensors, one per causal convolution
+(`stage.history_channels`). A new history is zeros, which equals the causal padding. `first` marks the first
+call of a stream. The temporal resamplers skip that call, so its one latent makes one frame; every later
+latent makes four.
 
-State lives in `StreamingDecoder` alone:
+Only `StreamingDecoder` has state:
 
     decoder = StreamingDecoder(vae, batch=1, latent_height=60, latent_width=104)
     for latents in blocks:                     # [1, 3, 16, 60, 104], normalised
@@ -42,7 +44,7 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 def _fold_frames(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B*T, C, H, W]; a view in the channels-last layout."""
+    """[B, C, T, H, W] -> [B*T, C, H, W]; a view in channels-last layout."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -52,7 +54,7 @@ def _unfold_frames(x: Tensor, batch: int) -> Tensor:
 
 
 def _last_frames(x: Tensor, history: History) -> History:
-    """The new history: a copy (a slice would keep all of x alive) with the strides of the old one."""
+    """The new history: a copy (a slice would keep all of x alive) with the old one's strides."""
     return (torch.empty_like(history[0]).copy_(x[:, :, -HISTORY_FRAMES:]),)
 
 
@@ -69,7 +71,7 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution over the two frames before and the frame itself in time, zero padded in space; a stage."""
+    """A stage: convolution over two past frames and the current one in time, zero padded in space."""
 
     def __init__(self, in_channels: int, out_channels: int, space_kernel: int = 3):
         super().__init__(in_channels, out_channels, (HISTORY_FRAMES + 1, space_kernel, space_kernel),
@@ -82,7 +84,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus a shortcut; a stage. The keys are those of the checkpoint."""
+    """A stage: norm, SiLU, convolution, twice, plus a shortcut. Keys are those of the checkpoint."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -102,7 +104,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention among the positions of each frame, plus its input; a stage without history."""
+    """A stage without history: single-head attention among the positions of each frame, plus its input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -113,7 +115,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
         frames = _fold_frames(x)
-        # The fused attention kernels want the channels contiguous.
+        # The fused attention kernels need contiguous channels.
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))  # [B*T, 1 head, H*W, C]
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
@@ -122,28 +124,28 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, half the channels; with `temporal`, also two frames for each. A stage."""
+    """A stage: doubles height and width and halves the channels; with `temporal`, also doubles the frames."""
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
-        # Upstream enlarges in float32; nearest neighbours copy values, so any dtype gives the same.
+        # Upstream enlarges in float32; nearest neighbours copy values, so every dtype gives the same result.
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"),
                                       nn.Conv2d(channels, channels // 2, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, space_kernel=1) if temporal else None
         self.history_channels = (channels,) if temporal else ()
 
     def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
-        # The first latent stays one frame and leaves the history at zeros: later frames never see it here.
+        # The first latent stays one frame and leaves the history at zeros, so later frames never see it here.
         if self.time_conv is not None and not first:
             y, history = self.time_conv(x, history)
             halves = y.chunk(2, dim=1)
-            # Frame t becomes frames 2t and 2t+1. `cat` keeps the memory layout, which `stack` would not.
+            # Frame t becomes frames 2t and 2t+1. Unlike `stack`, `cat` keeps the memory layout.
             x = torch.cat([half[:, :, t:t + 1] for t in range(x.shape[2]) for half in halves], dim=2)
         return _unfold_frames(self.resample(_fold_frames(x)), len(x)), history
 
 
 class Downsample(nn.Module):
-    """Half the height and width; with `temporal`, half the frames too. A stage; history at output size."""
+    """A stage: halves height and width; with `temporal`, also the frames. History has the output's size."""
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
@@ -156,13 +158,13 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x, ()
         frames = torch.cat([*history, x], dim=2)
-        # A stride of two needs one frame of the past; the history keeps two only to have the common shape.
+        # A stride of two needs one past frame; the history keeps two only for the common shape.
         y = x if first else self.time_conv(frames[:, :, HISTORY_FRAMES - 1:])
         return y, _last_frames(frames, history)
 
 
 class Head(nn.Sequential):
-    """Norm, SiLU, convolution; a stage."""
+    """A stage: norm, SiLU, convolution."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(RMSNorm(in_channels), nn.SiLU(), CausalConv3d(in_channels, out_channels))
@@ -174,25 +176,25 @@ class Head(nn.Sequential):
 
 
 class StageHistory(Protocol):
-    """The history on its way through one call: each stage in turn takes its part and gives a new one."""
+    """The history during one call: each stage in turn takes its part and returns a new one."""
 
     def take(self, count: int) -> History:
-        """The next `count` tensors, where the stage runs."""
+        """Return the next `count` tensors on the device that runs the stages."""
 
     def put(self, updated: History) -> None:
-        """What the stage that took last made of them."""
+        """Store the new tensors of the stage that took last."""
 
     def whole(self) -> History:
-        """The new history, after all stages."""
+        """Return the new history after all stages."""
 
 
 class HeldHistory:
-    """A `StageHistory` that lies where the stages run. What is taken is let go, so that the old history and
-    the new one need not lie in memory both.
+    """A `StageHistory` on the device that runs the stages. It releases each part that is taken, so that the
+    old and the new history need not both be in memory.
     """
 
     def __init__(self, parts: list[Tensor]):
-        """Args: parts: the history; the list is emptied."""
+        """Args: parts: the history; this empties the list."""
         self._old = parts
         self._new: History = ()
 
@@ -208,10 +210,10 @@ class HeldHistory:
 
 
 class _Stages(nn.Module):
-    """What encoder and decoder share: run the stages in order, each with its part of the flat history."""
+    """Base of encoder and decoder: runs the stages in order, each with its part of the flat history."""
 
     def stages(self) -> list[nn.Module]:
-        """The stages in order; each can be compiled by itself."""
+        """The stages in order; each can be compiled separately."""
         raise NotImplementedError
 
     def init_history(self, batch: int, height: int, width: int, device: torch.device, dtype: torch.dtype,
@@ -231,13 +233,13 @@ class _Stages(nn.Module):
 
     def forward(self, x: Tensor, history: History | list[Tensor] | StageHistory, first: bool,
                 stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
-        """Run all stages, or what stands in for them in `stages`. A history given as a list is emptied."""
+        """Run all stages, or their replacements in `stages`. A history given as a list is emptied."""
         if isinstance(history, (list, tuple)):
             history = HeldHistory(history if isinstance(history, list) else list(history))
         for stage in stages or self.stages():
             x, updated = stage(x, history.take(len(stage.history_channels)), first)
             history.put(updated)
-            del updated  # whether it stays in memory is for the history to say
+            del updated  # the history decides whether it stays in memory
         return x, history.whole()
 
 
@@ -288,7 +290,7 @@ class Decoder(_Stages):
 
 
 def latent_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and 1/std of the latents, [16, 1, 1, 1] each, rounded to `dtype` as in a run of that dtype."""
+    """Mean and 1/std of the latents, [16, 1, 1, 1] each, rounded to `dtype` as in a run with that dtype."""
     mean, std = (torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1, 1)
                  for values in (LATENT_MEAN, LATENT_STD))
     return mean, 1 / std
@@ -311,12 +313,12 @@ class WanVAE(nn.Module):
         self.memory_format = torch.contiguous_format
 
     def use_channels_last(self) -> WanVAE:
-        """Keep weights, histories and activations channels last, as cuDNN prefers; call it after loading."""
+        """Make weights, histories and activations channels last, as cuDNN prefers; call it after loading."""
         return self.use_layout(channels_last=True)
 
     def use_layout(self, *, channels_last: bool) -> WanVAE:
-        """Keep weights, histories and activations channels last, or else channels first. Call it after
-        loading and before a decoder is made.
+        """Make weights, histories and activations channels last, or else channels first. Call it after
+        loading and before making a decoder.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -328,18 +330,19 @@ class WanVAE(nn.Module):
 
     def init_history(self, batch: int, latent_height: int, latent_width: int, device: torch.device,
                      dtype: torch.dtype) -> History:
-        """Zero history of a new stream for `decode`: a flat tuple of [batch, C, 2, H, W]."""
+        """Zero history for a new stream of `decode`: a flat tuple of [batch, C, 2, H, W]."""
         return self.decoder.init_history(batch, latent_height, latent_width, device, dtype,
                                          self.memory_format)
 
     def decode(self, z: Tensor, history: History | list[Tensor] | StageHistory, first: bool,
                stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
-        """Decode one step of a stream. No hidden state, no host reads: fit for compiling and graph capture.
+        """Decode one step of a stream. Has no hidden state and never reads from the device, so it can be
+        compiled and captured in a graph.
 
-        z: unscaled latents [B, 16, T, h, w]; history: from `init_history` or the step before, a list is
-        emptied; first: whether z is the first latent of the stream; stages: what to run instead of the
-        decoder's own. Returns raw pixels [B, 3, 4T (first: 1), 8h, 8w], about [-1, 1], and the new history.
-        Raises ValueError if first and T > 1.
+        z: unscaled latents [B, 16, T, h, w]; history: from `init_history` or the previous step (a list is
+        emptied); first: whether z is the first latent of the stream; stages: replacements for the decoder's
+        own. Returns raw pixels [B, 3, 4T (first: 1), 8h, 8w], about [-1, 1], and the new history. Raises
+        ValueError if first and T > 1.
         """
         if first and z.shape[2] != 1:
             raise ValueError(f"z: the first latent of a stream is decoded alone, got shape {tuple(z.shape)}.")
@@ -348,10 +351,10 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised latents [B, 1 + (T-1)//4, 16, H/8, W/8] of a video [B, 3, T, H, W] in [-1, 1].
+        """Encode a video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, 1 + (T-1)//4, 16, H/8, W/8].
 
-        Reads 1, then 4 frames at a time; frames left over at the end are dropped, as upstream does.
-        Raises UserError for an empty video, other than 3 channels, or sides not divisible by 8.
+        Reads 1 frame, then 4 at a time; like upstream, drops leftover frames at the end. Raises UserError if
+        the video is empty, does not have 3 channels, or has sides not divisible by 8.
         """
         shape = tuple(video.shape)
         if len(shape) != 5 or shape[1] != IMAGE_CHANNELS or shape[2] == 0:
@@ -374,16 +377,16 @@ class WanVAE(nn.Module):
 
 
 class StreamingDecoder:
-    """Turns blocks of latents into frames at once and remembers what the next one needs; one video at a time.
+    """Decodes blocks of latents to frames at once and keeps the history; one video at a time.
 
-    Costs one decoder call per `chunk_latents` latents (1: as upstream). Larger chunks give the same frames,
-    to rounding, with fewer and larger kernels. The first latent of a video is always decoded alone.
+    Makes one decoder call per `chunk_latents` latents (1: as upstream). Larger chunks give the same frames,
+    up to rounding, with fewer and larger kernels. The first latent of a video is always decoded alone.
     """
 
     def __init__(self, vae: WanVAE, batch: int, latent_height: int, latent_width: int,
                  chunk_latents: int = 1):
         if chunk_latents < 1:
-            raise UserError(f"chunk_latents: {chunk_latents} latents a call is impossible; use 1 or more.")
+            raise UserError(f"chunk_latents: {chunk_latents} latents per call is impossible; use 1 or more.")
         weight = vae.conv2.weight
         self.vae = vae
         self.shape = (batch, weight.shape[1], latent_height, latent_width)
@@ -402,7 +405,7 @@ class StreamingDecoder:
 
     @property
     def history(self) -> History:
-        """What the convolutions remember; made when it is first asked for."""
+        """The convolutions' history, made at its first use."""
         if self._history is None:
             batch, _, height, width = self.shape
             device = torch.device("cpu") if self.history_on_host else self.device
@@ -410,16 +413,16 @@ class StreamingDecoder:
         return self._history
 
     def keep_history_on_host(self, passing: Callable[[list[Tensor]], StageHistory]) -> None:
-        """Keep the history in host memory from now on, page-locked beside a GPU, and forget the video.
+        """Keep the history in host memory from now on (page-locked if there is a GPU), and forget the video.
 
         Args:
-            passing: takes it through the stages of one call.
+            passing: makes the `StageHistory` of one call.
         """
         self._pass, self.history_on_host = passing, True
         self.reset()
 
     def decode_within(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
-        """Make each call of the network inside a context of its own from now on.
+        """Run every later call of the network inside its own context.
 
         Args:
             setting: makes the context.
@@ -427,9 +430,9 @@ class StreamingDecoder:
         self._within = setting
 
     def continue_from(self, other: StreamingDecoder) -> None:
-        """Take over where `other` stands; it stays as it is."""
+        """Continue from the state of `other`, which does not change."""
         if other.history_on_host and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # its history may still be on the way to the host
+            torch.cuda.synchronize(self.device)  # its history may still be on its way to the host
         self._keep(tuple(h.clone() for h in other.history))
         self.first = other.first
 
@@ -442,7 +445,7 @@ class StreamingDecoder:
         """Decode normalised latents [B, F, 16, h, w]; the list holds one tensor: frames [B, T, 3, 8h, 8w].
 
         Frames are float32 in [0, 1]; T is 4F, or 4F - 3 at the start of a video. Raises ValueError for a
-        wrong shape, dtype or device, RuntimeError after a push that failed half-way.
+        wrong shape, dtype or device, and RuntimeError after a push that failed halfway.
         """
         batch, channels, height, width = self.shape
         count = latents.shape[1] if latents.dim() == 5 else 0
@@ -453,7 +456,7 @@ class StreamingDecoder:
             raise ValueError(f"latents: {latents.dtype} on {latents.device}, but the VAE is {self.dtype} on "
                              f"{self.device}; cast or move one of them.")
         if self._history == ():
-            raise RuntimeError("decoder: the last push failed and took the history along; call reset().")
+            raise RuntimeError("decoder: the last push failed and lost the history; call reset().")
         z = latents.transpose(1, 2) / self.inverse_std + self.mean
         frames, start = [], 0
         while start < count:
@@ -466,18 +469,18 @@ class StreamingDecoder:
         return [torch.cat(frames, dim=1)]
 
     def decode(self, z: Tensor, history: StageHistory, first: bool) -> tuple[Tensor, History]:
-        """`WanVAE.decode`, the component of what makes it faster."""
+        """Call `WanVAE.decode`; subclasses replace it with something faster."""
         return self.vae.decode(z, history, first)
 
     def flush(self) -> list[Tensor]:
-        """Frames still held back: none, since `push` returns all of them."""
+        """Return no frames: `push` never holds any back."""
         return []
 
 
 def decode_chunked(vae: WanVAE, latents: Tensor, chunk: int) -> Tensor:
-    """Decode [B, F, 16, h, w] to frames [B, T, 3, 8h, 8w], forgetting the past every `chunk` latents.
+    """Decode [B, F, 16, h, w] to frames [B, T, 3, 8h, 8w], forgetting the past after every `chunk` latents.
 
-    The quirk of upstream's infinity script: each chunk begins anew with a single frame, so 3 latents give 9.
+    This reproduces upstream's infinity script: each chunk restarts with a single frame, so 3 latents give 9.
     Raises UserError if chunk < 1, ValueError for a wrong shape, dtype or device.
     """
     if chunk < 1:
@@ -494,10 +497,10 @@ def decode_chunked(vae: WanVAE, latents: Tensor, chunk: int) -> Tensor:
 
 
 def pixels_to_frames(pixels: Tensor) -> Tensor:
-    """Raw decoder output [B, 3, T, H, W] -> frames [B, T, 3, H, W], float32 in [0, 1]."""
+    """Convert raw decoder output [B, 3, T, H, W] to frames [B, T, 3, H, W], float32 in [0, 1]."""
     return (pixels.transpose(1, 2).float().clamp(-1, 1) * 0.5 + 0.5).clamp(0, 1)
 
 
 def frames_to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [0, 1] -> uint8, truncated (not rounded) as upstream writes them; any shape."""
+    """Convert frames in [0, 1] to uint8, truncated (not rounded) as upstream writes them; any shape."""
     return (frames * 255).to(torch.uint8)

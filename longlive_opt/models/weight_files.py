@@ -1,5 +1,5 @@
-"""Which files a weights folder holds, and what their first bytes tell. Needs no torch, so that a command line
-can refuse a folder at once.
+"""Find the files of a weights folder and check their first bytes. Needs no torch, so a command line can
+refuse a folder at once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .specs import FETCH_COMMAND, LONGLIVE, MODELS, ModelSpec
 TINY_WEIGHTS = "weights/tiny"
 PARTS = ("dit", "lora", "vae", "text", "tokenizer")
 DIGESTS_FILE = "outputs/.sha256.json"
-"""SHA-256 of the large files that were read once, from the project's folder: {path: [identity, digest]}."""
-KEPT_FROM_BYTES = 2**28  # smaller files are read in less than a second
-# Our own layout, a plain copy of the hub's repositories, and the folders that the models' READMEs ask for.
+"""SHA-256 of large files that were already read, in the project's folder: {path: [identity, digest]}."""
+KEPT_FROM_BYTES = 2**28  # reading a smaller file takes less than a second
+# The project's own layout, a plain copy of the hub's repositories, and the folders from the models' READMEs.
 FOLDERS = ("", "models", "longlive_models/models", "wan_models", "checkpoints", "chunkwise")
 _PLACES = tuple(dict.fromkeys(place for spec in MODELS.values() for place in spec.checkpoint.files.values()))
 
@@ -30,7 +30,7 @@ _PLACES = tuple(dict.fromkeys(place for spec in MODELS.values() for place in spe
 class WeightFiles:
     """The files of one weights folder; without `root` the weights are random.
 
-    `containers` are the keys under which the transformer's torch file may keep its tensors
+    `containers` are the keys that may hold the transformer's tensors in its torch file
     (`specs.CheckpointFiles`).
     """
 
@@ -44,20 +44,20 @@ class WeightFiles:
 
     @property
     def kind(self) -> str:
-        """`random`, or `files`: their layout is the official one, only their SHA-256 can tell if they are."""
+        """`random` or `files`. Only their SHA-256 shows whether files are the official ones."""
         return "random" if self.root is None else "files"
 
     def sha256(self, parts: Iterable[str] = PARTS) -> dict[str, str]:
-        """SHA-256 of the files of `parts`. A file is read once, about a second per GB, and again when its
-        size, times or inode have changed.
+        """SHA-256 of the files of `parts`. A file is read once, at about a second per GB, and again if its
+        size, times or inode change.
         """
         paths = {part: getattr(self, part) for part in parts}
         return {part: known_sha256(path) for part, path in paths.items() if path and path.is_file()}
 
 
 def known_sha256(path: Path) -> str:
-    """SHA-256 of a file, read only if it was not read before as it is now; that of a large one is kept in
-    `DIGESTS_FILE`. Where nothing can be kept, it is read again.
+    """SHA-256 of a file, computed only if the file is new or has changed. Digests of large files are stored
+    in `DIGESTS_FILE`; if that is impossible, the file is read each time.
     """
     path = path.resolve()
     identity = _identity(path)
@@ -70,14 +70,14 @@ def known_sha256(path: Path) -> str:
     if (known := kept.get(str(path))) and known[0] == list(identity):
         return known[1]
     digest = _read_sha256(path, identity)
-    if identity == _identity(path):  # nobody wrote to it meanwhile
+    if identity == _identity(path):  # nobody wrote to it in the meantime
         with contextlib.suppress(UserError, ValueError), atomic_path(store) as temporary:
             temporary.write_text(json.dumps({**kept, str(path): [identity, digest]}), encoding="utf-8")
     return digest
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:
-    """What changes when a file is written, moved into place or replaced: size, both times, inode."""
+    """Values that change when a file is written, moved into place or replaced: size, both times, inode."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
@@ -88,15 +88,15 @@ def _read_sha256(path: Path, identity: tuple[int, int, int, int]) -> str:
 
 
 def resolve_weights(weights: str | Path, model: ModelSpec, parts: Iterable[str] = PARTS) -> WeightFiles:
-    """Find the files of `model` in `weights`: "random", or a folder that `longlive_opt.fetch` or the model's
-    own README filled. Parts that the model has not, such as an adapter, are left out.
+    """Find the files of `model` in `weights`: "random", or a folder filled by `longlive_opt.fetch` or by the
+    model's own README. Parts that the model does not have, such as an adapter, are left out.
 
-    A relative folder is seen from the project's. Where a `.safetensors` file stands next to the torch file of
-    the same stem, it is the one taken.
+    A relative folder starts at the project's. If a `.safetensors` file and a torch file have the same stem,
+    the `.safetensors` file is used.
 
     Raises:
-        UserError: no such folder, one inside the folder that is meant, or a part is missing; names every
-            missing file and the command to get it.
+        UserError: the folder does not exist, its parent is the weights folder, or a part is missing; names
+            every missing file and the command to get it.
     """
     if str(weights) == "random":
         return WeightFiles()
@@ -104,7 +104,7 @@ def resolve_weights(weights: str | Path, model: ModelSpec, parts: Iterable[str] 
     places = {part: model.checkpoint.files[part] for part in parts if part in model.checkpoint.files}
     outer = _outer(root, places.values())
     if outer:
-        raise UserError(f"weights: {str(weights)!r} lies inside the weights folder; name its parent, "
+        raise UserError(f"weights: {str(weights)!r} is inside the weights folder; name its parent, "
                         f"{outer}.")
     if not root.is_dir():
         raise UserError(f"weights: {str(weights)!r} is neither 'random' nor a folder; name one, or "
@@ -119,7 +119,7 @@ def resolve_weights(weights: str | Path, model: ModelSpec, parts: Iterable[str] 
 
 
 def check_weights(weights: str | Path, model: ModelSpec) -> WeightFiles:
-    """The files of `weights`: there, whole and of `model`, as far as their headers can tell.
+    """Return the files of `weights` if they exist, are complete and, according to their headers, fit `model`.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -136,7 +136,7 @@ def check_weights(weights: str | Path, model: ModelSpec) -> WeightFiles:
 
 
 def _check_size(weights: str | Path, model: ModelSpec) -> None:
-    """Refuse the transformer of another size. Of a torch file only torch can tell the shapes."""
+    """Refuse a transformer of another size. Torch files are not checked: reading their shapes needs torch."""
     path = _find(project_path(Path(weights).expanduser()), model.checkpoint.files["dit"])
     if path is None or path.suffix != ".safetensors" or not path.is_file() or not path.stat().st_size:
         return
@@ -145,13 +145,13 @@ def _check_size(weights: str | Path, model: ModelSpec) -> None:
             if name.endswith("patch_embedding.weight") and tensor.get("shape")]
     if dims and dims[0] != model.dit.dim:
         official = ", ".join(spec.name for spec in MODELS.values() if spec.checkpoint.sources)
-        raise UserError(f"weights: {str(weights)!r} holds a transformer of {dims[0]} channels, and model: "
+        raise UserError(f"weights: {str(weights)!r} holds a transformer of {dims[0]} channels, but model: "
                         f"{model.name!r} has {model.dit.dim}; use {TINY_WEIGHTS} with tiny, the official "
                         f"files with {official}, or random with any.")
 
 
 def check_start(path: Path) -> None:
-    """Refuse what a look at the size and the first bytes of a weights file can tell.
+    """Refuse a weights file whose size or first bytes are wrong.
 
     Raises:
         UserError: naming the file, what is wrong with it and the remedy.
@@ -163,7 +163,7 @@ def check_start(path: Path) -> None:
 
 def _problem(path: Path) -> str | None:
     if path.is_dir():
-        return "is a folder where a file is needed"
+        return "is a folder instead of a file"
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -174,19 +174,19 @@ def _problem(path: Path) -> str | None:
     if not start:
         return "is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, no weights (see 'git lfs pull')"
+        return "is a git-lfs pointer, not weights (see 'git lfs pull')"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, no weights"
+        return "is a web page, not weights"
     if path.suffix == ".safetensors":
-        return None if safetensors_header(path) else "is damaged, cut short or no safetensors file"
+        return None if safetensors_header(path) else "is damaged, cut short or not a safetensors file"
     if start.startswith(b"PK\x03\x04"):
         return None if zipfile.is_zipfile(path) else "is cut short"
     return None if start.startswith(b"\x80") or path.suffix == ".json" else "is not a torch file"
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:
-    """`shape` and `data_offsets` of every tensor by name, or None where the file is not whole: 8 bytes tell
-    the length of this JSON, and the tensors fill the file to its end.
+    """`shape` and `data_offsets` of every tensor by name, or None if the file is incomplete. The first 8
+    bytes give the length of this JSON header, and the tensors fill the rest of the file.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -201,21 +201,21 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
 
 
 def is_tiny(path: Path) -> bool:
-    """Whether `path` is, or lies in, the folder of weights that comes with the project."""
+    """Whether `path` is, or is inside, the folder of weights that comes with the project."""
     return project_path(TINY_WEIGHTS) in (path, *path.parents)
 
 
 def remedy(path: Path, folder: Path | str = "DIR", model: ModelSpec | None = None) -> str:
-    """What to do where `path`, a weights folder (`folder`, if it is known) or a file in one, is missing or
-    damaged. Fetching brings an official model in torch files, which are not taken where there is a
-    safetensors file, and do not fit into the folder of a small model.
+    """The remedy if `path`, a weights folder or a file in one (`folder`, if known), is missing or damaged.
+    Fetching an official model brings torch files. These are ignored where a safetensors file exists, and do
+    not fit in the folder of a small model.
     """
     if is_tiny(path):
         return f"run 'git checkout {TINY_WEIGHTS}'"
     deepest = max(len(Path(place).parts) for place in _PLACES)
     around = (path, *path.parents[:deepest + 1])
     if path.suffix == ".safetensors" or any(map(_is_safetensors, around)):
-        return f"copy it again from where it came, such as {TINY_WEIGHTS}"
+        return f"copy it again from its source, such as {TINY_WEIGHTS}"
     if model is not None and not model.checkpoint.sources:
         return f"use {TINY_WEIGHTS}, which comes with the project"
     default = model is None or model.name == LONGLIVE
@@ -223,13 +223,13 @@ def remedy(path: Path, folder: Path | str = "DIR", model: ModelSpec | None = Non
 
 
 def _is_safetensors(root: Path) -> bool:
-    """Whether the weights in `root` are safetensors files only: a training's, or a copy of one's."""
+    """Whether the weights in `root` are only safetensors files, as training writes them."""
     found = [_find(root, name) for name in _PLACES if Path(name).suffix]
     return {path.suffix for path in found if path} == {".safetensors"}
 
 
 def _outer(root: Path, places: Iterable[str]) -> Path | None:
-    """The folder around `root` that holds more of `places` than `root` does, if there is one."""
+    """The folder around `root` that holds more of `places` than `root` does; None if there is none."""
     places = tuple(places)
     held = {folder: sum(_find(folder, place) is not None for place in places)
             for folder in (root, *root.parents)}

@@ -1,8 +1,8 @@
-"""Weights into modules: official checkpoints with the LoRA merged on the way, or seeded random values.
+"""Load weights into modules: official ones with the LoRA (low-rank adapter) merged, or seeded random ones.
 
-A module is built on the meta device and then filled tensor by tensor on its final device in its final dtype,
-so neither the host nor the device ever holds a second copy of the model. Names, shapes and dtypes are checked
-from the headers of the files before any tensor is read.
+A module is built on the meta device and then filled tensor by tensor on its final device in its final dtype.
+So neither host nor device ever holds a second copy of the model. Names, shapes and dtypes are checked from
+the files' headers before any tensor is read.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 LORA_ALPHA = 256.0
 WINDOW_TOKENS = 18_720
-"""Keys of the full window of LongLive-1.3B at 480 x 832: 12 latent frames of 1,560 tokens."""
+"""Keys in the full window of LongLive-1.3B at 480 x 832: 12 latent frames of 1,560 tokens."""
 KEYS_THAT_COUNT = 30
 _DRAWN_AT_ONCE = 2**24
 LORA_NAME = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
 
 
 class WeightsReport(TypedDict):
-    """What was loaded; goes into the results. `files` maps a part to its file's name and size in bytes."""
+    """A report of the loaded weights for the results. `files` maps a part to its file's name and bytes."""
 
     kind: str
     seed: int | None
@@ -54,9 +54,9 @@ class WeightsReport(TypedDict):
 
 @dataclass(frozen=True)
 class LoRA:
-    """A low-rank adapter (arXiv:2106.09685): W of every target becomes W + alpha / rank * B @ A.
+    """A low-rank adapter (arXiv:2106.09685) that changes each target weight W to W + alpha / rank * B @ A.
 
-    `targets` maps a weight's name to the names of its A [rank, in] and B [out, rank], and the rank.
+    `targets` maps a weight's name to the names of its A [rank, in] and B [out, rank], and to the rank.
     """
 
     checkpoint: Checkpoint
@@ -64,7 +64,7 @@ class LoRA:
     alpha: float
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """The merged weight, in float32 on the weight's device, if `name` is a target; else the weight."""
+        """Return the merged weight in float32 on the weight's device; if `name` is no target, the weight."""
         if name not in self.targets:
             return weight
         name_a, name_b, rank = self.targets[name]
@@ -73,10 +73,11 @@ class LoRA:
 
 
 def open_lora(path: Path, module: nn.Module, alpha: float) -> LoRA:
-    """Open a PEFT adapter and match it with the weights of `module`.
+    """Open a PEFT (parameter-efficient fine-tuning) adapter and match it with the weights of `module`.
 
     Raises:
-        UserError: naming every tensor that is no half of a LoRA, or has no other half, no target or no fit.
+        UserError: naming every tensor that is not a LoRA half, lacks its other half or target, or does not
+        fit.
     """
     checkpoint = open_checkpoint(path, ("generator_lora", None))
     shapes = _shapes(module)
@@ -106,12 +107,13 @@ def open_lora(path: Path, module: nn.Module, alpha: float) -> LoRA:
 
 def fill_(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype,
           lora: LoRA | None = None) -> None:
-    """Give `module`, wherever it is (meta included), the checkpoint's values on `device` in `dtype`.
+    """Fill `module`, on any device (meta included), with the checkpoint's values on `device` in `dtype`.
 
-    The LoRA is merged in float32, and the sum rounded once.
+    The LoRA is merged in float32, and the sum is rounded once.
 
     Raises:
-        UserError: names, shapes or dtypes do not fit (before anything is read), or there is NaN or infinity.
+        UserError: names, shapes or dtypes do not fit (before anything is read), or a value is NaN or
+        infinite.
     """
     _check_headers(checkpoint, module)
     tensors, sums = {}, []
@@ -149,20 +151,19 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype: torch.dtype,
                  keep_on: str | None = None, window_tokens: int = WINDOW_TOKENS) -> None:
-    """Give `module`, wherever it is (meta included), seeded random values on `device`; each tensor goes to
-    the device `keep_on`, if one is given, before the next is drawn.
+    """Fill `module`, on any device (meta included), with seeded random values on `device`. If `keep_on` is
+    given, each tensor moves to that device before the next is drawn.
 
-    Values are drawn in float32 and rounded to `dtype`, so that modules of one seed in float32 and in bfloat16
-    hold the same model. Every tensor has a stream of its own, seeded by `seed` and its name, so that order
-    does not matter. CPU and CUDA draw different values.
+    Values are drawn in float32 and rounded to `dtype`, so modules with one seed hold the same model in
+    float32 and bfloat16. `seed` and a tensor's name seed its own stream, so the order does not matter. CPU
+    and CUDA draw different values.
 
-    The weights are demanding: attention looks at a few dozen of its keys and not at all of them alike, and
-    what it finds matters. So a change of the prompt, of the attention sink or of the recache shows in the
-    frames, as it would with trained weights, and the error of an optimization is not hidden by noise that
-    all variants share.
+    The weights make attention selective: it looks unequally at a few dozen of its keys, and the result
+    matters. So changes of the prompt, the attention sink or the recache show in the frames, as with trained
+    weights, and noise common to all presets does not hide the error of an optimization.
 
     Args:
-        window_tokens: keys of a full attention window. The norms of queries and keys grow with it.
+        window_tokens: keys in a full attention window. The norms of queries and keys grow with it.
     """
     generator = torch.Generator(device=device)
     config = getattr(module, "config", None)
@@ -182,18 +183,17 @@ def random_init_(module: nn.Module, seed: int, device: torch.device | str, dtype
 
 
 def attention_norm(window_tokens: int) -> float:
-    """Mean of the random weights of the norms of queries and keys, q: normalised, both have elements of size
-    q, so that their logits have the standard deviation s = q^2. Of n keys about n exp(-s^2) then count;
-    q = ln(n / 30)^(1/4) leaves 30 whatever n is. Fewer than 30 e keys are treated as 30 e: q is never below
-    1, the weight of a norm that was not trained.
+    """Mean of the random weights of the query and key norms, q. Normalised queries and keys have elements of
+    size q, so their logits have the standard deviation s = q^2. Of n keys, about n exp(-s^2) then count; q =
+    ln(n / 30)^(1/4) leaves 30 for any n. Fewer than 30 e keys are treated as 30 e, so q is at least 1, the
+    weight of an untrained norm.
     """
     return math.log(max(window_tokens / KEYS_THAT_COUNT, math.e)) ** 0.25
 
 
 def _random_scales(name: str, shape: tuple[int, ...], window_tokens: int,
                    text_head_dim: int) -> list[tuple[float, float]]:
-    """Mean and standard deviation of a random tensor by its role, or of its equal parts, one after the other.
-    """
+    """Mean and standard deviation of a random tensor by its role, or of its equal consecutive parts."""
     fan = torch.Size(shape[1:]).numel()
     if name.endswith(".bias"):
         return [(0.0, 0.02)]
@@ -216,13 +216,13 @@ def _random_scales(name: str, shape: tuple[int, ...], window_tokens: int,
 
 
 _GAINS = {"time_projection": 0.4, "attention output": 2.0, "vae branch": 0.5, "vae head": 0.7}
-"""Of matrices and convolutions: standard deviation times the root of the fan-in; all others 1. What attention
-returns is an average and small, and its output has to matter.
+"""Standard deviation times the square root of the fan-in, for matrices and convolutions; all others have 1.
+Attention's output is an average and therefore small, but has to matter.
 """
 
 
 def _role(name: str) -> str:
-    """The key of `_GAINS` for a matrix or convolution, empty for most."""
+    """The key in `_GAINS` for a matrix or convolution; empty for most."""
     if name.startswith("time_projection."):
         return "time_projection"
     if name.endswith((".self_attn.o.weight", ".cross_attn.o.weight")):
@@ -233,19 +233,19 @@ def _role(name: str) -> str:
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device | str) -> None:
-    """Make `tensors` the parameters of `module`, for inference: evaluation mode, no gradients."""
+    """Make `tensors` the parameters of `module` for inference: evaluation mode, no gradients."""
     module.load_state_dict(tensors, strict=True, assign=True)
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if left:
-        raise RuntimeError(f"{type(module).__name__}: the buffers {listed(left)} come from no checkpoint and "
-                           "were built on the meta device; compute them when they are used.")
+        raise RuntimeError(f"{type(module).__name__}: the buffers {listed(left)} are not in the checkpoint "
+                           "and were built on the meta device; compute them when they are used.")
     module.to(device).eval().requires_grad_(False)
 
 
 def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
              seed: int = 0, lora_alpha: float = LORA_ALPHA,
              window_tokens: int = WINDOW_TOKENS) -> tuple[CausalDiT, WeightsReport]:
-    """The transformer for inference on `device`: from `files`, the LoRA merged, or random from `seed`.
+    """Load the transformer for inference: from `files` with the LoRA merged, or random from `seed`.
 
     `window_tokens` is for random weights (`random_init_`).
 
@@ -260,7 +260,7 @@ def load_dit(config: DiTConfig, files: WeightFiles, device: torch.device | str, 
 
 def load_vae(config: VAEConfig, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
              seed: int = 0) -> tuple[WanVAE, WeightsReport]:
-    """The VAE, as `load_dit`."""
+    """Load the VAE like `load_dit`."""
     with torch.device("meta"):
         module = WanVAE(config)
     return module, _load(module, "vae", files, device, dtype, seed)
@@ -268,14 +268,14 @@ def load_vae(config: VAEConfig, files: WeightFiles, device: torch.device | str, 
 
 def open_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: torch.device | str,
                       dtype: torch.dtype, seed: int = 0, sha256: str | None = None) -> TextEncoder:
-    """The text encoder with its tokenizer (for random weights the byte-level stand-in); its weights are
-    loaded when it is first used.
+    """Open the text encoder and its tokenizer (for random weights, the byte-level stand-in); the weights are
+    loaded at their first use.
 
     Args:
-        sha256: of the weights' file; None reads the file to find out.
+        sha256: of the weights' file; None computes it from the file.
 
     Raises:
-        UserError: the tokenizer is missing or does not fit the config; on loading, as `load_dit`.
+        UserError: the tokenizer is missing or does not fit the config; when loading, as in `load_dit`.
     """
     tokenizer = load_tokenizer(files.tokenizer or "bytes", config.text_len)
     drawn = f"seed {seed} on {torch.device(device).type}"
@@ -292,8 +292,7 @@ def open_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: tor
 def _load(module: nn.Module, part: str, files: WeightFiles, device: torch.device | str, dtype: torch.dtype,
           seed: int, containers: tuple[str | None, ...] = (None,), lora_alpha: float = LORA_ALPHA,
           keep_on: str | None = None, window_tokens: int = WINDOW_TOKENS) -> WeightsReport:
-    """Fill `module` from `files` or, where they are random, from `seed`; it ends up on `device` or `keep_on`.
-    """
+    """Fill `module` from `files` or, if they are random, from `seed`; it ends up on `device` or `keep_on`."""
     started = time.perf_counter()
     used: dict[str, Path] = {}
     lora = None

@@ -1,4 +1,4 @@
-"""The optimizations: which there are, in which order they are applied, and what goes with what."""
+"""All optimizations: the order in which they are applied, and which ones go together."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .vae_switches import CudnnBenchmark, VAEChannelsLast, VAEChunk
 
 
 def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
-    """The optimizations that a preset's flags switch on, in order of application: caches, how the VAE is
-    called, then what runs the passes (compiled code can be captured, captured code cannot be compiled), then
-    what wraps whole stages.
+    """Return the optimizations that a preset switches on, in order of application: caches, VAE calls, then
+    what runs the passes (compiled code can be captured, captured code cannot be compiled), then what wraps
+    whole stages.
     """
     switches = config.vae_switches
     table: list[tuple[bool, Optimization]] = [
@@ -53,10 +53,10 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
 def build_pipeline(config: ExperimentConfig) -> Pipeline:
     """Load the model and apply every optimization of the preset.
 
-    With a prompt cache on disk the text encoder is not loaded before a prompt comes that is not there.
+    With a prompt cache on disk, the text encoder is loaded only when a prompt is not in the cache.
 
     Raises:
-        UserError: weights or device are missing, or an optimization cannot be applied here and says why.
+        UserError: weights or the device are missing, or an optimization cannot be applied here.
     """
     pipeline = build_reference(config)
     for optimization in optimizations_of(config):

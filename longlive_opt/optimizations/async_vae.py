@@ -1,13 +1,13 @@
 """Async VAE: decode a block while the next one is denoised.
 
-Idea: frames of block k are decoded on their own CUDA stream (on the CPU: a worker thread) while block k + 1
-is denoised; the hand-over is double-buffered, so that at most one decode runs behind. Chunks come in order,
-one block later at the most.
+Idea: frames of block k are decoded on their own CUDA stream (on the CPU, in a worker thread) while block k +
+1 is denoised. The hand-over is double-buffered, so at most one decode is outstanding. Chunks come in order
+and at most one block later.
 
-Component: `make_decoder`. Costs: one more block of frames in memory, and up to one
-block of delay for each chunk, prompt switches included. It hides launch gaps and hands out frames while the
-host works; on one GPU it cannot remove compute, since both streams share the same multiprocessors. Bit-exact:
-the same kernels on the same numbers.
+Replaces: `make_decoder`. Costs: memory for one more block of frames, and up to one block of delay for each
+chunk, prompt switches included. It hides launch gaps and delivers frames while the host works. On one GPU it
+cannot remove compute, because both streams share the multiprocessors. Bit-exact: the same kernels on the same
+numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AsyncVAE(Optimization):
 
 
 IN_FLIGHT = 1
-"""Blocks whose decode may still run when `push` returns."""
+"""Number of blocks whose decode may still run when `push` returns."""
 
 
 class ThreadDecoder:
@@ -68,7 +68,7 @@ class ThreadDecoder:
 
     def reset(self) -> None:
         while self._pending:
-            self._pending.popleft().exception()  # waits; nobody asks for these blocks any more
+            self._pending.popleft().exception()  # wait; the results are no longer needed
         self._inner.reset()
 
     def _collect(self, due: Callable[[], bool]) -> list[Tensor]:
@@ -79,19 +79,19 @@ class ThreadDecoder:
 
 
 class StreamDecoder:
-    """Decodes on a CUDA stream of its own, behind the latents' stream and in order."""
+    """Decodes in order on its own CUDA stream, behind the latents' stream."""
 
     def __init__(self, inner: InlineDecoder, device: torch.device):
         self._inner = inner
         self._device = device
-        # Frames that are nearly done go before a block that has just begun.
+        # Frames that are almost done take priority over a block that has just begun.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pending: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
 
     def push(self, latents: Tensor) -> list[Tensor]:
         denoising = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(denoising)
-        # The allocator must not hand out the latents' memory again before this stream has read them.
+        # The allocator must not reuse the latents' memory before this stream has read them.
         latents.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             frames, done = self._inner.enqueue(latents), torch.cuda.Event()

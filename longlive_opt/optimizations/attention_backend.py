@@ -1,11 +1,11 @@
-"""Attention in bf16 by the project's own kernel.
+"""Attention in bf16 with the project's own kernel.
 
-Idea: with 18,720 keys the Gluon kernel of `kernels.attention_gluon` is a quarter faster than cuDNN's on an
-H100, since it fills the last wave of programs and overlaps the exponentials with the products.
+Idea: with 18,720 keys on an H100, the Gluon kernel of `kernels.attention_gluon` is a quarter faster than
+cuDNN's. It fills the last wave of programs and overlaps the exponentials with the matrix products.
 
-Replaces: the attention function of the reference, where it is built, so that every cache and every pass of a
-pipeline uses the same one. Costs: its kernel is compiled once. No help with an 8-bit cache that is read as it
-is stored, which has a kernel of its own. Equal within rounding: sums run in another order.
+Replaces: the attention function where the reference builds it, so every cache and every pass of a pipeline
+uses the same one. Costs: compiling the kernel once. It does not help with an 8-bit cache that is read as
+stored, which has its own kernel. Equal within rounding: sums run in another order.
 """
 
 from __future__ import annotations

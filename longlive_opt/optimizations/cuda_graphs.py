@@ -1,16 +1,16 @@
-"""CUDA graphs: capture each kind of transformer pass once, replay it afterwards.
+"""CUDA graphs: capture each kind of transformer pass once and replay it afterwards.
 
 Idea: a pass is a few thousand kernel launches that are the same every time; replaying them costs one launch.
-What changes between replays, changes in memory at fixed addresses: the latents and the prompt are copied in,
-and the cache keeps its slots and rotation tables where they are (`KVCache.signature` says which passes are
-alike). Positions, ring and roll therefore need no recapture; a new kind of pass (another fill of the window,
-a recache, another timestep) runs eagerly once and is captured for the next time.
+Data that changes between replays stays at fixed addresses: latents and prompt are copied in, and the cache
+keeps its slots and rotation tables in place (`KVCache.signature` says which passes are alike). Positions,
+ring and roll therefore need no recapture. A new kind of pass (another fill of the window, a recache, another
+timestep) runs eagerly once and is captured for the next time.
 
-Component: `sampler.forward`. Costs: the graphs' private memory and the capture time, both reported. Most of
-that memory is a recache's, whose activations are three to four times a block's; `capture_recache: false`
-leaves recaches as they are, which launches of such large kernels hardly make slower. Does not help where the
-GPU is busy anyway: launches of large kernels already overlap with the kernels before them. Bit-exact: the
-same kernels on the same numbers.
+Replaces: `sampler.forward`. Costs: the graphs' private memory and the capture time; both are reported. A
+recache takes most of the memory, because its activations are three to four times a block's. `capture_recache:
+false` leaves recaches eager, which hardly slows down such large kernels. It does not help on a busy GPU:
+launches of large kernels already overlap with the previous kernels. Bit-exact: the same kernels on the same
+numbers.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class CudaGraphs(Optimization):
 
 
 def graphed(pipeline: Pipeline, inner: Forward) -> GraphedForward:
-    """`inner` as the graphs that the pipeline's preset asks for."""
+    """Wrap `inner` in the graphs that the pipeline's preset requests."""
     config = pipeline.config
     return GraphedForward(inner, pipeline.device, None if config.capture_recache else config.block_frames)
 
 
 @dataclass
 class GraphStats:
-    """Counts, seconds and bytes of capture."""
+    """Counts, seconds and bytes of captures."""
 
     captured: int = 0
     replayed: int = 0
@@ -74,8 +74,8 @@ class _Captured:
 
 @dataclass
 class GraphedForward:
-    """Replays captured passes of `inner`. The flow it returns is overwritten by the next call. Passes of more
-    than `max_frames` latent frames, if that is given, run as they are.
+    """Replays captured passes of `inner`. The next call overwrites the returned flow. Passes of more than
+    `max_frames` latent frames, if given, run eagerly.
     """
 
     inner: Forward
@@ -86,7 +86,7 @@ class GraphedForward:
     def __post_init__(self) -> None:
         if self.device.type != "cuda":
             raise NotAvailable(
-                f"use_cuda_graphs: CUDA graphs need device: cuda, and this run is on {self.device.type}."
+                f"use_cuda_graphs: CUDA graphs need device: cuda, but this run is on {self.device.type}."
             )
         self._pool: Any = None
         self._graphs: dict[Any, _Captured] = {}
@@ -100,8 +100,8 @@ class GraphedForward:
             self.stats.eager += 1
             return self.inner(latents, timestep, text, cache, keys_only=keys_only)
         if self._cache() is not cache:
-            # Graphs point into the memory of one cache. Their pool cannot be captured into again while anyone
-            # still holds a flow of theirs, so the new ones get their own.
+            # Graphs point into the memory of one cache. Their pool cannot capture again while anyone holds a
+            # flow from it, so the new graphs get their own pool.
             self._graphs.clear()
             self._pool = torch.cuda.graph_pool_handle()
             self._cache = weakref.ref(cache)
@@ -130,8 +130,8 @@ class GraphedForward:
 
     def _capture(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache,
                  keys_only: bool) -> _Captured:
-        """Record the pass that `inner` just ran; nothing is executed, so the cache stays as it is."""
-        # Capture empties the allocator's cache too; before it, the difference shows the graph alone.
+        """Record the pass that `inner` just ran. Nothing is executed, so the cache does not change."""
+        # Capture empties the allocator's cache too; doing so first makes the difference show the graph alone.
         torch.cuda.empty_cache()
         started, before = time.perf_counter(), torch.cuda.memory_reserved(self.device)
         graph, static_latents = torch.cuda.CUDAGraph(), latents.clone()

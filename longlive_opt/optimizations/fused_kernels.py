@@ -1,24 +1,24 @@
-"""Fused kernels: a transformer block as its matrix products, attention, and one Triton kernel in each gap.
+"""Fused kernels: a transformer block as its linear layers, attention, and one Triton kernel in each gap.
 
-Idea: between two products a block reads and writes its 14 MB of activations many times over: norms,
-modulation, rotation, cache writes, gates. One kernel a gap reads and writes them once:
+Idea: between two linear layers, a block reads and writes its 14 MB of activations many times, for norms,
+modulation, rotation, cache writes and gates. One kernel per gap reads and writes them once:
 
-    q, k, v product | RMS norms + rotation + cache write | self-attention | output product
-    | gate + residual + norm 3 | query product | RMS norm | cross-attention | output product
-    | residual + norm 2 + modulation | product with GELU | product
+    q, k, v layer | RMS norms + rotation + cache write | self-attention | output layer
+    | gate + residual + norm 3 | query layer | RMS norm | cross-attention | output layer
+    | residual + norm 2 + modulation | layer with GELU | layer
     | gate + residual + norm 1 and modulation of the next block, or the head's
 
-Keys and values go straight from the product into their slots of the ring, in bf16 or in 8 bit. The weights
-of q, k and v are joined and multiplied once. What depends on the timestep alone, its embedding and all
-modulation vectors, is computed once; the clean pass ends with the last block's keys and values.
+Keys and values go directly to their slots of the ring, in bf16 or in 8 bit. The weights of q, k and v are
+joined and multiplied once. The embedding and all modulation vectors depend only on the timestep and are
+computed once. The clean pass ends with the last block's keys and values.
 
-Component: `sampler.forward`. Needs a cache of fixed memory (`use_static_kv` or `use_quantized_kv`). With
-`use_torch_compile` the VAE is compiled and the transformer is not; CUDA graphs can capture its passes.
+Replaces: `sampler.forward`. Needs a cache of fixed memory (`use_static_kv` or `use_quantized_kv`). With
+`use_torch_compile`, the VAE is compiled and the transformer is not; CUDA graphs can capture its passes.
 
-Costs: no memory for weights, since q's, k's and v's become views of the joined ones, block by block; the
-vectors of a timestep take 2 to 7 MB at full size. On the CPU each kernel is plain PyTorch.
-Equal within rounding: the kernels round where eager PyTorch does, but sums run in another order, rotation is
-in float32, and on CUDA GELU is applied before its input is rounded.
+Costs: no memory for weights, because q's, k's and v's become views of the joined ones, block by block; the
+vectors of a timestep take 2 to 7 MB at full size. On the CPU each kernel is plain PyTorch. Equal within
+rounding: the kernels round where eager PyTorch does, but sums run in another order, rotation is in float32,
+and on CUDA GELU is applied before its input is rounded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .base import Exactness, Optimization
 from .ring_cache import RingKVCache, RingLayer
 
 Operand = TypeVar("Operand")
-"""What a product takes: activations [B, L, dim] in the model's dtype, or something made of them."""
+"""Input of a linear layer: activations [B, L, dim] in the model's dtype, or their 8-bit form."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class FusedKernels(Optimization):
         products = [PlainProducts(block) for block in dit.blocks]
         forward = FusedForward(dit, products)
         pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
-        kernels = "Triton kernels" if cuda else "plain PyTorch, one operator a kernel (CPU)"
+        kernels = "Triton kernels" if cuda else "plain PyTorch, one operator per kernel (CPU)"
         return self.report(
-            pipeline, f"{len(dit.blocks)} transformer blocks on {kernels}; q, k and v are one product, whose "
-                      "weights the separate ones share",
+            pipeline, f"{len(dit.blocks)} transformer blocks on {kernels}; q, k and v are one linear layer, "
+                      "which shares its weights with the separate ones",
             joined_weight_bytes=sum(own.weight.nbytes + own.bias.nbytes for own in products))
 
 
@@ -68,12 +68,12 @@ def check_triton(head_dim: int) -> None:
     """Check that the kernels can run on CUDA.
 
     Raises:
-        NotAvailable: Triton is missing, or what it needs to start kernels.
-        UserError: the model's heads are of a size that they do not take.
+        NotAvailable: Triton, or something it needs to start kernels, is missing.
+        UserError: the kernels do not support the size of the model's heads.
     """
     compilers.check_triton("use_fused_kernels")
     if head_dim & (head_dim - 1):
-        raise UserError(f"use_fused_kernels: the kernels take heads of 2^n channels, and this model has "
+        raise UserError(f"use_fused_kernels: the kernels take heads of 2^n channels, but this model has "
                         f"{head_dim}; switch use_fused_kernels off.")
 
 
@@ -89,8 +89,8 @@ class Modulation(NamedTuple):
 
 
 class TimeTable(NamedTuple):
-    """All that a timestep decides: the vectors of each block, and shift and scale [B, F, dim] of the norm
-    that follows it, which is the next block's or the head's.
+    """Everything that depends on a timestep: the vectors of each block, and shift and scale [B, F, dim] of
+    the norm that follows it, which is the next block's or the head's.
     """
 
     blocks: list[Modulation]
@@ -98,9 +98,9 @@ class TimeTable(NamedTuple):
 
 
 class Products(Protocol[Operand]):
-    """The linear layers of a block that have a norm before them, and the norms that make what they take: an
-    optimization may round both to fewer bits. `norm_qkv` is `fused.layernorm_modulate`; the others are the
-    two of `fused` that add to the residual stream before they norm, each in its layer's kind of operand.
+    """The linear layers of a block that follow a norm, and the norms that make their inputs; an optimization
+    may round both to fewer bits. `norm_qkv` is `fused.layernorm_modulate`. The others are the two operators
+    of `fused` that add to the residual stream before the norm, each with the output type of its layer.
     """
 
     norm_qkv: Callable[..., Operand]
@@ -109,7 +109,7 @@ class Products(Protocol[Operand]):
     add_norm_up: Callable[..., tuple[Tensor, Operand]]
 
     def qkv(self, h: Operand) -> Tensor:
-        """Self-attention's q, k and v side by side, [B, L, 3 dim]."""
+        """Self-attention's q, k and v, concatenated: [B, L, 3 dim]."""
 
     def query(self, h: Operand) -> Tensor:
         """Cross-attention's q, [B, L, dim]."""
@@ -119,7 +119,7 @@ class Products(Protocol[Operand]):
 
 
 class PlainProducts:
-    """`Products` in the model's dtype. It joins weights of `block`, which goes on working as before."""
+    """`Products` in the model's dtype. It joins weights of `block`, which still works as before."""
 
     norm_qkv = staticmethod(fused.layernorm_modulate)
     add_norm_qkv = add_norm_up = staticmethod(fused.gate_residual_layernorm_modulate)
@@ -129,7 +129,7 @@ class PlainProducts:
         attention = block.self_attn
         self.weight, self.bias = join_linears((attention.q, attention.k, attention.v))
         self.query = block.cross_attn.q
-        # The feed-forward's first layer with its GELU, and its second.
+        # The feed-forward's first layer with its GELU, and its second layer.
         self.up = partial(gelu_linear_cuda if self.weight.is_cuda else gelu_linear, linear=block.ffn[0])
         self.down = block.ffn[2]
 
@@ -144,10 +144,10 @@ class FusedForward:
     """A `Forward` over fused blocks."""
 
     def __init__(self, dit: CausalDiT, products: Sequence[Products]):
-        """Args: products: of each block."""
+        """Args: products: those of each block."""
         self.dit = dit
         self.products = list(products)
-        # A block ends with the norm of the next one's qkv, the last block with that of the head.
+        # A block ends with the norm of the next block's qkv; the last block ends with the head's norm.
         ends = [*(own.add_norm_qkv for own in products[1:]), PlainProducts.add_norm_qkv]
         self._enter = products[0].norm_qkv
         self._blocks = [FusedBlock(*parts) for parts in zip(dit.blocks, products, ends, strict=True)]
@@ -186,15 +186,13 @@ class FusedBlock:
     """The operations of one `DiTBlock`."""
 
     def __init__(self, block: DiTBlock, products: Products, end: Callable[..., tuple[Tensor, Operand]]):
-        """Args: end: `add_norm_qkv` in the kind of operand that what follows the block takes."""
+        """Args: end: `add_norm_qkv` with the output type that the next step needs."""
         self.block = block
         self.products = products
         self._end = end
 
     def write(self, h: Operand, layer: RingLayer) -> Tensor:
-        """Put the keys and values of h, normed and modulated, into `layer`; returns rotated queries [B, L,
-        N, D].
-        """
+        """Write keys and values of the normed, modulated h to `layer`; return rotated q [B, L, N, D]."""
         attention, cache = self.block.self_attn, layer.cache
         qkv = self.products.qkv(h)
         q = fused.qk_norm_rope_write(
@@ -212,7 +210,7 @@ class FusedBlock:
 
     def finish(self, x: Tensor, attended: Tensor, vectors: Modulation, following: tuple[Tensor, Tensor],
                text_key: Tensor, text_value: Tensor, frame_tokens: int) -> tuple[Tensor, Operand]:
-        """What comes after self-attention.
+        """Run the rest of the block after self-attention.
 
         Args:
             x: the residual stream [B, L, dim].
@@ -220,7 +218,7 @@ class FusedBlock:
             following: shift and scale [B, F, dim] of the norm after this block.
 
         Returns:
-            The new residual stream [B, L, dim], and that normed and modulated by `following`.
+            The new residual stream [B, L, dim], and the same normed and modulated by `following`.
         """
         block, products, cross, eps = self.block, self.products, self.block.cross_attn, self.block.norm1.eps
         y = block.self_attn.output(attended)
@@ -236,8 +234,8 @@ class FusedBlock:
 
 @torch.no_grad()
 def join_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """One weight [sum of outputs, inputs] and one bias for several linears of the same input. The linears'
-    own become views of them, so that they go on working and nothing is held twice.
+    """Join several linear layers with the same input: one weight [sum of outputs, inputs] and one bias. The
+    layers' own weights become views of them, so the layers still work and nothing is stored twice.
     """
     weight = torch.cat([linear.weight for linear in linears])
     bias = torch.cat([linear.bias for linear in linears])
@@ -249,13 +247,13 @@ def join_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
 
 
 def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    """GELU, in its tanh form, of a linear."""
+    """GELU, in its tanh form, of a linear layer."""
     return F.gelu(linear(x), approximate="tanh")
 
 
 def gelu_linear_cuda(x: Tensor, linear: nn.Linear) -> Tensor:
-    """The same with GELU in the product's epilogue: 0.204 instead of 0.245 ms at full size on an H100. (On
-    the CPU this operator has the other form of GELU.)
+    """The same with GELU in the matrix product's epilogue: 0.204 instead of 0.245 ms at full size on an H100.
+    (On the CPU this operator uses the other form of GELU.)
     """
     rows = torch_internals.gelu_linear(x.flatten(0, -2), linear.weight, linear.bias)
     return rows.unflatten(0, x.shape[:-1])

@@ -1,30 +1,30 @@
-"""Fused VAE: the decoder's stages as our own convolutions on Hopper, and one kernel for each norm.
+"""Fused VAE: the decoder's stages on our own convolution kernels for Hopper, with one kernel per norm.
 
-Idea: cuDNN's convolution over time wants its two frames of history and its input as one tensor, which is a
-copy of 1.1 GB at 480x832, reaches half of a matrix product's speed at 96 channels, and writes a result that
-another kernel reads to add the residual. `kernels.conv3d` reads the history where it lies and adds bias and
-residual before the result is rounded; an upsampling convolution reads the small picture, with weights that
-are added up where taps fall on the same pixel: 4 products for 9. Norm and SiLU are one pass that also leaves
-the new history behind. (By estimate a norm in the convolution's epilogue would save 4 ms of reads and writes
-a block at most, and cost half of that: three warpgroups would wait for one another, and the tensor core for
-the exponentials.)
+Idea: for a causal convolution, cuDNN needs the two frames of history and the input in one tensor, a copy of
+1.1 GB at 480x832. At 96 channels it reaches half the speed of a large matrix product, and another kernel has
+to read its result to add the residual. `kernels.conv3d` reads the history in place and adds bias and residual
+before the result is rounded. Its upsampling convolution reads the small image and sums the weights of taps
+that read the same pixel, so 4 multiplications replace 9. RMS norm and SiLU are one pass, which also writes
+the new history. (We estimate that a norm in the convolution's epilogue would save at most 4 ms of memory
+traffic per block and cost half of that: three warpgroups would have to synchronize, and the exponentials
+would delay the tensor core.)
 
-A residual block is norm and SiLU | convolution | norm and SiLU | convolution + input. Where a convolution has
-too few tiles for the multiprocessors, which is so at a latent's own size, cuDNN makes it. The first
-convolution and attention stay as they are.
+A residual block is norm + SiLU | convolution | norm + SiLU | convolution + input. Convolutions with too few
+tiles for the multiprocessors, those at the latents' own size, stay on cuDNN. The first convolution and the
+attention block are unchanged.
 
-Component: `make_vae_decoder`. Needs a Hopper GPU and bf16; a block of latents a call, channels last and
-cuDNN's search come with it (`vae_switches`). With `use_torch_compile` the transformer is compiled and the VAE
-is not. On the CPU each kernel is plain PyTorch. Costs: the packed weights, about as much again as the
-decoder's own. Equal within rounding: norm, SiLU and residual keep float32 where eager PyTorch rounds between
-operations; the summed weights of upsampling are rounded once more. Against float32, at full size with random
-weights, the error is 2.6e-3 of pixels in [0, 1], that of cuDNN's convolutions 3.8e-3, compiled 3.5e-3.
+Replaces: `make_vae_decoder`. Needs a Hopper GPU and bf16. By default it also sets a whole block of latents
+per call, channels last and cuDNN's search (`vae_switches`). With `use_torch_compile`, the transformer is
+compiled and the VAE is not. On the CPU each kernel is plain PyTorch. Costs: packed weights, about the size of
+the decoder's own. Equal within rounding: norm, SiLU and residual keep float32 where eager PyTorch rounds
+between operations; the summed weights of upsampling are rounded to bf16 again. RMS error of pixels in [0, 1]
+against float32 (full size, random weights): 2.6e-3; compiled cuDNN 3.5e-3, eager 3.8e-3.
 
-Measured on an H200, 480x832, random weights, median of 60 calls each: three latents a call in 68 to 69 ms (67
-as a CUDA graph) where the compiled decoder takes 103; one latent a call 25 ms. A call's memory peaks at 5.4
-instead of 10.5 GB, weights included. Both decoders run at the GPU's power limit, 690 W, with clocks of 1.5 to
-1.6 GHz. Of the 68 ms, convolutions are 59, norms 5.4, attention 1.6, the last convolution 0.9. Calls of the
-kernels cost 13 to 18 ms of the host, while the GPU is busy.
+Measured on an H200 at 480x832 with random weights, medians of 40 to 60 calls: 68 to 69 ms for three latents
+(67 as a CUDA graph; the compiled decoder takes 103), 25 ms for one. Memory peaks at 5.4 GB instead of 10.5,
+weights included. Both decoders run at the power limit, 690 W, with clocks of 1.5 to 1.6 GHz. The host needs
+13 to 18 ms to launch the kernels of a call, during which the GPU is busy. In one profiled call of 60 ms,
+after a pause that let the clocks rise, convolutions took 52 ms, norms 5.4 and attention 1.6.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from ..streaming.pipeline import Pipeline
 from .base import Exactness, Optimization
 
 LEAST_FILLED = 0.7
-"""Of the work that the multiprocessors do in whole rounds of tiles; below it cuDNN is faster: 0.25 against
-0.31 ms on an H200 for 384 channels at 3 x 60 x 104, where 0.55 is filled.
+"""Least useful share of whole waves of tiles. With less, cuDNN is faster: on an H200 0.25 against 0.31 ms for
+384 channels at 3 x 60 x 104, a share of 0.55.
 """
 
 
@@ -81,7 +81,7 @@ class FusedVAE(Optimization):
 
 
 def check_device(device: torch.device) -> None:
-    """Raise NotAvailable where the kernels cannot run."""
+    """Raise NotAvailable if the kernels cannot run on this device."""
     compilers.check_triton("use_fused_vae")
     try:
         from ..kernels import gluon_api  # noqa: F401
@@ -93,7 +93,7 @@ def check_device(device: torch.device) -> None:
 
 
 def check_network(decoder: Decoder, dtype: torch.dtype) -> None:
-    """Raise UserError for weights that the kernels do not take."""
+    """Raise UserError if the kernels do not support this decoder's dtype or channels."""
     if dtype != torch.bfloat16:
         raise UserError(f"use_fused_vae: its convolutions are in bfloat16, and the model is in {dtype}; set "
                         "model_dtype to bfloat16 or switch use_fused_vae off.")
@@ -111,10 +111,10 @@ def check_network(decoder: Decoder, dtype: torch.dtype) -> None:
 
 
 def fused_stages(decoder: Decoder, planned: bool) -> list[nn.Module]:
-    """What stands in for the decoder's stages; those that are not fused are its own.
+    """The decoder's stages, fused where there is a fused form.
 
     Args:
-        planned: run convolutions as `conv3d.Plan`s, else as PyTorch does.
+        planned: run convolutions by `conv3d.Plan`, else by PyTorch.
     """
     kinds = {ResidualBlock: FusedResidual, Upsample: FusedUpsample, Head: FusedHead}
     return [kinds[type(stage)](stage, planned) if type(stage) in kinds else stage
@@ -133,13 +133,15 @@ class FusedDecoder(StreamingDecoder):
 
 
 class Convolution(nn.Module):
-    """A convolution with what is added to it, by plan or as PyTorch does it; which, its size decides."""
+    """A convolution plus an optional other tensor, by plan or, if that would leave multiprocessors idle, by
+    PyTorch.
+    """
 
     def __init__(self, layer: nn.Conv2d | nn.Conv3d, plan: conv3d.Plan | None,
                  shortcut: nn.Module | None = None):
-        """Args: shortcut: what becomes of the tensor that is added."""
+        """Args: shortcut: applied to the tensor that is added."""
         super().__init__()
-        # In tuples, so that the VAE's own layers have no second owner.
+        # In a tuple, so that the VAE's layers are not registered twice.
         self._layers = (layer, shortcut)
         self.plan = plan
 
@@ -152,11 +154,11 @@ class Convolution(nn.Module):
         return _channels_last(y if shortcut is None else y + shortcut(other))
 
     def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return nn.Conv3d.forward(layer, x)  # a causal one's own `forward` takes a history
+        return nn.Conv3d.forward(layer, x)  # the `forward` of a causal one takes a history
 
 
 def filled(plan: conv3d.Plan, x: Tensor) -> float:
-    """Which part of the multiprocessors' time goes into x, if tiles are done in rounds of one each."""
+    """Useful share of the multiprocessors' time when x is computed in waves of one tile each."""
     _, _, frames, height, width = x.shape
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     tiles = conv3d.tiles(plan, frames, height, width)
@@ -214,7 +216,7 @@ class FusedUpsample(nn.Module):
 
 
 class FrameDoubling(Convolution):
-    """A convolution over time with two frames of result for each of its input."""
+    """A convolution over time that makes two frames of each."""
 
     def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
         halves = nn.Conv3d.forward(layer, x).chunk(2, dim=1)
@@ -222,7 +224,7 @@ class FrameDoubling(Convolution):
 
 
 class Enlarging(Convolution):
-    """A convolution of each frame at twice its height and width."""
+    """A convolution of each frame, upsampled to twice its height and width."""
 
     def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
         frames = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest")
@@ -249,7 +251,7 @@ class FusedHead(nn.Module):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x as it is, or where PyTorch left a single frame in another layout, a copy."""
+    """x, copied only if PyTorch left a single frame in another layout."""
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 

@@ -1,14 +1,13 @@
-"""Prompt cache: remember what a prompt became, so that returning to it costs no text encoder.
+"""Prompt cache: keep encoded prompts, so that returning to a prompt needs no text encoder.
 
-Idea: the cross-attention's keys and values depend on the prompt and the weights alone. A least-recently-used
-table keeps them up to a byte limit; it lives and dies with its pipeline. An optional folder keeps the text
-encoder's output (a few MB a prompt) for later runs; a run whose prompts are all there never loads the
-text encoder.
+Idea: cross-attention's keys and values depend only on the prompt and the weights. A least-recently-used table
+keeps them up to a byte limit, for the lifetime of its pipeline. An optional folder keeps the text encoder's
+output (a few MB per prompt) for later runs. A run whose prompts are all there never loads the text encoder.
 
-On disk an entry belongs to the exact text encoder and tokenizer that made it: their fingerprint is part of
-its name, so a changed encoder never serves a stale entry.
+On disk an entry belongs to the exact text encoder and tokenizer that made it: its name includes their
+fingerprint, so a changed encoder never uses a stale entry.
 
-Component: `encode_prompt`. Costs: memory (94 MB a prompt for LongLive-1.3B in bf16). Does not help with
+Replaces: `encode_prompt`. Costs: memory (94 MB per prompt for LongLive-1.3B in bf16). It does not help with
 prompts that never return. Bit-exact.
 """
 
@@ -55,7 +54,7 @@ class PromptCache(Optimization):
 
 @dataclass
 class PromptStats:
-    """What happened to every request, in order: "hit" (memory), "disk" or "miss"."""
+    """The outcome of every request, in order: "hit" (memory), "disk" or "miss"."""
 
     outcomes: list[str] = field(default_factory=list)
     evicted: int = 0
@@ -66,7 +65,7 @@ class PromptStats:
 
 
 class CachedPrompts:
-    """`encode_prompt` with a memory: text -> TextContext, least recently used first out."""
+    """`encode_prompt` with a memory: text -> TextContext, dropping the least recently used entry first."""
 
     def __init__(
         self,
@@ -107,12 +106,12 @@ class CachedPrompts:
 
 
 class EmbeddingStore:
-    """Text-encoder outputs [1, text_len, dim] as safetensors files, one a prompt; a damaged file counts as
-    absent.
+    """Text-encoder outputs [1, text_len, dim] as safetensors files, one per prompt; a damaged file counts as
+    missing.
     """
 
     def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, ...] | None = None):
-        """Args: shape: of every embedding; None takes any. Raises: UserError: the folder cannot be made."""
+        """Args: shape: that of every embedding; None: any. Raises UserError if `folder` cannot be made."""
         self._fingerprint = fingerprint
         self._shape = shape
         self._folder = folder
@@ -139,7 +138,7 @@ class EmbeddingStore:
                 raise ValueError(f"its shape is {tuple(embedding.shape)}, not {self._shape}")
             return embedding
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            logger.warning("prompt cache: %s is damaged and is made anew (%s)", path.name, error)
+            logger.warning("prompt cache: %s is damaged and will be replaced (%s)", path.name, error)
             return None
 
     def save(self, prompt: str, embedding: Tensor) -> None:

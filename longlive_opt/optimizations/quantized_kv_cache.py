@@ -1,21 +1,22 @@
-"""Quantized KV cache: the ring of `ring_cache` in 8 bit, attended as it is stored.
+"""Quantized KV (key-value) cache: the ring of `ring_cache` in 8 bit, attended as stored.
 
-Idea: keys and values are quantised once, when they are written, to what Hopper's 8-bit matrix products eat,
-and attention multiplies in 8 bit. Reading the cache is 1 ms of a 55 ms pass: the gain is in the products,
-not in bandwidth. Cast back before attention (`kv_read_path: dequantize`, the variant that everybody builds
-first), an 8-bit cache saves memory and pays for it with time.
+Idea: keys and values are quantised once, when written, to the formats of Hopper's 8-bit matrix products, and
+attention multiplies in 8 bit. The gain comes from the matrix products, not from bandwidth: reading the cache
+takes 1 ms of a 55 ms pass. With a cast before attention (`kv_read_path: dequantize`, the variant that is
+usually built first), an 8-bit cache saves memory but costs time.
 
-`kv_quantization`: `int8` is K in int8 with a scale per token and head, and V in e4m3, since a product takes
-two factors of one kind and probabilities want floating point; `fp8` is K and V in e4m3. e4m3 has one fixed
-scale, 1: it covers 0.016 to 448 in full precision and saturates beyond. How much of the cache lies at either
-end is counted once, when the result is put together, and said in the report.
+`kv_quantization`: `int8` stores K in int8 with one scale per token and head, and V in e4m3, because a matrix
+product takes two factors of one kind and probabilities need floating point. `fp8` stores K and V in e4m3.
+e4m3 has one fixed scale, 1: it covers 0.016 to 448 in full precision and saturates beyond. The share of the
+cache at either end is counted once, when the result is assembled, and reported.
 
-Component: `make_cache`, and the sampler's shorter recache. Takes the place of `use_static_kv`, which is the
-same ring in the model's dtype. Half its memory; with relative positions the sink's raw keys stay in full.
+Replaces: `make_cache`, and shortens the sampler's recache. It takes precedence over `use_static_kv`, the same
+ring in the model's dtype. It takes half of that memory; with relative positions, the sink's raw keys stay in
+full precision.
 
-Costs: precision. On random normal data attention is off by 3.8 % RMS (int8) and 5.3 % (fp8), of which storage
-makes 2.8 and 3.9. Does not help where a pass has few keys, or on a GPU before Hopper. On the CPU the kernels
-are emulated: the same arithmetic, slower than float32.
+Costs: precision. On random normal data, attention has an error of 3.8 % RMS (root mean square; int8) and 5.3
+% (fp8), of which storage causes 2.8 and 3.9. It does not help in passes with few keys or on GPUs before
+Hopper. On the CPU the kernels are emulated: the same arithmetic, slower than float32.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ MODES = {"int8": "int8_fp8", "fp8": "fp8_fp8"}
 """`kv_quantization` -> mode of `kernels.quantize`."""
 FORMATS = {"int8": "K int8, V e4m3", "fp8": "K e4m3, V e4m3"}
 HEAD_DIMS = (32, 64, 128, 256)
-"""What the kernels' tiles can hold."""
-# Rows of scales begin on 16 bytes, which the copy engine wants, and V's columns come in groups of 16 anyway.
+"""Head sizes that the kernels' tiles support."""
+# The copy engine needs rows of scales to begin on 16 bytes; V's columns come in groups of 16 anyway.
 SLOT_GROUP = 16
 
 Reader = Callable[[Tensor, Stored, int], Tensor]
@@ -88,27 +89,26 @@ class QuantizedKV(Optimization):
                   else f"{pipeline.attention_backend}, after a cast to {config.model_dtype}")
         done = f"{formats}; attention: {kernel}"
         if config.use_static_kv:
-            done += "; use_static_kv was not applied, this ring takes its place"
+            done += "; use_static_kv was not applied, because this ring replaces it"
         return self.report(pipeline, done, formats=formats, kernel=kernel, e4m3=codes)
 
 
 class CodeCounts:
-    """A `Stats` of the cache that was made last, as its last stream has left it. Once that is forgotten, what
-    was found when it was last asked for stays.
-    """
+    """A `Stats` of the newest cache as its last stream left it; the last counts outlive that cache."""
 
     def __init__(self) -> None:
         self._cache: Callable[[], QuantizedKVCache | None] = lambda: None
         self._found: dict[str, Any] = {}
 
     def watch(self, cache: QuantizedKVCache) -> QuantizedKVCache:
-        """Count this one from now on; it is not kept alive."""
+        """Count this cache from now on, without keeping it alive."""
         self._cache = weakref.ref(cache)
         return cache
 
     def summary(self) -> dict[str, Any]:
-        """Parts of what is stored in e4m3, in percent, and the head of which it is most; empty where no
-        cache ever held anything."""
+        """Shares of the e4m3 values in percent, and the head with the largest share; empty if no cache ever
+        held anything.
+        """
         cache = self._cache()
         counts = {} if cache is None or not cache.pointers[1] else cache.count_codes()
         if not counts:
@@ -130,16 +130,17 @@ def check_kernels(head_dim: int, capability: tuple[int, int]) -> None:
     """Check that the CUDA kernels take this model on a GPU of this compute capability.
 
     Raises:
-        NotAvailable: the GPU is older than Hopper, or Triton, or what it needs to start kernels, is missing.
-        UserError: heads that the kernels do not take.
+        NotAvailable: the GPU is older than Hopper, or Triton or something it needs to start kernels is
+            missing.
+        UserError: the kernels do not support the size of the heads.
     """
     if capability < (9, 0):
-        raise NotAvailable("use_quantized_kv: its kernels need compute capability 9.0 (H100) or newer, and "
+        raise NotAvailable("use_quantized_kv: its kernels need compute capability 9.0 (H100) or newer, but "
                            f"this GPU has {capability[0]}.{capability[1]}; switch on use_static_kv instead.")
     check_triton("use_quantized_kv")
     if head_dim not in HEAD_DIMS:
         raise UserError(f"use_quantized_kv: the kernels take heads of {', '.join(map(str, HEAD_DIMS))} "
-                        f"channels, and this model has {head_dim}; switch on use_static_kv instead.")
+                        f"channels, but this model has {head_dim}; switch on use_static_kv instead.")
 
 
 def choose_tile(geometry: CacheGeometry, mode: str, device: torch.device) -> Tile:
@@ -150,7 +151,7 @@ def choose_tile(geometry: CacheGeometry, mode: str, device: torch.device) -> Til
 
 
 def kernel_name(tile: Tile, device: torch.device) -> str:
-    """What runs, in words; for the report."""
+    """Name the kernel that runs, for the report."""
     if device.type != "cuda":
         return f"PyTorch on the CPU, emulating tiles of {tile.block_n} keys"
     if tile.gluon:
@@ -159,7 +160,7 @@ def kernel_name(tile: Tile, device: torch.device) -> str:
 
 
 def dequantized_attention(attention: Attention, q: Tensor, stored: Stored, num_keys: int) -> Tensor:
-    """A `Reader`: cast what is attended to q's dtype, then attend."""
+    """A `Reader` that casts the attended slots to q's dtype, then attends."""
     k, v = dequantize_kv(stored, num_keys)
     return attention(q, k.to(q.dtype), v.to(q.dtype))
 
@@ -175,12 +176,12 @@ class QuantizedKVCache(RingKVCache):
 
     @property
     def values_per_head(self) -> int:
-        """Of what is stored of K, or of V, in one layer."""
+        """Number of values stored of K, or of V, in one layer."""
         batch, _, _, head_dim = self.layers[0].stored.k.shape
         return batch * self.pointers[1] * self.geometry.tokens_per_frame * head_dim
 
     def count_codes(self) -> dict[str, Tensor]:
-        """`quantize.count_codes` of all that is stored in e4m3: "K of layer 0" and so on, on the CPU."""
+        """Apply `quantize.count_codes` to everything stored in e4m3; keys like "K of layer 0"; on the CPU."""
         tokens, counts = self.pointers[1] * self.geometry.tokens_per_frame, {}
         for number, layer in enumerate(self.layers):
             stored = layer.stored
@@ -192,7 +193,7 @@ class QuantizedKVCache(RingKVCache):
 
 
 class QuantizedLayer(RingLayer):
-    """One layer: `stored` holds rotated keys and values, one row a token."""
+    """One layer: `stored` holds rotated keys and values, one row per token."""
 
     def __init__(self, cache: RingKVCache, mode: str, read: Reader, batch: int, dtype: torch.dtype):
         super().__init__(cache, batch, dtype)

@@ -1,25 +1,26 @@
-"""Quantized linear layers: those that have a norm or GELU before them, in 8 bit with a scale per row.
+"""Quantized linear layers: those after a norm or GELU, in 8 bit with one scale per row.
 
-Idea: Hopper multiplies 8-bit numbers at up to twice the rate of bf16, if rounding the activations costs no
-pass of its own. So the kernel that makes an activation rounds it: `use_fused_kernels`' norms write 8 bit and
-a scale per token. Weights are quantised once, with a scale per output channel.
+Idea: Hopper multiplies 8-bit numbers at up to twice the rate of bf16, provided that rounding the activations
+costs no separate pass. So the kernel that computes an activation rounds it: the norms of `use_fused_kernels`
+write 8 bit and one scale per token. Weights are quantised once, with one scale per output channel.
 
-`linear_quantization`: `int8` puts about 1.3 % RMS into a product of normal numbers, `fp8` (e4m3) about 3.7 %,
-since e4m3 keeps three bits of mantissa whatever the scale. int8's product is a kernel of this library, which
-applies GELU to its sums; e4m3's is cuBLAS's, its sums in float32, and GELU comes with the rounding after it.
+`linear_quantization`: `int8` adds an error of about 1.3 % RMS (root mean square) to a matrix product of
+normal numbers, `fp8` (e4m3) about 3.7 %, because e4m3 keeps three bits of mantissa at any scale. The int8
+matrix product is a kernel of this library, which applies GELU to its sums. The e4m3 one is cuBLAS's with
+float32 sums; GELU runs together with the rounding after it.
 
 `linear_layers` names the layers of a block: `qkv` (self-attention's q, k and v as one), `query`
 (cross-attention's q), `up` and `down` (the feed-forward's). The others stay in the model's dtype, and so do
-always the two behind attention: one takes 0.035 ms at full size on an H100 and 0.026 in 8 bit, and what it
-multiplies comes from an attention kernel, so that reading it once more and rounding it would cost about what
-the product gains.
+always the two layers after attention. Each of those takes 0.035 ms at full size on an H100 and 0.026 in 8
+bit, but an attention kernel makes its input; reading and rounding that once more would cost about as much as
+the 8-bit layer gains.
 
-Component: the linear layers of `sampler.forward`, which must be that of `use_fused_kernels`. The head,
-attention, what reads the prompt and the time embedding are left alone.
+Replaces: the linear layers of `sampler.forward`, which must be that of `use_fused_kernels`. The head,
+attention, the layers that read the prompt and the time embedding do not change.
 
-Costs: precision. It gives memory back: at full size 1.1 GB of weights in 8 bit replace 2.2 GB in bfloat16,
-which are released, so the plain model cannot run any more. Does not help where a product is small, or where a
-GPU has no 8-bit products. On the CPU they are emulated: the same arithmetic, slower than a plain product.
+Costs: precision. It saves memory: at full size, 1.1 GB of 8-bit weights replace 2.2 GB in bfloat16, which are
+released, so the plain model can no longer run. It does not help with small layers or on GPUs without 8-bit
+matrix products. On the CPU they are emulated: the same arithmetic, slower than a plain linear layer.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from ..streaming.pipeline import Pipeline
 from .base import Exactness, Optimization
 from .fused_kernels import FusedForward, Operand, PlainProducts
 
-# Multiples that the 8-bit products take, in channels.
+# The 8-bit matrix products need multiples of this many channels.
 CHANNEL_GROUP = 16
-# Linear layers of a block in a pass: q k v, output, cross-attention's q and output, two of the feed-forward.
+# Linear layers per block: qkv, output, cross-attention's q and output, and two in the feed-forward.
 BLOCK_LINEARS = 6
 NAMES = {"int8": "int8", "fp8": "e4m3"}
 CAPABILITY = {"int8": ((8, 0), "8.0 (Ampere)"), "fp8": ((8, 9), "8.9 (Ada, Hopper)")}
-"""The oldest GPU with products of a format."""
+"""The oldest GPU with matrix products of a format."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def replaced(block: DiTBlock, layers: Sequence[str]) -> list[nn.Linear]:
 
 
 def release(linear: nn.Linear) -> int:
-    """Let go of the weights of `linear`, which keeps their shapes and refuses to be called; returns bytes."""
+    """Release the weights of `linear`, which keeps their shapes and refuses calls; return the bytes."""
     parameters = dict(linear.named_parameters())
     for name, value in parameters.items():
         setattr(linear, name, nn.Parameter(value.to("meta"), requires_grad=False))
@@ -103,29 +104,29 @@ def check_linears(quantization: str, dim: int, ffn_dim: int, capability: tuple[i
     """Check that 8-bit linear layers of these widths run on a GPU of this compute capability.
 
     Raises:
-        NotAvailable: the GPU does not have what the format's product needs, or Triton is missing.
-        UserError: widths that the products do not take.
+        NotAvailable: the GPU does not support the format's matrix product, or Triton is missing.
+        UserError: the matrix products do not support these widths.
     """
     needed, which = CAPABILITY[quantization]
     if capability < needed:
         raise NotAvailable(
             f"use_quantized_linears: linear_quantization {quantization} needs compute capability {which} or "
-            f"newer, and this GPU has {capability[0]}.{capability[1]}; "
-            + ("take linear_quantization int8." if capability >= CAPABILITY["int8"][0]
+            f"newer, but this GPU has {capability[0]}.{capability[1]}; "
+            + ("use linear_quantization: int8." if capability >= CAPABILITY["int8"][0]
                else "switch use_quantized_linears off."))
     if importlib.util.find_spec("triton") is None:
         raise NotAvailable("use_quantized_linears: its kernels need Triton, which is not installed here; "
                            "install the one that belongs to this PyTorch, or switch use_quantized_linears "
                            "off.")
     if dim % CHANNEL_GROUP or ffn_dim % CHANNEL_GROUP:
-        raise UserError(f"use_quantized_linears: the products take multiples of {CHANNEL_GROUP} channels, "
-                        f"and this model has {dim} and, in the feed-forward, {ffn_dim}; switch "
+        raise UserError(f"use_quantized_linears: the kernels take multiples of {CHANNEL_GROUP} channels, "
+                        f"but this model has {dim} and, in the feed-forward, {ffn_dim}; switch "
                         "use_quantized_linears off.")
 
 
 class QuantizedLinear:
-    """Linear layers of the same input as one product in 8 bit, with copies of their weights: one scale per
-    output channel, so that those of one layer do not depend on the others'.
+    """Linear layers of the same input as one 8-bit matrix product, with copies of their weights. There is one
+    scale per output channel, so the layers' scales are independent.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], quantization: str):
@@ -144,11 +145,11 @@ class QuantizedLinear:
 
 
 class QuantizedProducts:
-    """`Products` of which those that `layers` names are in 8 bit, the norms before them too."""
+    """`Products` with the layers named in `layers`, and the norms before them, in 8 bit."""
 
     def __init__(self, block: DiTBlock, plain: PlainProducts, quantization: str, layers: Sequence[str]):
-        """Args: plain: those of the same block. What `layers` does not name is taken from them, piece by
-        piece, so that the joined weight of q, k and v goes where it is replaced.
+        """Args: plain: those of the same block. Layers not named in `layers` come from it, one by one, so
+        that the joined weight of q, k and v is released when it is replaced.
         """
         own = {name: QuantizedLinear(linears, quantization)
                for name, linears in linears_of(block).items() if name in layers}

@@ -1,8 +1,8 @@
-"""The ring that the static caches share: fixed memory, a sink that stays, slots that are reused in turn.
+"""The ring that the static caches share: fixed memory, a permanent sink, and slots that are reused in turn.
 
 Attention has no mask and keys carry their own rotation, so the order of cached keys does not matter. The sink
-keeps its slots; the others form a ring in which a new block overwrites the oldest frames. How keys and values
-are stored and attended is the business of the optimizations that use it.
+keeps its slots; the others form a ring in which a new block overwrites the oldest frames. The optimizations
+that use the ring decide how keys and values are stored and attended.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from ..streaming.kv_cache import CacheGeometry, PassPlan, WindowCache
 
 Rotation = Callable[[Tensor, Tensor], Tensor]
 """Rotates the pairs (2j, 2j+1) of x [B, tokens, N, D] by a table, float32 [tokens, 1, D/2, 2] of cosine and
-sine; computed in float32, returned in the dtype of x."""
+sine. Computes in float32 and returns the dtype of x.
+"""
 
 
 def rotate_complex(x: Tensor, table: Tensor) -> Tensor:
-    """A `Rotation` in three kernels when run eagerly."""
+    """A `Rotation` with three kernels when run eagerly."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).to(x.dtype)
 
 
 def rotate_real(x: Tensor, table: Tensor) -> Tensor:
-    """A `Rotation` that Inductor fuses with its neighbours; it has no complex numbers."""
+    """A `Rotation` without complex numbers, which Inductor fuses with neighbouring operations."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = table.unbind(-1)
     rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
@@ -36,20 +37,20 @@ def rotate_real(x: Tensor, table: Tensor) -> Tensor:
 
 
 def rotation_for(config: ExperimentConfig) -> Rotation:
-    """The rotation that suits what runs it."""
+    """The rotation that suits the way the passes run."""
     return rotate_real if config.use_torch_compile else rotate_complex
 
 
 class RingKVCache(WindowCache):
-    """What static caches share: which physical slot a frame goes to, and the rotation tables, both at fixed
-    addresses. How keys and values are stored and attended is the layers' business.
+    """Base of static caches: assigns frames to physical slots and holds the rotation tables, both at fixed
+    addresses. The layers store and attend keys and values.
 
-    With `relative_rope` only distances matter: frames keep their absolute positions, without a limit, and the
-    sink is rotated anew whenever the window moves, so that its distance stays that of its slot.
+    With `relative_rope` only distances matter. Frames keep their absolute positions, without a limit, and the
+    sink is rotated again whenever the window moves, so that its distance stays that of its slot.
 
-    While a pass is planned: `slots`, int64 [stored], are the physical slots of the stored frames. For kernels
-    `token_slots`, int32 [frames], is the first token of each new frame's slot (-1: the frame is not stored),
-    and `cosine` and `sine`, float32 [tokens, D/2], are `table` in two parts.
+    While a pass is planned, `slots`, int64 [stored], are the physical slots of the stored frames. For
+    kernels, `token_slots`, int32 [frames], is the first token of each new frame's slot (-1: the frame is not
+    stored), and `cosine` and `sine`, float32 [tokens, D/2], are `table` in two parts.
     """
 
     layers: Sequence[RingLayer] = ()
@@ -109,7 +110,7 @@ class RingKVCache(WindowCache):
         return _kept(self._tables, (role, frames), table)
 
     def _set_slots(self, plan: PassPlan) -> None:
-        """The sink stays, the rest turns."""
+        """Assign the slots: the sink stays, the rest rotates."""
         geometry = self.geometry
         sink, ring = geometry.sink, geometry.window - geometry.sink
         slots = torch.arange(plan.write_from, plan.filled, device=self.device)
@@ -123,18 +124,18 @@ class RingKVCache(WindowCache):
         return self.rotation(x, self.table)
 
     def stored_frames(self, x: Tensor) -> Tensor:
-        """k or v of the new frames, [B, L, N, D], as those that are stored, [B, stored, tokens, N, D]."""
+        """Select from k or v of the new frames, [B, L, N, D], those to store, [B, stored, tokens, N, D]."""
         return x.unflatten(1, (self.frames, -1))[:, self.frames - self.stored:]
 
 
 def _kept(memory: dict[tuple[str, int], Tensor], name: tuple[str, int], fresh: Tensor) -> Tensor:
-    """`fresh`, in the memory that the first tensor of this name got: captured passes look for it there."""
+    """Copy `fresh` to the memory of the first tensor of this name, where captured passes read it."""
     return memory.setdefault(name, fresh).copy_(fresh)
 
 
 class RingLayer:
-    """One layer of a ring: what a pass does in which order. With relative positions it also holds the sink's
-    keys as they came, in the model's dtype.
+    """One layer of a ring; defines the steps of a pass and their order. With relative positions it also holds
+    the sink's unrotated keys in the model's dtype.
     """
 
     def __init__(self, cache: RingKVCache, batch: int, dtype: torch.dtype):
@@ -146,29 +147,29 @@ class RingLayer:
 
     @property
     def memory(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys, values and their scales (None: none), with one row a token, as `kernels.fused` takes them."""
+        """Keys, values and their scales (None: none), one row per token, as `kernels.fused` takes them."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, scales and the sink's raw keys included."""
+        """Bytes of memory, including scales and the sink's unrotated keys."""
         return self.raw_sink.nbytes + sum(part.nbytes for part in self.memory if part is not None)
 
     def clear(self) -> None:
-        """Make every slot zero: an empty sink is attended, too."""
+        """Set every slot to zero; an empty sink is attended too."""
         for part in self.memory[:2]:
             part.zero_()
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Put rotated k and v of the new frames, [B, L, N, D], into their slots."""
+        """Write rotated k and v of the new frames, [B, L, N, D], to their slots."""
         raise NotImplementedError
 
     def write_sink(self, k: Tensor) -> None:
-        """Put rotated k, [B, sink tokens, N, D], into the sink's slots."""
+        """Write rotated k, [B, sink tokens, N, D], to the sink's slots."""
         raise NotImplementedError
 
     def read(self, q: Tensor) -> Tensor:
-        """Attend the slots that count with rotated q, [B, L, N, D]."""
+        """Attend to the valid slots with rotated q, [B, L, N, D]."""
         raise NotImplementedError
 
     def store(self, k: Tensor, v: Tensor) -> None:
@@ -177,7 +178,7 @@ class RingLayer:
             self.turn_sink(k)
 
     def enter(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What comes before attention: store k and v; returns rotated q."""
+        """Run the steps before attention: store k and v, and return rotated q."""
         self.store(k, v)
         return self.cache.rotate(q)
 
@@ -185,8 +186,8 @@ class RingLayer:
         return self.read(self.enter(q, k, v))
 
     def turn_sink(self, k: Tensor | None) -> None:
-        """Rotate the sink to its new distance. k, [B, L, N, D], are the new frames' keys as they came; None
-        will do unless the cache `writes_sink`.
+        """Rotate the sink to its new distance. k, [B, L, N, D], are the new frames' unrotated keys; None is
+        enough unless the cache `writes_sink`.
         """
         cache = self.cache
         if cache.writes_sink:

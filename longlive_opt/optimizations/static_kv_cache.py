@@ -1,15 +1,15 @@
-"""Static KV cache: a ring of fixed memory instead of a window that is rebuilt in every pass.
+"""Static KV (key-value) cache: a ring of fixed memory instead of a window that every pass rebuilds.
 
 Idea: attention has no mask and keys carry their own rotation, so the order of cached keys does not matter.
 The sink keeps its slots; the other slots form a ring in which a new block overwrites the oldest frames.
 Nothing is rolled, concatenated or allocated; each pass writes the new frames' keys and values in place.
 
-Component: `make_cache`, and the sampler's recache, which leaves out the frames whose keys a protected sink
-would drop. The cache owns rotation, so this also replaces the float64 rotation by one in float32 with tables
-made once per block.
+Replaces: `make_cache`, and the sampler's recache, which skips frames whose keys a protected sink would drop.
+The cache does the rotation, so this also replaces the float64 rotation by float32 with tables made once per
+block.
 
-Costs: nothing; memory equals the reference's. Does not help where attention itself dominates.
-Equal to the reference up to the order of summation over keys and float32 against float64 rotation.
+Costs: nothing; it needs as much memory as the reference. It does not help where attention itself dominates.
+Equal to the reference up to the order of summation over keys and float32 instead of float64 rotation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StaticKV(Optimization):
         pipeline = dataclasses.replace(pipeline, make_cache=make_cache,
                                        sampler=dataclasses.replace(pipeline.sampler, trim_recache=True))
         ring = geometry.window - geometry.sink
-        return self.report(pipeline, f"ring of {ring} latent frames behind a sink of {geometry.sink}")
+        return self.report(pipeline, f"ring of {ring} latent frames after a sink of {geometry.sink}")
 
 
 class StaticKVCache(RingKVCache):

@@ -1,15 +1,15 @@
-"""Text offload: weights that only read the prompt stay in host memory and visit the GPU one block at a time.
+"""Text offload: weights that only read the prompt stay on the host and visit the GPU block by block.
 
-Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes; so do the
-transformer's projections of the prompt to keys and values, 0.3 GB. Their weights lie in page-locked host
-memory; while one block runs, the next is copied on a stream of its own, into two buffers that take turns and
-are freed afterwards. The embedding table is looked up on the host.
+Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes. The same
+holds for the transformer's projections of the prompt to keys and values, 0.3 GB. Their weights are in
+page-locked host memory. While one block runs, another stream copies the next block into one of two
+alternating buffers, which are freed afterwards. The embedding table is looked up on the host.
 
-Components: `encode_prompt`, `embed_text`. Costs: a prompt takes as long as all weights need over the bus (0.4
-s at 25 GB/s), unless a prompt cache knows it, and the host needs the memory that the GPU saves. Bit-exact:
-the same kernels on the same numbers.
+Replaces: `encode_prompt`, `embed_text`. Costs: a prompt takes as long as all weights need over the bus (0.4 s
+at 25 GB/s), unless a prompt cache has it, and the host needs the memory that the GPU saves. Bit-exact: the
+same kernels on the same numbers.
 
-Source: layer by layer offloading of weights as in FlexGen (arXiv:2303.06865).
+Source: offloading weights layer by layer as in FlexGen (arXiv:2303.06865).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BUFFERS = 2
 
 
 class OffloadedEncoder(nn.Module):
-    """Calls as `UMT5Encoder`, with the weights of `encoder`, which are on the CPU, run on `device`."""
+    """Called like `UMT5Encoder`; runs the CPU weights of `encoder` on `device`."""
 
     def __init__(self, encoder: UMT5Encoder, device: torch.device):
         super().__init__()
@@ -70,7 +70,7 @@ class OffloadedEncoder(nn.Module):
 
 
 class OffloadedProjections:
-    """`CausalDiT.embed_text` with the weights of the projections to keys and values in host memory."""
+    """`CausalDiT.embed_text` with the weights of the key and value projections in host memory."""
 
     def __init__(self, dit: CausalDiT):
         self.dit = dit
@@ -83,14 +83,14 @@ class OffloadedProjections:
 
     @torch.no_grad()
     def embed_text(self, prompt: Tensor) -> TextContext:
-        """A prompt [B, L, text_dim] -> what the transformer attends to."""
+        """Convert a prompt [B, L, text_dim] to the transformer's text input."""
         visiting = zip(self.projections, visits(self.weights, self.dit.device))
         return self.dit.embed_text(prompt, (partial(functional_call, module, unpack(weights, module))
                                             for module, weights in visiting))
 
 
 class KeyValue(nn.Module):
-    """`AttentionProjections.key_value` as a module of just the parts that it uses."""
+    """`AttentionProjections.key_value` as a module with only the parts it uses."""
 
     def __init__(self, attention: AttentionProjections):
         super().__init__()
@@ -101,21 +101,21 @@ class KeyValue(nn.Module):
 
 
 def visits(weights: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Tensors of one size, in host memory, one after the other on `device`; each is valid until the next but
-    one is asked for.
+    """Copy equally sized tensors from host memory to `device` one by one; each is valid until the one after
+    the next is requested.
     """
     if device.type != "cuda":
         yield from weights
         return
     running, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    # Made on the stream that runs: it is the last to use them, so they may be freed at the end.
+    # Made on the stream that uses them last, so they may be freed at the end.
     buffers = [torch.empty_like(weights[0], device=device) for _ in range(BUFFERS)]
     copying.wait_stream(running)
     arrived = []
     for index in range(len(weights) + 1):
         if index < len(weights):
             with torch.cuda.stream(copying):
-                # Whoever used this buffer was launched before the last `wait_stream`.
+                # The last user of this buffer was launched before the last `wait_stream`.
                 buffers[index % BUFFERS].copy_(weights[index], non_blocking=True)
                 arrived.append(copying.record_event())
         if index:
@@ -125,7 +125,7 @@ def visits(weights: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
 
 
 def pack(block: nn.Module, pinned: bool) -> Tensor:
-    """Move all parameters of `block` into one flat tensor, which they then are views of; returns it."""
+    """Move all parameters of `block` into one flat tensor and make them views of it; return the tensor."""
     parameters = list(block.parameters())
     flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=pinned)
     for parameter, part in zip(parameters, _split(flat, parameters)):

@@ -1,28 +1,28 @@
-"""torch.compile by region: the two halves of a transformer block, one VAE stage; one piece of compiled code
-serves all of a kind.
+"""torch.compile by region: the two halves of a transformer block and each VAE stage; one piece of compiled
+code serves all regions of a kind.
 
-Idea: fuse the element-wise work around the matrix products (norms, modulation, rotation, cache write, gates,
-SiLU). A block is compiled up to the write into the cache and from self-attention's result on; between them
-the attention kernel runs as it is. So nothing that is compiled depends on how far the window is filled, and
-compilation takes seconds, since the 30 blocks differ only in their weights. Full graphs, static shapes:
-a graph break is an error, and after the rehearsal nothing is compiled again. What depends on the timestep
-alone is computed once, and the clean pass leaves out what only serves the flow. The first block of a video,
-whose latents come as 1 and 2, is decoded as it is: two more variants would make compilation three times as
-long. By default the VAE's layout, its latents per call and cuDNN's search change along: `vae_switches` holds
-them, with keys of their own, and `params/compile_parts.yaml` measures them apart.
+Idea: fuse the element-wise work around the linear layers (norms, modulation, rotation, cache write, gates,
+SiLU). A block is compiled up to the write into the cache and from self-attention's result on; in between, the
+attention kernel runs unchanged. So no compiled code depends on how full the window is. Compilation takes
+seconds, because the 30 blocks differ only in their weights. Graphs are full and shapes static: a graph break
+is an error, and nothing is compiled after the rehearsal. Values that depend only on the timestep are computed
+once, and the clean pass skips work that only serves the flow. The first block of a video, whose latents come
+as 1 and 2, is decoded uncompiled: two more variants would triple the compilation time. By default the VAE's
+layout, its latents per call and cuDNN's search change as well: `vae_switches` implements them with their own
+keys, and `params/compile_parts.yaml` measures them separately.
 
 `compile_mode`: `default`; `reduce-overhead` adds CUDA graphs; `max-autotune` also lets Inductor time its
-choices for the transformer's blocks: among cuBLAS's ways of a product and the tilings of its own kernels. Its
-Triton products are left out: on an H100 those of the feed-forward came 18 to 20 % behind cuBLAS, the square
-ones between 11 % behind and 10 % (5 us) ahead, and timing them took minutes. The VAE is left out too, where
-cuDNN wins after more minutes. The graphs are those of the CUDA-graph optimization (one per kind of pass) and
-not Inductor's trees, which would keep one recording per block and address.
+choices for the transformer's blocks: cuBLAS's algorithms for a matrix product and the tilings of its own
+kernels. Its Triton matrix products are excluded. On an H100 those of the feed-forward were 18 to 20 % slower
+than cuBLAS, the square ones between 11 % slower and 10 % (5 us) faster, and timing them took minutes. The VAE
+is excluded too: there cuDNN wins, after more minutes. The graphs are those of the CUDA-graph optimization
+(one per kind of pass) instead of Inductor's trees, which would keep one recording per block and address.
 
-With `use_fused_kernels` the transformer's passes are that optimization's; the VAE is compiled, and the modes'
-graphs capture the fused passes. With `use_fused_vae` the VAE is that optimization's and is not compiled.
+With `use_fused_kernels`, the transformer's passes are that optimization's. The VAE is compiled, and the
+modes' graphs capture the fused passes. With `use_fused_vae`, the VAE is that optimization's and not compiled.
 
-Components: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported apart. Equal within rounding:
-fused kernels keep float32 where eager rounds to bf16 between operations.
+Replaces: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported separately. Equal within
+rounding: fused kernels keep float32 where eager PyTorch rounds to bf16 between operations.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .base import Exactness, Optimization
 from .cuda_graphs import graphed
 from .ring_cache import RingKVCache, RingLayer
 
-# A residual block of the VAE is specialised for each size, halves of a transformer block for each recache's.
+# A VAE residual block is specialised for each size, a transformer block's halves for each recache's size.
 RECOMPILE_LIMIT = 64
 AUTOTUNE = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 
@@ -67,7 +67,7 @@ class TorchCompile(Optimization):
         fused = config.use_fused_kernels
         forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, options)
         facts: dict[str, Any] = {"inductor_options": options}
-        # A captured pass cannot be captured again: with use_cuda_graphs that optimization captures.
+        # A captured pass cannot be captured again, so with use_cuda_graphs that optimization captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = graphed(pipeline, forward)
             facts["stats"] = forward.stats
@@ -92,14 +92,14 @@ def compiled_stages(pipeline: Pipeline) -> list[nn.Module]:
 
 
 def many_recompiles() -> Any:
-    """Room for all specialisations. Set around calls: a setting made in one notebook cell need not
-    reach the next.
+    """Allow all specialisations. Set around calls, because a setting made in one notebook cell need not reach
+    the next.
     """
     return torch_internals.many_recompiles(RECOMPILE_LIMIT)
 
 
 class CompiledDecoder(StreamingDecoder):
-    """A decoder with compiled stages for full chunks of latents, and plain ones for the first of a video."""
+    """A decoder with compiled stages for full chunks of latents, and plain ones for a first block."""
 
     def __init__(self, stages: Sequence[nn.Module], *arguments: Any):
         super().__init__(*arguments)
@@ -113,12 +113,12 @@ class CompiledDecoder(StreamingDecoder):
 
 
 class CompiledForward:
-    """Calls compiled halves of blocks; embeds each timestep once, and fills the cache without computing a
-    flow nobody reads.
+    """Calls compiled halves of blocks, embeds each timestep once, and fills the cache without computing a
+    flow that nobody reads.
     """
 
     def __init__(self, dit: CausalDiT, options: Mapping[str, Any]):
-        """Args: options: of Inductor, for the blocks."""
+        """Args: options: Inductor's options for the blocks."""
         self.dit = dit
         self._write, self._finish = (torch.compile(half, fullgraph=True, dynamic=False, options=dict(options))
                                      for half in (write_half, finish_half))
@@ -148,7 +148,7 @@ class CompiledForward:
 
 
 def write_half(block: DiTBlock, x: Tensor, time: Tensor, layer: RingLayer) -> Tensor:
-    """A block up to self-attention: keys and values go to the cache, rotated q [B, L, N, D] comes out."""
+    """Run a block up to self-attention: write keys and values to the cache; return rotated q [B, L, N, D]."""
     return layer.enter(*block.project(x, time))
 
 
@@ -159,5 +159,5 @@ def finish_half(block: DiTBlock, x: Tensor, attended: Tensor, time: Tensor, text
 
 
 def call_head(head: Head, x: Tensor, time: Tensor) -> Tensor:
-    """`Head.forward` as a function; the module itself stays as it is."""
+    """`Head.forward` as a function; the module itself does not change."""
     return head(x, time)

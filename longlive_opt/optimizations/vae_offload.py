@@ -1,14 +1,14 @@
-"""VAE offload: the VAE's history waits in host memory and visits the GPU stage by stage.
+"""VAE offload: the VAE's history stays in host memory and moves to the GPU stage by stage.
 
-Idea: every causal convolution of the decoder remembers two frames, 1.9 GB at 480x832, and needs them once a
-call. Here they lie in page-locked host memory; a stage's part comes over when that stage runs and goes back
-behind it. With `ahead`, the next stage's part comes over and the last one's goes back while a stage runs,
-each on a stream of its own: the bus works in both directions at a time.
+Idea: every causal convolution of the decoder keeps two frames, 1.9 GB at 480x832, and needs them once per
+call. Here they are in page-locked host memory. A stage's part is copied in when that stage runs and copied
+back afterwards. With `ahead`, the next stage's part is copied in and the previous one's copied back while a
+stage runs, each on its own stream: the bus works in both directions at once.
 
-Component: `make_vae_decoder`. Costs: 3.8 GB over the bus for each VAE call, some 75 ms at 50 GB/s, in which
-the stream waits; so decode a whole block in one call if memory allows. `ahead` can hide most of that behind a
-call of one latent (38 ms compiled, on an H100), and needs room for what is under way: up to twice the history
-of the largest stage, 0.3 GB each. Bit-exact: the same kernels on the same numbers.
+Replaces: `make_vae_decoder`. Costs: 3.8 GB over the bus for each VAE call, about 75 ms at 50 GB/s, during
+which the stream waits; so decode a whole block in one call if memory allows. `ahead` can hide most of that
+behind a call of one latent (38 ms compiled, on an H100). It needs memory for parts in transit: up to twice
+the history of the largest stage, 0.3 GB each. Bit-exact: the same kernels on the same numbers.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class VAEOffload(Optimization):
             return decoder
 
         pipeline = dataclasses.replace(pipeline, make_vae_decoder=make_decoder)
-        done = "the history of the VAE's convolutions waits in host memory"
+        done = "the history of the VAE's convolutions stays in host memory"
         if device.type != "cuda":
-            done += ", where it is on this device anyway"
+            done += ", which is this device's own memory"
         elif self.ahead:
-            done += " and comes and goes while the VAE works"
+            done += " and moves while the VAE works"
         return self.report(pipeline, done)
 
 
 class OffloadedHistory:
-    """A `StageHistory` in host memory whose parts are copied on the stream that decodes."""
+    """A `StageHistory` in host memory whose parts are copied on the decoding stream."""
 
     def __init__(self, parts: list[Tensor], device: torch.device):
         self._hosted = parts
@@ -75,16 +75,16 @@ class OffloadedHistory:
         return tuple(self._hosted)
 
     def _places(self, updated: History) -> list[Tensor]:
-        """Where `updated`, which comes back next, belongs."""
+        """The host tensors for `updated`, which comes back next."""
         self._returned += len(updated)
         return self._hosted[self._returned - len(updated):self._returned]
 
 
 class TransferStreams:
-    """The way of parts of a history between host and GPU, one stream a direction; outlives a call.
+    """Moves parts of a history between host and GPU, with one stream per direction; outlives a call.
 
-    Memory is allocated on the stream that decodes, which uses it last; so that stream waits for what is under
-    way before its memory is freed.
+    Memory is allocated on the decoding stream, which uses it last. So that stream waits for pending copies
+    before its memory is freed.
     """
 
     def __init__(self, device: torch.device):
@@ -94,37 +94,37 @@ class TransferStreams:
         self._departure: Transfer | None = None
 
     def begin(self) -> None:
-        """A call begins: what it fetches has to be back from the last one."""
+        """Begin a call: the parts it fetches must be back from the last call."""
         self._coming.wait_stream(self._going)
-        self._arrival = _ended(self._arrival)  # of a call that failed
+        self._arrival = _ended(self._arrival)  # from a call that failed
 
     def fetch(self, hosted: list[Tensor]) -> None:
-        """Send for copies of `hosted`, to be received before the next ones are sent for."""
+        """Start copying `hosted` to the GPU; receive the copies before fetching the next ones."""
         running = torch.cuda.current_stream(self.device)
         parts = tuple(torch.empty_like(h, device=self.device) for h in hosted)
         self._coming.wait_stream(running)
         self._arrival = Transfer(hosted, parts, self._coming, running)
 
     def receive(self) -> History:
-        """What was sent for; the stream that decodes waits for it."""
+        """Return the fetched tensors; the decoding stream waits for them."""
         parts, self._arrival = self._arrival.parts, _ended(self._arrival)
         return parts
 
     def send(self, parts: History, hosted: list[Tensor]) -> None:
-        """Send `parts` back to `hosted`; the stream that decodes waits for those that were sent before."""
+        """Send `parts` back to `hosted`; the decoding stream waits for those sent before."""
         running = torch.cuda.current_stream(self.device)
         self._departure = _ended(self._departure)
         self._going.wait_stream(running)
         self._departure = Transfer(parts, hosted, self._going, running)
 
     def finish(self) -> None:
-        """A call ends: the stream that decodes waits for what is still on its way back."""
+        """End a call: the decoding stream waits for everything still on its way back."""
         self._departure = _ended(self._departure)
 
 
 class Transfer:
-    """Tensors that are copied on `stream`. It holds on to both sides until `decoding`, the stream that uses
-    the GPU's side, was told to wait.
+    """Tensors that are copied on `stream`. It keeps both sides alive until `decoding`, the stream that uses
+    the GPU's side, waits for it.
     """
 
     def __init__(self, sources: Sequence[Tensor], parts: Sequence[Tensor], stream: torch.cuda.Stream,
@@ -137,7 +137,7 @@ class Transfer:
             self._done = stream.record_event()
 
     def end(self) -> None:
-        """Let the decoding stream wait until the copies are there."""
+        """Make the decoding stream wait until the copies have arrived."""
         self._decoding.wait_event(self._done)
 
 
@@ -147,10 +147,10 @@ def _ended(transfer: Transfer | None) -> None:
 
 
 class PrefetchedHistory(OffloadedHistory):
-    """A `StageHistory` in host memory: the next stage's part is sent for before a stage runs."""
+    """A `StageHistory` in host memory that fetches the next stage's part before a stage runs."""
 
     def __init__(self, parts: list[Tensor], counts: Sequence[int], streams: TransferStreams):
-        """Args: counts: how many tensors of the history each stage has, in their order."""
+        """Args: counts: number of history tensors of each stage, in order."""
         super().__init__(parts, streams.device)
         self._streams = streams
         self._due = [count for count in counts if count]

@@ -1,21 +1,21 @@
-"""How the VAE is called: its memory layout, its latents per call, and which kernels cuDNN takes.
+"""How the VAE is called: memory layout, latents per call, and cuDNN's choice of kernels.
 
-Three optimizations, each with or without the compiler, which by default switches all three on.
+These are three optimizations, each independent of the compiler, which switches all three on by default.
 
-- `VAEChannelsLast`. Idea: cuDNN's bf16 convolutions read and write their channels last; another layout is
-  converted on the way. Replaces: the layout of `vae`'s weights, history and activations. On the CPU it is the
-  reference's layout, since norms over the channels take half of the time otherwise.
+- `VAEChannelsLast`. Idea: cuDNN's bf16 convolutions read and write channels last and convert any other
+  layout. Replaces: the layout of `vae`'s weights, history and activations. On the CPU this is the reference's
+  layout, because norms over the channels take half of the time otherwise.
 - `VAEChunk`. Idea: several latents per call make fewer and larger kernels, and read weights and history less
-  often. Replaces: `make_vae_decoder`. Costs: the activations of all of them in memory at a time. The first
+  often. Replaces: `make_vae_decoder`. Costs: the activations of all of them in memory at once. The first
   latent of a video is always decoded alone.
-- `CudnnBenchmark`. Idea: let cuDNN time its kernels for each shape and take the fastest. On an H100 its
-  heuristic takes a kernel of an older generation for the 96-channel convolutions. Replaces:
-  `make_vae_decoder`, whose calls run with the flag. Costs: the search, once per shape, within the set-up; and
-  two runs may differ by rounding, since another kernel may have been the fastest.
+- `CudnnBenchmark`. Idea: let cuDNN time its kernels for each shape and use the fastest. On an H100 its
+  heuristic chooses a kernel of an older generation for the 96-channel convolutions. Replaces:
+  `make_vae_decoder`, whose calls run with the flag. Costs: the search, once per shape, during set-up. Two
+  runs may differ by rounding, because another kernel may have been the fastest.
 
-The flag is set around the VAE's calls only, so nothing else in the process sees it. PyTorch remembers the
+The flag is set only around the VAE's calls, so nothing else in the process sees it. PyTorch remembers the
 kernel of each shape per thread and looks there before it reads the flag (`run_single_conv` in Conv_v8.cpp).
-So pipelines with and without the flag can only be compared in threads or processes of their own, which is how
+So pipelines with and without the flag can only be compared in separate threads or processes, as
 `Experiment.ablate` runs them.
 
 All three are equal within rounding: the same sums in another order.
@@ -72,7 +72,7 @@ class CudnnBenchmark(Optimization):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         make_inner, device = pipeline.make_vae_decoder, pipeline.device
         if device.type != "cuda":
-            raise NotAvailable("cudnn_benchmark: cuDNN runs on NVIDIA GPUs, and this run is on "
+            raise NotAvailable("cudnn_benchmark: cuDNN runs on NVIDIA GPUs, but this run is on "
                                f"{device.type}; leave cudnn_benchmark out.")
 
         def make_decoder() -> StreamingDecoder:
@@ -81,12 +81,12 @@ class CudnnBenchmark(Optimization):
             return decoder
 
         return self.report(dataclasses.replace(pipeline, make_vae_decoder=make_decoder),
-                           "cuDNN times its kernels for each of the VAE's convolutions and takes the fastest")
+                           "cuDNN times its kernels for each of the VAE's convolutions and uses the fastest")
 
 
 @contextlib.contextmanager
 def timed_convolutions() -> Iterator[None]:
-    """Let cuDNN time its kernels for the shapes that it meets while the body runs."""
+    """Let cuDNN time its kernels for every shape that occurs while the body runs."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -1,1 +1,1 @@
-"""This implementation compared with recorded tensors."""
+"""Compares this implementation with recorded tensors."""

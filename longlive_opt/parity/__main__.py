@@ -1,7 +1,7 @@
 """Compare this implementation with recorded tensors: `python -m longlive_opt.parity DIR`.
 
-DIR holds safetensors files and a `manifest.json` whose `configs` give every size, window and switch frame;
-each file that is there is checked, one line a case with its largest absolute error.
+DIR holds safetensors files and a `manifest.json` whose `configs` give every size, window and switch frame.
+Each file found is checked; the output has one line per case with its largest absolute error.
 """
 
 from __future__ import annotations

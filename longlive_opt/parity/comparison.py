@@ -1,4 +1,4 @@
-"""The errors of one case, and how large they may be."""
+"""The errors of one case, and their limits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One compared case: the largest absolute error, the tensor that has it, and how many tensors were
-    compared.
-    """
+    """One compared case: the largest absolute error, its tensor, and the number of compared tensors."""
 
     name: str
     error: float
@@ -36,14 +34,14 @@ class Case:
 
 
 class Comparison:
-    """Collects errors of one case."""
+    """Collects the errors of one case."""
 
     def __init__(self, name: str):
         self.name = name
         self.errors: dict[str, float] = {}
 
     def add(self, what: str, ours: Tensor, recorded: Tensor) -> None:
-        """Compare two tensors; another shape or a NaN counts as an infinite error."""
+        """Compare two tensors; a different shape or a NaN counts as an infinite error."""
         if tuple(ours.shape) != tuple(recorded.shape):
             self.errors[f"{what} (shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)})"] = float(
                 "inf"
@@ -60,5 +58,5 @@ class Comparison:
 
 
 def below(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names begin with `prefix`, with the prefix removed."""
     return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}

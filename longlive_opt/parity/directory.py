@@ -1,4 +1,4 @@
-"""A folder of recorded tensors: which cases it holds, and what checks each."""
+"""A folder of recorded tensors: finds its cases and checks each one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .transformer import check_forward, check_lora, check_stream
 
 
 def check_directory(directory: Path) -> Iterator[Case]:
-    """Check every case found in `directory`. A VAE recorded without its encoder is only decoded.
+    """Check every case found in `directory`. A VAE recorded without its encoder is only tested on decoding.
 
     Raises:
         UserError: no manifest, or no known case.

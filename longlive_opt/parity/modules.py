@@ -1,4 +1,4 @@
-"""What surrounds the transformer: schedule, VAE and text encoder, and the full-size modules' keys."""
+"""Checks around the transformer: schedule, VAE, text encoder, and keys of the full-size modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA_RANK = 256
 
 
 def check_scheduler(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -> None:
-    """The noise levels, and the arithmetic on them in float32 and bfloat16."""
+    """Check the noise levels and the arithmetic on them, in float32 and bfloat16."""
     schedule = FlowSchedule(config["shift"])
     comparison.add("sigmas", schedule.sigmas, recorded["sigmas"])
     comparison.add("timesteps", schedule.timesteps / 1000, recorded["timesteps"] / 1000)
@@ -39,7 +39,7 @@ def check_scheduler(comparison: Comparison, recorded: Tensors, config: Mapping[s
 
 
 def check_vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -> None:
-    """The decoder latent by latent, streamed and in chunks; the encoder where its weights were recorded."""
+    """Check the decoder by latent, streamed and in chunks, and the encoder if its weights are recorded."""
     vae = WanVAE(VAEConfig(config["dim"], tuple(config["dim_mult"]), config["num_res_blocks"]))
     missing, unexpected = vae.load_state_dict(below(recorded, "weights."), strict=False)
     encodes = not missing
@@ -80,7 +80,7 @@ def check_vae(comparison: Comparison, recorded: Tensors, config: Mapping[str, An
 
 
 def check_t5(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any]) -> None:
-    """The text encoder and its buckets of distances."""
+    """Check the text encoder and its distance buckets."""
     encoder = UMT5Encoder(TextEncoderConfig(
         vocab_size=config["vocab"], dim=config["dim"], dim_attn=config["dim_attn"], dim_ffn=config["dim_ffn"],
         num_heads=config["num_heads"], num_layers=config["num_layers"], num_buckets=config["num_buckets"],
@@ -100,8 +100,7 @@ def check_t5(comparison: Comparison, recorded: Tensors, config: Mapping[str, Any
 
 
 def check_keys(comparison: Comparison, path: Path) -> None:
-    """Key inventories of the full-size modules, on the meta device: names and shapes must be exactly those.
-    """
+    """Check that the full-size modules, on the meta device, have exactly the listed names and shapes."""
     inventory = json.loads(path.read_text(encoding="utf-8"))
     ours = full_size_inventory(path.stem.removeprefix("keys_"))
     for name in sorted(inventory.keys() | ours.keys()):
@@ -110,8 +109,8 @@ def check_keys(comparison: Comparison, path: Path) -> None:
 
 
 def full_size_inventory(part: str) -> dict[str, list[int]]:
-    """Name -> shape of every tensor of the full-size "dit", "vae", "umt5" or, as PEFT saves it at rank 256,
-    "lora".
+    """Name -> shape of every tensor of the full-size "dit", "vae", "umt5" or "lora" (as PEFT saves it at rank
+    256).
     """
     build = {"vae": lambda: WanVAE(VAEConfig()), "umt5": lambda: UMT5Encoder(TextEncoderConfig())}
     with torch.device("meta"):

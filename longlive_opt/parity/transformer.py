@@ -1,4 +1,4 @@
-"""The transformer with recorded weights: single calls, whole rollouts, and a merged adapter."""
+"""Checks of the transformer with recorded weights: single calls, whole rollouts, and a merged adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .comparison import Comparison, Tensors, below
 
 
 def dit_config(config: Mapping[str, Any]) -> DiTConfig:
-    """The transformer's sizes from one entry of a manifest's `configs`."""
+    """Read the transformer's sizes from one entry of a manifest's `configs`."""
     names = ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_dim", "text_len")
     return DiTConfig(**{name: config[name] for name in names})
 
 
 def build_dit(config: Mapping[str, Any], weights: Tensors) -> CausalDiT:
-    """A transformer in float32 with the recorded weights."""
+    """Build a transformer in float32 with the recorded weights."""
     dit = CausalDiT(dit_config(config))
     dit.load_state_dict(dict(weights))
     return dit.eval()
@@ -34,7 +34,7 @@ def build_dit(config: Mapping[str, Any], weights: Tensors) -> CausalDiT:
 
 def make_rolling_cache(dit: CausalDiT, config: Mapping[str, Any], batch: int, relative_rope: bool = False,
                        ) -> RollingKVCache:
-    """The reference cache for one entry of a manifest's `configs`."""
+    """Make the reference cache for one entry of a manifest's `configs`."""
     sizes = dit.config
     geometry = CacheGeometry(sizes.num_layers, sizes.num_heads, sizes.head_dim, config["latent_h"] // 2,
                              config["latent_w"] // 2, config["window"], config["sink"], relative_rope)
@@ -42,7 +42,7 @@ def make_rolling_cache(dit: CausalDiT, config: Mapping[str, Any], batch: int, re
 
 
 def sampling_plan(config: Mapping[str, Any], global_sink: bool = True) -> SamplingPlan:
-    """The sampler's plan from one entry of a manifest's `configs`."""
+    """Make the sampler's plan from one entry of a manifest's `configs`."""
     return SamplingPlan(
         tuple(config["steps"]),
         config["shift"],
@@ -57,7 +57,7 @@ def sampling_plan(config: Mapping[str, Any], global_sink: bool = True) -> Sampli
 def check_forward(
     comparison: Comparison, recorded: Tensors, weights: Tensors, config: Mapping[str, Any]
 ) -> None:
-    """Calls one after the other with a cache: what they return, and what is on the way."""
+    """Check consecutive calls with a cache: their results and intermediate tensors."""
     dit = build_dit(config, weights)
     outputs: dict[str, Tensor] = {}
     _record_intermediates(dit, outputs)
@@ -127,7 +127,7 @@ def check_stream(
     config: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> None:
-    """A whole rollout with the prompt switches of `options`, through the sampler that every run uses."""
+    """Check a whole rollout with the prompt switches of `options`, using the sampler of every run."""
     dit = build_dit(config, weights)
     plan = sampling_plan(config, options.get("global_sink", True))
     sampler = Sampler(plan, EagerForward(dit))
@@ -173,7 +173,7 @@ def _add_cache(
 
 def check_lora(comparison: Comparison, recorded: Tensors, weights: Tensors, config: Mapping[str, Any],
           lora: Mapping[str, Any]) -> None:
-    """The adapter merged into the weights must give what the separate adapter gives."""
+    """Check that the merged adapter gives the same results as the separate adapter."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         save_file(below(recorded, "lora."), path)

@@ -1,12 +1,11 @@
-"""A campaign's results -> tables, figures and OPTIMIZATION_LOG.md. No GPU, no torch.
+"""Turn a campaign's results into tables, figures and OPTIMIZATION_LOG.md. Needs neither a GPU nor torch.
 
     python -m longlive_opt.report outputs/demo [--log OPTIMIZATION_LOG.md]
 
-The log has the form of `log/template.md`: headings, tables and configuration blocks stay, blanks are filled.
-An experiment that was not run keeps its blanks; one that was run keeps none: what could not be measured reads
-`n/a (reason)`. Words come from presets, numbers from result.json, verdicts from rules that the log states;
-decisions.json holds them.
-The same results give the same bytes.
+The log fills the blanks of `log/template.md` and keeps its headings, tables and configuration blocks. An
+experiment that was not run keeps its blanks. In one that was run, a missing value reads `n/a (reason)`. Words
+come from presets, numbers from result.json, and verdicts from rules that the log states. decisions.json holds
+the verdicts. The same results give the same bytes.
 """
 
 from .campaign import Campaign, Failure, decided, load

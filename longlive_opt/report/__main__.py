@@ -15,12 +15,12 @@ log = logging.getLogger("longlive_opt.report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a campaign's decisions, log, table and figures again. Exit status 2 for wrong input."""
+    """Rewrite a campaign's decisions, log, table and figures. Exit status 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m longlive_opt.report", description=main.__doc__)
-    parser.add_argument("campaign", type=Path, metavar="CAMPAIGN_DIR", help="such as outputs/demo")
+    parser.add_argument("campaign", type=Path, metavar="CAMPAIGN_DIR", help="for example outputs/demo")
     parser.add_argument("--log", type=Path, metavar="PATH", help=f"default: {LOG_NAME} in CAMPAIGN_DIR")
     parser.add_argument("--readme", type=Path, metavar="PATH",
-                        help="only put the results table into this page, between its markers")
+                        help="only write the results table into this page, between its markers")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:

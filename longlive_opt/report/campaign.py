@@ -1,4 +1,4 @@
-"""What lies in a campaign's folder, with the verdicts that all of it allows."""
+"""Read a campaign's folder and decide its runs from all results together."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 Result = Mapping[str, Any]
 
 LADDER = (BASELINE, "cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")
-"""The presets of the log's template in their order; others follow."""
+"""The presets of the log's template, in order. Other presets follow."""
 SUMMARY = "summary"  # folder of the campaign's figures
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without a result: its folder's label, why, and the parameters that it was given.
-    `outcome` is "failed", or "not available" where the machine lacks what the preset needs.
+    """A run without a result: the label of its folder, the reason, and its parameters.
+
+    `outcome` is "failed", or "not available" if the machine lacks what the preset needs.
     """
 
     label: str
@@ -47,7 +48,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Campaign:
-    """What lies in a campaign's folder: results, failed runs, and (place, reason) of what is not usable."""
+    """A campaign's folder: its results, its failed runs, and (place, reason) of each unusable file."""
 
     folder: Path
     results: list[dict[str, Any]]
@@ -56,16 +57,16 @@ class Campaign:
 
 
 def load(campaign_dir: str | Path) -> Campaign:
-    """Read a campaign's folder. A bad result is listed as a problem and hides no other.
+    """Read a campaign's folder. A bad result becomes a problem in the list and hides no other result.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
-    pd.set_option("display.max_colwidth", None)  # reasons are read, not counted
+    pd.set_option("display.max_colwidth", None)  # show reasons in full
     folder = project_path(campaign_dir)
     results, problems = read_campaign(folder)
     failed = [path for path in sorted(folder.glob("*/failed.json")) if path.parent.name != SUMMARY]
-    # Messages hold the whole path; a log that is published must not.
+    # Messages contain the absolute path, which a published log must not show.
     shown = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
             for path, reason in problems if path.with_name("failed.json") not in failed]
     return Campaign(folder, decided(results), [_read_failure(path) for path in failed], shown)
@@ -85,7 +86,7 @@ def _read_failure(path: Path) -> Failure:
 
 
 def _writable(value: Any) -> Any:
-    """`value` with half a character, which a failure may be about and no log can hold, as its escape."""
+    """`value` with lone surrogates escaped, since a failure message may contain them and a log cannot."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, dict):
@@ -94,11 +95,11 @@ def _writable(value: Any) -> Any:
 
 
 def decided(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The results, each with the verdict that the whole campaign allows, and without a metric of fidelity
-    where the run must not be compared with the baseline.
+    """Give each result its verdict from the whole campaign.
 
-    While a preset runs, the repetitions that tell the noise may still lie ahead. So a decision that records
-    its `gate` is made again with the baseline and the noise that are there now; others stay as they are.
+    A run that must not be compared with the baseline loses its fidelity metrics. A decision that records its
+    `gate` is made again with the current baseline and noise, because the repetitions that measure the noise
+    may come after the preset's own run. Other decisions stay as they are.
     """
     baseline, noise = baseline_of(results), noise_of(results)
     return [_decided(result, baseline, noise) for result in results]
@@ -137,18 +138,18 @@ def baseline_of(results: Iterable[Result]) -> Result | None:
 
 
 def by_ladder(results: Iterable[Result]) -> list[Result]:
-    """The results in the order of the log, the runs of a preset one after the other."""
+    """The results in the order of the log, with the runs of each preset together."""
     return sorted(results, key=lambda run: (LADDER.index(run["preset"]) if run["preset"] in LADDER
                                             else len(LADDER), run["preset"], run.get("run", 1)))
 
 
 def noise_of(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """A/A noise of the campaign, by preset; empty if nothing was run twice on one kind of machine."""
+    """A/A noise of the campaign by preset. Empty if no preset was run twice on one kind of machine."""
     return decision.campaign_noise(results)
 
 
 def change_of(result: Result, baseline: Result | None, metric: Metric) -> float | None:
-    """Percent against the baseline; None where either is n/a or the two may not be compared."""
+    """Change against the baseline in percent. None if either value is n/a or the two are not comparable."""
     if (pair := decision.compared(result, baseline)) is None:
         return None
     value, reference = map(metric.value, pair)
@@ -156,11 +157,11 @@ def change_of(result: Result, baseline: Result | None, metric: Metric) -> float 
 
 
 def within_target(result: Result) -> bool:
-    """Whether no steady-state block took longer than the target of the run."""
+    """Whether every steady-state block met the target of the run."""
     worst = metric_of("ss_max").value(result)
     return worst is not None and worst <= target_of(result)
 
 
 def is_judged(result: Result) -> bool:
-    """Whether the result says how well the video followed its prompts."""
+    """Whether the result holds the prompt adherence of its video."""
     return bool(result.get("adherence")) and not is_na(result["adherence"])

@@ -1,5 +1,5 @@
-"""What was expected of a run, what was measured, what follows: the card on top of its report, and the last
-cell of its notebook. No torch.
+"""Expectation, measurement and verdict of a run: the card on top of its report, and the last cell of its
+notebook. No torch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Result = Mapping[str, Any]
 
 _COLOURS = {"keep": "#1b7f3b", "drop": "#b3261e"}
 _GREY = "#5f6368"
-_DECIDES = ("The verdict is the campaign's: once every run is there, its summary decides, writes "
-            "decisions.json, and puts the verdict on top of this report.")
+_DECIDES = ("The campaign's summary decides once every run has finished. It writes decisions.json and puts "
+            "the verdict on top of this report.")
 
 _COLUMNS = ["this run", "baseline", "difference", "change"]
 
 
 class Page(str):
-    """A piece of HTML that a notebook shows as such."""
+    """HTML that a notebook renders."""
 
     def _repr_html_(self) -> str:
         return str(self)
@@ -36,13 +36,13 @@ class Page(str):
 
 def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any], campaign: str, *,
               recommended: bool = False) -> str:
-    """The card that a report opens with, complete and escaped: the verdict, and the main metrics against the
+    """The card at the top of a report, as escaped HTML: the verdict, and the main metrics against the
     baseline's over equally many blocks.
 
     Args:
         entry: the run's entry in decisions.json.
-        campaign: its name.
-        recommended: whether it is the run that the log recommends.
+        campaign: the campaign's name.
+        recommended: whether the log recommends this run.
     """
     verdict = entry["verdict"]
     words = [f"{entry['rationale'][:1].upper()}{entry['rationale'][1:]}."]
@@ -58,7 +58,8 @@ def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any],
 
 
 def recommendation_html(best: Result | None, baseline: Result | None, reasons: Sequence[str]) -> Page:
-    """The card that a campaign's summary opens with: the preset to take, its main metrics, and why."""
+    """The card at the top of a campaign's summary: the recommended preset, its main metrics, and the reasons.
+    """
     if best is None:
         return Page(_card("recommendation", "Which preset to take: none", "", [], reasons))
     return Page(_card("recommendation", f"Which preset to take: {best['title']}", "keep",
@@ -66,7 +67,7 @@ def recommendation_html(best: Result | None, baseline: Result | None, reasons: S
 
 
 def _card_rows(result: Result, baseline: Result | None) -> list[tuple[str, str, str]]:
-    """(metric, value, change against the baseline) of the metrics that the catalogue shows in a card."""
+    """(metric, value, change against the baseline) for each metric that the catalogue shows in a card."""
     alone = result["preset"] == BASELINE and result["run"] == 1
     pair = None if alone else decision.compared(result, baseline)
     ours, theirs = pair or (result, {})
@@ -93,15 +94,17 @@ def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str
 
 
 def conclusion_html(result: Result, baseline: Result | None) -> str:
-    """HTML: the hypothesis, what was measured against the campaign's `baseline`, and the rule that decides.
-    The verdict is not here: it needs the whole campaign, and the report opens with it.
+    """HTML: the hypothesis, the measurements against the campaign's `baseline`, and the decision rule.
+
+    The verdict is not included. It needs the whole campaign, and the card on top of the report shows it.
     """
     other = None if result["preset"] == BASELINE and result["run"] == 1 else baseline
     parts = [_paragraph("", scope(result)),
-             _paragraph("Hypothesis", result["hypothesis"] or "none was written down."),
+             _paragraph("Hypothesis", result["hypothesis"] or "none was stated."),
              measured(result, other).to_html(border=0)]
     if other is not None and other["sizes"] != result["sizes"] and not decision.unfair(result, other):
-        parts.append(_paragraph("", "Compared over equally many blocks and switches, the first of each run."))
+        parts.append(_paragraph("", "The comparison uses equally many blocks and switches, the first of each "
+                                    "run."))
     if other is not None and (difference := decision.unfair(result, other)):
         parts.append(_paragraph("", f"Not compared with the baseline: {difference}."))
     if result.get("ablations"):
@@ -115,19 +118,19 @@ def conclusion_html(result: Result, baseline: Result | None) -> str:
 
 
 def definitions_html() -> Page:
-    """What every metric means, folded."""
+    """The definition of every metric, folded."""
     rows = "".join(f"<dt><b>{html.escape(name)}</b></dt><dd>{html.escape(text)}</dd>"
                    for name, text in glossary().items())
     return Page(f"<details><summary>What the metrics mean</summary><dl>{rows}</dl></details>")
 
 
 def scope(result: Result) -> str:
-    """Why the numbers cannot confirm the hypothesis; empty for a full run on the machine that it is about."""
+    """Why the numbers cannot confirm the hypothesis. Empty for a full run on the machine that it names."""
     sizes, machine = result["sizes"], result["environment"]["gpu"] or result["environment"].get("cpu")
     words = []
     if result["model"]["name"] != LONGLIVE or "H100" not in (machine or ""):
         words.append(f"These are the {result['model']['name']} model's latencies on this machine "
-                     f"({machine or 'unknown'}); the presets' hypotheses speak of LongLive-1.3B on an H100.")
+                     f"({machine or 'unknown'}). The presets' hypotheses are about LongLive-1.3B on an H100.")
     if sizes["quick"]:
         words.append(f"{sizes['note'][:1].upper()}{sizes['note'][1:]}.")
     if result["environment"].get("co_scheduled"):
@@ -136,8 +139,8 @@ def scope(result: Result) -> str:
 
 
 def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
-    """The metrics of a run against the baseline's where the two may be compared: over equally many blocks and
-    switches, as in the log. A metric that neither of them records has no row.
+    """The metrics of a run, and the baseline's if the two are comparable, over equally many blocks and
+    switches as in the log. A metric that the run does not record has no row.
     """
     pair = decision.compared(result, baseline)
     result, baseline = pair or (result, {})
@@ -157,7 +160,7 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
 
 
 def ablated(result: Result) -> pd.DataFrame:
-    """What each ablation does to the block interval, in the hypotheses' unit."""
+    """The effect of each ablation on the block interval, in the unit of the hypotheses."""
     runs = {AS_IS: result} | {name_of(row): row for row in result["ablations"]}
     ours = block_ms(result)
     return pd.DataFrame.from_dict({name: _compared(block_ms(run), ours)[::2] for name, run in runs.items()},
@@ -165,7 +168,7 @@ def ablated(result: Result) -> pd.DataFrame:
 
 
 def _compared(ours: float | None, theirs: float | None, metric: Metric | None = None) -> list[str]:
-    """Ours, theirs, the difference and the change in percent, each as text."""
+    """Both values, their difference and the change in percent, as text."""
     text = _text if metric is None else metric.text
     if ours is None or theirs is None:
         return [text(ours), text(theirs), "", ""]

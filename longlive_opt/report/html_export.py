@@ -1,11 +1,10 @@
-"""Executed notebook -> one HTML file that opens without a network: every style, picture and video lies in it.
+"""Export an executed notebook as one HTML file that opens offline and embeds all styles, pictures and videos.
 
 nbconvert's own templates load require.js, MathJax, Mermaid and the widget manager from the internet, even
-with `embed_images`. The template below leaves these blocks out; the price: no LaTeX, no live widgets. It
-gives pictures the alternative text that came with them, which the original drops. HTML outputs pass through
-unchanged: whoever prints a prompt or another string as HTML escapes it. Parameters and code are folded: a
-report shows what it found. Style sheets keep only what the
-page uses: of JupyterLab's 260 KB a report needs a tenth.
+with `embed_images`. The template below leaves these blocks out, so a report has no LaTeX and no live widgets.
+It keeps the alternative text of pictures, which the original drops, and folds parameters and code. HTML
+outputs pass through unchanged, so the caller must escape strings such as prompts. Style sheets keep only the
+rules that the page uses: a report needs a tenth of JupyterLab's 260 KB.
 """
 
 from __future__ import annotations
@@ -56,8 +55,11 @@ _REMOTE_IN_JS = re.compile(r"""\b(?:import|from|fetch|src|href)\b[^'"`;\n]*['"`]
 
 def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: bool = False,
                 card: str = "") -> None:
-    """Write an executed notebook as one self-contained HTML file, on request without its code. `card` is HTML
-    that the page opens with, above the notebook.
+    """Write an executed notebook as one self-contained HTML file.
+
+    Args:
+        hide_code: leave the code out.
+        card: HTML to show above the notebook.
 
     Raises:
         UserError: the notebook cannot be read, or the report would load something from the network.
@@ -70,12 +72,12 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
         notebook = nbformat.read(notebook_path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise UserError(f"{notebook_path}: this is not a readable notebook ({error}); run it") from error
-    # The template takes the title from here before anything else.
+    # The template reads the title from here first.
     notebook.metadata["title"] = title
     exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": _TEMPLATE})],
                             template_file="offline.html.j2", embed_images=True, exclude_input=hide_code,
                             exclude_input_prompt=hide_code, exclude_output_prompt=hide_code)
-    # The path is where relative pictures in prose are looked for, to be embedded.
+    # nbconvert resolves relative picture paths in Markdown against this path.
     resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}, "card": card}
     html, _ = exporter.from_notebook_node(notebook, resources=resources)
     html = drop_unused_styles(html)
@@ -89,7 +91,7 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
 
 
 def network_references(html: str) -> list[str]:
-    """The remote addresses that a browser loads when it opens `html`; links (`<a href>`) are not loaded."""
+    """The remote addresses that a browser loads when it opens `html`. Links (`<a href>`) do not count."""
     finder = _ReferenceFinder()
     finder.feed(html)
     finder.close()
@@ -131,9 +133,9 @@ _VARIABLE = re.compile(r"var\(\s*(--[\w-]+)")
 
 
 def drop_unused_styles(html: str) -> str:
-    """The page with the rules left out that ask for a class no element has, and the variables nobody reads.
+    """Remove the rules for classes that no element has, and the variables that no rule reads.
 
-    For pages without scripts: a class that a script would add counts as not there.
+    Only for pages without scripts, since a class that a script adds counts as unused.
     """
     rest = _STYLE.sub("", html)
     finder = _ClassFinder()
@@ -141,7 +143,7 @@ def drop_unused_styles(html: str) -> str:
     finder.close()
     sheets = [_used_rules(style[1], finder.classes) for style in _STYLE.findall(html)]
     read: set[str] = set()
-    while True:  # a variable may be read by one that is dropped itself
+    while True:  # dropping a variable may leave another one unread
         now_read = {name for text in (rest, *map(_text, sheets)) for name in _VARIABLE.findall(text)}
         if now_read == read:
             break
@@ -158,7 +160,7 @@ def _used_rules(css: str, classes: set[str]) -> list[Node]:
 
 
 def _asked(prelude: list[Node]) -> list[set[str]]:
-    """The classes that each selector of a rule asks for; those in `:not(...)` and the like do not count."""
+    """The classes that each selector of a rule requires, without those inside `:not(...)` and the like."""
     selectors: list[set[str]] = [set()]
     for before, token in zip([None, *prelude], prelude):
         if token == ",":

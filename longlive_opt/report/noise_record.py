@@ -1,13 +1,13 @@
-"""outputs/noise.json: what every recorded campaign measured of every preset, one row each.
+"""outputs/noise.json: the measurements of every recorded campaign, one row per preset.
 
-Two runs in one campaign are alike by luck more often than two campaigns are: another day, another card of the
-same kind, another state of the machine. So the runs of earlier campaigns are kept, also where their results
-were replaced. Machines, commits and presets differ between rows; each says its own.
+Two runs of one campaign agree more closely than runs of two campaigns, which differ in day, card and machine
+state. So the record keeps the runs of earlier campaigns even after their results were replaced. Machines,
+commits and presets differ between rows, and each row names its own.
 
     schema_version  1
     rows            [{campaign, preset, machine, torch, model, commit, date (created_utc of the first run),
-                    runs, blocks [one per run], switches [...], ss_mean, ss_max, ps_mean: [ms, one per run;
-                    null where it was not measured]}]
+                    runs, blocks [one per run], switches [...], ss_mean, ss_max, ps_mean: [ms, one per run,
+                    null if not measured]}]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 
 
 def rows_of(results: Sequence[Result], campaign: str) -> list[dict[str, Any]]:
-    """A campaign's rows of the record, one for each preset, its runs in their order."""
+    """A campaign's rows of the record: one per preset, with its runs in order."""
     runs: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result["run"]):
         runs.setdefault(result["preset"], []).append(result)
@@ -53,33 +53,33 @@ def _rounded(value: float | None) -> float | None:
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record; none if there is no such file.
+    """The rows of a record, or none if the file does not exist.
 
     Raises:
-        UserError: the file is no record of this schema.
+        UserError: the file is not a record of this schema.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.name}: cannot be read ({error}); git has it") from error
+        raise UserError(f"{path.name}: cannot be read ({error}); restore it from git") from error
     if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path.name}: is no record of noise of schema {SCHEMA_VERSION}; git has it")
+        raise UserError(f"{path.name}: is not a noise record of schema {SCHEMA_VERSION}; restore it from git")
     return found["rows"]
 
 
 def joined(record: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """`record` with `rows` at its end; those of the same run are replaced."""
+    """`record` with `rows` appended. They replace rows of the same run."""
     own = {(row["preset"], row["date"]) for row in rows}
     return [*(row for row in record if (row["preset"], row["date"]) not in own), *rows]
 
 
 def write_record(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a record atomically, a line per row, so that a diff shows what came.
+    """Write a record atomically, one line per row, so that a diff shows the new rows.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     lines = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
     with atomic_path(path) as temporary:
@@ -88,7 +88,7 @@ def write_record(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def record_noise(campaign: Campaign, path: Path | None = None) -> int:
-    """Add a campaign's rows to the record; returns how many.
+    """Add a campaign's rows to the record and return their number.
 
     Raises:
         UserError: the record cannot be read or written.
@@ -100,8 +100,8 @@ def record_noise(campaign: Campaign, path: Path | None = None) -> int:
 
 
 def over_campaigns(record: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> list[str]:
-    """A sentence for each preset that was repeated here, and for the baseline: between which values its runs
-    lay over all recorded campaigns of this model on this kind of machine. None where this is the only one.
+    """One sentence per repeated preset and for the baseline: the range of its runs over all recorded
+    campaigns of this model on this kind of machine. Nothing for a preset that only this campaign recorded.
     """
     rows = joined(record, rows_of(results, ""))
     own = {row["preset"]: row for row in rows_of(results, "")}

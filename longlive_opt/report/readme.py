@@ -1,4 +1,4 @@
-"""The table of results in the README, generated from a campaign between two markers."""
+"""The results table of the README, generated from a campaign and placed between two markers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .campaign import BASELINE, Campaign, Result
 from .verdicts import read_decisions
 
 PRESETS = (BASELINE, "balanced", "speed", "realtime")
-"""Those that the README shows; the log has all."""
+"""The presets in the README. The log shows all of them."""
 KEYS = ("ss_mean", "ss_max", "fps", "ps_mean", "peak_allocated", "error_ratio")
 _MARKS = re.compile(r"(<!-- results: [^\n]*-->\n).*?(<!-- end of results -->\n)", re.DOTALL)
 
 
 def results_table(campaign: Campaign) -> str:
-    """A Markdown table with a row per preset of `PRESETS`; the recommended one is bold, and of several runs
-    SS max has its range.
+    """A Markdown table with one row per preset of `PRESETS`. The recommended preset is bold. SS max shows its
+    range if the preset was run several times.
     """
     metrics = [metric_of(key) for key in KEYS]
     gpus = [run["environment"]["gpu"] for run in campaign.results if run["environment"]["gpu"]]
@@ -53,7 +53,7 @@ def page_with_results(text: str, campaign: Campaign) -> str:
     """The page `text` with the campaign's table between its markers.
 
     Raises:
-        UserError: the page has not exactly one pair of markers.
+        UserError: the page does not have exactly one pair of markers.
     """
     if len(_MARKS.findall(text)) != 1:
         raise UserError("README: it needs one line '<!-- results: ... -->' and, after it, one "
@@ -65,7 +65,7 @@ def write_readme(path: Path, campaign: Campaign) -> None:
     """Put the campaign's table into the page, atomically.
 
     Raises:
-        UserError: as `page_with_results`, or the page cannot be read.
+        UserError: see `page_with_results`; or the page cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Results as tables: those of an experiment's notebook, one for each step of a run; its ablations; and those
-of a campaign, for readers and as CSV. No torch.
+"""Results as tables: one per step of an experiment's notebook, its ablations, and a campaign's results for
+readers and as CSV. No torch.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _ADHERENCE = "adherence."
 
 
 def summary_table(results: Sequence[Result]) -> pd.DataFrame:
-    """One row per result, numbers only (NaN for n/a); the change is against the first run of the baseline. A
-    stream that is not `sustained` has no start-up buffer: it would only tell how long the stream was.
+    """One row per result, numbers only (NaN for n/a), with the change against the first run of the baseline.
 
-    The columns `adherence_...` are there if a video of Moving Shapes was evaluated in some run.
+    A stream that is not `sustained` has no start-up buffer, since the buffer would only reflect the length of
+    the stream. The columns `adherence_...` exist if some run evaluated a video of Moving Shapes.
     """
     evaluated = any(map(is_judged, results))
     metrics = [metric for metric in shown_in("csv") if evaluated or not metric.path.startswith(_ADHERENCE)]
@@ -64,7 +64,9 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
-    """The main metrics for readers: a row per run in the order of the log, words where there is no number."""
+    """The main metrics for readers: one row per run in the order of the log, with words where a number is
+    missing.
+    """
     baseline, rows, mean = baseline_of(results), [], metric_of("ss_mean")
     for result in by_ladder(results):
         cells = {_summary_heading(metric): _summary_cell(metric, result, baseline)
@@ -77,11 +79,11 @@ def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def _summary_heading(metric: Metric) -> str:
-    return metric.label if metric.key == "startup_buffer" else metric.heading  # in words, with their own unit
+    return metric.label if metric.key == "startup_buffer" else metric.heading  # its cells have a unit
 
 
 def _summary_cell(metric: Metric, result: Result, baseline: Result | None) -> str:
-    """The metric as text; words where the number alone would mislead."""
+    """The metric as text, with words where the number alone would mislead."""
     if metric.key == "startup_buffer":
         return charts.buffer_words(result)
     if metric.key == "error_ratio":
@@ -90,7 +92,7 @@ def _summary_cell(metric: Metric, result: Result, baseline: Result | None) -> st
 
 
 def _ratio_cell(result: Result, baseline: Result | None) -> str:
-    """The error ratio, or why there is no need of one."""
+    """The error ratio, or the word that replaces it."""
     if result is baseline:
         return "reference"
     if lookup(result, "quality.identical") is True:
@@ -99,23 +101,21 @@ def _ratio_cell(result: Result, baseline: Result | None) -> str:
 
 
 def _fidelity_cell(result: Result, baseline: Result | None) -> str:
-    """PSNR to the truth; for results from before protocol 2 that to the baseline, or why there is no need of
-    it.
-    """
+    """PSNR to the truth. Results older than protocol 2 show the PSNR to the baseline or a word for it."""
     cell = _ratio_cell(result, baseline)
     old = lookup(result, "quality.protocol") != 2
     return cell if old and cell in ("reference", "identical") else metric_of("psnr").shown(result)
 
 
 def to_csv(results: Sequence[Result], path: str | Path) -> Path:
-    """Write `summary_table` as CSV, atomically; return the path."""
+    """Write `summary_table` as CSV, atomically, and return the path."""
     with atomic_path(path) as temporary:
         summary_table(results).to_csv(temporary, index=False)
     return Path(path)
 
 
 def runs_table(campaign: Campaign) -> pd.DataFrame:
-    """Everything that lies in the campaign's folder, and what became of it."""
+    """Every run in the campaign's folder, with its status."""
     rows = []
     for result in campaign.results:
         repeat = "" if result.get("run", 1) == 1 else f", run {result['run']}"
@@ -128,7 +128,7 @@ def runs_table(campaign: Campaign) -> pd.DataFrame:
 
 
 def noise_table(results: Sequence[Result]) -> pd.DataFrame:
-    """A/A noise in percent, a row for each preset that was run more than once, and the range of SS max."""
+    """A/A noise in percent and the range of SS max, one row per preset that was run more than once."""
     rows, most = [], metric_of("ss_max")
     for preset, noise in noise_of(results).items():
         shares = {metric.label: number(noise, metric.key) for metric in shown_in("noise")}
@@ -143,8 +143,9 @@ def noise_table(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def adherence_table(results: Sequence[Result]) -> pd.DataFrame | None:
-    """How well each run's video followed its prompts in Moving Shapes: shares, delays in blocks, what was
-    wrong. A run whose video was not evaluated says why; None if none was evaluated.
+    """How well each run's video followed its prompts in Moving Shapes: shares, delays in blocks, and errors.
+
+    A run without an evaluation gives the reason. Returns None if no video was evaluated.
     """
     if not any(map(is_judged, results)):
         return None
@@ -163,21 +164,21 @@ def adherence_table(results: Sequence[Result]) -> pd.DataFrame | None:
 
 
 def parameters_table(config: ExperimentConfig) -> pd.DataFrame:
-    """The parameters that are not the baseline's on the laptop."""
+    """The parameters that differ from the baseline's on the laptop."""
     default, own = ExperimentConfig().to_dict(), config.to_dict()
     rows = {key: {"value": own[key], "default": default[key]} for key in own if own[key] != default[key]}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default"])
 
 
 def optimizations_table(optimizations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """What each optimization did."""
+    """One row per optimization: its name, its exactness, and what it did."""
     rows = [(optimization["name"], optimization["exactness"], optimization["report"]["done"])
             for optimization in optimizations]
     return pd.DataFrame(rows, columns=["optimization", "exactness", "what it did"])
 
 
 def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
-    """The metrics that a reader looks for first, of the sections that `measurement.protocol` makes."""
+    """The main metrics of the sections that `measurement.protocol` makes."""
     rows = {}
     for metric in shown_in("headline"):
         value = metric.value(measured)
@@ -187,12 +188,12 @@ def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def fidelity_table(quality: Mapping[str, Any], facts: Mapping[str, Any] | None) -> pd.DataFrame:
-    """Errors against the truth: this run, the campaign's baseline and its null rows, each free-running and,
-    where that says something, teacher-forced. Cells are numbers, n/a with the reason, or nothing.
+    """Errors against the truth for this run, the campaign's baseline and its null rows, free-running and
+    teacher-forced. A cell is a number, n/a with the reason, or empty.
 
     Args:
-        quality: the section of the run.
-        facts: those of the campaign's truth, None if it has none.
+        quality: the run's section `quality`.
+        facts: the facts of the campaign's truth, None if it has none.
     """
     free = quality.get("free_running") or {}
     rows = {"this run, free-running": _fidelity_row(free or quality),
@@ -232,7 +233,7 @@ def _fidelity_row(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A metric for a table: rounded, or 'n/a: reason'."""
+    """A metric for a table, rounded, or 'n/a: reason'."""
     if is_na(value):
         return f"n/a: {value['reason']}"
     return round(value, 3) if isinstance(value, float) else value
@@ -243,8 +244,7 @@ AS_IS = "as is"
 
 def ablation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], setup_s: Mapping[str, Any]
                       ) -> dict[str, Any]:
-    """What is kept of an ablation: the measured metrics without events and single samples, and its quality.
-    """
+    """The part of an ablation that is stored: its metrics without events and samples, and its quality."""
     latency = measured["latency"]
     return {"latency": {key: latency[key] for key in ("ss_ms_per_frame", "ps_ms", "stages_ms")},
             "fps": measured["fps"], "memory_gb": measured["memory_gb"], "sizes": measured["sizes"],
@@ -252,7 +252,7 @@ def ablation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], s
 
 
 def ablations_table(result: Mapping[str, Any]) -> pd.DataFrame:
-    """One row for the preset as it is and one for each ablation; a cell is a number, or n/a and why."""
+    """One row for the unchanged preset and one per ablation. A cell is a number, or n/a with the reason."""
     rows = {AS_IS: result} | {name_of(row): row for row in result.get("ablations", [])}
     metrics = shown_in("ablation")
     return pd.DataFrame.from_dict({name: {metric.heading: _cell(row, metric) for metric in metrics}

@@ -1,17 +1,17 @@
-"""decisions.json: the verdicts of a whole campaign, the one place that log, table and reports read.
+"""decisions.json: the verdicts of a whole campaign. Log, table and reports read them from here.
 
-While a preset runs, the repetitions that tell the noise may still lie ahead, so its result.json holds a
-provisional decision. The summary decides when everything is there, and writes, atomically:
+A run's result.json holds only a provisional decision, because the repetitions that measure the noise may
+still follow. The summary decides when all runs have finished, and writes atomically:
 
     schema_version  1                       campaign    the folder's name
     baseline        created_utc of the baseline's first run, or null
     noise           {preset: {runs, blocks, switches, values {metric: [one per run]}, metric: spread or n/a}}
-                    of what was run more than once (see `decision.aa_noise`)
+                    for each preset that was run more than once (see `decision.aa_noise`)
     decisions       {label: {preset, run, created_utc, verdict: "keep" | "drop" | "undecided" | "reference" |
                     "repetition" | "study", keep: bool or null, rule, rationale, gate {} or null,
                     not_comparable: why the run must not be compared with the baseline, else ""}}; a label is
-                    the run's folder
-    recommended     {preset: str or null, reasons [str]}: what the log advises
+                    the name of the run's folder
+    recommended     {preset: str or null, reasons [str]}: the recommendation of the log
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 
 
 def decisions_of(campaign: Campaign, recommended: str | None, reasons: Sequence[str]) -> dict[str, Any]:
-    """What decisions.json holds of a campaign whose results are decided (`campaign.decided`)."""
+    """The content of decisions.json for a campaign whose results are decided (`campaign.decided`)."""
     baseline = baseline_of(campaign.results)
     return {"schema_version": SCHEMA_VERSION, "campaign": campaign.folder.name,
             "baseline": None if baseline is None else baseline["created_utc"],
@@ -52,10 +52,10 @@ def _entry(run: Result, baseline: Result | None) -> dict[str, Any]:
 
 
 def write_decisions(folder: Path, decisions: Mapping[str, Any]) -> Path:
-    """Write decisions.json into the campaign's folder, atomically; return its path.
+    """Write decisions.json into the campaign's folder, atomically, and return its path.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     path = folder / DECISIONS_FILE
     with atomic_path(path) as temporary:
@@ -65,7 +65,7 @@ def write_decisions(folder: Path, decisions: Mapping[str, Any]) -> Path:
 
 
 def read_decisions(folder: Path) -> dict[str, Any]:
-    """decisions.json of a campaign's folder; without decisions where there is none that can be read."""
+    """Read decisions.json of a campaign's folder. An absent or unreadable file gives no decisions."""
     try:
         found = json.loads((folder / DECISIONS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,9 +75,9 @@ def read_decisions(folder: Path) -> dict[str, Any]:
 
 
 def cards(folder: Path) -> dict[str, str]:
-    """label -> the HTML that the run's report opens with: its conclusion, as decisions.json has it.
+    """label -> the HTML card on top of the run's report, with the verdict from decisions.json.
 
-    A run that is newer than its decision has none yet.
+    A run that is newer than its decision has no card yet.
     """
     found = read_decisions(folder)
     if not found["decisions"]:
@@ -94,7 +94,7 @@ def cards(folder: Path) -> dict[str, str]:
 
 
 def recommendation(campaign: Campaign) -> Page:
-    """HTML: which preset to take and why, as decisions.json has it."""
+    """HTML: the recommended preset and the reasons, from decisions.json."""
     advised = read_decisions(campaign.folder)["recommended"]
     best = next((run for run in campaign.results if run["preset"] == advised["preset"]), None)
     return recommendation_html(best, baseline_of(campaign.results), advised["reasons"])

@@ -1,12 +1,12 @@
-"""Frames to things people look at: mp4, contact sheet, inline HTML. For viewing only: metrics take the raw
-frames.
+"""Turn frames into an mp4, a contact sheet or inline HTML. For viewing only: metrics use the raw frames.
 
-numpy, PIL and PyAV are imported where they are needed; PyAV brings its own x264, no system ffmpeg is used.
+numpy, PIL and PyAV are imported where they are needed. PyAV brings its own x264, so no system ffmpeg is used.
 """
 
 import base64
 import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ _LABEL_HEIGHT = 14
 def as_images(frames: "torch.Tensor | np.ndarray") -> "np.ndarray":
     """uint8 [T,H,W,3] or [T,3,H,W], tensor (any device) or array -> uint8 array [T,H,W,3].
 
-    Raises UserError for another dtype or shape, or no frame.
+    Raises UserError for another dtype or shape, or if there is no frame.
     """
     import numpy as np
 
@@ -38,8 +38,9 @@ def as_images(frames: "torch.Tensor | np.ndarray") -> "np.ndarray":
 
 
 def shrink(frames: "torch.Tensor", width: int | None) -> "torch.Tensor":
-    """uint8 tensor [T,3,H,W] averaged down to `width` pixels, the shape kept and the height even; None or a
-    `width` of at least W leaves it as it is.
+    """Average a uint8 tensor [T,3,H,W] down to `width` pixels; keep the shape, height even.
+
+    Returns the frames unchanged if `width` is None or at least W.
     """
     import torch
 
@@ -56,11 +57,21 @@ def shrink(frames: "torch.Tensor", width: int | None) -> "torch.Tensor":
 
 def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float, *,
               crf: int = 20) -> dict[str, Any]:
-    """Write frames (see `as_images`) as H.264 that browsers play: yuv420p, index at the front, even sizes.
+    """Write frames (see `as_images`) as H.264 for browsers: yuv420p, index at the front, even sizes.
 
-    4:2:0 needs even sizes: an odd height or width gets its last row or column once more, and `padded` says
-    so. Returns {frames, fps, width, height, padded, bytes}. Raises UserError without PyAV or when writing
-    fails.
+    4:2:0 needs even sizes. An odd height or width repeats its last row or column, and `padded` records it.
+    Returns {frames, fps, width, height, padded, bytes}. Raises UserError without PyAV or if writing fails.
+    """
+    images = as_images(frames)
+    size = write_pictures(path, images, fps, crf=crf)
+    return {"frames": len(images), "fps": fps, **size, "bytes": Path(path).stat().st_size}
+
+
+def write_pictures(path: str | Path, pictures: "Iterable[np.ndarray]", fps: float, *,
+                   crf: int = 20) -> dict[str, Any]:
+    """`write_mp4` for pictures, each uint8 [H,W,3] and of the same size, that arrive one by one and need not
+    fit into memory together. Returns {width, height, padded}. Raises UserError as `write_mp4` does, or if
+    there is no picture.
     """
     import numpy as np
 
@@ -68,32 +79,33 @@ def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float,
         import av
     except ImportError as error:
         raise UserError("writing mp4 needs PyAV, which is not installed: pip install 'av>=14'.") from error
-    images = as_images(frames)
     if fps <= 0:
         raise UserError(f"fps: {fps} must be greater than 0.")
-    odd = [size % 2 for size in images.shape[1:3]]
-    images = np.pad(images, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-    path = Path(path)
+    pictures = iter(pictures)
+    first = next(pictures, None)
+    if first is None:
+        raise UserError("frames: no frame was given; give at least one.")
+    odd = [size % 2 for size in first.shape[:2]]
     with atomic_path(path) as temporary:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-            stream.height, stream.width = images.shape[1:3]
+            stream.height, stream.width = first.shape[0] + odd[0], first.shape[1] + odd[1]
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf)}
-            for image in images:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            for picture in itertools.chain([first], pictures):
+                padded = np.pad(picture, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-    return {"frames": len(images), "fps": fps, "width": images.shape[2], "height": images.shape[1],
-            "padded": bool(any(odd)), "bytes": path.stat().st_size}
+    return {"width": first.shape[1] + odd[1], "height": first.shape[0] + odd[0], "padded": any(odd)}
 
 
 def contact_sheet(path: str | Path, frames: "torch.Tensor | np.ndarray", *, columns: int = 4,
                   labels: Sequence[str] | None = None, max_width: int = 1600) -> None:
     """Write frames (see `as_images`) as one PNG grid, row by row, with an optional label above each.
 
-    Frames are scaled down so that the sheet is at most `max_width` pixels wide; labels are cut to the cell's
-    width. Raises UserError for a wrong number of labels or columns, or when writing fails.
+    Frames are scaled down so that the sheet is at most `max_width` pixels wide. Labels are cut to the width
+    of their cell. Raises UserError for a wrong number of labels or columns, or if writing fails.
     """
     from PIL import Image, ImageDraw
 
@@ -120,7 +132,7 @@ def contact_sheet(path: str | Path, frames: "torch.Tensor | np.ndarray", *, colu
 
 
 def _fit(draw: Any, label: str, width: int) -> str:
-    """`label` on one line, cut to fit; characters that the built-in font may lack become '?'."""
+    """`label` on one line, cut to fit. Characters that the built-in font may lack become '?'."""
     text = " ".join(label.split()).encode("latin-1", "replace").decode("latin-1")
     while text and draw.textlength(text) > width:
         text = text[:-1]
@@ -128,11 +140,11 @@ def _fit(draw: Any, label: str, width: int) -> str:
 
 
 def video_html(path: str | Path, caption: str = "", min_width: int = 256) -> str:
-    """HTML that plays the mp4 inline, the file embedded, for `IPython.display.HTML` and for reports.
+    """HTML with the mp4 embedded, for `IPython.display.HTML` and for reports. The caption is escaped.
 
-    In a player narrower than `min_width` pixels the controls would hide the tiny model's pictures. `src` sits
-    on <video> itself: JupyterLab strips it from <source> in notebooks it does not trust, as those that
-    papermill ran. The caption is escaped. Raises UserError if the file cannot be read.
+    In a player narrower than `min_width` pixels the controls would hide the tiny model's pictures. `src` is
+    on <video> itself because JupyterLab strips it from <source> in untrusted notebooks, such as those that
+    papermill ran. Raises UserError if the file cannot be read.
     """
     path = Path(path)
     try:
@@ -148,7 +160,8 @@ def difference_heatmap(reference: "torch.Tensor | np.ndarray", variant: "torch.T
                        full_scale: float = 0.1) -> "np.ndarray":
     """uint8 [H,W,3] colour map of the mean absolute difference over time and channels of two clips [T,3,H,W].
 
-    The brightest colour is `full_scale` of the value range and more: a fixed scale keeps presets comparable.
+    The brightest colour means `full_scale` of the value range or more. The scale is fixed so that presets
+    remain comparable.
     """
     import numpy as np
     from matplotlib import colormaps
@@ -171,9 +184,7 @@ def side_by_side(reference: "torch.Tensor | np.ndarray",
 
 def difference_chart(reference: "torch.Tensor | np.ndarray",
                      variant: "torch.Tensor | np.ndarray") -> Chart:
-    """The last frame of each of two clips, uint8 [T, 3, H, W], and the mean absolute difference of all
-    frames.
-    """
+    """The last frame of each of two clips, uint8 [T, 3, H, W], and their mean absolute difference."""
     chart = Chart(figsize=(9, 2.6), layout="constrained")
     pictures = {"baseline, last frame": as_images(reference[-1:])[0],
                 "this run, last frame": as_images(variant[-1:])[0],

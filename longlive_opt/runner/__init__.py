@@ -1,1 +1,1 @@
-"""Run presets as notebooks: plan a campaign, execute it, say what failed."""
+"""Run presets as notebooks: plan a campaign, execute it, and report failures."""

@@ -1,20 +1,23 @@
 """Run presets as notebooks, one after the other: python -m longlive_opt.runner run --campaign NAME
 
-A preset is params/<preset>.yaml with its notebook, notebooks/NN_<preset>.ipynb; a profile and `--set
-key=value` go on top. Everything is checked before the first notebook starts. A run lives in
-outputs/<campaign>/<label>/, where the label is the preset, or baseline.repeat2 for a repetition that shows
-the noise; repetitions are spread over the campaign. A finished run is skipped, so a campaign goes on where it
-stopped; if its parameters, prompts or weights are not those asked for, nothing at all is run: take
-`--overwrite` or another campaign. With `--overwrite` the old run stays until the new one is done. At the end
-the summary writes decisions.json, from which the log is made and with which every report opens.
+A preset is params/<preset>.yaml with its notebook, notebooks/NN_<preset>.ipynb. A profile and `--set
+key=value` override its values. Everything is checked before the first notebook starts. A run writes to
+outputs/<campaign>/<label>/. The label is the preset, or for example baseline.repeat2 for a repetition that
+measures the noise. Repetitions are spread over the campaign.
 
-Exit status: 0 all finished, 1 something failed (failed.json says what), 2 wrong input, 130 interrupted.
+A finished run is skipped, so a campaign continues where it stopped. If a finished run has other parameters,
+prompts or weights than requested, the command runs nothing; use `--overwrite` or another campaign. With
+`--overwrite` the old run stays until the new one is done. At the end the summary writes decisions.json, which
+holds the verdicts for the log and the reports.
+
+Exit status: 0 all finished, 1 something failed (see failed.json), 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -24,7 +27,7 @@ from typing import Any
 
 from ..config import BASELINE
 from ..errors import UserError
-from ..files import load_yaml
+from ..files import HOME_VARIABLE, load_yaml, project_root
 from ..models.weight_files import TINY_WEIGHTS
 from .execute import export_report, export_reports, locked, run_jobs
 from .parameters import refresh
@@ -42,12 +45,12 @@ from .plan import (
 
 log = logging.getLogger(__name__)
 
-# As little as the config allows: it shows that everything runs; the figures mean nothing.
+# The smallest run that the config allows. It shows that everything runs; its numbers mean nothing.
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 
 
 def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
-    """The command `run`: presets, then the summary, then the reports."""
+    """The command `run`: run presets, then the summary, then export the reports."""
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
     campaign = layout.campaign(arguments.campaign)
     jobs = plan(layout, arguments.campaign, arguments.presets, arguments.profile, settings,
@@ -59,7 +62,7 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
         todo = [job for job in jobs if job not in finished]
         require_reference(campaign, todo)
         for job in finished:
-            log.info("[%s] finished before, skipped (--overwrite runs it again)", job.label)
+            log.info("[%s] already finished, skipped (--overwrite runs it again)", job.label)
         failed = run_jobs(layout.root, [*todo, summary])
         failed |= _settle(layout, campaign, arguments.record_noise)
     if failed:
@@ -69,21 +72,21 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
 
 
 def _repeats(arguments: argparse.Namespace) -> dict[str, int]:
-    """preset -> how many more runs of it."""
+    """preset -> its number of additional runs."""
     for option, count in (("--repeats", arguments.repeats), ("--repeat-baseline", arguments.repeat_baseline)):
         if count is not None and count < 0:
-            raise UserError(f"{option}: {count} is no number of runs; write 0 or more")
+            raise UserError(f"{option}: {count} is not a number of runs; write 0 or more")
     if BASELINE in arguments.repeat and arguments.repeat_baseline is not None:
-        raise UserError(f"--repeat-baseline: --repeat names {BASELINE} as well; take one of the two")
+        raise UserError(f"--repeat-baseline: --repeat also names {BASELINE}; use only one of the two")
     baseline = {} if arguments.repeat_baseline is None else {BASELINE: arguments.repeat_baseline}
     return baseline | dict.fromkeys(arguments.repeat, arguments.repeats)
 
 
 def _settle(layout: Layout, campaign: Path, record_noise: bool) -> dict[str, str]:
-    """After the summary: the reports, each with the campaign's verdict on top, and the record of noise.
+    """After the summary, export the reports with their verdicts and, if requested, record the noise.
 
     Returns:
-        The labels of the runs whose report could not be made.
+        The labels of the runs whose report could not be exported, with the reasons.
     """
     from .. import report
 
@@ -109,7 +112,7 @@ def run_training(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `training`."""
     asked = arguments.weights
     if asked and not (layout.root / asked).is_dir():
-        raise UserError(f"--weights: there is no folder {asked}; train one: "
+        raise UserError(f"--weights: the folder {asked} does not exist; train a model: "
                         f"python -m longlive_opt.tiny.training --out {asked} --device cuda")
     job = plan_training(layout, asked or TINY_WEIGHTS)
     with locked([job]):
@@ -138,7 +141,7 @@ def list_presets(layout: Layout, arguments: argparse.Namespace) -> int:
 def refresh_parameters(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `parameters`."""
     for path in refresh(layout):
-        log.info("%s is written", path.relative_to(layout.root))
+        log.info("wrote %s", path.relative_to(layout.root))
     return 0
 
 
@@ -148,46 +151,48 @@ def _parser() -> argparse.ArgumentParser:
                                      "| parameters")
     run = commands.add_parser("run", help="run presets, then the summary")
     run.add_argument("--campaign", required=True, metavar="NAME", help="results go to outputs/NAME")
-    run.add_argument("--profile", type=Path, metavar="FILE", help="goes over each preset's values")
+    run.add_argument("--profile", type=Path, metavar="FILE", help="overrides each preset's values")
     run.add_argument("--presets", nargs="+", default=["all"], metavar="NAME", help="all (default) or names")
-    run.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="presets that all leaves out")
-    run.add_argument("--repeat", nargs="+", default=[], metavar="NAME", help="presets to run again, spread "
-                     "over the campaign: their spread is the noise")
-    run.add_argument("--repeats", type=int, default=2, metavar="N", help="more runs of each of them (2)")
-    run.add_argument("--repeat-baseline", type=int, metavar="N", help="more runs of the baseline: the same "
-                     "as --repeat baseline --repeats N")
-    run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over both")
+    run.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="presets to exclude from all")
+    run.add_argument("--repeat", nargs="+", default=[], metavar="NAME", help="presets to run again, at "
+                     "intervals over the campaign, to measure the noise")
+    run.add_argument("--repeats", type=int, default=2, metavar="N", help="additional runs of each (2)")
+    run.add_argument("--repeat-baseline", type=int, metavar="N", help="additional runs of the baseline, as "
+                     "with --repeat baseline --repeats N")
+    run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                     help="overrides preset and profile")
     run.add_argument("--overwrite", action="store_true", help="run finished presets again")
-    run.add_argument("--quick", action="store_true", help="as few blocks as possible: does everything run?")
+    run.add_argument("--quick", action="store_true", help="measure as few blocks as possible, as a test")
     run.set_defaults(command=run_campaign)
     summary = commands.add_parser("summary", help="compare the finished runs of a campaign")
     summary.add_argument("--campaign", required=True, metavar="NAME", help="the results in outputs/NAME")
     summary.set_defaults(command=run_summary)
     for command in (run, summary):
-        command.add_argument("--log", type=Path, metavar="FILE", help="where the optimization log goes, seen "
-                             "from the project's folder (default: into the campaign)")
-        command.add_argument("--record-noise", action="store_true", help="add the spread of this campaign's "
-                             "runs to outputs/noise.json")
+        command.add_argument("--log", type=Path, metavar="FILE", help="where to write the optimization log, "
+                             "relative to the project's folder (default: into the campaign)")
+        command.add_argument("--record-noise", action="store_true", help="add this campaign's runs to "
+                             "outputs/noise.json")
     training = commands.add_parser("training", help="the report on the training of the tiny model")
-    training.add_argument("--weights", metavar="DIR", help="a folder of trained weights, seen from the "
+    training.add_argument("--weights", metavar="DIR", help="a folder of trained weights, relative to the "
                           f"project's folder (default: {TINY_WEIGHTS})")
     training.set_defaults(command=run_training)
     quantization = commands.add_parser("quantization", help="the study of 8-bit formats: error against time")
     quantization.add_argument("--profile", type=Path, metavar="FILE", help="model and machine (default: the "
                               "tiny model on the CPU)")
     quantization.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                              help="over the profile")
+                              help="overrides the profile")
     quantization.set_defaults(command=run_quantization)
     commands.add_parser("list", help="list the presets").set_defaults(command=list_presets)
-    parameters = commands.add_parser("parameters", help="write what follows from keys, presets and profiles: "
-                                     "params/README.md and the notebooks' parameters cells")
+    parameters = commands.add_parser("parameters", help="write params/README.md and the notebooks' "
+                                     "parameters cells from keys, presets and profiles")
     parameters.set_defaults(command=refresh_parameters)
     return parser
 
 
 def keep_interrupts() -> None:
-    """Raise an interrupt again that Python only prints, since it came within a destructor or the callback of
-    a weak reference: the notebook would run on as if nobody had asked.
+    """Raise an interrupt again if Python swallowed it in a destructor or in the callback of a weak reference.
+
+    Python only prints such an interrupt, and the notebook would continue.
     """
     def again(swallowed: Any) -> None:
         if issubclass(swallowed.exc_type, KeyboardInterrupt):
@@ -200,14 +205,16 @@ def keep_interrupts() -> None:
 
 
 def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
-    """Entry point; `root` is the project's folder (default: the one that holds this package)."""
+    """Entry point. `root` is the project's folder (default: the folder that holds this package)."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for stream in (sys.stdout, sys.stderr):  # a name or a message that the terminal cannot show stops nothing
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show must not stop a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return arguments.command(Layout(root or Path(__file__).resolve().parents[2]), arguments)
+        root = root or project_root()
+        os.environ.setdefault(HOME_VARIABLE, str(root))  # for the notebooks' kernels
+        return arguments.command(Layout(root), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -215,14 +222,14 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        # A cell that was about to start leaves one behind.
+        # The interrupted cell leaves an unawaited coroutine behind.
         warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    # A batch system ends a job with SIGTERM: then, too, the kernel has to go and failed.json has to stay.
+    # A batch system ends a job with SIGTERM. Then the kernel must also end and failed.json must be written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_interrupts()
     sys.exit(main())

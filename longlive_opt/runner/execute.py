@@ -1,9 +1,9 @@
-"""Execute notebooks in kernels of their own, leave each run's folder in a state that can be trusted, and
-export the reports once the verdicts are known.
+"""Execute each notebook in its own kernel, leave its folder in a reliable state, and export the reports once
+the verdicts are known.
 
-A run is finished when papermill came to its end AND the notebook's last cell wrote a result.json with status
-"ok". The executed notebook alone proves nothing: after a killed kernel its metadata says "completed" of every
-cell. papermill is imported when the first notebook starts.
+A run is finished when papermill reached the end AND the notebook's last cell wrote a result.json with status
+"ok". The executed notebook alone proves nothing, because after a killed kernel its metadata marks every cell
+as completed. papermill is imported when the first notebook starts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to execute: `parameters` go into it, `folder` receives everything that it makes.
+    """One notebook to execute with `parameters`; `folder` receives its output.
 
-    `known` is what is known of the run's result before it (`decision.planned`), and `weights` are the files
-    that it will read.
+    `known` is the part of the result that is known before the run (`decision.planned`). `weights` are the
+    files that the run will read.
     """
 
     label: str
@@ -52,12 +52,12 @@ class Job:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """`parameters`, and the keys of a run's configuration that its notebook has by default."""
+        """`parameters` together with the configuration keys that keep the notebook's defaults."""
         return {**(self.known or {}).get("parameters", {}), **self.parameters}
 
 
 class RunFailed(Exception):
-    """A notebook did not finish; `report` is what failed.json holds."""
+    """A notebook did not finish. `report` is the content of failed.json."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         super().__init__(report["meaning"])
@@ -65,11 +65,11 @@ class RunFailed(Exception):
 
 
 class NoResult(Exception):
-    """The notebook came to its end, but not with a finished result."""
+    """The notebook reached its end without a finished result."""
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:
-    """The finished result in `folder`, or None when it is missing, cut off or not "ok"."""
+    """The finished result in `folder`, or None if it is missing, truncated or not "ok"."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -79,10 +79,10 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(jobs: Sequence[Job]) -> Iterator[None]:
-    """Hold the folders of `jobs`. The system drops a lock with its process, so none is ever stale.
+    """Lock the folders of `jobs`. The system releases a lock when its process ends, so no lock is ever stale.
 
     Raises:
-        UserError: another process runs one of them.
+        UserError: another process is running one of the jobs.
     """
     with contextlib.ExitStack() as stack:
         for job in jobs:
@@ -94,7 +94,7 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 raise UserError(f"{job.label}: process {file.read().strip() or '?'} is running it in this "
-                                "campaign; wait for it or take another --campaign") from None
+                                "campaign; wait for it or use another --campaign") from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -102,8 +102,10 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
-    """Run `jobs` in their order and return the labels of those that failed, with the reason in short; one
-    failure does not stop the rest. What this machine lacks the means for is told, recorded and no failure.
+    """Run `jobs` in order and return the labels of the failed ones with short reasons.
+
+    A failure does not stop the other jobs. A job that this machine cannot run is logged and recorded, but
+    does not count as a failure.
     """
     failed = {}
     for number, job in enumerate(jobs, 1):
@@ -124,17 +126,18 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def _printable(text: str) -> str:
-    """`text` as any stream takes it: half of a surrogate pair becomes its code."""
+    """`text` with lone surrogates escaped, so that any stream accepts it."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[str, str]:
-    """Export the HTML report of every finished run in the campaign's `folder`, and of its summary, where it
-    is missing, older than its notebook, or opens with another card than that of `cards`, by label. A run
-    whose notebook is gone, as in a clone, keeps its report.
+    """Export the HTML reports of the finished runs in the campaign's `folder` and of its summary.
+
+    A report is exported if it is missing, older than its notebook, or shows another card than `cards` has for
+    its label. A run without its notebook, as in a clone, keeps its report.
 
     Returns:
-        The labels of the runs whose report could not be made, with the reason in short.
+        The labels of the runs whose report could not be exported, with short reasons.
     """
     failed = {}
     for notebook in sorted(folder.glob("*/notebook.ipynb")):
@@ -148,14 +151,14 @@ def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[s
         if current and card in report.read_text(encoding="utf-8"):
             continue
         title = f"{(result or {}).get('title', label.capitalize())} ({folder.name})"
-        # The summary is read; a run is also checked, by its code.
+        # Readers of a run's report may want to check its code, readers of the summary do not.
         if not export_report(root, notebook.parent, title, hide_code=label == SUMMARY, card=card):
             failed[label] = "no report"
     return failed
 
 
 def export_report(root: Path, folder: Path, title: str, *, hide_code: bool, card: str = "") -> bool:
-    """Export the HTML report of a finished run; a failure is logged and leaves the result as it is."""
+    """Export the HTML report of a finished run. A failure is logged and leaves the result unchanged."""
     report = folder / "report.html"
     try:
         export_html(folder / "notebook.ipynb", report, title=title, hide_code=hide_code, card=card)
@@ -169,12 +172,12 @@ def export_report(root: Path, folder: Path, title: str, *, hide_code: bool, card
 def run_job(root: Path, job: Job) -> None:
     """Execute `job` and leave in its folder either a finished run or failed.json.
 
-    A finished run that is there already stays until its successor is finished: that is made in <label>.new
-    and moved into place at the end. If it fails, it is kept as <label>.failed beside the finished one.
+    An earlier finished run stays until its successor is finished. The successor runs in <label>.new and moves
+    into place at the end. If it fails, it is kept as <label>.failed next to the finished run.
 
     Raises:
         RunFailed: the notebook raised, its kernel died, or it ended without a result.
-        KeyboardInterrupt: after the kernel was ended.
+        KeyboardInterrupt: after the kernel has ended.
     """
     replaces = finished_result(job.folder) is not None
     folder = job.folder.with_name(f"{job.label}.new") if replaces else job.folder
@@ -190,7 +193,7 @@ def run_job(root: Path, job: Job) -> None:
             _check_result(folder, started)
     except (Exception, KeyboardInterrupt) as error:
         report = _failure(job, error, stderr, started)
-        # A result that came before the failure must not pass for a finished one.
+        # A result from before the failure must not count as finished.
         (folder / "result.json").unlink(missing_ok=True)
         _write_failure(folder, report)
         if replaces:
@@ -204,7 +207,7 @@ def run_job(root: Path, job: Job) -> None:
 
 
 def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
-    """Run the notebook in a new kernel; its output becomes log lines, and its stderr is kept in `stderr`."""
+    """Run the notebook in a new kernel, log its output, and keep its stderr in `stderr`."""
     import papermill
 
     output = folder.relative_to(root)
@@ -217,10 +220,12 @@ def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
     papermill_log.propagate = False
     papermill_log.addHandler(cells)
     try:
-        # papermill records its paths in the notebook, so they are relative. The log level hides a warning
-        # that the kernel prints at every start, and its traceback when it is interrupted.
+        # papermill records its paths in the notebook, so they are relative. The log level hides a warning at
+        # every start of the kernel and a traceback at an interrupt.
+        installed = not job.notebook.is_relative_to(root)  # without a clone: among the package's data
+        notebook = job.notebook if installed else job.notebook.relative_to(root)
         with contextlib.chdir(root):
-            papermill.execute_notebook(job.notebook.relative_to(root), output / "notebook.ipynb", parameters,
+            papermill.execute_notebook(notebook, output / "notebook.ipynb", parameters,
                                        cwd=".", kernel_name="python3", progress_bar=False, log_output=True,
                                        stdout_file=_Lines(job.label), stderr_file=_Lines(job.label, stderr),
                                        extra_arguments=["--log-level=50"])
@@ -229,7 +234,7 @@ def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
 
 
 class _Cells(logging.Handler):
-    """From papermill's log, the cell that starts. What the cells show as rich output is for the report."""
+    """Logs which cell starts, from papermill's log. Rich output only appears in the report."""
 
     def __init__(self, label: str) -> None:
         super().__init__(logging.INFO)
@@ -242,7 +247,7 @@ class _Cells(logging.Handler):
 
 
 class _Lines:
-    """A stream of a notebook as log lines with a label; they are kept in `keep`, too."""
+    """Writes a stream of a notebook to the log, line by line with a label, and also to `keep`."""
 
     def __init__(self, label: str, keep: deque[str] | None = None) -> None:
         self.label = label
@@ -255,14 +260,14 @@ class _Lines:
                 self.keep.append(line)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 def _check_result(folder: Path, started: float) -> None:
     path = folder / "result.json"
     if not path.exists():
         raise NoResult("no result.json was written")
-    # One second of slack: some file systems store whole seconds.
+    # One second of slack, because some file systems store whole seconds.
     if path.stat().st_mtime < started - 1:
         raise NoResult("result.json is older than this run")
     if finished_result(folder) is None:
@@ -270,7 +275,7 @@ def _check_result(folder: Path, started: float) -> None:
 
 
 def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: float) -> dict[str, Any]:
-    """What failed.json holds: the kind of end, what it means, what to do, and the last lines of stderr."""
+    """The content of failed.json: the kind of failure, its meaning, a hint, and the last lines of stderr."""
     kind = type(error).__name__
     name, message = getattr(error, "ename", kind), getattr(error, "evalue", str(error))
     meaning, hint = f"{name}: {message}", "see stderr_tail in failed.json"
@@ -278,9 +283,9 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
         meaning, hint = "interrupted", "run the same command again; finished presets are skipped"
     elif kind == "DeadKernelError":
         meaning = "the kernel's process ended abruptly: killed (out of memory?) or crashed in native code"
-        hint = "look at the system's log (dmesg); take a smaller profile or fewer blocks"
+        hint = "look at the system's log (dmesg); use a smaller profile or fewer blocks"
     elif name == "OutOfMemoryError" or "out of memory" in message:
-        hint = "the GPU's memory is full: end other processes on it or take a smaller profile"
+        hint = "the GPU's memory is full: end other processes on it or use a smaller profile"
     elif kind == "PapermillExecutionError":
         hint = "the cell that failed is marked in the executed notebook.ipynb"
     elif kind == "NoResult":
@@ -291,16 +296,16 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
     tail = [_ANSI.sub("", line) for line in [*stderr, *traceback][-STDERR_LINES:]]
     status = "not available" if name == NotAvailable.__name__ else "failed"
     if status == "not available":
-        meaning, hint = message, "run it on a machine that has what it needs"
+        meaning, hint = message, "run it on a machine that meets its requirements"
     return {"status": status, "label": job.label, "notebook": job.notebook.name, "kind": kind,
             "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": job.configuration,
             "started_utc": _utc(started), "failed_utc": _utc(time.time())}
 
 
 def _write_failure(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write failed.json; whatever the text and the disk, it does not raise: the campaign has to go on.
+    """Write failed.json. Never raises, because the campaign has to continue.
 
-    Half a character, as a message may hold it, becomes the JSON escape that it came from.
+    A lone surrogate in a message becomes a JSON escape.
     """
     try:
         text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
@@ -317,7 +322,7 @@ def _utc(seconds: float) -> str:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move folder `source` to `target`; what was there is deleted last."""
+    """Move folder `source` to `target`. The old content of `target` is deleted last."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

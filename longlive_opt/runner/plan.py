@@ -1,10 +1,10 @@
-"""Plan a campaign: presets, a profile and settings become jobs, or the one sentence that says why not.
+"""Plan a campaign: turn presets, a profile and settings into jobs, or refuse them with one sentence.
 
-What would fail later is refused here: a preset without its notebook, an unknown key, optimizations under the
-baseline's name, absent weights, no GPU, a full disk, a run that is finished with other parameters, prompts or
-weights, one that could not be compared with the campaign's baseline. `plan*` and `is_finished` only read;
-`check_machine` makes the campaign's folder, to see that it can. No torch and no papermill, so a command line
-answers at once.
+The plan refuses everything that would fail later: a preset without its notebook, an unknown key,
+optimizations under the baseline's name, absent weights, no GPU, a full disk, a run that is finished with
+other parameters, prompts or weights, and a run that is not comparable with the campaign's baseline. `plan*`
+and `is_finished` only read. `check_machine` makes the campaign's folder to test that it can. This module
+imports neither torch nor papermill, so the command line answers at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import yaml
 
 from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
 from ..errors import UserError
-from ..files import check_texts, load_yaml, whole_text
+from ..files import check_texts, load_yaml, project_path, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights
@@ -41,11 +41,12 @@ TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
 QUANTIZATION = "quantization"
 QUANTIZATION_NOTEBOOK = "91_quantization.ipynb"
+LIVE_NOTEBOOK = "20_live.ipynb"
 MIN_FREE_BYTES = 2**30
 _DEFAULTS = ExperimentConfig().to_dict()
-# Words about a run: written anew, they leave what was measured as it is.
+# Descriptions of a run. Changing them does not invalidate its measurements.
 WORDS = ("title", "hypothesis")
-# What a repetition measures at most: it tells the noise of means, and is no second campaign.
+# Upper limits for a repetition, which only has to measure the noise of means.
 REPEAT_AT_MOST = {"measure_blocks": 40, "num_switches": 6}
 
 
@@ -57,11 +58,15 @@ class Layout:
 
     @property
     def notebooks(self) -> Path:
-        return self.root / "notebooks"
+        return self._own_or_shipped("notebooks")
 
     @property
     def params(self) -> Path:
-        return self.root / "params"
+        return self._own_or_shipped("params")
+
+    def _own_or_shipped(self, name: str) -> Path:
+        folder = self.root / name
+        return folder if folder.is_dir() else project_path(name)
 
     def campaign(self, name: str) -> Path:
         """The folder of campaign `name`.
@@ -72,7 +77,7 @@ class Layout:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
             raise UserError(f"--campaign: {name!r} cannot name a folder; use letters, digits, '_', '-', '.'")
         if name == TRAINING:
-            raise UserError(f"--campaign: outputs/{TRAINING} holds the report on training; choose another "
+            raise UserError(f"--campaign: outputs/{TRAINING} holds the training report; choose another "
                             "name")
         if name == QUANTIZATION:
             raise UserError(f"--campaign: outputs/{QUANTIZATION} holds the study of 8-bit formats; choose "
@@ -80,15 +85,14 @@ class Layout:
         return self.root / "outputs" / name
 
     def presets(self) -> dict[str, Path]:
-        """Preset -> notebook, in the order of the notebooks' numbers, without those that run no preset."""
-        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK)
+        """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset."""
+        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK, LIVE_NOTEBOOK)
         paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in others]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
 
 def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] = ()) -> dict[str, Path]:
-    """The notebooks of the presets `asked` for, in that order; "all" is every preset but those to be
-    `skipped`.
+    """The notebooks of the presets in `asked`, in that order. "all" means every preset except `skipped`.
 
     Raises:
         UserError: a preset is unknown, or lacks its notebook or its parameters.
@@ -114,7 +118,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts -> values as YAML reads them.
 
     Raises:
-        UserError: a text has no '=', its value is no YAML, or it holds half a character.
+        UserError: a text has no '=', its value is not YAML, or it contains a lone surrogate.
     """
     parsed = {}
     for text in settings:
@@ -132,7 +136,7 @@ def declared_parameters(notebook: Path) -> set[str]:
     """The names assigned in the cell tagged `parameters`.
 
     Raises:
-        UserError: the file is no notebook, or does not have exactly one such cell.
+        UserError: the file is not a notebook, or does not have exactly one such cell.
     """
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
@@ -148,7 +152,7 @@ def declared_parameters(notebook: Path) -> set[str]:
 
 
 def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) -> None:
-    """Refuse `names` that the notebook does not read: papermill only warns about them."""
+    """Refuse `names` that the notebook does not declare, since papermill would only warn about them."""
     ignored = [name for name in names if name not in declared]
     if ignored:
         raise UserError(f"{notebook.name} would ignore {', '.join(ignored)}; name it in its parameters cell")
@@ -157,19 +161,19 @@ def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) 
 def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profile: Path | None = None,
          settings: Mapping[str, Any] | None = None, repeats: int | Mapping[str, int] = 0,
          skipped: Sequence[str] = ()) -> list[Job]:
-    """Check everything that is asked for and return the jobs in their order; touches no file.
+    """Check the request and return the jobs in order. Writes no file.
 
-    The baseline comes first: the others are compared with it. `repeats` says how many more runs there are of
-    a preset (a number: of the baseline). They are spread over the campaign, whose drift they have to show; so
-    the first runs of what is repeated come before the rest. Repetitions measure no more than REPEAT_AT_MOST,
-    and are left out where there is nothing that they repeat.
+    The baseline comes first, because the others are compared with it. `repeats` gives the number of
+    additional runs by preset (a plain number applies to the baseline). Repetitions are spread over the
+    campaign to show its drift, so the first runs of repeated presets precede the rest. A repetition measures
+    at most REPEAT_AT_MOST, and is left out if its preset has no first run.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first problem found.
     """
     if isinstance(repeats, int):
         if repeats < 0:
-            raise UserError(f"--repeat-baseline: {repeats} is no number of runs; write 0 or more")
+            raise UserError(f"--repeat-baseline: {repeats} is not a number of runs; write 0 or more")
         repeats = {BASELINE: repeats}
     if skipped:
         choose_presets(layout, skipped)
@@ -185,12 +189,12 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
 
 def _plan_repeats(layout: Layout, campaign: str, repeats: Mapping[str, int], first: Mapping[str, Job],
                   over: Mapping[str, Any]) -> list[list[Job]]:
-    """The repetitions in rounds: the second runs, the third ones, ..."""
+    """The repetitions in rounds: the second runs, the third runs, and so on."""
     rounds: list[list[Job]] = [[] for _ in range(max(repeats.values(), default=0))]
     for preset, count in repeats.items():
         notebook = choose_presets(layout, [preset])[preset]
         if preset not in first and not finished_result(layout.campaign(campaign) / preset):
-            log.info("[%s] neither asked for nor finished, so it is not repeated", preset)
+            log.info("[%s] neither requested nor finished, so it is not repeated", preset)
             continue
         asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
         less = {key: most for key, most in REPEAT_AT_MOST.items() if asked.get(key, 0) > most}
@@ -201,8 +205,8 @@ def _plan_repeats(layout: Layout, campaign: str, repeats: Mapping[str, int], fir
 
 def _interleaved(first: Mapping[str, Job], rounds: Sequence[Sequence[Job]], repeats: Mapping[str, int]
                  ) -> list[Job]:
-    """First runs of what is repeated, then the other presets with the `rounds` spread evenly among them; the
-    last round ends the campaign.
+    """First runs of the repeated presets, then the other presets with the `rounds` spread evenly among them.
+    The last round ends the campaign.
     """
     repeated = [job for preset, job in first.items() if repeats.get(preset)]
     others = [job for preset, job in first.items() if not repeats.get(preset)]
@@ -216,8 +220,8 @@ def _interleaved(first: Mapping[str, Job], rounds: Sequence[Sequence[Job]], repe
 
 
 def _require_comparable(folder: Path, jobs: Sequence[Job]) -> None:
-    """Refuse what could not be compared with the campaign's baseline: that which is asked for as well, or the
-    finished one in `folder`.
+    """Refuse jobs that are not comparable with the campaign's baseline, which is either among the jobs or
+    finished in `folder`.
 
     Raises:
         UserError: naming the first difference.
@@ -227,11 +231,11 @@ def _require_comparable(folder: Path, jobs: Sequence[Job]) -> None:
     for job in jobs if baseline else ():
         if reason := decision.fidelity_reason(_known(job, baseline), baseline):
             raise UserError(f"preset {job.label}: it could not be compared with the campaign's baseline, "
-                            f"since {reason}; run both with the same settings, or take another --campaign")
+                            f"since {reason}; run both with the same settings, or use another --campaign")
 
 
 def _known(job: Job, other: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is known of the result of `job`; with the SHA-256 of its weights if `other` states its own."""
+    """The known part of the result of `job`, with the SHA-256 of its weights if `other` states its own."""
     if not (other.get("weights") or {}).get("sha256"):
         return job.known
     return {**job.known, "weights": {**job.known["weights"], "sha256": job.weights.sha256()}}
@@ -254,8 +258,8 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     run = dict(zip(RUN_KEYS, (campaign, number, folder.relative_to(layout.root).as_posix())))
     declared = declared_parameters(notebook)
     _require_declared(notebook, declared, list(RUN_KEYS))
-    # What the notebook's cell states is overwritten, so that its own values never count; every other key has
-    # the config's default there, and is passed where it differs.
+    # Overwrite every value that the notebook's cell states. All other keys have the config's default in the
+    # notebook, so they are passed only if they differ from it.
     values = {key: value for key, value in config.to_dict().items()
               if key in declared or value != _DEFAULTS[key]}
     return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})",
@@ -263,7 +267,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
 
 
 def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) -> Job:
-    """The summary of a campaign; the optimization log goes to `log_path` (default: into the campaign).
+    """The summary of a campaign. It writes the optimization log to `log_path` (default: into the campaign).
 
     Raises:
         UserError: the notebook does not declare its two parameters.
@@ -277,42 +281,41 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
 
 
 def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:
-    """The report on the training of the weights folder `weights`, seen from the project's folder.
+    """The training report of the folder `weights`, relative to the project's folder.
 
     Raises:
-        UserError: the notebook does not declare its parameter, or something else lies in its folder.
+        UserError: the notebook does not declare its parameter, or its folder holds a campaign.
     """
     notebook, folder = layout.notebooks / TRAINING_NOTEBOOK, layout.root / "outputs" / TRAINING
     _require_declared(notebook, declared_parameters(notebook), ["weights_dir"])
     if any(folder.glob("*/result.json")):
-        raise UserError(f"outputs/{TRAINING}: is a campaign, and would be replaced by the report; rename it")
+        raise UserError(f"outputs/{TRAINING}: is a campaign, which the report would replace; rename it")
     return Job(TRAINING, notebook, folder, {"weights_dir": weights}, "Training of the tiny model",
                needs_result=False)
 
 
 def plan_quantization(layout: Layout, profile: Path | None = None,
                       settings: Mapping[str, Any] | None = None) -> Job:
-    """The study of 8-bit formats, on the model and the machine of a profile. Of the profile it takes what its
-    notebook declares; a setting that the notebook does not declare is refused.
+    """The study of 8-bit formats on the model and machine of a profile. It takes from the profile only what
+    its notebook declares, and refuses a setting that the notebook does not declare.
 
     Raises:
-        UserError: a profile that cannot be read, a setting that the study does not have, or a campaign that
-            lies in the study's folder.
+        UserError: the profile cannot be read, a setting is unknown to the study, or the study's folder holds
+            a campaign.
     """
     notebook, folder = layout.notebooks / QUANTIZATION_NOTEBOOK, layout.root / "outputs" / QUANTIZATION
     declared, settings = declared_parameters(notebook), settings or {}
     _require_declared(notebook, declared, ["output_dir", *settings])
     values = load_yaml(profile) if profile else {}
     if any(folder.glob("*/result.json")):
-        raise UserError(f"outputs/{QUANTIZATION}: is a campaign, and would be replaced by the study; rename "
-                        "it")
+        raise UserError(f"outputs/{QUANTIZATION}: is a campaign, which the study would replace; rename it")
     parameters = {key: value for key, value in values.items() if key in declared} | dict(settings)
     return Job(QUANTIZATION, notebook, folder, parameters | {"output_dir": f"outputs/{QUANTIZATION}"},
                "8-bit formats", needs_result=False)
 
 
 def has_cuda() -> bool:
-    """Whether a CUDA GPU can be used; asks nvidia-smi, and where that fails torch in a process of its own."""
+    """Whether a CUDA GPU can be used. Asks nvidia-smi, and if that fails, torch in a separate process."""
     smi = shutil.which("nvidia-smi")
     if smi and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout:
         return True
@@ -321,15 +324,15 @@ def has_cuda() -> bool:
 
 
 def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = has_cuda) -> None:
-    """Refuse what would fail hours later: no GPU, a folder that cannot be written, a full disk.
+    """Refuse what would otherwise fail hours later: no GPU, a folder without write access, a full disk.
 
     Raises:
         UserError: naming the remedy.
     """
     on_gpu = [job for job in jobs if str(job.parameters.get("device", "")).startswith("cuda")]
     if on_gpu and not cuda():
-        raise UserError(f"device: {on_gpu[0].parameters['device']} is asked for, but no CUDA GPU can be used "
-                        "here; take --profile params/profiles/laptop.yaml")
+        raise UserError(f"device: {on_gpu[0].parameters['device']} is requested, but no CUDA GPU can be used "
+                        "here; use --profile params/profiles/laptop.yaml")
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,34 +348,34 @@ def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = 
 
 
 def is_finished(job: Job) -> bool:
-    """Whether `job` was run before: evaluated by what it was run with, not by its name.
+    """Whether `job` is finished with the same parameters, prompts and weights.
 
     Raises:
-        UserError: it was, with other parameters, where WORDS may differ, with other prompts or switch frames,
-            which may come from a file, or with other weights in the same folder.
+        UserError: it is finished with other parameters (WORDS may differ), with other prompts or switch
+            frames, which may come from a file, or with other weights in the same folder.
     """
     result = finished_result(job.folder)
     if result is None:
         return False
     there, asked = result.get("parameters", {}), job.configuration
-    # Beside a file of prompts, older results list prompts that were not used.
+    # With a file of prompts, older results also list prompts that were not used.
     unused = ("prompts",) if asked.get("prompts_file") else ()
     keys = [key for key in asked
             if key in there and key not in (*RUN_KEYS, *WORDS, *unused) and there[key] != asked[key]]
     if keys:
         differences = "; ".join(f"{key}: {there[key]!r}, not {asked[key]!r}" for key in keys)
-        raise UserError(f"{job.label} is finished with other parameters ({differences}); take --overwrite "
+        raise UserError(f"{job.label} is finished with other parameters ({differences}); use --overwrite "
                         "or another --campaign")
     if other := job.known and _other_content(result, job):
-        raise UserError(f"{job.label} is finished with other {other}; take --overwrite or another --campaign")
+        raise UserError(f"{job.label} is finished with other {other}; use --overwrite or another --campaign")
     return True
 
 
 def _other_content(result: Mapping[str, Any], job: Job) -> str:
-    """What of the content behind equal parameters is no longer that of the finished `result`, or empty."""
+    """The content that differs from the finished `result` although the parameters are equal, or empty."""
     then, now = (decision.schedule_of_result(run) for run in (result, job.known))
     if then[0] is None:
-        return "prompts, or the same: it is older than the record of what a prompts_file held"
+        return "prompts, or the same ones: it is too old to record the content of its prompts_file"
     for name, were, are in zip(("prompts", "switch frames"), then, now):
         if were != are:
             return name
@@ -385,7 +388,7 @@ def _other_content(result: Mapping[str, Any], job: Job) -> str:
 
 
 def require_reference(folder: Path, jobs: Sequence[Job]) -> None:
-    """Refuse to measure `jobs` beside a baseline of which only the figures are left, as in a clone.
+    """Refuse `jobs` whose baseline is finished but lacks its reference file, as in a clone.
 
     Raises:
         UserError: naming the remedies.
@@ -394,5 +397,5 @@ def require_reference(folder: Path, jobs: Sequence[Job]) -> None:
     gone = finished_result(baseline) and not (baseline / REFERENCE_FILE).exists()
     if gone and labels and BASELINE not in labels:
         raise UserError(f"outputs/{folder.name}/{BASELINE} is finished, but {REFERENCE_FILE}, with which "
-                        f"{', '.join(labels)} would be compared, is not there (git leaves it out); take "
+                        f"{', '.join(labels)} would be compared, is missing (git leaves it out); use "
                         f"another --campaign, or --overwrite with {BASELINE} among the presets")

@@ -11,39 +11,39 @@ from ..models.vae import StreamingDecoder, frames_to_uint8
 from .timeline import NullTimeline, Timeline
 
 HOST_BUFFERS = 3
-"""Blocks of frames: one is shown, the next one was handed out or is about to be, and a decoder that works
-asynchronously has begun with the one after it.
+"""Blocks of frames in host memory: the one on display, the one just handed out or about to be, and the next
+one, which an asynchronous decoder has already begun.
 """
 
 
 class Decoder(Protocol):
-    """Turns latents into frames. Returned frames are complete: the device has finished them, and where they
-    go to the host, they are there.
+    """Turns latents into frames. Returned frames are complete: the device has finished them and, if they go
+    to the host, they have arrived there.
     """
 
     def push(self, latents: Tensor) -> list[Tensor]:
-        """Take one block of latents [B, F, C, h, w]; return the blocks of frames, uint8 [B, T, 3, H, W], that
-        are due, oldest first.
+        """Take one block of latents [B, F, C, h, w]. Return the blocks of frames that are due, uint8
+        [B, T, 3, H, W], oldest first.
         """
 
     def flush(self) -> list[Tensor]:
-        """Wait for all blocks that are still held back and return them."""
+        """Wait for all outstanding blocks and return them."""
 
     def reset(self) -> None:
         """Forget the video."""
 
 
 class Delivery:
-    """Where a decoder leaves its frames: on the device, or, with `to_host`, in page-locked host memory.
+    """Delivers a decoder's frames on the device or, with `to_host`, in page-locked host memory.
 
-    The memory is allocated when `to_host` is switched on first, `HOST_BUFFERS` blocks of frames, and used in
-    turn. The copy goes over the stream that is current, so a decoder that waits for its frames waits for the
-    copy as well. A chunk keeps its frames until the next one was handed out and the one after it is asked
-    for. On a CPU frames are in host memory already and are left alone.
+    The memory holds `HOST_BUFFERS` blocks of frames, used in turn; it is allocated when `to_host` is first
+    switched on. The copy runs on the current stream, so a decoder that waits for its frames also waits for
+    the copy. A chunk's frames stay valid until the next chunk was handed out and the one after it is
+    requested. On a CPU, frames are already in host memory and are not copied.
     """
 
     def __init__(self, device: torch.device, block_shape: tuple[int, ...]):
-        """Args: block_shape: [B, T, 3, H, W] of a block of frames; the first of a video is shorter."""
+        """Args: block_shape: [B, T, 3, H, W] of a block of frames; the first block of a video is shorter."""
         self._copies = device.type == "cuda"
         self._shape = block_shape
         self._buffers: list[Tensor] = []
@@ -66,7 +66,7 @@ class Delivery:
         return self._to_host and self._copies
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Frames, uint8 [B, T, 3, H, W], where they shall lie: complete once the current stream got here."""
+        """Move frames, uint8 [B, T, 3, H, W]; complete when the current stream gets here."""
         if not self.copies:
             return frames
         buffer = self._buffers[self._turn][:frames.numel()].view(frames.shape)
@@ -79,8 +79,8 @@ class Delivery:
 
 
 class InlineDecoder:
-    """The reference: decodes on the stream that denoises, waits, returns. Records a `decode` span per block,
-    and `copy_to_host` where frames are copied.
+    """The reference: decodes on the stream that denoises, waits, and returns. Records one `decode` span per
+    block, and `copy_to_host` where frames are copied.
     """
 
     def __init__(self, decoder: StreamingDecoder, timeline: Timeline | NullTimeline, delivery: Delivery):
@@ -96,7 +96,7 @@ class InlineDecoder:
         return frames
 
     def enqueue(self, latents: Tensor) -> list[Tensor]:
-        """`push` without waiting: the frames are complete once the current stream has come here."""
+        """Do the same as `push` without waiting: frames are complete when the current stream gets here."""
         with self._timeline.span("decode", self._block):
             frames = [frames_to_uint8(part) for part in self._decoder.push(latents)]
         if self._delivery.copies:

@@ -1,16 +1,16 @@
-"""The KV cache: a window of past latent frames with an attention sink (LongLive, arXiv:2509.22622; sinks:
-arXiv:2309.17453).
+"""The key-value (KV) cache: a window of past latent frames with an attention sink (LongLive,
+arXiv:2509.22622; sinks: arXiv:2309.17453).
 
-`plan_pass` is the whole rule of which slot holds what, in latent frames and plain integers, and `WindowCache`
-the bookkeeping around it, both shared by every cache. `RollingKVCache` is the obvious reference that carries
-the rule out with concatenations. A cache is used so:
+`plan_pass` defines which slot holds what, in latent frames and plain integers. `WindowCache` does the
+bookkeeping around it. Every cache uses both. `RollingKVCache` is the reference; it applies the plan with
+concatenations. Usage:
 
     cache.begin(start_frame, frames)     # plan one pass
     dit(x, timestep, text, cache.layers) # every layer rotates, stores and attends
-    cache.end()                          # the pass counts
+    cache.end()                          # count the pass
 
-A pass over frames that the cache already holds overwrites their slots and moves nothing, so that the
-denoising passes of a block and its clean pass may repeat; only a pass over new frames moves the window.
+A pass over frames that are already in the cache overwrites their slots and moves nothing, so a block's
+denoising passes and its clean pass may repeat. Only a pass over new frames moves the window.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..models.rope import Rotary, check_positions, rope_angles
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Sizes of a cache; window and sink in latent frames, rows and columns in tokens."""
+    """Sizes of a cache: window and sink in latent frames, rows and columns in tokens."""
 
     layers: int
     heads: int
@@ -48,10 +48,10 @@ class CacheGeometry:
 class PassPlan:
     """One pass over `frames` new latent frames, in slots of one latent frame each.
 
-    Slots [sink, sink + evict) leave the window first; new frame i belongs to slot `first + i` and is stored
-    there unless that lies below `write_from` (a frame that is recomputed never overwrites the sink).
-    Afterwards `filled` slots hold frames, and `attended` slots are attended: those, and all of the sink even
-    while it is empty, zeros then (only with a sink larger than a block).
+    First, slots [sink, sink + evict) leave the window. New frame i belongs to slot `first + i` and is stored
+    there unless the slot is below `write_from` (a recomputed frame never overwrites the sink). Afterwards
+    `filled` slots hold frames, and `attended` slots are attended: the filled ones and all of the sink, even
+    while it is empty and zero (only with a sink larger than a block).
     """
 
     start: int
@@ -65,7 +65,7 @@ class PassPlan:
 
     @property
     def dropped(self) -> int:
-        """How many of the new frames are queries only: their keys are not stored."""
+        """Number of new frames that are only queries: their keys are not stored."""
         return self.write_from - self.first
 
 
@@ -74,13 +74,12 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
     """Plan a pass over the latent frames start .. start + frames - 1.
 
     Args:
-        end: highest latent frame processed so far, plus one (0 at first).
-        filled: slots that hold frames so far.
+        end: one more than the highest latent frame processed so far (0 at first).
+        filled: number of slots that hold frames so far.
         recache_sink: let a recache overwrite the sink (LongLive's `global_sink: false`).
 
     Raises:
-        ValueError: the pass neither follows the frames that were processed nor ends with them, or is larger
-            than the window.
+        ValueError: the pass neither follows the processed frames nor ends with them, or exceeds the window.
     """
     new_end = start + frames
     if not 0 < frames <= window or end not in (start, new_end):
@@ -99,19 +98,19 @@ def plan_pass(start: int, frames: int, *, window: int, sink: int, end: int, fill
 
 
 class KVCache(Protocol):
-    """What the sampler needs of a cache."""
+    """The methods that the sampler needs from a cache."""
 
     @property
     def layers(self) -> Sequence[LayerCache]: ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds."""
+        """Bytes of memory used by the cache."""
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """What the planned pass does in Python. Passes of one signature run the same kernels on the same
-        addresses, so that one captured CUDA graph serves them all.
+        """Describe what the planned pass does in Python. Passes with the same signature run the same kernels
+        on the same addresses, so one captured CUDA graph works for all of them.
         """
 
     def begin(self, start: int, frames: int, *, recache_sink: bool = False) -> PassPlan:
@@ -125,8 +124,8 @@ class KVCache(Protocol):
 
 
 class WindowCache:
-    """What all caches share: how far they are, and the pass that is planned. Subclasses say in `begin` what a
-    pass needs, and in `reset` how to forget what is stored.
+    """Base of all caches: counts processed frames and holds the planned pass. Subclasses prepare a pass in
+    `begin` and clear the stored data in `reset`.
     """
 
     def __init__(self, geometry: CacheGeometry, device: torch.device):
@@ -140,7 +139,7 @@ class WindowCache:
 
     @property
     def pointers(self) -> tuple[int, int]:
-        """(highest frame processed plus one, filled slots), in latent frames."""
+        """(highest processed frame plus one, filled slots), in latent frames."""
         return self._end, self._filled
 
     def end(self) -> None:
@@ -150,7 +149,7 @@ class WindowCache:
         self.plan = None
 
     def _plan(self, start: int, frames: int, recache_sink: bool) -> PassPlan:
-        """Plan a pass; absolute positions are refused where they end."""
+        """Plan a pass; refuse frames past the last absolute position."""
         geometry = self.geometry
         if not geometry.relative_rope:
             check_positions(start + frames - 1)
@@ -159,18 +158,17 @@ class WindowCache:
         return self.plan
 
     def _angles(self, start: int, frames: int) -> Tensor:
-        """Rotation angles of `frames` latent frames from position `start` on, float64 [tokens, D/2]."""
+        """Rotation angles of `frames` latent frames from position `start`, float64 [tokens, D/2]."""
         positions = torch.arange(start, start + frames, device=self.device)
         return rope_angles(self.geometry.head_dim, positions, self.geometry.rows, self.geometry.columns)
 
 
 class RollingKVCache(WindowCache):
-    """The reference, as LongLive does it: each pass puts the attended window together by concatenation,
-    attends, and copies it back over the layer's buffer.
+    """The reference, as in LongLive. Each pass concatenates the attended window, attends, and copies the
+    window back to the layer's buffer.
 
-    With absolute positions keys are stored rotated. With `relative_rope` (LongLive's infinity variant) they
-    are stored as they come and all of them are rotated anew in every pass, the slot number being the
-    position.
+    With absolute positions, keys are stored rotated. With `relative_rope` (LongLive's infinity variant), keys
+    are stored unrotated and every pass rotates all of them, with the slot number as the position.
     """
 
     def __init__(self, geometry: CacheGeometry, attention: Attention, batch: int, device: torch.device,
@@ -213,8 +211,8 @@ class RollingKVCache(WindowCache):
         return plan
 
     def _rotary(self, role: str, start: int, frames: int) -> Rotary:
-        """The rotary of one role and length, set to positions from `start` on; its memory stays where it is,
-        so that a captured pass finds the new positions there.
+        """Return the rotary for a role and length, set to positions from `start`. Its memory stays at a fixed
+        address, so a captured pass finds the new positions there.
         """
         fresh = Rotary(self._angles(start, frames))
         kept = self._rotaries.setdefault((role, frames), fresh)
@@ -236,12 +234,12 @@ class _RollingLayer:
         return self._attention(self._cache.rotate_new(q), key, value)
 
     def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v of the new frames; returns the keys and values that are attended."""
+        """Store k and v of the new frames; return the attended keys and values."""
         k = k if self._cache.geometry.relative_rope else self._cache.rotate_new(k)
         return self._update(self.key, k), self._update(self.value, v)
 
     def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Bring `buffer` to the state after the pass and return the attended slots, [B, tokens, N, D]."""
+        """Update `buffer` to the state after the pass; return the attended slots, [B, tokens, N, D]."""
         geometry, plan = self._cache.geometry, self._cache.plan
         assert plan is not None, "attend() outside begin() and end()"
         tokens = geometry.tokens_per_frame

@@ -1,5 +1,4 @@
-"""A pipeline: the five components that optimizations replace. The session cannot tell which of them were
-replaced.
+"""A pipeline: the five components that optimizations replace. The session cannot see which ones are replaced.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
     """Everything a session needs.
 
     The components are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
-    `make_vae_decoder` (which network calls make frames) and `make_decoder` (when they run); the session
-    cannot tell which of them were replaced. `weights` and `setup_s` (seconds) go into the result, and so does
-    `optimizations`: what each optimization did.
+    `make_vae_decoder` (the network calls that make frames) and `make_decoder` (when these calls run). The
+    session cannot see which ones are replaced. The result includes `weights`, `setup_s` (seconds) and
+    `optimizations`, the report of each optimization.
     """
 
     config: ExperimentConfig
@@ -55,6 +54,13 @@ class Pipeline:
     weights: dict[str, Any]
     setup_s: dict[str, float]
     optimizations: tuple[dict[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        size = f"{self.model.width}x{self.model.height}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        done = ", ".join(one["name"] for one in self.optimizations) or "no optimization"
+        return (f"Pipeline({self.model.name} {size}, {self.device}, {dtype}, "
+                f"weights: {self.weights['kind']}, attention: {self.attention_backend}, {done})")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -82,34 +88,34 @@ def cache_geometry(config: ExperimentConfig, model: ModelSpec) -> CacheGeometry:
 
 
 def check_device(name: str) -> torch.device:
-    """The torch device called `name`.
+    """Return the torch device `name`.
 
     Raises:
-        UserError: CUDA is asked for and not there.
+        UserError: CUDA is requested but not available.
     """
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise UserError(
-                f"device: {name!r} was asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+                f"device: {name!r} was requested, but PyTorch {torch.__version__} sees {count} CUDA "
                 "devices here; use device: cpu with model: tiny, or run on a machine with an NVIDIA GPU."
             )
     return device
 
 
 def limit_memory(device: torch.device, limit_gb: float | None) -> None:
-    """Let PyTorch's allocator take at most `limit_gb` (1e9 bytes) of the GPU, or all of it.
+    """Limit PyTorch's allocator to `limit_gb` (1e9 bytes) of the GPU; None means no limit.
 
-    More than that then raises `torch.OutOfMemoryError`. The CUDA context lies outside of the limit.
+    Exceeding the limit raises `torch.OutOfMemoryError`. The limit does not include the CUDA context.
 
     Raises:
-        NotAvailable: a limit is set, and the device is no GPU.
-        UserError: the GPU has less than that.
+        NotAvailable: a limit is set, but the device is not a GPU.
+        UserError: the GPU has less memory than the limit.
     """
     if device.type != "cuda":
         if limit_gb is not None:
-            raise NotAvailable(f"gpu_memory_limit_gb: {limit_gb} limits a GPU's memory, and this run is on "
+            raise NotAvailable(f"gpu_memory_limit_gb: {limit_gb} limits a GPU's memory, but this run is on "
                                f"{device.type}.")
         return
     total_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
@@ -117,7 +123,7 @@ def limit_memory(device: torch.device, limit_gb: float | None) -> None:
         raise UserError(f"gpu_memory_limit_gb: {limit_gb} is more than this GPU's {total_gb:.1f} GB; write "
                         "less, or null for no limit.")
     if limit_gb is not None:
-        # Fixed segments leave gaps, up to a tenth of so little memory.
+        # Fixed segments leave gaps of up to a tenth of such a small memory.
         expand_segments()
     torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else limit_gb / total_gb,
                                               device.index or 0)
@@ -125,15 +131,15 @@ def limit_memory(device: torch.device, limit_gb: float | None) -> None:
 
 def prompt_encoder(encoder: TextEncoder,
                    embed_text: Callable[[Tensor], TextContext]) -> Callable[[str], TextContext]:
-    """Prompt -> what the transformer attends to, nothing remembered."""
+    """Make a function from a prompt to the transformer's text input, without a cache."""
     return lambda prompt: embed_text(encoder.encode([prompt]))
 
 
 def build_reference(config: ExperimentConfig) -> Pipeline:
-    """Load the three networks and put the reference parts together: the baseline of every comparison.
+    """Load the three networks and assemble the reference pipeline, the baseline of every comparison.
 
     Raises:
-        UserError: an invalid config, no such device, or weights that are missing or do not fit.
+        UserError: the config is invalid, the device does not exist, or weights are missing or do not fit.
     """
     started = time.perf_counter()
     config.validate()
@@ -169,10 +175,10 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
 
 
 def float32_twin(pipeline: Pipeline) -> Pipeline:
-    """The baseline with the weights of `pipeline`'s files or seed in float32, without any optimization. Its
-    prompts are encoded by the text encoder of `pipeline`, which is not loaded twice, and widened.
+    """Build the baseline in float32 from the files or seed of `pipeline`'s weights, without optimizations. It
+    reuses the text encoder of `pipeline` and widens its output.
 
-    Costs twice the memory of the bfloat16 transformer and VAE until it is let go.
+    Until it is released, it takes twice the memory of the bfloat16 transformer and VAE.
     """
     config = replace(pipeline.config, model_dtype="float32", attention_backend="auto")
     backend = resolve_backend(config.attention_backend, pipeline.device, torch.float32)
@@ -185,19 +191,19 @@ def float32_twin(pipeline: Pipeline) -> Pipeline:
 def _load_networks(
     config: ExperimentConfig, files: WeightFiles, device: torch.device, dtype: torch.dtype
 ) -> tuple[tuple[CausalDiT, WeightsReport], tuple[WanVAE, WeightsReport]]:
-    """Transformer and VAE, each with the report of its weights."""
+    """Load transformer and VAE, each with its weights report."""
     model = config.model_config()
     dit = load_dit(model.dit, files, device, dtype, config.seed, config.lora_alpha,
                    window_tokens=model.window_tokens)
     vae, vae_report = load_vae(model.vae, files, device, dtype, config.seed)
     if device.type == "cpu":
-        vae.use_channels_last()  # norms over the channels take half of the time otherwise
+        vae.use_channels_last()  # otherwise norms over the channels take half of the time
     return dit, (vae, vae_report)
 
 
 def _components(config: ExperimentConfig, model: ModelSpec, backend: str, dit: CausalDiT, vae: WanVAE,
                 text_encoder: TextEncoder) -> dict[str, Any]:
-    """The networks and the reference parts around them, as fields of a pipeline."""
+    """Return the networks and the reference parts around them, as fields of a pipeline."""
     attention, geometry = make_attention(backend), cache_geometry(config, model)
     for block in dit.blocks:
         block.attention = attention

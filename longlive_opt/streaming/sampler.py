@@ -1,8 +1,9 @@
-"""Few-step sampling of one block of latent frames: schedule, noise, denoising, clean pass, and the KV recache
-at a prompt switch (LongLive, arXiv:2509.22622; flow-matching schedule: Wan 2.1, arXiv:2503.20314).
+"""Few-step sampling of one block of latent frames: schedule, noise, denoising, clean pass, and the recache of
+keys and values at a prompt switch (LongLive, arXiv:2509.22622; flow-matching schedule: Wan 2.1,
+arXiv:2503.20314).
 
-Noise comes in a fixed order from one seeded generator, so presets are comparable frame by frame: on one kind
-of device every preset sees the same noise.
+One seeded generator draws the noise in a fixed order. On one kind of device every preset sees the same noise,
+so presets are comparable frame by frame.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .kv_cache import KVCache
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How a block is sampled; counts in latent frames."""
+    """How to sample a block; counts are in latent frames."""
 
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
@@ -32,14 +33,14 @@ class SamplingPlan:
 
 
 class Forward(Protocol):
-    """One pass of the transformer: the component of everything that makes denoising faster."""
+    """One pass of the transformer; optimizations replace this component to speed up denoising."""
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
         """Run latents [B, F, C, H, W], all at one timestep, against a cache whose `begin` planned this pass.
 
-        Returns the flow, [B, F, C, H, W]. With `keys_only` the caller wants the cache filled and nothing
-        else: what is returned then means nothing, and whatever only serves the flow may be left out.
+        Returns the flow, [B, F, C, H, W]. With `keys_only`, the caller only wants the cache filled: the
+        return value has no meaning, and work that only serves the flow may be skipped.
         """
 
 
@@ -49,8 +50,7 @@ def uniform_timesteps(timestep: float, latents: Tensor) -> Tensor:
 
 
 class EagerForward:
-    """The reference: a plain call of the transformer, the time embedding included, whatever is wanted of it.
-    """
+    """The reference: a plain call of the transformer with the time embedding; ignores `keys_only`."""
 
     def __init__(self, dit: CausalDiT):
         self.dit = dit
@@ -65,8 +65,8 @@ class EagerForward:
 class Sampler:
     """Denoises blocks and recaches. Latents are [B, F, C, H, W].
 
-    `trim_recache`: leave out of a recache the frames whose keys a protected sink would drop.
-    `defer_clean_pass`: a session hands a block on before its clean pass.
+    `trim_recache`: skip the frames of a recache whose keys a protected sink would drop.
+    `defer_clean_pass`: a session passes a block on before its clean pass.
     """
 
     plan: SamplingPlan
@@ -89,7 +89,7 @@ class Sampler:
     @torch.no_grad()
     def denoise_block(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
                       step_noise: Tensor) -> Tensor:
-        """Sample latent frames start .. start + F - 1 and leave their clean keys and values in the cache.
+        """Sample latent frames start .. start + F - 1 and write their clean keys and values to the cache.
 
         Args:
             noise: [B, F, C, H, W].
@@ -104,7 +104,7 @@ class Sampler:
 
     def denoise(self, cache: KVCache, text: TextContext, start: int, noise: Tensor,
                 step_noise: Tensor) -> list[Tensor]:
-        """The clean estimate after each denoising step; the last one is the block."""
+        """Return the clean estimate after each denoising step; the last one is the block."""
         noisy, estimates = noise, []
         for i, timestep in enumerate(self.timesteps):
             flow = self.run_pass(cache, text, start, noisy, timestep)
@@ -115,7 +115,7 @@ class Sampler:
 
     @torch.no_grad()
     def clean_pass(self, cache: KVCache, text: TextContext, start: int, latents: Tensor) -> None:
-        """The clean pass: leave the keys and values of clean latents [B, F, C, H, W] in the cache."""
+        """Run the clean pass: write the keys and values of clean latents [B, F, C, H, W] to the cache."""
         self.run_pass(cache, text, start, latents, self.plan.context_noise, keys_only=True)
 
     @torch.no_grad()
@@ -133,8 +133,7 @@ class Sampler:
 
     def run_pass(self, cache: KVCache, text: TextContext, start: int, latents: Tensor, timestep: float, *,
                  keys_only: bool = False, recache_sink: bool = False) -> Tensor:
-        """One pass over latents [B, F, C, H, W] that begin at latent frame `start`; returns the flow, same
-        shape.
+        """Run one pass over latents [B, F, C, H, W] from latent frame `start`; return the flow, same shape.
         """
         cache.begin(start, latents.shape[1], recache_sink=recache_sink)
         flow = self.forward(latents, timestep, text, cache, keys_only=keys_only)
@@ -167,8 +166,7 @@ class FlowSchedule:
         self._on_device: dict[tuple[float, torch.device], Tensor] = {}
 
     def warped_steps(self, steps: Sequence[int]) -> list[float]:
-        """Timesteps that the model is given for nominal steps such as [1000, 750, 500, 250]; float32 values.
-        """
+        """Map nominal steps such as [1000, 750, 500, 250] to the model's timesteps, as float32 values."""
         padded = torch.cat([self.timesteps, torch.zeros(1)])
         return [padded[TRAIN_STEPS - step].item() for step in steps]
 
@@ -180,7 +178,7 @@ class FlowSchedule:
     def x0_from_flow(self, flow: Tensor, noisy: Tensor, timestep: float | Tensor) -> Tensor:
         """Clean estimate noisy - sigma * flow, in float64, returned in the dtype of `flow`.
 
-        `timestep` is one number, or a tensor [n] that belongs to the first axis.
+        `timestep` is one number, or a tensor [n] along the first axis.
         """
         sigma = self._shaped(timestep, flow).double()
         return (noisy.double() - sigma * flow.double()).to(flow.dtype)
@@ -196,7 +194,7 @@ class FlowSchedule:
     def _sigma_on(self, timestep: float | Tensor, device: torch.device) -> Tensor:
         if isinstance(timestep, Tensor):
             return self.sigma(timestep).to(device)
-        # Copied once: a copy from the host waits for the stream, in every step of every block.
+        # Copied once, because a copy from the host would wait for the stream in every step of every block.
         key = (timestep, device)
         if key not in self._on_device:
             self._on_device[key] = self.sigma(timestep).to(device)
@@ -204,19 +202,19 @@ class FlowSchedule:
 
 
 class NoiseSource(Protocol):
-    """Yields the noise of one block after the other."""
+    """Yields the noise of consecutive blocks."""
 
     def next_block(self) -> tuple[Tensor, Tensor]:
         """(`noise` [B, F, C, H, W], `step_noise` [steps - 1, B, F, C, H, W]) of the next block."""
 
     def reset(self) -> None:
-        """Start again with the first block."""
+        """Restart with the first block."""
 
 
 class StreamNoise:
-    """Noise for an endless stream, drawn by the device's generator: per block the block's noise, then that of
-    each step. LongLive draws the blocks of a whole video first, which a stream without an end cannot do: one
-    seed gives other videos there than here.
+    """Noise for an endless stream from the device's generator: per block, first the block's noise, then each
+    step's. LongLive draws the noise of a whole video first, which is impossible for an endless stream, so the
+    same seed gives other videos there.
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""The product's heart: a session streams blocks of video frames, for ever if asked, and changes the prompt
-meanwhile.
+"""A session streams blocks of video frames, optionally without end, and can switch the prompt in between.
 
     session = StreamingSession(pipeline)
     for chunk in session.stream("a red fox"):
@@ -7,15 +6,19 @@ meanwhile.
         if bored:
             session.switch_prompt("a blue whale")
 
-Memory is constant: the cache holds one window, the session the latents of one window for the recache.
+Memory is constant: the cache holds one window, and the session holds the latents of one window for the
+recache. Call `warm_up` first to avoid compilation later.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,16 +31,21 @@ from ..models.vae import IMAGE_CHANNELS
 from ..prompts import PromptSchedule
 from .decoder import Delivery
 from .pipeline import Pipeline
+from .preview import clip_html
 from .sampler import NoiseSource, StreamNoise
 from .timeline import NullTimeline, Timeline
 
+MAX_SEED = 2**63 - 1
+BUSY = ("session: another thread is using it; a stream, reset() and warm_up() belong to one thread, and only "
+        "switch_prompt() may be called from others.")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Chunk:
     """One block of video.
 
-    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory;
-    `latents` [B, F, C, h, w]; `start_frame` is its first latent frame; `switched` says that `prompt` took
+    `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory.
+    `latents` is [B, F, C, h, w]. `start_frame` is the first latent frame. `switched` is true if `prompt` took
     over with this block.
     """
 
@@ -48,22 +56,39 @@ class Chunk:
     switched: bool
     frames: Tensor
 
+    def __repr__(self) -> str:
+        _, count, _, height, width = self.frames.shape
+        new = ", new prompt" if self.switched else ""
+        return (f"Chunk(block {self.block}, {count} frames {width}x{height} on {self.frames.device}{new}, "
+                f"prompt={self.prompt!r})")
+
+    def _repr_html_(self) -> str:
+        """Return the frames as a small clip that plays by itself in a notebook."""
+        return clip_html(self.frames[0], repr(self))
+
 
 class StreamingSession:
-    """Streams one video at a time. `timeline` records what happened when."""
+    """Streams one video at a time. `timeline` records the events.
+
+    One thread owns a session: it iterates over `stream` or `play`, calls `reset` and `warm_up`, and sets
+    `host_frames`. The owner may change while no step of a stream runs, but then the per-thread state of
+    compilers and cuDNN is lost. Any thread may call `switch_prompt` and read `next_block` and `seed` at any
+    time. A second thread in the middle of a step raises UserError.
+    """
 
     def __init__(self, pipeline: Pipeline, *, noise: NoiseSource | None = None,
                  timeline: Timeline | NullTimeline | None = None, host_frames: bool = False):
         """Args:
-            noise: None draws from the seed of the pipeline's config.
+            noise: None draws noise from the config's seed.
             host_frames: see the property.
         """
         self.pipeline = pipeline
         self.plan = pipeline.sampler.plan
         self.timeline = timeline if timeline is not None else NullTimeline()
-        self._noise = noise or StreamNoise(
-            self.plan, pipeline.latent_shape, pipeline.config.seed, pipeline.device, pipeline.dtype
-        )
+        self._seed = pipeline.config.seed
+        self._noise = noise or self._noise_of(self._seed)
+        self._step = threading.Lock()
+        self._video = 0
         self.cache = pipeline.make_cache()
         model, frames = pipeline.model, self.plan.block_frames * VAE_TEMPORAL_STRIDE
         self._delivery = Delivery(pipeline.device, (1, frames, IMAGE_CHANNELS, model.height, model.width))
@@ -71,14 +96,85 @@ class StreamingSession:
         self.host_frames = host_frames
         self._forget()
 
-    def reset(self) -> None:
-        """Forget the video; the next `stream` starts a new one with the same noise."""
+    def __repr__(self) -> str:
+        plan = self.plan
+        window = f"a window of {plan.window} latent frames with a sink of {plan.sink}"
+        now = f"at block {self._block}, prompt {self._prompt!r}" if self._streaming else "holds no video"
+        return f"StreamingSession({self.pipeline!r}, {window}, seed {self._seed}, {now})"
+
+    def _noise_of(self, seed: int) -> StreamNoise:
+        pipeline = self.pipeline
+        return StreamNoise(self.plan, pipeline.latent_shape, seed, pipeline.device, pipeline.dtype)
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Refuse a second thread while the body runs."""
+        if not self._step.acquire(blocking=False):
+            raise UserError(BUSY)
+        try:
+            yield
+        finally:
+            self._step.release()
+
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the video; the next `stream` starts a new one, with the same noise or with that of `seed`.
+        This ends a stream that is still iterated over.
+
+        Raises:
+            UserError: the seed is invalid, or another thread is in the middle of a step.
+        """
+        if seed is not None and not (type(seed) is int and 0 <= seed <= MAX_SEED):
+            raise UserError(f"seed: {seed!r} is no seed; write a whole number from 0 to {MAX_SEED}.")
+        with self._owned():
+            self._reset()
+            if seed is not None:
+                self._seed, self._noise = seed, self._noise_of(seed)
+
+    def _reset(self) -> None:
         self.cache.reset()
         self._decoder.reset()
         self._noise.reset()
         self._forget()
 
+    @property
+    def seed(self) -> int:
+        """The seed of the noise. Random weights keep the seed of the pipeline's config."""
+        return self._seed
+
+    def warm_up(self, on_block: Callable[[int, int], None] | None = None) -> None:
+        """Run everything that a later block could be the first to need: compilation, capture of CUDA graphs,
+        and the choice of convolutions. Then no block of a later stream waits for it, not even at the first
+        prompt switch. Collects garbage as well, because compiling leaves a lot.
+
+        Runs two short streams until the window is full and has moved: one without a switch, and one with a
+        switch at every block, so that each length of a recache occurs. The session must hold no video and
+        holds none afterwards; its timeline is cleared. Call it in the thread that streams later.
+
+        Args:
+            on_block: called with (finished blocks, all blocks) after each block; may raise to stop.
+
+        Raises:
+            UserError: the session holds a video, or another thread is in the middle of a step.
+        """
+        if self._streaming:
+            raise UserError("session: it already holds a video; call reset() before warm_up().")
+        blocks = -(-self.plan.window // self.plan.block_frames) + 2
+        try:
+            for first, switching in ((0, False), (blocks, True)):
+                for chunk in self.stream("warm-up", blocks):
+                    if switching:
+                        self.switch_prompt(f"warm-up {chunk.block}")
+                    if on_block is not None:
+                        on_block(first + chunk.block + 1, 2 * blocks)
+                self.reset()
+        finally:
+            self.reset()
+            self.timeline.clear()
+            gc.collect()
+
     def _forget(self) -> None:
+        self._video += 1
+        self._prompt = ""
         self._block = 0
         self._requests: deque[str] = deque()
         self._history: deque[Tensor] = deque(maxlen=-(-self.plan.window // self.plan.block_frames))
@@ -87,10 +183,10 @@ class StreamingSession:
 
     @property
     def host_frames(self) -> bool:
-        """Whether chunks come with their frames in page-locked host memory, complete there, instead of on the
-        device. That memory is used again: a chunk keeps its frames until the next one was handed out and the
-        one after it is asked for; copy what has to stay. Setting it takes effect with the next block. On the
-        CPU frames are in host memory anyway, and stay.
+        """Whether chunks have their frames in page-locked host memory instead of on the device. This memory
+        is reused: a chunk's frames stay valid until the next chunk was handed out and the one after it is
+        requested, so copy frames to keep them. A change takes effect with the next block. On the CPU, frames
+        are in host memory anyway and stay valid.
         """
         return self._delivery.to_host
 
@@ -100,38 +196,38 @@ class StreamingSession:
 
     @property
     def next_block(self) -> int:
-        """Index of the block that is denoised next."""
+        """Index of the block to be denoised next."""
         return self._block
 
     def switch_prompt(self, prompt: str) -> None:
-        """Let `prompt` take over at the next block boundary. Requests queue up: each block boundary serves
-        one, as in LongLive.
+        """Let `prompt` take over at the next block boundary. Requests queue up; as in LongLive, each block
+        boundary serves one. Any thread may call this.
 
         Raises:
-            UserError: the prompt is empty, or holds half a character.
+            UserError: the prompt is empty or contains half a character.
         """
         prompt = _checked_prompt(prompt)
         self._requests.append(prompt)
         self.timeline.mark("switch_request", self._block + len(self._requests) - 1)
 
     def stream(self, prompt: str, blocks: int | None = None) -> Iterator[Chunk]:
-        """Start a video with `prompt` and yield its chunks; `blocks` None never ends.
+        """Start a video with `prompt` and yield its chunks; without end if `blocks` is None.
 
-        A decoder that works asynchronously may hold a chunk back while the next block is denoised; every
-        chunk comes, in order.
+        An asynchronous decoder may deliver a chunk while the next block is denoised. All chunks arrive in
+        order.
 
         Raises:
-            UserError: an empty prompt, a block count that is not positive, a session that already streams and
-                was not reset, or absolute positions that ended (`relative_rope: true` has no end).
+            UserError: the prompt is empty, the block count is not positive, the session was not reset since
+                its last stream, or absolute positions end (`relative_rope: true` has no end).
         """
         return self._start(PromptSchedule((prompt,)), blocks)
 
     def play(self, schedule: PromptSchedule, blocks: int) -> Iterator[Chunk]:
-        """Stream a schedule: its prompts take over at its switch frames (latent frames), rounded up to a
-        block, at most one a block.
+        """Stream a schedule. Its prompts take over at its switch frames (latent frames), rounded up to a
+        block, at most one per block.
 
         Raises:
-            UserError: a switch past the end of the video, or what `stream` refuses.
+            UserError: a switch is past the end of the video, or `stream` raises.
         """
         check_switches_fit(schedule.switch_frames, blocks, self.plan.block_frames)
         return self._start(schedule, blocks)
@@ -145,7 +241,19 @@ class StreamingSession:
             raise UserError("session: it already holds a video; call reset() before starting another.")
         schedule = PromptSchedule(tuple(map(_checked_prompt, schedule.prompts)), schedule.switch_frames)
         self._streaming = True
-        return self._stream(schedule, blocks)
+        return self._stepwise(self._stream(schedule, blocks), self._video)
+
+    def _stepwise(self, chunks: Iterator[Chunk], video: int) -> Iterator[Chunk]:
+        """Yield `chunks` until the session is reset; no other thread may make one meanwhile."""
+        while True:
+            with self._owned():
+                if video != self._video:
+                    return
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+            del chunk  # otherwise its frames would stay in memory while the next ones are made
 
     @torch.no_grad()
     def _stream(self, schedule: PromptSchedule, blocks: int | None) -> Iterator[Chunk]:
@@ -153,10 +261,10 @@ class StreamingSession:
         prompts = deque(schedule.prompts)
         switch_frames = deque(schedule.switch_frames)
         if switch_frames and switch_frames[0] == 0:
-            # A switch before anything exists is a start; LongLive never uses the first prompt then either.
+            # A switch before the first block replaces the first prompt, as in LongLive.
             switch_frames.popleft()
             prompts.popleft()
-        prompt = prompts.popleft()
+        self._prompt = prompt = prompts.popleft()
         with timeline.span("text_encode", 0):
             text = self.pipeline.encode_prompt(prompt)
         clean_pass: Callable[[], None] | None = None
@@ -172,7 +280,7 @@ class StreamingSession:
                     clean_pass()
             clean_pass = None
             if switched:
-                prompt = self._requests.popleft()
+                self._prompt = prompt = self._requests.popleft()
                 with timeline.span("text_encode", block):
                     text = self.pipeline.encode_prompt(prompt)
                 if start:

@@ -1,9 +1,9 @@
-"""A timeline remembers what happened when; every figure is derived from it afterwards (`metrics.py`).
+"""A timeline records what happened when; `metrics.py` derives every metric from it.
 
-Two clocks. "host" is `time.perf_counter`: for a span on a GPU it only says how long launching took, but a
-mark made after a synchronise at a block edge is what a viewer feels: in a measurement the block's frames
-have come to host memory by then (stage `copy_to_host`). "cuda" is a pair of CUDA events on the stream that
-was current: how long the device took. Recording never synchronises; `resolve()` does, once, at the end.
+It has two clocks. "host" is `time.perf_counter`. For a span on a GPU it only shows how long launching took,
+but a mark after a synchronise at a block edge shows what a viewer experiences; in a measurement, the block's
+frames have reached host memory by then (stage `copy_to_host`). "cuda" is a pair of CUDA events on the current
+stream and shows how long the device took. Recording never synchronises; `resolve()` does so once, at the end.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 GARBAGE = "garbage_collection"
-GARBAGE_MS = 1.0  # shorter ones, of young objects, come by the thousand and hold nothing up
+GARBAGE_MS = 1.0  # shorter collections, of young objects, number thousands and delay nothing
 
 
 @dataclass(frozen=True)
 class Event:
     """One interval (or instant, `duration_ms` 0), in ms since the timeline's origin.
 
-    `block` is the index of the block it belongs to, None for none. `clock` is "host" or "cuda".
+    `block` is the index of its block or None. `clock` is "host" or "cuda".
     """
 
     name: str
@@ -48,9 +48,9 @@ class Timeline:
     """Records spans and marks of one stream of blocks on `device`.
 
     On a CUDA device a span yields two Events after `resolve()`, one per clock. CUDA events come from a pool
-    and are reused after `resolve()`. Creating and clearing synchronise once, so that both clocks share their
-    origin to within a kernel launch. A span whose body raises leaves no event. Not for use inside a CUDA
-    graph capture.
+    and are reused after `resolve()`. Creating and clearing a timeline synchronise once, so both clocks share
+    their origin to within a kernel launch. A span whose body raises leaves no event. Do not use it during
+    CUDA graph capture.
     """
 
     def __init__(self, device: "torch.device | str") -> None:
@@ -72,7 +72,7 @@ class Timeline:
         self._origin = time.perf_counter()
 
     def mark(self, name: str, block: int | None = None) -> None:
-        """An instant on the host clock. Synchronise before it if it shall mean "done on the device"."""
+        """Record an instant on the host clock. Synchronise first if it must mean "done on the device"."""
         self._events.append(Event(name, self.now_ms(), 0.0, block, "host"))
 
     @contextlib.contextmanager
@@ -87,8 +87,8 @@ class Timeline:
 
     @contextlib.contextmanager
     def garbage(self) -> Iterator[None]:
-        """Record each of Python's garbage collections of `GARBAGE_MS` and more while the body runs, on the
-        host clock and for no block: what stands still then is the host.
+        """Record Python's garbage collections of at least `GARBAGE_MS` while the body runs, on the host clock
+        and without a block, because they stop the host.
         """
         begun = 0.0
 
@@ -106,12 +106,12 @@ class Timeline:
             gc.callbacks.remove(note)
 
     def resolve(self) -> list[Event]:
-        """Synchronise once, turn CUDA events into times, return all events sorted by start. Idempotent."""
+        """Synchronise once, convert CUDA events to times, and return all events by start. Idempotent."""
         if self._pending:
             self._cuda.synchronize(self.device)
             for name, block, start, end in self._pending:
-                # The duration directly, not as a difference of times since the origin: those are float32 and
-                # coarse (16 us after 200 s).
+                # The duration is read directly: differences of times since the origin are float32 and coarse
+                # (16 us after 200 s).
                 start_ms, duration_ms = self._cuda_origin.elapsed_time(start), start.elapsed_time(end)
                 self._events.append(Event(name, start_ms, duration_ms, block, "cuda"))
                 self._pool += (start, end)
@@ -119,11 +119,11 @@ class Timeline:
         return sorted(self._events, key=lambda event: (event.start_ms, -event.duration_ms))
 
     def now_ms(self) -> float:
-        """The host clock, since the origin."""
+        """Time since the origin on the host clock."""
         return (time.perf_counter() - self._origin) * 1e3
 
     def _record(self) -> "torch.cuda.Event":
-        try:  # no "if": an asynchronous decoder may record from its own thread
+        try:  # not "if": an asynchronous decoder may record from its own thread
             event = self._pool.pop()
         except IndexError:
             event = self._cuda.Event(enable_timing=True)
@@ -132,18 +132,18 @@ class Timeline:
 
 
 class NullTimeline:
-    """The interface of `Timeline` for runs that are not measured: remembers nothing, costs nothing."""
+    """The interface of `Timeline` for runs that are not measured: records nothing and costs nothing."""
 
     def clear(self) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
     def mark(self, name: str, block: int | None = None) -> None:
-        """Nothing is recorded."""
+        """Do nothing."""
 
     def span(self, name: str, block: int | None = None) -> contextlib.AbstractContextManager[None]:
-        """A context manager that does nothing."""
+        """Return a context manager that does nothing."""
         return contextlib.nullcontext()
 
     def resolve(self) -> list[Event]:
-        """Always empty."""
+        """Return an empty list."""
         return []

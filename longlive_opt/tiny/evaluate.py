@@ -1,17 +1,20 @@
-"""How well an exported folder does what it was trained for: held-out prompts through the ordinary session,
-evaluated by `shapes.evaluator`.
+"""Evaluate an exported weights folder: generate videos of held-out prompts with the ordinary session, and
+evaluate them with `shapes.evaluator`.
 
-Each figure is a mean over videos, `..._se` its standard error. `plain`: adherence over five seconds.
-`switch`: adherence in the second block after a prompt switch, and there, of what changed alone, how much is
-as the new prompt has it (`new_shown`); the delay in blocks (and how many videos never got there), permanence
-of the objects; `old_left`, how much of what changed is still as the old prompt had it in the 12 frames from
-the second latent frame on. `long`: adherence in the first and the last five seconds of a minute, what was
-`lost` between, and `in_place`, the share of the objects which are to keep their place that did.
+Each metric is a mean over videos, and `..._se` is its standard error.
 
-`variants` repeats it with what LongLive adds taken away: no sink, no recache, shorter windows. `..._change`
-is the mean difference to the full model on the same scenes and noise, with a standard error of its own, which
-is the smaller for that. Windows are evaluated on fewer videos; `full` is nothing taken away on the same ones.
-The first of the videos with a switch are shown in `switches.png`.
+    plain   adherence over five seconds switch  adherence in the second block after a prompt switch;
+    `new_shown`, the share of the changed attributes
+            that this block shows as in the new prompt; the delay in blocks, and the number of videos in which
+            the new scene never came; permanence of the objects; `old_left`, the share of the changed
+            attributes that the 12 frames from the second latent frame on still show as in the old prompt
+    long    adherence in the first and the last five seconds of a minute; the adherence `lost` between them;
+            `in_place`, the share of the objects that kept their place, of those that should
+
+`variants` repeats the evaluation without one part of LongLive: no sink, no recache, shorter windows.
+`..._change` is the mean difference to the full model on the same scenes and noise. Its standard error is
+smaller for that reason. Windows are evaluated on fewer videos, and `full` is the full model on the same
+videos. `switches.png` shows the first videos with a switch.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ SWITCH_FRAME = 12 * SWITCH_BLOCK - 3
 AFTER_BLOCKS = 6
 LONG_BLOCKS = 80
 FROM_FRAME = 4
-"""After a switch, whose change is drawn over six frames: where the old scene is looked for."""
+"""First frame after a switch in which `old_left` looks for the old scene. The change itself takes six frames.
+"""
 NEAR_PIXELS = 6
 """Half of the radius of a small object."""
 SHOWN_FRAMES = (8, 40, 78, 84, 92, 104, 128, 152)
@@ -74,7 +78,7 @@ PICTURE_NAME = "switches.png"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many videos of each kind; those of shorter windows are `window_switch` and `window_long`."""
+    """Number of videos of each kind. Shorter windows use `window_switch` and `window_long`."""
 
     plain: int = 32
     switch: int = 36
@@ -84,7 +88,7 @@ class Sizes:
 
 
 class NoRecache(Sampler):
-    """Goes on with the keys that the old prompt left."""
+    """A sampler that keeps the keys of the old prompt at a prompt switch."""
 
     def recache(self, cache: Any, text: Any, start: int, latents: Tensor) -> None:
         pass
@@ -92,14 +96,16 @@ class NoRecache(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is taken away; `few`: evaluated on fewer videos, and `full` on the same ones."""
+    """An ablation of the weights. `few`: evaluated on fewer videos, together with `full` on the same ones."""
 
     keys: Mapping[str, Any]
     recache: bool = True
     few: bool = False
 
     def videos(self, sizes: Sizes) -> tuple[int, int]:
-        """How many with a switch, and how many long ones; without a switch there is nothing to recache."""
+        """Number of videos with a switch and of long videos. Without recache long videos are left out, since
+        they have no switch.
+        """
         switch, long = (sizes.window_switch, sizes.window_long) if self.few else (sizes.switch, sizes.long)
         return switch, long if self.recache else 0
 
@@ -124,14 +130,14 @@ def check_weights(
     processes: int = 0,
     **keys: Any,
 ) -> dict[str, Any]:
-    """Write and return `check.json` in `folder`; writes `switches.png` there too.
+    """Write `check.json` and `switches.png` into `folder`. Returns the content of `check.json`.
 
     Args:
-        processes: how many evaluate at the same time; 0: this one does.
+        processes: number of evaluating processes; with 0 this process evaluates.
         keys: more keys of the preset, such as `denoising_steps`.
 
     Raises:
-        UserError: no such weights, device or variant.
+        UserError: the weights, the device or a variant do not exist.
     """
     if unknown := set(variants) - set(VARIANTS):
         raise UserError(f"--variants: {min(unknown)!r} is unknown; known: {', '.join(VARIANTS)}.")
@@ -166,13 +172,13 @@ def check_weights(
 
 
 def _write(result: Mapping[str, Any], folder: Path) -> None:
-    """After each part, for the whole takes long."""
+    """Write check.json. Called after each part, because the whole evaluation takes long."""
     with atomic_path(folder / "check.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _processes(count: int) -> contextlib.AbstractContextManager[Executor | None]:
-    """A pool of processes, or None for 0; spawned, since CUDA does not survive a fork."""
+    """A pool of processes, or None for 0. They are spawned, because CUDA does not survive a fork."""
     if not count:
         return contextlib.nullcontext()
     spawn = multiprocessing.get_context("spawn")
@@ -187,12 +193,12 @@ def _pipeline(base: Mapping[str, Any], variant: Variant) -> Pipeline:
 
 
 def judge_plain(frames: Tensor, scene: SceneSpec) -> Row:
-    """Figures of a video of one scene."""
+    """Metrics of a video of one scene."""
     return {"adherence": check(frames, scene).adherence, "permanence": permanence(frames, scene)}
 
 
 def evaluate_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
-    """Figures of a video that turns to `other` at SWITCH_BLOCK."""
+    """Metrics of a video that switches to `other` at SWITCH_BLOCK."""
     after = read(frames[SWITCH_FRAME:])
     second = after[BLOCK_FRAMES:2 * BLOCK_FRAMES]
     return {"adherence": check(second, other).adherence, "new_shown": changed_share(second, other, scene),
@@ -202,7 +208,7 @@ def evaluate_switch(frames: Tensor, scene: SceneSpec, other: SceneSpec) -> Row:
 
 
 def evaluate_long(frames: Tensor, scene: SceneSpec) -> Row:
-    """Figures of the first and the last five seconds of a long video of one scene."""
+    """Metrics of the first and the last five seconds of a long video of one scene."""
     first, last = ends(frames)
     away = wandered(first, last, scene)
     begin, end = check(first, scene).adherence, check(last, scene).adherence
@@ -212,7 +218,7 @@ def evaluate_long(frames: Tensor, scene: SceneSpec) -> Row:
 
 
 def _videos(pipeline: Pipeline, seed: int, plain: int, switch: int, long: int) -> Iterator[Video]:
-    """So many of each kind, as they are made."""
+    """The requested number of videos of each kind, as they are generated."""
     for kind, evaluate, stream, count, blocks in (
             ("plain", judge_plain, 100, plain, PLAIN_BLOCKS),
             ("switch", evaluate_switch, 101, switch, SWITCH_BLOCK + AFTER_BLOCKS),
@@ -223,7 +229,7 @@ def _videos(pipeline: Pipeline, seed: int, plain: int, switch: int, long: int) -
 
 
 def _scenes(kind: str, rng: np.random.Generator) -> tuple[SceneSpec, ...]:
-    """Held-out ones; in that of a long video at least one object is to keep its place."""
+    """Held-out scenes. In a long video at least one object should keep its place."""
     scene = sample_scene(rng, held_out=True)
     while kind == "long" and not any(thing.motion in STAYING for thing in scene.objects):
         scene = sample_scene(rng, held_out=True)
@@ -231,7 +237,7 @@ def _scenes(kind: str, rng: np.random.Generator) -> tuple[SceneSpec, ...]:
 
 
 def _play(pipeline: Pipeline, scenes: Sequence[SceneSpec], blocks: int, seed: int) -> Tensor:
-    """Frames uint8 [T, 3, H, W] on the CPU of one video; a second scene comes at SWITCH_BLOCK."""
+    """Frames uint8 [T, 3, H, W] of one video, on the CPU. A second scene starts at SWITCH_BLOCK."""
     config = dataclasses.replace(pipeline.config, seed=seed)
     session = StreamingSession(dataclasses.replace(pipeline, config=config))
     switch = pipeline.sampler.plan.block_frames * SWITCH_BLOCK
@@ -240,11 +246,13 @@ def _play(pipeline: Pipeline, scenes: Sequence[SceneSpec], blocks: int, seed: in
 
 
 def _judge(videos: Iterable[Video], pool: Executor | None) -> tuple[dict[str, list[Row]], list[Strip]]:
-    """Figures by kind, found in other processes while the next video is made; first switches for `sheet`."""
+    """Metrics by kind, computed in other processes while the next video is generated; first switches for
+    `sheet`.
+    """
     found: dict[str, list[Any]] = {}
     shown = []
     for kind, evaluate, frames, scenes in videos:
-        # arrays: tensors would travel through shared memory, which may be small
+        # Tensors would go through shared memory, which may be small, so send arrays.
         row = pool.submit(evaluate, frames.numpy(), *scenes) if pool else evaluate(frames, *scenes)
         found.setdefault(kind, []).append(row)
         if kind == "switch" and len(shown) < SHOWN_VIDEOS:
@@ -270,7 +278,7 @@ def _means(rows: list[Row]) -> dict[str, Any]:
 
 
 def _changes(rows: list[Row], full: list[Row]) -> dict[str, Any]:
-    """Mean difference of each figure to that of the full model on the same videos."""
+    """Mean difference of each metric to that of the full model on the same videos."""
     changes: dict[str, Any] = {}
     for key in rows[0]:
         pairs = [(row[key], other[key]) for row, other in zip(rows, full, strict=True)]
@@ -280,7 +288,7 @@ def _changes(rows: list[Row], full: list[Row]) -> dict[str, Any]:
 
 
 def _mean(key: str, values: list[float]) -> dict[str, float | None]:
-    """The mean under its key and, of two values and more, its standard error."""
+    """The mean under its key and, for at least two values, its standard error."""
     mean = {key: round(float(np.mean(values)), 4) if values else None}
     if len(values) > 1:
         mean[f"{key}_se"] = round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 4)

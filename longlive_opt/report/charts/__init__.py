@@ -1,9 +1,9 @@
-"""Charts: pure functions from result.json dictionaries to matplotlib figures, redrawable without a GPU; and
-which of them a summary and a run show.
+"""Charts: pure functions from result.json dictionaries to matplotlib figures, and the sets of charts that a
+summary and a run show. No GPU is needed to redraw them.
 
-Every function takes one result or several and draws what is there; a missing or n/a part becomes a sentence
-in the figure, never an exception. A preset has the same colour in every chart, names have the colour of their
-lines, n is printed. Nothing touches pyplot, so neither a backend nor a display is needed.
+Every function takes one or several results and draws the parts that exist. A missing or n/a part becomes a
+sentence in the figure, never an exception. A preset has the same colour in every chart, a name has the colour
+of its line, and n is printed. No function uses pyplot, so neither a backend nor a display is needed.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ __all__ = ["Chart", "PRESET_COLOURS", "buffer_words", "campaign_figures", "colou
 
 
 def campaign_figures(results: Sequence[Result]) -> dict[str, Chart]:
-    """Every figure of the summary by name, from the first run of each preset."""
+    """The figures of the summary by name, from the first run of each preset."""
     kept = first_runs(results)
     functions = (latency_ecdf, latency_boxes, latency_by_block, stage_bars, switch_bars, playback_buffer,
                  pareto, waterfall)
@@ -30,7 +30,7 @@ def campaign_figures(results: Sequence[Result]) -> dict[str, Chart]:
 
 
 def run_figures(result: Result, baseline: Result | None = None) -> dict[str, Chart]:
-    """Every figure of one run by name; with `baseline`, latency and stages are drawn beside it."""
+    """The figures of one run by name. With `baseline`, those of latency and stages show both runs."""
     alone = baseline is None or preset_of(baseline) == preset_of(result)
     pair = [result] if alone else [baseline, result]
     functions = (latency_ecdf, latency_by_block, stage_bars, switch_bars, playback_buffer, gpu_load)

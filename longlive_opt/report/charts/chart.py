@@ -1,5 +1,5 @@
-"""A figure that a notebook shows by itself; what every chart begins and ends with: axes, notes, words,
-colours; and what charts read from a result (missing: None or empty).
+"""The figure class for notebooks, the parts that all charts share (axes, notes, alternative text, colours),
+and readers for the values of a result. A missing value reads as None or empty.
 """
 
 import io
@@ -25,9 +25,9 @@ _WIDTH = 9  # inches
 
 
 class Chart(Figure):
-    """A Figure that a notebook shows by itself: no pyplot, hence no global state.
+    """A Figure that a notebook renders without pyplot, hence without global state.
 
-    `alt` says in words what there is to see; without it the titles stand for it.
+    `alt` is its alternative text. If it is empty, the titles serve instead.
     """
 
     alt = ""
@@ -38,7 +38,7 @@ class Chart(Figure):
         return buffer.getvalue(), {"alt": self.alt or "; ".join(ax.get_title(loc="left") for ax in self.axes)}
 
     def save(self, target: Path | BinaryIO) -> None:
-        """Write as PNG. Without pictures in it, a palette will do: a third of the size for lines and text."""
+        """Write as PNG. A chart without pictures gets a palette, which takes a third of the size."""
         if any(ax.images for ax in self.axes):
             self.savefig(target, format="png")
             return
@@ -48,8 +48,9 @@ class Chart(Figure):
 
 
 def _few_colours(picture: Image.Image) -> Image.Image:
-    """The picture in 256 colours: the most frequent ones as they are, the others by greatest coverage. By
-    frequency alone a thin line would get the colour of a thicker one.
+    """Reduce the picture to 256 colours: the most frequent ones unchanged, the others by greatest coverage.
+
+    Frequency alone would give a thin line the colour of a thicker one.
     """
     codes = np.asarray(picture, dtype=np.int64) @ (1 << 16, 1 << 8, 1)
     found, places, counts = np.unique(codes, return_inverse=True, return_counts=True)
@@ -69,7 +70,7 @@ def new_axes(title: str, height: float) -> tuple[Chart, Axes]:
 
 
 def new_lanes(title: str, height: float, count: int) -> tuple[Chart, list[Axes]]:
-    """A chart of axes below one another that share their x axis; the title stands above the first."""
+    """A chart with `count` axes below one another that share their x axis, and the title above the first."""
     figure = Chart(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     axes[0].set_title(title, loc="left", fontsize=FONT + 2)
@@ -85,11 +86,11 @@ def not_drawn(title: str, reason: Any) -> Chart:
     figure, ax = new_axes(title, 1.4)
     ax.set_axis_off()
     ax.text(0.0, 0.6, f"Not drawn: {plain(reason)}.", transform=ax.transAxes, color=GREY)
-    return told(figure, f"Not drawn: {plain(reason)}")
+    return described(figure, f"Not drawn: {plain(reason)}")
 
 
-def told(chart: Chart, shown: str, readings: Iterable[str] = ()) -> Chart:
-    """The chart with its alternative text: the title, what is shown, and what can be read there."""
+def described(chart: Chart, shown: str, readings: Iterable[str] = ()) -> Chart:
+    """Give the chart its alternative text: the title, what is shown, and the values to read."""
     values = "; ".join(readings)
     title = chart.axes[0].get_title(loc="left")
     words = f"{title}{'' if title.endswith('?') else '.'} {shown}{': ' if values else ''}{values}."
@@ -104,14 +105,14 @@ def note(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, floa
 
 
 def name_rows(ax: Axes, names: Sequence[str]) -> None:
-    """Rows from top to bottom, named on the left."""
+    """Name the rows on the left, from top to bottom."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.75)
     ax.grid(visible=False, axis="y")
 
 
 def plain(text: Any, length: int = 100) -> str:
-    """One line of bounded length without mathtext: a dollar sign in a name must not stop a report."""
+    """One line of bounded length, with dollar signs escaped so that matplotlib reads no mathtext."""
     text = " ".join(str(text).split())
     return (text if len(text) <= length else text[:length - 1] + "…").replace("$", r"\$")
 
@@ -123,18 +124,18 @@ def in_ms(milliseconds: float) -> str:
 STAGE_COLOURS = {"text_encode": "#9467bd", "recache": "#e0a100", "denoise": "#3b75af", "decode": "#5aa469",
                  "copy_to_host": "#c06a9b", "other": "#b8b8b8"}
 STAGES = tuple(STAGE_COLOURS)
-PRESET_COLOURS = {  # apart from one another also without red or green receptors
+PRESET_COLOURS = {  # distinguishable with red-green colour blindness
     "baseline": "#4d4d4d", "cuda_graphs": "#d98b00", "static_kv": "#3d9ad1", "async_vae": "#009e73",
     "quality": "#0a5c9c", "balanced": "#b4508f", "speed": "#d1491b", "low_memory": "#662200",
     "realtime": "#2318f0", "ablation": "#8866ff", "realtime_8gb": "#6e7f00",
     "compile_parts": "#e377c2"}
 DARK, GREY, RED = "#222222", "#8a8a8a", "#c21f1f"
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
-_ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white figures
+_ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white digits
 
 
 def colour_of(preset: str) -> str:
-    """The preset's colour; a preset that the table does not name gets one that depends on its name only."""
+    """The preset's colour. A preset outside the table gets a colour that depends only on its name."""
     spare = _MORE_COLOURS[zlib.crc32(preset.encode()) % len(_MORE_COLOURS)]
     return PRESET_COLOURS.get(preset, spare)
 
@@ -144,7 +145,7 @@ def stage_colour(stage: str) -> str:
 
 
 def ink_on(stage: str) -> str:
-    """The colour of figures on a stage's bar."""
+    """The colour of digits on a stage's bar."""
     return DARK if stage in _ON_LIGHT else "white"
 
 
@@ -152,19 +153,19 @@ Result = Mapping[str, Any]
 
 
 def target_of(result: Result) -> float:
-    """The line that the run was to stay under, in ms per video frame: its `target_ms_per_frame`, or the
-    default of that key for a result that states none.
+    """The target of the run in ms per video frame: its `target_ms_per_frame`, or the key's default if the
+    result states none.
     """
     return number(result, "latency.ss_over_target.target_ms") or ExperimentConfig.target_ms_per_frame
 
 
 def targets_of(results: Iterable[Result]) -> list[float]:
-    """The targets of the runs, each once."""
+    """The distinct targets of the runs."""
     return sorted({target_of(result) for result in results})
 
 
 def first_runs(results: Iterable[Result]) -> list[Result]:
-    """One result per preset, the first: an A/A repeat measures noise and is no preset of its own."""
+    """The first result of each preset. A/A repeats only measure noise."""
     kept: dict[str, Result] = {}
     for result in results:
         kept.setdefault(preset_of(result), result)
@@ -196,14 +197,14 @@ def ms_per_frame(result: Result) -> list[float]:
 
 
 def steady_blocks(result: Result) -> list[int]:
-    """Block index of each steady-state sample; consecutive numbers where the result does not say."""
+    """Block index of each steady-state sample, or consecutive numbers if the result has no indices."""
     blocks = [int(block) for block in numbers(result, "latency.ss_blocks")]
     n = len(numbers(result, "latency.ss_block_ms"))
     return blocks if len(blocks) == n else list(range(n))
 
 
 def first_measured(result: Result) -> int:
-    """First block after warm-up, which both streams of a result share."""
+    """The first block after warm-up, the same in both streams of a result."""
     return int(number(result, "sizes.warmup_blocks") or 0)
 
 
@@ -227,7 +228,7 @@ def events_of(result: Result, stream: str) -> list[Event]:
 
 
 def spans_of(result: Result, stream: str) -> list[Event]:
-    """Stage spans with a block, on the device's clock where the stage has one."""
+    """Stage spans that belong to a block, timed on the device's clock where the stage has one."""
     spans = [event for event in events_of(result, stream)
              if event.duration_ms > 0 and event.block is not None]
     on_device = {event.name for event in spans if event.clock == "cuda"}

@@ -1,10 +1,10 @@
-"""What the GPU did while a stream ran: clock and power."""
+"""The chart of the GPU's clock and power during a stream."""
 
 from collections.abc import Mapping, Sequence
 
 from ...measurement.catalogue import metric_of
 from ...measurement.result import is_finite, lookup, number
-from .chart import FONT, GREY, Chart, Result, mean_of, name_of, new_lanes, not_drawn, result_colour, told
+from .chart import FONT, GREY, Chart, Result, described, mean_of, name_of, new_lanes, not_drawn, result_colour
 from .labels import name_lines
 
 _LANES = {"sm_mhz": "SM clock, MHz", "power_w": "power, W"}
@@ -12,7 +12,7 @@ _TITLE = "The GPU during the steady stream: clock and power"
 
 
 def gpu_load(results: Sequence[Result]) -> Chart:
-    """Clock above and power below, over the seconds of the stream without prompt switches."""
+    """Clock (top) and power (bottom) over the seconds of the stream without prompt switches."""
     series = [(result, points) for result in results if any((points := _points(result)).values())]
     if not series:
         reasons = (lookup(result, "gpu_samples.reason") for result in reversed(results))
@@ -36,13 +36,13 @@ def gpu_load(results: Sequence[Result]) -> Chart:
         power.axhline(limit, color=GREY, lw=0.9, ls="--")
         capped = f"; dashed: the limit of {limit:.0f} W"
     power.set_xlabel(f"seconds since the stream began   (with warm-up; names: mean{capped})", fontsize=FONT)
-    return told(figure, "Mean SM clock in MHz, mean power in W, and joules per video frame", (
+    return described(figure, "Mean SM clock in MHz, mean power in W, and joules per video frame", (
         f"{name_of(result)} {_mean(points['sm_mhz'])}, {_mean(points['power_w'])}, {_joules(result)}"
         for result, points in series))
 
 
 def _points(result: Result) -> dict[str, list[tuple[float, float]]]:
-    """(second, reading) by field; empty where nothing was read."""
+    """(second, reading) by field. Empty if nothing was read."""
     samples = result.get("gpu_samples")
     samples = samples if isinstance(samples, Mapping) else {}
     return {key: [(at, value) for at, value in zip(samples.get("t_s") or (), samples.get(key) or ())

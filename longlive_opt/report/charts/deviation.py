@@ -1,4 +1,4 @@
-"""How far a run is from the truth, and what speed that buys."""
+"""Charts of a run's distance from the truth, and of the speed that this distance buys."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from .chart import (
     Chart,
     Result,
     colour_of,
+    described,
     is_identical,
     mean_of,
     name_of,
@@ -21,15 +22,14 @@ from .chart import (
     preset_of,
     result_colour,
     targets_of,
-    told,
 )
 from .labels import name_lines, name_points
 from .latency import draw_targets, latency_limits
 
 
 def pareto(results: Sequence[Result]) -> Chart:
-    """Worst-case latency against the error ratio, or for results from before protocol 2 the PSNR to the
-    baseline: up and to the left is better.
+    """Worst-case latency against the error ratio. Results older than protocol 2 show the PSNR to the baseline
+    instead. Up and to the left is better.
     """
     timed = {name_of(r): r for r in results if metric_of("ss_max").value(r) is not None}
     title = "Speed against fidelity"
@@ -37,7 +37,7 @@ def pareto(results: Sequence[Result]) -> Chart:
         return not_drawn(title, "no steady-state latency")
     ratios = {name: _ratio(result) for name, result in timed.items()}
     by_ratio = any(metric_of("error_ratio").value(result) is not None for result in timed.values())
-    # The higher the better, as PSNR is.
+    # Turn the ratio into a score in which higher is better, like PSNR.
     scores = {name: -10 * math.log10(ratio) if ratio else None for name, ratio in ratios.items()} \
         if by_ratio else {name: metric_of("psnr").value(result) for name, result in timed.items()}
     known = [value for value in scores.values() if value is not None] or [30.0, 40.0]
@@ -76,19 +76,19 @@ def pareto(results: Sequence[Result]) -> Chart:
     words = {y: label for label, y in rows.items()}
     unit = "" if by_ratio else " dB"
     kind = "error ratio" if by_ratio else "PSNR to the baseline"
-    return told(figure, f"SS max in ms per video frame, and {kind}", (
+    return described(figure, f"SS max in ms per video frame, and {kind}", (
         f"{name} {x:.1f} ms, {words.get(y, text(y if by_ratio else round(y, 1)) + unit)}"
         for x, y, name, _ in points))
 
 
 def _ratio(result: Result) -> float | None:
-    """The error ratio; 1 for the baseline and what has its bits."""
+    """The error ratio, which is 1 for the baseline and for bit-identical runs."""
     return 1.0 if is_identical(result) else metric_of("error_ratio").value(result)
 
 
 def error_by_block(result: Result, baseline: Result | None = None) -> Chart:
-    """The relative error of the latents in each block, free-running and teacher-forced, beside the baseline's
-    own and, as dashed lines, the null rows of the campaign.
+    """The relative error of the latents per block, free-running and teacher-forced, compared with the
+    baseline's own error and with the campaign's null rows (dashed lines).
     """
     title = "Error of the latents by block"
     own = baseline or (result if preset_of(result) == "baseline" else {})
@@ -108,7 +108,7 @@ def error_by_block(result: Result, baseline: Result | None = None) -> Chart:
     figure, ax = new_axes(title, 4.4)
     names = []
     for name, errors, colour, style in drawn:
-        # Drawn as logarithms on a linear axis, on which names can be placed; 0 has none.
+        # Logarithms on a linear axis, because `name_lines` needs one. An error of 0 has no logarithm.
         shown = [(block, math.log10(100 * error)) for block, error in enumerate(errors) if error > 0]
         if shown:
             ax.plot(*zip(*shown, strict=True), color=colour, marker=".", **style)
@@ -121,13 +121,13 @@ def error_by_block(result: Result, baseline: Result | None = None) -> Chart:
            xlabel="block" + ("" if switch is None else "   (dotted: prompt switch)"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_lines(ax, names)
-    return told(figure, "Relative error of the latents in per cent, last block", (
+    return described(figure, "Relative error of the latents in per cent, last block", (
         f"{name} {100 * errors[-1]:.2g}" for name, errors, _, _ in drawn))
 
 
 def quality_by_frame(result: Result) -> Chart:
-    """PSNR to the truth's frames, or for results from before protocol 2 the baseline's, frame by frame: does
-    the deviation grow?
+    """PSNR to the truth's frames, frame by frame, to show whether the deviation grows. Results older than
+    protocol 2 show the PSNR to the baseline's frames instead.
     """
     of_truth = lookup(result, "quality.protocol") == 2
     title = f"Deviation from {'the baseline in float32' if of_truth else 'the baseline'}: {name_of(result)}"
@@ -149,5 +149,5 @@ def quality_by_frame(result: Result) -> Chart:
           ha="right" if worst[0] > points[-1][0] / 2 else "left")
     ax.set(ylim=(low - margin, high + margin), ylabel="PSNR, dB",
            xlabel=f"compared frame   (n={len(points)})")
-    return told(figure, f"PSNR of {len(points)} frames in dB", (
+    return described(figure, f"PSNR of {len(points)} frames in dB", (
         f"mean {mean_of([value for _, value in points]):.1f}", f"worst {low:.1f} at frame {worst[0]}"))

@@ -1,4 +1,4 @@
-"""Names of lines and points, placed where they cover neither one another nor the lines."""
+"""Place the names of lines and points so that they cover neither one another nor the lines."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ _HALO = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8
 
 
 def name_lines(ax: Axes, names: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names of lines at the right edge from (where it ends, value, text, colour), moved apart so that none
-    overlap; dots lead there from a line that ends before.
+    """Put names at the right edge, from (where the line ends, value, text, colour), moved apart so that none
+    overlap. A dotted line connects a name with a line that ends earlier.
     """
     (low, high), right = ax.get_ylim(), ax.get_xlim()[1]
     ax.set_xlim(right=right)
@@ -24,7 +24,7 @@ def name_lines(ax: Axes, names: Sequence[tuple[float, float, str, str]]) -> None
                                                   strict=True):
         if end < right:
             ax.hlines(low + height * (high - low), end, right, color=colour, lw=0.8, ls=":", alpha=0.7)
-        # From the name's left side: from its centre, a steep leader would strike its neighbours.
+        # Start at the name's left side, since a steep leader from its centre would cross its neighbours.
         ax.annotate(text, (1.0, height), (1.04, moved), xycoords="axes fraction", textcoords="axes fraction",
                     va="center", color=colour, fontsize=FONT, annotation_clip=False,
                     arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0,
@@ -32,7 +32,7 @@ def name_lines(ax: Axes, names: Sequence[tuple[float, float, str, str]]) -> None
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Sorted heights moved to lie `gap` apart: those too close become one group around their mean."""
+    """Move sorted heights at least `gap` apart. Heights that are too close form a group around their mean."""
     groups: list[list[float]] = []
 
     def bottom(group: list[float]) -> float:
@@ -46,8 +46,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def name_points(ax: Axes, names: Sequence[tuple[tuple[float, float], str, str]]) -> None:
-    """Names from (point, text, colour) beside their points, where they cover least of other names, points and
-    lines.
+    """Put names, from (point, text, colour), next to their points where they cover least of other names,
+    points and lines.
     """
     ax.figure.draw_without_rendering()  # the layout must be final before data coordinates become pixels
     scale = ax.figure.dpi / 72
@@ -75,7 +75,7 @@ def name_points(ax: Axes, names: Sequence[tuple[tuple[float, float], str, str]])
 
 
 def along(line: Line2D) -> np.ndarray:
-    """Points every two pixels along a line as it is drawn."""
+    """Points every two pixels along a drawn line."""
     corners = line.get_transform().transform(line.get_xydata())
     lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))])
     at = np.arange(0.0, lengths[-1], 2.0)

@@ -1,5 +1,5 @@
-"""Latency of several presets: how it is distributed, whether it drifts, and what it means for a viewer: how
-far the stream is ahead of playback.
+"""Charts of the latency of several presets: its distribution, its drift, and how far the stream is ahead of
+playback.
 """
 
 import math
@@ -17,6 +17,7 @@ from .chart import (
     RED,
     Chart,
     Result,
+    described,
     events_of,
     first_measured,
     frames_per_block,
@@ -30,7 +31,6 @@ from .chart import (
     result_colour,
     steady_blocks,
     targets_of,
-    told,
 )
 from .labels import name_lines
 
@@ -48,7 +48,7 @@ def latency_ecdf(results: Sequence[Result]) -> Chart:
         shares = [count / n for count in range(n + 1)]
         ax.step([values[0], *values], shares, where="post", lw=1.8, color=result_colour(result),
                 label=f"{percentile(values, 50):.1f}  {name_of(result)} (n={n})")
-    # Steep curves stand closer together than their names are wide: beside them, names would cross others.
+    # Steep curves are closer together than their names are wide, so the names go into a legend.
     lines, names = ax.get_legend_handles_labels()
     figure.legend(lines[::-1], names[::-1], loc="outside right upper", title="median, preset", frameon=False,
                   fontsize=FONT, title_fontsize=FONT, labelcolor="linecolor", alignment="left")
@@ -57,19 +57,21 @@ def latency_ecdf(results: Sequence[Result]) -> Chart:
            ylim=(0, 1.07), xlabel="ms per video frame")  # the target's name fits above the curves
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     draw_targets(ax, targets)
-    return told(figure, "One curve per preset; median in ms per video frame", (
+    return described(figure, "One curve per preset; median in ms per video frame", (
         f"{name_of(result)} {percentile(values, 50):.1f}" for result, values in reversed(series)))
 
 
 def latency_boxes(results: Sequence[Result]) -> Chart:
-    """Every steady-state sample and its box (quartiles, whiskers at 1.5 IQR), one row per preset."""
+    """Every steady-state sample with its box (quartiles, whiskers at 1.5 times the interquartile range), one
+    row per preset.
+    """
     series = [(result, ms_per_frame(result)) for result in results if ms_per_frame(result)]
     title = "Steady-state latency by preset: every block"
     if not series:
         return not_drawn(title, "no steady-state samples")
     figure, ax = new_axes(title, 1.5 + 0.52 * len(series))
     for row, (result, values) in enumerate(series):
-        # A fixed spread instead of random jitter: the same result gives the same picture.
+        # A fixed spread instead of random jitter, so that the same result gives the same picture.
         heights = [row + 0.3 * (i * 0.618034 % 1.0 - 0.5) for i in range(len(values))]
         ax.scatter(values, heights, s=7, alpha=0.35, color=result_colour(result), linewidths=0)
         first, median, third = (percentile(values, q) for q in (25, 50, 75))
@@ -87,19 +89,19 @@ def latency_boxes(results: Sequence[Result]) -> Chart:
     ax.set(xlim=latency_limits([value for _, values in series for value in values], targets, 0.05, 0.05),
            xlabel="ms per video frame")
     draw_targets(ax, targets)
-    return told(figure, "Every block is a point; mean and maximum in ms per video frame", (
+    return described(figure, "Every block is a point; mean and maximum in ms per video frame", (
         f"{name_of(result)} {mean_of(values):.1f} and {max(values):.1f}" for result, values in series))
 
 
 def latency_by_block(results: Sequence[Result]) -> Chart:
-    """Latency against block index: drift and outliers."""
+    """Latency against block index, to show drift and outliers."""
     series = [(result, steady_blocks(result), values) for result in results
               if (values := ms_per_frame(result))]
     title = "Latency over the stream: is there drift?"
     if not series:
         return not_drawn(title, "no steady-state samples")
     figure, ax = new_axes(title, 1.8 + max(2.8, 0.26 * len(series)))
-    # Switches that had a stream of their own are not in this one.
+    # Newer results measure switches in a separate stream, so they do not occur in this one.
     switches = {block for result, _, _ in series if not result.get("switch_events")
                 for block in numbers(result, "latency.ps_blocks")}
     for block in switches:
@@ -123,14 +125,16 @@ def latency_by_block(results: Sequence[Result]) -> Chart:
     name_lines(ax, names)
     halves = ((result, values[:len(values) // 2] or values, values[len(values) // 2:])
               for result, _, values in series)
-    return told(figure, "One line per preset; second half of the blocks minus first, in ms per video frame", (
+    shown = "One line per preset; second half of the blocks minus first, in ms per video frame"
+    return described(figure, shown, (
         f"{name_of(result)} {mean_of(last) - mean_of(first):+.2f}" for result, first, last in halves))
 
 
 def latency_limits(values: Sequence[float], targets: Sequence[float], left: float, right: float
                    ) -> tuple[float, float]:
-    """Limits around latencies with margins in shares of their span, and around each target unless it is so
-    far away that it would squeeze them into a corner."""
+    """Limits around the latencies and their targets, with margins in shares of the span. A distant target is
+    left out, since it would squeeze the latencies into a corner.
+    """
     low, high = min(values), max(values)
     near = [target for target in targets if target < 4 * high and low < 4 * target]
     low, high = min([low, *near]), max([high, *near])
@@ -139,7 +143,7 @@ def latency_limits(values: Sequence[float], targets: Sequence[float], left: floa
 
 
 def draw_targets(ax: Axes, targets: Sequence[float]) -> None:
-    """Each target's line, or beside the axis' name on which side it lies outside."""
+    """Draw each target's line. For a target outside the limits, the axis label names the side instead."""
     low, high = ax.get_xlim()
     for target in targets:
         if low < target < high:
@@ -152,9 +156,10 @@ def draw_targets(ax: Axes, targets: Sequence[float]) -> None:
 
 
 def playback_buffer(results: Sequence[Result]) -> Chart:
-    """How far delivery is ahead of a viewer who starts at the first measured chunk; a stall below 0.
+    """How far delivery is ahead of a viewer who starts at the first measured chunk. Below 0 is a stall.
 
-    Lines end with the shortest stream, so that their ends compare; the buffers are those of whole streams.
+    All lines end with the shortest stream so that their ends are comparable. The buffers are those of the
+    whole streams.
     """
     series = _margins(results, "events")
     title = "Playback: seconds of video ahead of the viewer"
@@ -177,19 +182,19 @@ def playback_buffer(results: Sequence[Result]) -> Chart:
     names = [(video[-1], ahead[-1], f"{name_of(result)}: {_buffer_label(result)}", result_colour(result))
              for result, video, ahead in series]
     name_lines(ax, names)
-    return told(figure, f"Rising lines keep up; {first}; start-up buffer without / with prompt switches",
+    return described(figure, f"Rising lines keep up; {first}; start-up buffer without / with prompt switches",
                 (text for _, _, text, _ in names))
 
 
 def _margins(results: Sequence[Result], stream: str) -> list[tuple[Result, list[float], list[float]]]:
-    """(result, its `_margin`) of those that have one, all cut to the length of the shortest."""
+    """(result, its `_margin`) for each result that has one, cut to the length of the shortest."""
     found = [(result, margin) for result in results if (margin := _margin(result, stream))]
     shortest = min((len(video) for _, (video, _) in found), default=0)
     return [(result, video[:shortest], ahead[:shortest]) for result, (video, ahead) in found]
 
 
 def _margin(result: Result, stream: str) -> tuple[list[float], list[float]] | None:
-    """(seconds of video, seconds ahead of a viewer without start-up buffer) at every measured chunk."""
+    """(seconds of video, seconds ahead of a viewer without a start-up buffer) at every measured chunk."""
     ready = {event.block: event.start_ms for event in events_of(result, stream)
              if event.name == "chunk_ready" and event.block is not None}
     times = [ready[block] for block in sorted(ready) if block >= first_measured(result) - 1]
@@ -201,8 +206,8 @@ def _margin(result: Result, stream: str) -> tuple[list[float], list[float]] | No
 
 
 def buffer_words(result: Result) -> str:
-    """The start-up buffer that a viewer needs, and behind a slash that of the stream with prompt switches
-    where it is another. A stream that is too slow has none: it would grow with the stream.
+    """The start-up buffer that a viewer needs. After a slash follows that of the stream with prompt switches
+    if it differs. A stream that is too slow has none, since its buffer would grow with the stream.
     """
     steady, switched = (_buffer(result, path) for path in ("playback", "playback.switch_stream"))
     return steady if switched in ("n/a", steady) else f"{steady} / {switched}"

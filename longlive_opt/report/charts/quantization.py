@@ -1,11 +1,11 @@
-"""The chart of the study of 8-bit formats."""
+"""The chart of the 8-bit formats study."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .chart import DARK, FONT, GREY, Chart, new_axes, not_drawn, told
+from .chart import DARK, FONT, GREY, Chart, described, new_axes, not_drawn
 from .labels import name_points
 
 _COLOURS = {"bf16": "#4d4d4d", "int8_bf16": "#3d9ad1", "int8_fp8": "#d98b00", "fp8_fp8": "#b4508f"}
@@ -16,8 +16,8 @@ _FORMS = {None: "as they are", "int8": "int8", "fp8": "e4m3"}
 
 
 def error_against_time(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """Ratio of errors against denoising time of each combination; down and to the left is better. Named are
-    those that no other beats in both.
+    """Error ratio against denoising time of each combination. Down and to the left is better. The chart names
+    the combinations that no other one beats in both.
     """
     title = "Exactness against speed of 8-bit formats"
     if not rows:
@@ -54,6 +54,6 @@ def error_against_time(rows: Sequence[Mapping[str, Any]]) -> Chart:
     ax.legend(fontsize=FONT - 1, loc="upper right", frameon=False)
     name_points(ax, [((x, y), f"{_CACHES[row['cache']]}; {row['linears']}", _COLOURS[row["cache"]])
                      for row, (x, y) in front])
-    return told(figure, "ratio of errors against denoising time", (
+    return described(figure, "ratio of errors against denoising time", (
         f"{_CACHES[row['cache']]}, linear layers {row['linears']}: {x:.2f} ms, ratio {y:.2f}"
         for row, (x, y) in zip(rows, points, strict=True)))

@@ -1,6 +1,4 @@
-"""Stages of the blocks: where the time goes, what a preset saves of it, and what ran when."""
-
-
+"""Charts of the stages of a block: where the time goes, what a preset saves, and what ran when."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from .chart import (
     STAGES,
     Chart,
     Result,
+    described,
     events_of,
     first_measured,
     frames_per_block,
@@ -37,12 +36,11 @@ from .chart import (
     stage_colour,
     stage_names,
     steady_blocks,
-    told,
 )
 
 
 def stage_bars(results: Sequence[Result]) -> Chart:
-    """Mean time of each stage per steady-state block; the tick is the block interval on the host clock."""
+    """Mean time of each stage per steady-state block. The tick marks the block interval on the host clock."""
     rows = []
     for result in results:
         parts = {name: number(result, f"latency.stages_ms.{name}.mean") for name in stage_names(result)}
@@ -55,7 +53,7 @@ def stage_bars(results: Sequence[Result]) -> Chart:
 
 
 def switch_bars(results: Sequence[Result]) -> Chart:
-    """Mean prompt-switch latency, from the request to the first new frames in pixels, by stage."""
+    """Mean prompt-switch latency by stage, from the request to the first new decoded frames."""
     rows = []
     for result in results:
         parts = {name: number(result, f"latency.ps_breakdown_ms.{name}") for name in STAGES}
@@ -68,13 +66,13 @@ def switch_bars(results: Sequence[Result]) -> Chart:
 
 
 def _stacked(title: str, rows: Sequence[tuple[str, dict[str, float], float]], unit: str, tick: str) -> Chart:
-    """Horizontal stacked bars from (row name, stage -> ms, total ms); the tick marks the total."""
+    """Horizontal stacked bars from (row name, stage -> ms, total ms). The tick marks the total."""
     if not rows:
         return not_drawn(title, "no stage times in these results")
     figure, ax = new_axes(title, 1.8 + 0.46 * len(rows))
     right = 1.16 * max(total for _, _, total in rows)
-    beside = [_hidden(parts, total) for _, parts, total in rows]
-    for row, ((_, parts, total), second) in enumerate(zip(rows, beside, strict=True)):
+    overlapped = [_hidden(parts, total) for _, parts, total in rows]
+    for row, ((_, parts, total), second) in enumerate(zip(rows, overlapped, strict=True)):
         end, second_at = 0.0, total - parts.get(second, 0.0)
         for name in ordered(parts):
             width, left = parts[name], second_at if name == second else end
@@ -88,19 +86,19 @@ def _stacked(title: str, rows: Sequence[tuple[str, dict[str, float], float]], un
         ax.plot([total, total], [row - 0.36, row + 0.36], color=DARK, lw=1.8)
         note(ax, f"{in_ms(total)} ms", (total, row), (6, 0), va="center")
     name_rows(ax, [name for name, _, _ in rows])
-    overlap = "; lower half: at the same time" if any(beside) else ""
+    overlap = "; lower half: at the same time" if any(overlapped) else ""
     ax.set(xlim=(0, right), xlabel=f"{unit}   (black tick: {tick}, host clock{overlap})")
     names = ordered({name for _, parts, _ in rows for name in parts})
     figure.legend(handles=[Patch(color=stage_colour(name), label=name) for name in names],
                   loc="outside upper right", ncols=len(names), frameon=False, fontsize=FONT)
     stages = (", ".join(f"{key} {in_ms(parts[key])}" for key in ordered(parts) if parts[key])
               for _, parts, _ in rows)
-    return told(figure, f"One bar per preset in {unit}", (
+    return described(figure, f"One bar per preset in {unit}", (
         f"{name} {in_ms(total)}: {words}" for (name, _, total), words in zip(rows, stages, strict=True)))
 
 
 def _hidden(parts: Mapping[str, float], total: float) -> str:
-    """The last stage if the stages add up to clearly more than the total, so that it ran beside others."""
+    """The last stage if the stages add up to clearly more than the total, so that it overlapped others."""
     over = sum(parts.values()) > 1.01 * total
     return [name for name in ordered(parts) if parts[name] > 0][-1] if over else ""
 
@@ -122,7 +120,7 @@ def waterfall(results: Sequence[Result]) -> Chart:
     steps.append(("gaps, overlap", end - start - sum(delta for _, delta in steps)))
     figure, ax = new_axes(f"{title}: {name_of(best)}", 4.6)
     bars = [(0.0, start, result_colour(base), _block_and_frame(start, base))]
-    levels = [start]  # above both ends or below 0 where stages of either preset overlap
+    levels = [start]  # overlapping stages can lift a level above both ends or push it below 0
     for name, delta in steps:
         sign = "+" if delta >= 0 else ""
         bars.append((levels[-1], delta, stage_colour(name), sign + in_ms(delta)))
@@ -138,8 +136,8 @@ def waterfall(results: Sequence[Result]) -> Chart:
     ax.axhline(0, color=DARK, lw=0.8)
     ax.set(ylim=(1.05 * min(0.0, *levels), 1.2 * max(levels)), ylabel="ms per steady-state block (mean)")
     ax.grid(visible=False, axis="x")
-    ends = f"{name_of(base)} {in_ms(start)} ms a block, {name_of(best)} {in_ms(end)} ms"
-    return told(figure, f"{ends}; between them", (f"{name} {delta:+.0f} ms" for name, delta in steps))
+    ends = f"{name_of(base)} {in_ms(start)} ms per block, {name_of(best)} {in_ms(end)} ms"
+    return described(figure, f"{ends}; between them", (f"{name} {delta:+.0f} ms" for name, delta in steps))
 
 
 def _block_and_frame(block_ms: float, result: Result) -> str:
@@ -147,7 +145,7 @@ def _block_and_frame(block_ms: float, result: Result) -> str:
 
 
 def stage_blocks(result: Result) -> Chart:
-    """The stages of every block of the stream, stacked, warm-up included."""
+    """The stages of every block of the stream, stacked, including the warm-up."""
     title = f"Stages of every block: {name_of(result)}"
     totals: dict[str, dict[int, float]] = {}
     for event in spans_of(result, "events"):
@@ -172,18 +170,18 @@ def stage_blocks(result: Result) -> Chart:
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=len(totals) + 1,
                   frameon=False, fontsize=FONT)
     means = {name: math.fsum(totals[name].values()) / len(shown) for name in ordered(totals)}
-    return told(figure, f"{len(shown)} stacked bars; mean over all blocks in ms",
+    return described(figure, f"{len(shown)} stacked bars; mean over all blocks in ms",
                 (f"{name} {in_ms(mean)}" for name, mean in means.items()))
 
 
 def block_timeline(result: Result, blocks: Sequence[int] | None = None) -> Chart:
-    """What ran when in a few blocks (default: the first three measured steady-state ones)."""
+    """The spans of a few blocks over time (default: the first three measured steady-state blocks)."""
     shown = list(blocks) if blocks is not None else steady_blocks(result)[:3]
     return _gantt(f"Timeline of a few blocks: {name_of(result)}", result, "events", shown)
 
 
 def switch_timeline(result: Result) -> Chart:
-    """The first measured prompt switch with the blocks before and after it."""
+    """The spans of the first measured prompt switch and of the blocks before and after it."""
     title = f"Timeline of a prompt switch: {name_of(result)}"
     switches = [int(block) for block in numbers(result, "latency.ps_blocks")]
     if not switches:
@@ -207,7 +205,7 @@ def _gantt(title: str, result: Result, stream: str, blocks: Sequence[int]) -> Ch
     for event in spans:
         lane, left = lanes.index(event.name), event.start_ms - origin
         colour = stage_colour(event.name)
-        # A white edge would hide a stage of less than a millisecond.
+        # A white edge would hide a stage shorter than a millisecond.
         ax.barh(lane, event.duration_ms, left=left, height=0.5, lw=0.6, color=colour,
                 edgecolor="white" if event.duration_ms > 0.01 * width else colour)
         if event.duration_ms > 0.055 * width:
@@ -236,5 +234,5 @@ def _gantt(title: str, result: Result, stream: str, blocks: Sequence[int]) -> Ch
     ax.set(xlim=(-0.01 * width, 1.02 * width), xlabel=f"ms   (dashed: frames complete{thin})")
     durations = {lane: ", ".join(in_ms(span.duration_ms) for span in spans if span.name == lane)
                  for lane in lanes}
-    return told(figure, "One lane per stage; its spans in ms",
+    return described(figure, "One lane per stage; its spans in ms",
                 (f"{lane} {words}" for lane, words in durations.items()))

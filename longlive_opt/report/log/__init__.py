@@ -1,1 +1,1 @@
-"""OPTIMIZATION_LOG.md: the template, one entry per run, the recommendation."""
+"""OPTIMIZATION_LOG.md: the template, one entry per run, and the recommendation."""

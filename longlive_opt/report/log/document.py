@@ -1,4 +1,4 @@
-"""OPTIMIZATION_LOG.md: the blanks of `template.md`, filled."""
+"""Write OPTIMIZATION_LOG.md by filling the blanks of `template.md`."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from .recommendation import (
 EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
 _TEMPLATE = Path(__file__).with_name("template.md")
-# What the block of a preset beyond the template shows, and what it leaves out.
+# Keys that the configuration block of a preset outside the template always shows, and keys that it omits.
 _SHOWN = (*keys_of("optimizations"), "model_dtype")
 _WORDS = (*keys_of("identity"), "prompts", "prompts_file")
 
 
 def save_figures(campaign: Campaign) -> dict[str, charts.Chart]:
-    """Draw the campaign's figures, save each as summary/<name>.png in its folder, return them by name."""
+    """Draw the campaign's figures, save each as summary/<name>.png in its folder, and return them by name."""
     drawn = charts.campaign_figures(campaign.results)
     for name, chart in drawn.items():
         with atomic_path(campaign.folder / SUMMARY / f"{name}.png") as temporary:
@@ -66,8 +66,8 @@ def save_figures(campaign: Campaign) -> dict[str, charts.Chart]:
 
 
 def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
-    """Write the verdicts, decisions.json, and what reads them: summary/summary.csv and the log (default: into
-    the campaign's folder); return the log's path.
+    """Write decisions.json, summary/summary.csv and the log (default: into the campaign's folder), and return
+    the log's path.
     """
     best, reasons = recommend(_runs(campaign.results, campaign.failures))
     write_decisions(campaign.folder, decisions_of(campaign, best.preset if best else None, reasons))
@@ -84,17 +84,17 @@ def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
 
 
 def _shown(path: Path) -> str:
-    """As seen from the project's folder, where it lies there: a log that is published holds no other path."""
+    """The path relative to the project's folder, or only its name, since a log is published."""
     root = project_path("")
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
-    """Write OPTIMIZATION_LOG.md atomically; return its path.
+    """Write OPTIMIZATION_LOG.md atomically and return its path.
 
     Args:
-        results: valid results; of a preset that was run twice, the first gives the numbers.
-        more: as for `render_log`.
+        results: valid results. The first run of a preset gives the numbers.
+        more: see `render_log`.
 
     Raises:
         UserError: the file cannot be written.
@@ -111,17 +111,17 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     """The text of OPTIMIZATION_LOG.md.
 
     Args:
-        results: valid results; of a preset that was run more than once, the first gives the numbers.
+        results: valid results. The first run of a preset gives the numbers.
         failures: runs without a result.
-        problems: (place, reason) of what could not be read.
-        source: what the log shall name as the arguments of the command that made it.
-        record: rows of the noise of recorded campaigns (`noise_record`).
-        code: sentences on how far the code that makes the log is from that of the runs.
+        problems: (place, reason) of each unreadable file.
+        source: the arguments of the command that made the log, as the log names them.
+        record: rows of the noise record (`noise_record`).
+        code: sentences on the differences between the current code and that of the runs.
     """
     results = decided(results)
     runs, noise = _runs(results, failures), noise_of(results)
 
-    # Ten parts: head, baseline, experiments 1 to 6, summary with recommendation, notes.
+    # The template has ten parts: head, baseline, experiments 1 to 6, summary with recommendation, notes.
     head, baseline, *sections, summary, notes = _TEMPLATE.read_text(encoding="utf-8").split("\n---\n")
     blank = sections[EXPERIMENTS.index("balanced")]
     base = runs.get(BASELINE)
@@ -144,7 +144,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
 
 
 def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, Run]:
-    """preset -> its first run, in the order of the log, the failed ones among them."""
+    """preset -> its first run, failed or not, in the order of the log."""
     found = {}
     for first in charts.first_runs(results):
         again = tuple(run for run in results if run["preset"] == first["preset"] and run is not first
@@ -160,17 +160,17 @@ def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, R
 
 
 def _other_target(runs: Mapping[str, Run]) -> list[str]:
-    """That the template's 40 ms are not the target of these runs."""
+    """A note if the target of these runs is not the template's 40 ms."""
     targets = charts.targets_of(run.result for run in runs.values() if not run.failure)
     if not targets or targets == [40.0]:
         return []
     words = ", ".join(f"{target:g}" for target in targets)
-    return [f"Target: {words} ms per video frame (target_ms_per_frame); the heading of the summary table is "
-            "the template's."]
+    return [f"Target: {words} ms per video frame (target_ms_per_frame). The heading of the summary table "
+            "comes from the template."]
 
 
 def _said_once(sections: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the sections without the notes on missing metrics that several of them share, those notes)."""
+    """Move notes on missing metrics that several sections share: (the shortened sections, those notes)."""
     found = Counter(line for section in sections for line in section.split("\n") if " is n/a: " in line)
     repeated = [line for line, count in found.items() if count > 1 and line.startswith("- ")]
     shortened = ["\n".join(line for line in section.split("\n") if line not in repeated)
@@ -215,7 +215,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _provenance(run: Run) -> list[str]:
-    """Weights, versions and code of the run."""
+    """The weights, versions, code and picture size of the run."""
     result, environment = run.result, run.result["environment"]
     files = ", ".join(f"{part} sha256 {str(digest)[:12]}"
                       for part, digest in (lookup(result, "weights.sha256") or {}).items())
@@ -237,9 +237,9 @@ def _provenance(run: Run) -> list[str]:
 
 
 def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
-    """The blank section of a preset that the template does not have, in the form of experiment 5.
+    """A blank section for a preset outside the template, in the form of experiment 5.
 
-    Its block holds the optimizations that have a value and every parameter that is not the baseline's.
+    Its block lists the optimizations that have a value and every parameter that differs from the baseline's.
     """
     parameters = lookup(run.result, "parameters")
     reference = lookup(base.result, "parameters") if base else parameters
@@ -255,7 +255,7 @@ def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
 
 def _fill_experiment(section: str, run: Run, base: Run | None,
                      noise: Mapping[str, Mapping[str, Any]]) -> str:
-    """The section's heading, three lines of findings, and all of its form, filled and folded."""
+    """The section's heading, three lines of findings, and the filled template of the section, folded."""
     notes = [*run_notes(run, base), *_configuration_notes(section, run), *_template_notes(section, run)]
     whole, before, lines = run, base, []
     run, base = matched_runs(run, base)
@@ -283,7 +283,7 @@ def _fill_experiment(section: str, run: Run, base: Run | None,
 
 
 def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a preset that is kept makes worse by more than the noise."""
+    """The metrics that a kept preset makes worse by more than the noise."""
     if base is None or not is_kept(run):
         return ""
     worse, spreads = [], decision.noise_of_preset(run.preset, noise) or {}
@@ -292,26 +292,26 @@ def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, An
         spread = number(spreads, metric.key) or 0.0
         if (-change if metric.better == "higher" else change) > 100 * max(decision.NOISE_FLOOR, spread):
             worse.append(f"{metric.template} {percent(change)}")
-    return f" Against it: {', '.join(worse)}." if worse else ""
+    return f" Drawbacks: {', '.join(worse)}." if worse else ""
 
 
 def _template_notes(section: str, run: Run) -> list[str]:
-    """Where the words of the template do not fit what was run."""
+    """Notes where the wording of the template does not fit the run."""
     notes = []
     captured = any(number(applied, "report.stats.captured")
                    for applied in run.result.get("optimizations") or [])
     if captured and lookup(run.result, "parameters.use_cuda_graphs") is False:
-        notes.append("use_cuda_graphs is false because the compile_mode captures graphs itself. They were "
-                     "replayed; no shape is dynamic.")
+        notes.append("use_cuda_graphs is false because the compile_mode captures graphs itself. The graphs "
+                     "were replayed, and no shape is dynamic.")
     if "(Recommended)" in section:
-        notes.append("The heading is the template's. The recommendation is below the summary table.")
+        notes.append("The heading comes from the template. The recommendation is below the summary table.")
     if "quality_eval.py" in section:
-        notes.append("There is no quality_eval.py: the preset's notebook evaluates quality.")
+        notes.append("There is no quality_eval.py. The preset's notebook evaluates quality.")
     return notes
 
 
 def _configuration_notes(section: str, run: Run) -> list[str]:
-    """Where the run's parameters are not those of the configuration block of its section."""
+    """The parameters of the run that differ from the configuration block of its section."""
     block = yaml.safe_load(re.search(r"(?s)```yaml\n(.*?)\n```", section)[1]) or {}
     there = lookup(run.result, "parameters")
     return [f"Configuration: run with {key} {escape(json.dumps(there[key]))}, not "

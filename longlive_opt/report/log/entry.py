@@ -1,4 +1,4 @@
-"""One run as the log reads it: its metrics as text, and how it compares with another."""
+"""A run in the log: its metrics as text, and its comparison with another run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SUMMARY_NAMES = {BASELINE: "Baseline", "quality": "Quality", "balanced": "Balanc
 
 @dataclass
 class Run:
-    """A preset that was run, as the log reads it: its metrics as text, and why some are missing."""
+    """A preset's run in the log: its metrics as text, and the reasons for missing ones."""
 
-    result: Result  # of a failed run: preset, title, hypothesis and parameters only
+    result: Result  # a failed run has only preset, title, hypothesis and parameters
     failure: str = ""
     outcome: str = ""
     missing: dict[str, str] = field(default_factory=dict)
-    repeats: tuple[Result, ...] = ()  # of the same preset, in processes of their own
+    repeats: tuple[Result, ...] = ()  # further runs of the same preset, each in its own process
 
     @property
     def preset(self) -> str:
@@ -35,24 +35,24 @@ class Run:
         return SUMMARY_NAMES.get(self.preset) or escape(self.result.get("title") or self.preset)
 
     def value(self, key: str) -> str:
-        """The metric of this key as text."""
+        """The metric with this key as text."""
         return self.text(metric_of(key))
 
     def cell(self, key: str) -> str:
-        """A metric for a table: SS max of a preset that was repeated comes with its range."""
+        """A metric for a table. SS max of a repeated preset includes its range."""
         if key != "ss_max" or (among := self.range()) is None:
             return self.value(key)
         return f"{self.value(key)} ({among})"
 
     def range(self) -> str | None:
-        """Between which values SS max lay in this run and its repetitions; None where there are none."""
+        """The range of SS max over this run and its repetitions. None without repetitions."""
         values = [metric_of("ss_max").value(run) for run in (self.result, *self.repeats)]
         if len(values) < 2 or None in values:
             return None
         return f"{digits(min(values))} to {digits(max(values))} over {len(values)} runs"
 
     def text(self, metric: Metric) -> str:
-        """The metric as text, or n/a with a short reason; the long one is kept for the notes."""
+        """The metric as text, or n/a with a short reason. `missing` keeps the long one for the notes."""
         value, path = metric.value(self.result), metric.path
         if value is not None:
             return digits(value)
@@ -66,7 +66,7 @@ class Run:
 
 
 def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
-    """Both over the blocks and switches that are compared; as they are if nothing is."""
+    """Both runs cut to equally many blocks and switches, or unchanged if they are not comparable."""
     if base is None or run.failure or base.failure or (
             pair := decision.compared(run.result, base.result)) is None:
         return run, base
@@ -74,13 +74,13 @@ def matched_runs(run: Run, base: Run | None) -> tuple[Run, Run | None]:
 
 
 def frame_metrics() -> list[Metric]:
-    """The metrics of fidelity that the log's template asks for."""
+    """The fidelity metrics in the log's template."""
     return [metric for metric in shown_in("fidelity") if metric.template]
 
 
 def details_table(run: Run, base: Run | None) -> str:
-    """The metrics that the log's template does not ask for, against the baseline's; those that the run does
-    not record have no row. Empty for a run that failed.
+    """The metrics outside the log's template, against the baseline's. A metric that the run does not record
+    has no row. Empty for a failed run.
     """
     if run.failure:
         return ""
@@ -98,7 +98,7 @@ def details_table(run: Run, base: Run | None) -> str:
 
 
 def quality_text(run: Run, metric: Metric) -> str:
-    """What follows "PSNR: " and its siblings: the mean, and the worst frame where it is recorded."""
+    """The text after "PSNR: ", "SSIM: " and "LPIPS: ": the mean, and the worst frame if it is recorded."""
     unit = f" {metric.unit}" if metric.unit else ""
     if metric.key == "psnr" and lookup(run.result, "quality.identical") is True and not of_truth(run.result):
         return "infinite, all compared frames are identical"
@@ -111,7 +111,7 @@ def quality_text(run: Run, metric: Metric) -> str:
 
 
 def quality_sentence(run: Run) -> str:
-    """The free text of experiments 1 to 3."""
+    """The sentence on quality in experiments 1 to 3."""
     if run.failure:
         return f"n/a ({run.outcome})"
     quality = run.result["quality"]
@@ -119,7 +119,8 @@ def quality_sentence(run: Run) -> str:
         return f"Not compared: {sentence(lookup(quality, 'psnr_db.reason') or 'no reference')}"
     compared = f"{quality.get('frames_compared')} of {quality.get('frames_total')} frames compared"
     if of_truth(run.result):
-        same = "Exact: the baseline's latents and frames, bit for bit. " if quality.get("identical") else ""
+        same = "Exact: latents and frames are bit-identical to the baseline's. " \
+            if quality.get("identical") else ""
         return f"{same}{ratio_text(run.result)}; {', '.join(_frame_values(run))}, against " \
                f"{escape(quality['reference'])} ({compared})."
     if quality.get("identical") is True:
@@ -132,7 +133,7 @@ def _frame_values(run: Run) -> list[str]:
 
 
 def of_truth(result: Result) -> bool:
-    """Whether its fidelity is that of protocol 2, against the baseline in float32."""
+    """Whether fidelity was measured by protocol 2, against the baseline in float32."""
     return lookup(result, "quality.protocol") == 2
 
 
@@ -152,7 +153,7 @@ def ratio_text(result: Result) -> str:
 
 
 def null_notes(result: Result) -> list[str]:
-    """What the null rows of a campaign's baseline show: the scale of every error ratio."""
+    """The error ratios of the null rows of a campaign's baseline, which give the scale of all others."""
     rows = lookup(result, "quality.nulls") or []
     lines = []
     for row in rows:
@@ -165,8 +166,8 @@ def null_notes(result: Result) -> list[str]:
 
 
 def psnr_within_blocks(result: Result) -> tuple[float, float] | None:
-    """Mean PSNR of the first and of the last frame of the blocks after the first; None where not every frame
-    of a whole number of blocks was compared, or some are identical.
+    """Mean PSNR of the first and of the last frame of all blocks after the first. None if some frames were
+    not compared or are identical.
     """
     values, size = lookup(result, "quality.psnr_db.per_frame") or [], result["sizes"]["frames_per_block"]
     later = values[len(values) % size:]
@@ -183,7 +184,7 @@ def worst_ms(run: Run, blocks: int) -> float:
 
 
 def quality_short(run: Run) -> str:
-    """Fidelity in two words."""
+    """Fidelity in a few words."""
     if lookup(run.result, "quality.identical") is True:
         return "exact"
     text = run.value("psnr")
@@ -193,8 +194,10 @@ def quality_short(run: Run) -> str:
 
 
 def fidelity_of(run: Run) -> float:
-    """The higher the closer: minus the error ratio, which is 1 of what has the baseline's bits; for results
-    from before protocol 2 the PSNR to the baseline, infinite if identical. Below all else if unknown.
+    """A score in which higher is closer: minus the error ratio, which is 1 for a bit-identical run.
+
+    Results older than protocol 2 score their PSNR to the baseline, infinite if identical. An unknown fidelity
+    scores minus infinity.
     """
     if of_truth(run.result):
         same = run.preset == BASELINE or lookup(run.result, "quality.identical") is True
@@ -207,22 +210,22 @@ def fidelity_of(run: Run) -> float:
 
 
 def objective_of(run: Run) -> str:
-    """What its decision looks at: latency, switch or memory."""
+    """The objective of its decision: latency, switch or memory."""
     return lookup(run.result, "decision.gate.objective") or "latency"
 
 
 def is_kept(run: Run) -> bool:
-    """Whether its decision is Keep; the baseline needs none, and a study is none to keep."""
+    """Whether its decision is Keep. The baseline counts as kept, a study does not."""
     if run.preset == BASELINE:
         return True
     return lookup(run.result, "decision.keep") is True and not decision.is_study(run.result)
 
 
 def is_large(result: Result) -> bool:
-    """Whether it is the model that the hypotheses and the target speak of."""
+    """Whether the run used the model that the hypotheses and the target are about."""
     return model_name(result) == LONGLIVE
 
 
 def model_name(result: Result) -> str:
-    """Escaped; that of the parameters where the run failed."""
+    """The model's name, escaped. A failed run has it in its parameters."""
     return escape(lookup(result, "model.name") or lookup(result, "parameters.model") or "unknown")

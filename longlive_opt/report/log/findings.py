@@ -1,4 +1,4 @@
-"""What an entry of the log opens with: what was expected of a preset, what was measured, and why."""
+"""The first three lines of a log entry: Expected, Measured, Why."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def findings(run: Run, base: Run | None, against: str = "") -> list[str]:
     """Three lines: Expected, Measured, Why.
 
     Args:
-        base: the campaign's baseline, None for the baseline itself or where there is none.
-        against: what the preset makes worse by more than the noise, empty if nothing.
+        base: the campaign's baseline. None for the baseline itself, or if there is none.
+        against: a sentence on what the preset makes worse by more than the noise, or empty.
     """
     hypothesis = run.result.get("hypothesis")
     other = "" if is_large(run.result) else \
-        f"(of LongLive-1.3B on an H100; this is the model {model_name(run.result)}) "
-    expected = f"{other}{sentence(hypothesis)}" if hypothesis else "nothing was written down."
+        f"(for LongLive-1.3B on an H100; this run used the model {model_name(run.result)}) "
+    expected = f"{other}{sentence(hypothesis)}" if hypothesis else "nothing was stated."
     if run.failure:
         return [f"**Expected**: {expected}", "**Measured**: nothing.",
                 f"**Why**: {run.outcome.capitalize()}: {sentence(run.failure)}"]
@@ -32,7 +32,7 @@ def findings(run: Run, base: Run | None, against: str = "") -> list[str]:
 
 
 def _measured(whole: Run, base: Run | None) -> str:
-    """The metrics of the conclusion card, each with its change; the target is for the whole run."""
+    """The metrics of the conclusion card with their changes. The target applies to the whole run."""
     run, other = matched_runs(whole, base)
     parts = [_part(run, other, metric) for metric in shown_in("card") if metric.is_recorded(run.result)]
     if is_large(whole.result):
@@ -40,7 +40,7 @@ def _measured(whole: Run, base: Run | None) -> str:
         parts.append(f"the slowest block ({whole.value('ss_max')} ms per frame) {verb} the "
                      f"{target_of(whole.result):g} ms target")
     if lookup(run.result, "quality.identical") is True:
-        parts.append("latents and frames are the baseline's, bit for bit")
+        parts.append("latents and frames are bit-identical to the baseline's")
     if other is not None and not other.failure and (difference := decision.unfair(run.result, other.result)):
         parts.append(f"not comparable with the baseline, {escape(difference)}")
     return f"{'; '.join(parts)}."
@@ -55,11 +55,11 @@ def _part(run: Run, base: Run | None, metric: Metric) -> str:
 
 
 def _why(whole: Run, base: Run | None, against: str) -> str:
-    """The verdict with its reason, and where the time of a block went."""
+    """The verdict with its reason, and the change of each stage per block."""
     verdict = verdict_of(whole.result)
     reason = sentence(whole.result["decision"]["rationale"])
     if verdict == "reference":
-        return f"it is the reference: {_stages(whole)}."
+        return f"this run is the reference; {_stages(whole)}."
     words = reason if reason.lower().startswith(verdict) else f"{verdict.capitalize()}: {reason}"
     run, other = matched_runs(whole, base)
     if other is None or other.failure or decision.unfair(run.result, other.result):
@@ -68,14 +68,14 @@ def _why(whole: Run, base: Run | None, against: str) -> str:
 
 
 def _stages(run: Run) -> str:
-    """How long a block takes, and each of its stages."""
+    """The duration of a block and of each of its stages."""
     parts = ", ".join(f"{escape(name)} {number(run.result, f'latency.stages_ms.{name}.mean') or 0:.1f} ms"
                       for name in run.result["latency"]["stages_ms"])
     return f"a block takes {block_ms(run.result):.1f} ms ({parts})"
 
 
 def _per_block(run: Run, base: Run) -> str:
-    """How far the block interval moved, and through which stages."""
+    """The change of the block interval, and the contribution of each stage."""
     runs = [base.result, run.result]
     before, after = map(block_ms, runs)
     rest, moved = after - before, []
@@ -89,5 +89,5 @@ def _per_block(run: Run, base: Run) -> str:
 
 
 def folded(text: str) -> str:
-    """`text` as the log folds it away."""
+    """`text` in a folded section of the log."""
     return f"{FOLDED}\n\n{text.strip()}\n\n</details>\n"

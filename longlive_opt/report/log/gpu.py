@@ -1,4 +1,4 @@
-"""What the log notes of the GPU during the streams, and whether a stream kept its pace."""
+"""The log's notes on the GPU during the streams, and on drift."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...streaming.timeline import Event
 from ..campaign import Result
 from .markdown import escape, percent
 
-FIFTH_BLOCKS = 5  # a mean of fewer says nothing on drift
+FIFTH_BLOCKS = 5  # a mean of fewer blocks is too noisy to show drift
 
 
 def load(result: Result) -> list[str]:
-    """Clock, power, temperature and energy during the streams; nothing for results that do not tell."""
+    """Clock, power, temperature and energy during the streams. Nothing for results without readings."""
     samples = result.get("gpu_samples")
     if not isinstance(samples, Mapping):
         return []
@@ -31,7 +31,7 @@ def load(result: Result) -> list[str]:
         words.append(f"{_mean(power):.0f} W (up to {max(power):.0f})")
     if heat:
         words.append(f"up to {max(heat):.0f} C")
-    words += [f"held back by {escape(reason)} in {share:.0%} of the readings"
+    words += [f"throttled by {escape(reason)} in {share:.0%} of the readings"
               for reason, share in (samples.get("throttled") or {}).items()]
     text = f"GPU during the steady stream, {len(samples['t_s'])} readings: {', '.join(words) or 'n/a'}."
     joules = [number(result, f"energy.{path}joules_per_frame") for path in ("", "switch_stream.")]
@@ -45,7 +45,7 @@ def load(result: Result) -> list[str]:
 
 
 def drift(result: Result) -> str:
-    """SS mean of the first and of the last fifth of the blocks; empty for fewer than 25 blocks."""
+    """SS mean of the first and of the last fifth of the blocks. Empty for fewer than 25 blocks."""
     intervals, blocks = (numbers(result, f"latency.{key}") for key in ("ss_block_ms", "ss_blocks"))
     fifth = len(intervals) // 5
     if fifth < FIFTH_BLOCKS or len(blocks) != len(intervals):

@@ -1,4 +1,4 @@
-"""What a log of Markdown is put together from: numbers, sentences, rows of tables."""
+"""Numbers, sentences and table rows in Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLANK = "___"
 
 
 def digits(value: float) -> str:
-    """A number with one to four digits behind the point, the smaller the more."""
+    """A number with one, two or four decimals. Smaller numbers get more."""
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
 
@@ -22,37 +22,37 @@ def percent(value: float | None) -> str:
 
 
 def share_text(value: Any, places: int = 3) -> str:
-    """A number with so many places, or n/a and why."""
+    """A number with `places` decimals, or n/a with the reason."""
     return f"n/a ({value['reason']})" if is_na(value) else f"{value:.{places}f}"
 
 
 def escape(text: Any) -> str:
-    """Somebody's text as one line of Markdown that shows just this text: no markup, no HTML, no blank."""
+    """Any text as one line of Markdown that shows it literally: no markup, no HTML, no blank."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # Within a word an underscore is plain text in Markdown, and names are full of them.
     return re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
 
 
 def sentence(text: Any) -> str:
-    """Escaped, with a full stop, and a capital unless it begins with a name or a symbol."""
+    """Escape `text` and end it with a full stop. It begins with a capital, unless with a name or a symbol."""
     text = str(text).strip().rstrip(" .;")
     is_word = re.match(r"[a-z]{2,}(?![\w.=])", text) or re.match(r"an? ", text)
     return f"{escape(text[:1].upper() + text[1:] if is_word else text)}."
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list with one point for each line."""
+    """A list with one bullet per line."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def first_cell(line: str) -> str:
-    """The first cell of a table row, else empty."""
+    """The first cell of a table row, or empty."""
     return line.split("|")[1].strip() if line.startswith("|") else ""
 
 
 def table_row(line: str, values: Sequence[str]) -> str:
-    """A table row with its blanks filled in order; an n/a takes the place of both number and unit, and what
-    follows a number in brackets comes after the unit.
+    """Fill the blanks of a table row in order. An n/a replaces both number and unit. Brackets after a number
+    move behind the unit.
     """
     cells, todo = line.split("|"), iter(values)
     for index, cell in enumerate(cells):

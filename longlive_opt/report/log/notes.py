@@ -1,4 +1,4 @@
-"""The details of a log entry: what each optimization did, and what qualifies the metrics."""
+"""The details of a log entry: what each optimization did, and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .markdown import digits, escape, sentence, share_text
 
 
 def run_notes(run: Run, base: Run | None) -> list[str]:
-    """What each optimization did, and everything that qualifies the metrics."""
+    """What each optimization did, and the conditions of the measurement."""
     result = run.result
     if run.failure:
         return [f"{run.outcome.capitalize()}: {sentence(run.failure)}"]
@@ -59,7 +59,7 @@ def run_notes(run: Run, base: Run | None) -> list[str]:
 
 
 def _quality(result: Result) -> str:
-    """The error ratios, and over how many blocks or frames they were taken."""
+    """The error ratios, and the number of blocks or frames behind them."""
     quality, within = result["quality"], psnr_within_blocks(result)
     if of_truth(result):
         switch = lookup(quality, "prompt_schedule.switch_block")
@@ -75,12 +75,12 @@ def _quality(result: Result) -> str:
 
 
 def missing_notes(run: Run) -> list[str]:
-    """Why some of the metrics that were asked for are not there."""
+    """The reasons for missing metrics."""
     return [f"{label} is n/a: {sentence(reason)}" for label, reason in run.missing.items()]
 
 
 def _adherence(result: Result) -> list[str]:
-    """Whether the video showed its prompts, or why that cannot be said; nothing for the large model."""
+    """The prompt adherence of the video, or why it is n/a. Nothing for the large model without a value."""
     found = result.get("adherence")
     if not found or is_na(found) and is_large(result):
         return []
@@ -102,10 +102,10 @@ def _adherence(result: Result) -> list[str]:
 
 
 def _variations(result: Result) -> list[str]:
-    """One line per ablation of the preset, in one note."""
+    """One note with a line per ablation of the preset."""
     if not result.get("ablations"):
         return []
-    lines = ["Variations: the preset with one key changed, measured by the same two streams."]
+    lines = ["Ablations: the preset with one key changed, measured with the same two streams."]
     for name, row in ablations_table(result).iterrows():
         cells = (f"{metric.label} {_cell(row[metric.heading], metric)}" for metric in shown_in("ablation"))
         lines.append(f"  - {escape(name)}: {'; '.join(cells)}")
@@ -119,7 +119,7 @@ def _cell(value: Any, metric: Metric) -> str:
 
 
 def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
-    """That the tables compare a part of the longer run, and what all of it gives."""
+    """A note if the tables compare only a part of a run, with the values of the whole run."""
     lines = []
     for whole, part in zip(runs, parts):
         if part.result is not whole.result:
@@ -132,12 +132,12 @@ def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
 
 
 def _apart(result: Result, baseline: Result) -> list[str]:
-    """That the two were not measured in one go."""
+    """A note if the run and its baseline come from different commits."""
     codes = [str(lookup(r, "environment.git_commit") or "unknown")[:12] for r in (result, baseline)]
     if codes[0] == codes[1]:
         return []
     days = [escape(r["created_utc"]) for r in (result, baseline)]
-    return [f"Run and baseline were not measured in one go: commit {codes[0]} of {days[0]} against "
+    return [f"Run and baseline were not measured together: commit {codes[0]} of {days[0]} against "
             f"{codes[1]} of {days[1]}."]
 
 
@@ -148,7 +148,7 @@ def _gpu_clocks(result: Result) -> list[str]:
     before, after = (f"{clocks['sm_mhz']:.0f} MHz at {clocks['power_w'] or 0:.0f} W" for clocks in found)
     held = ", ".join(found[1].get("throttle_reasons") or [])
     return [f"GPU clock: {before} before the streams, {after} after"
-            f"{f', held back by {escape(held)}' if held else ''}."]
+            f"{f', throttled by {escape(held)}' if held else ''}."]
 
 
 def _optimization(optimization: Mapping[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _fact(key: str, value: Any) -> str:
 
 
 def noise_sentence(noise: Mapping[str, Any]) -> str:
-    """The run-to-run noise of each metric, and over how much it was taken."""
+    """The run-to-run noise of each metric, and the number of blocks and switches behind it."""
     shares = {metric.label: number(noise, metric.key) for metric in shown_in("noise")}
     words = [f"{name} {share:.1%}" for name, share in shares.items() if share is not None]
     times = "twice" if noise["runs"] == 2 else f"{noise['runs']} times"
@@ -207,8 +207,8 @@ def _sample(result: Result) -> str:
 
 
 def _switches(result: Result) -> str:
-    """How long a switch takes, by the prompt cache's answer: requested at a block's edge and at a random
-    moment; empty without a prompt cache.
+    """Switch latency by prompt-cache outcome, for requests at a block's edge and at a random moment. Empty
+    without a prompt cache.
     """
     by_prompt = lookup(result, "latency.ps_by_prompt") or {}
     anywhere = lookup(result, "latency.ps_random_by_prompt") or {}
@@ -220,7 +220,7 @@ def _switches(result: Result) -> str:
 
 
 def interruptions(result: Result) -> str:
-    """What held the streams up from outside; empty for results that do not say."""
+    """External interruptions of the streams. Empty for results that do not record them."""
     found = result.get("interruptions")
     if found is None:
         return ""

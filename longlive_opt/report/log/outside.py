@@ -1,4 +1,4 @@
-"""What others measured of LongLive-1.3B on one H100, with sources: log and README take it from here."""
+"""Measurements of LongLive-1.3B on one H100 by others, with sources. Log and README take them from here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ FRAMES_PER_BLOCK = 12
 
 @dataclass(frozen=True)
 class Outside:
-    """A measurement of somebody else's code: `denoise_ms` and `decode_ms` per block of 12 video frames where
-    they are known, `stated_fps` as it was published.
+    """A measurement of other code: `denoise_ms` and `decode_ms` per block of 12 video frames if known, and
+    `stated_fps` as published.
     """
 
     who: str
@@ -20,7 +20,7 @@ class Outside:
     remark: str = ""
 
     def sentence(self) -> str:
-        """Who, and what: `upstream's code: 491 + 278 ms per block, 15.6 FPS (LoRA merged)`"""
+        """As in `upstream's code: 491 + 278 ms per block, 15.6 FPS (LoRA merged)`."""
         words = [f"{self.stated_fps:g} FPS"] if self.stated_fps else []
         if self.denoise_ms and self.decode_ms:
             total = self.denoise_ms + self.decode_ms
@@ -33,17 +33,17 @@ class Outside:
 
 MEASURED = (
     Outside("LongLive's paper (arXiv:2509.22622, Table 1)", stated_fps=20.7,
-            remark="the VAE apparently left out"),
+            remark="apparently without the VAE"),
     Outside("a third party's profile", denoise_ms=519),
     Outside("upstream's own code on our machine, LoRA merged", denoise_ms=491, decode_ms=278),
     Outside("the same, LoRA unmerged, as it ships", denoise_ms=536, decode_ms=276),
 )
 WHY_OURS_DIFFER = (
-    "Ours include the VAE, end with the frames in host memory, and are read from the host clock, "
-    "synchronised at each block; our LoRA is merged, and our baseline's attention is cuDNN's.")
+    "Our times include the VAE and the copy of the frames to host memory. They are read from the host clock, "
+    "synchronised at each block. Our LoRA is merged, and our baseline uses cuDNN's attention.")
 
 
 def sentences() -> list[str]:
-    """What others measured, and why our numbers differ."""
+    """The measurements of others, and why our numbers differ."""
     found = "; ".join(measured.sentence() for measured in MEASURED)
-    return [f"Measured outside of this project, LongLive-1.3B on one H100: {found}. {WHY_OURS_DIFFER}"]
+    return [f"Measurements of LongLive-1.3B on one H100 by others: {found}. {WHY_OURS_DIFFER}"]

@@ -1,4 +1,4 @@
-"""What the log says of all runs: the summary table, what to take and when, observations."""
+"""The log's sections on all runs: the summary table, the recommendation, and observations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PURPOSES = {"memory": "memory", "switch": "the wait at a prompt switch"}
 
 
 def fill_summary(section: str, runs: Mapping[str, Run]) -> str:
-    """The log's section with the table of all presets, what to take, and when to take another."""
+    """The section with the table of all presets, the recommended preset, and when to take another."""
     presets, lines = {name: preset for preset, name in SUMMARY_NAMES.items()}, []
     for line in section.split("\n"):
         label = first_cell(line)
@@ -64,7 +64,7 @@ def _summary_row(line: str, run: Run) -> str:
 
 
 def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
-    """The recommended run, or None, and why. A study, and a preset that is dropped or undecided, never is."""
+    """The recommended run or None, and the reasons. Studies, dropped and undecided presets do not qualify."""
     measured = [run for run in runs.values() if not run.failure]
     blocks = min((run.result["sizes"]["blocks_measured"] for run in measured), default=0)
     measured.sort(key=lambda run: worst_ms(run, blocks))
@@ -81,8 +81,8 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
                     f"Quality: {'it is the reference' if best.preset == BASELINE else quality_short(best)}."]
         is_exact = best.preset == BASELINE or lookup(best.result, "quality.identical") is True
         if lookup(best.result, "weights.kind") == "random" and not is_exact:
-            reasons.append("The gates were passed with random weights. Run the preset with the official ones "
-                           "before relying on its fidelity.")
+            reasons.append("The gates were passed with random weights. Run the preset with the official "
+                           "weights before relying on its fidelity.")
     else:
         reasons.append("No measured preset meets the rule below.")
     rule = (f"Rule: the lowest SS max over the first {blocks} blocks of each, among the presets that stay "
@@ -107,8 +107,9 @@ def _kept(runs: Mapping[str, Run]) -> list[Run]:
 
 
 def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
-    """The fastest kept preset that is at least as fast and as faithful as `run` and better in one; None for
-    one that is not meant to be fast.
+    """The fastest kept preset that dominates `run`: at least as fast and as faithful, and better in one.
+
+    None for a preset whose objective is not latency.
     """
     if run.failure or objective_of(run) != "latency":
         return None
@@ -123,11 +124,11 @@ def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
 
 
 def _when(run: Run, other: Run | None) -> str:
-    """When to take `run` instead of `other`, the recommended one or the baseline."""
+    """When to take `run` instead of `other`, which is the recommended preset or the baseline."""
     if run.failure:
         return f"n/a ({run.outcome})"
     if run is other:
-        return "it is the recommended one"
+        return "this is the recommended preset"
     state = {True: "", False: ", dropped"}.get(lookup(run.result, "decision.keep"), ", undecided")
     facts = f"SS max {run.value('ss_max')} ms, {quality_short(run)}{state}"
     if not is_kept(run):
@@ -153,13 +154,13 @@ def _when(run: Run, other: Run | None) -> str:
 def observations(results: Sequence[Result], runs: Mapping[str, Run],
                  noise: Mapping[str, Mapping[str, Any]], record: Sequence[Mapping[str, Any]] = ()
                  ) -> list[str]:
-    """What the campaign as a whole shows: noise, also that of recorded campaigns, clocks, quick runs, runs
-    that differ.
+    """Observations on the whole campaign: noise (also of recorded campaigns), clocks, quick runs, and
+    differences between the runs.
     """
     if not results:
         return []
     lines = [noise_sentence(found) for found in noise.values()] or [
-        "Noise (A/A): unknown, since no preset was run twice. Small changes mean nothing."]
+        "Noise (A/A): unknown, because no preset was run twice. Small changes mean nothing."]
     lines += over_campaigns(record, results)
     for path, words in (("latency.clock_disagreement.flag", "Clocks: host and CUDA clock disagree in"),
                         ("environment.co_scheduled", "Not fit for comparison, because something else ran "
@@ -173,7 +174,7 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
         lines.append("Clocks: host and CUDA clock agree wherever both were read.")
     held = [f"{run.preset} ({mhz:.0f} MHz)" for run in runs.values() if (mhz := _held_clock(run.result))]
     if held:
-        lines.append(f"The GPU held its clock back (lower of two readings, before and after the streams) in "
+        lines.append(f"The GPU throttled its clock (lower of two readings, before and after the streams) in "
                      f"{escape(', '.join(held))}.")
     for path in ("environment.git_commit", "environment.torch", "environment.gpu"):
         found = sorted({str(lookup(result, path))[:24] for result in results})
@@ -183,14 +184,14 @@ def observations(results: Sequence[Result], runs: Mapping[str, Run],
 
 
 def _held_clock(result: Result) -> float | None:
-    """The lower reading of the GPU's clock in MHz, None where none says that it was held back."""
+    """The lower reading of the GPU's clock in MHz. None if neither reading was throttled."""
     read = [lookup(result, f"environment.clocks_{when}") or {} for when in ("before", "after")]
     held = any(clocks.get("throttle_reasons") for clocks in read)
     return min((clocks["sm_mhz"] for clocks in read if clocks.get("sm_mhz")), default=None) if held else None
 
 
 def rules(runs: Mapping[str, Run]) -> list[str]:
-    """Every decision rule once, with the presets that it decided."""
+    """Each decision rule once, with the presets that it decided."""
     found: dict[str, list[str]] = {}
     for run in runs.values():
         if not run.failure and verdict_of(run.result) in ("keep", "drop", "undecided"):
@@ -200,14 +201,14 @@ def rules(runs: Mapping[str, Run]) -> list[str]:
 
 
 def caveats(runs: Mapping[str, Run]) -> list[str]:
-    """What fidelity says and does not say, once per kind of fidelity."""
+    """What fidelity does and does not mean, once per kind of fidelity."""
     labels = dict.fromkeys(lookup(run.result, "quality.label") for run in runs.values() if not run.failure)
     return [f"Quality is {escape(label)}: how close latents and frames are to the baseline's, not how good "
             "the frames look." for label in labels if label]
 
 
 def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -> list[str]:
-    """Which runs have no result, and why."""
+    """The runs without a result, and the reasons."""
     return [
         *(
             f"{failure.outcome.capitalize()}: {escape(failure.label)}: {sentence(failure.reason)}"
@@ -218,13 +219,13 @@ def troubles(failures: Sequence[Failure], problems: Sequence[tuple[str, str]]) -
 
 
 def closing(results: Sequence[Result], source: str) -> str:
-    """How the log is made."""
+    """The sentence on how the log is made."""
     command = f" by `python -m longlive_opt.report {source}`" if source else ""
-    return f"This file is generated{command} from {len(results)} results: do not edit it."
+    return f"This file is generated{command} from {len(results)} results. Do not edit it."
 
 
 def definitions(results: Sequence[Result]) -> str:
-    """What the metrics of these results and of the template mean; empty without results."""
+    """The definitions of the metrics of these results and of the template. Empty without results."""
     recorded = [metric for metric in catalogue.METRICS
                 if metric.template or any(metric.value(result) is not None for result in results)]
     lines = [f"**{escape(name)}**: {escape(text)}" for name, text in catalogue.glossary(recorded).items()]

@@ -1,1 +1,1 @@
-"""Moving Shapes: coloured shapes that move: scenes, their prompts, their frames, and what frames show."""
+"""Moving Shapes: scenes of coloured shapes that move, their prompts, their frames, and their evaluation."""

@@ -1,12 +1,13 @@
-"""Whether a video of Moving Shapes shows its prompts: the section `adherence` of result.json.
+"""Evaluate whether a video of Moving Shapes shows its prompts: the section `adherence` of result.json.
 
-PSNR tells how far a preset's frames are from the baseline's; here the truth is known, and a preset that
-breaks a prompt shows up. `evaluator` reads objects, motion and ground out of the frames by geometry
-alone.
+PSNR (peak signal-to-noise ratio) measures only how far a preset's frames are from the baseline's. In Moving
+Shapes the truth is known, so this module finds a preset that breaks a prompt. `evaluator` reads objects,
+motion and ground from the frames by geometry alone.
 
-A prompt is evaluated over its whole time in the video; after a prompt switch from the second block on, for
-within the first one the old scene turns into the new one. A block is 12 video frames, the first of a video 9.
-What is too short for a motion, 12 frames, is n/a. Long times are read in spans of 6 blocks.
+A prompt is evaluated over its whole time in the video. After a prompt switch, evaluation begins with the
+second block, because the old scene turns into the new one within the first. A block is 12 video frames; the
+first block of a video has 9. A prompt shorter than 12 frames is n/a, because no motion shows in it. Long
+times are read in spans of 6 blocks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .motion import SIZE
 from .scene import SceneSpec
 
 SPAN_FRAMES = 6 * BLOCK_FRAMES
-"""Of one reading; and so long after a switch the new scene is waited for."""
+"""Length of one reading, and the longest switch delay that is looked for."""
 DRIFT_SECONDS = 5
 
 _EXTRA = "an object too many"
@@ -46,7 +47,7 @@ _EXTRA = "an object too many"
 
 @dataclass(frozen=True)
 class _Segment:
-    """The frames start..stop of a video that one prompt asked for."""
+    """The frames start..stop of a video that belong to one prompt."""
 
     prompt: str
     scene: SceneSpec
@@ -57,28 +58,28 @@ class _Segment:
 def evaluate(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weights_kind: str) -> dict[str,
                                                                                                       Any]:
     """The section `adherence` of result.json for a video `frames`, uint8 [T, 3, 128, 128], and the prompt of
-    each frame; n/a as a whole if a prompt is not of Moving Shapes, or the picture has another size.
+    each frame. The whole section is n/a if a prompt is not of Moving Shapes or the picture has another size.
 
-    METRIC below is a number or n/a (`measurement.result`); adherence and permanence are shares, 1 is best.
+    METRIC below is a number or n/a (`measurement.result`). Adherence and permanence are shares; 1 is best.
 
-        label             what the figures are worth; random weights are called random
+        label             the meaning of the metrics; random weights are called random
         adherence_before  METRIC, of the first prompt
-        adherence_after   METRIC, mean over the later prompts, each from the second block on
-        delay_blocks      METRIC, mean over the switches whose new scene came: 1 is within the first block
-        switches, never   switches whose delay was looked for, and those whose new scene did not come
-        drift             n/a or {prompt, seconds, first, last, change}: of the prompt with the longest time,
-                          if that is three spans and more, adherence in the spans of its first and of its last
-                          third, and the second minus the first; below 0 the video gets worse
-        permanence        METRIC, share of the evaluated frames in which every object is there
+        adherence_after   METRIC, mean over the later prompts, each from its second block on
+        delay_blocks      METRIC, mean over the switches whose new scene came; 1 is within the first block
+        switches, never   number of switches with a delay, and of those whose new scene did not come
+        drift             n/a or {prompt, seconds, first, last, change}, for the longest prompt of at least
+                          three spans: adherence in its first third and in its last third, and the last minus
+                          the first; below 0 the video gets worse
+        permanence        METRIC, share of the evaluated frames in which every object is present
         wrong, not_evaluated [str], such as "red circle: motion", of all prompts
         segments          [{prompt, first_frame, frames, evaluated_from, evaluated_frames, adherence: METRIC,
-                          permanence: METRIC, wrong [str], not_evaluated [str]}], one for each prompt. After a
-                          switch also delay_blocks: METRIC or null (never) and delay_limit_blocks (how long it
-                          was waited for); in one of 10 s and more drift {first, last}: adherence in the first
-                          and the last 5 s
+                          permanence: METRIC, wrong [str], not_evaluated [str]}], one per prompt. After a
+                          switch also delay_blocks: METRIC or null (never), and delay_limit_blocks, the
+                          longest delay that was looked for. A segment of at least 10 s also has drift
+                          {first, last}: adherence in its first and its last 5 s
 
     Raises:
-        UserError: not one prompt per frame, or frames of another dtype or rank.
+        UserError: the number of prompts is not that of the frames, or the frames have another dtype or rank.
     """
     if len(frames) != len(frame_prompts):
         raise UserError(f"frame_prompts: {len(frame_prompts)} for {len(frames)} frames; give one per frame.")
@@ -89,15 +90,15 @@ def evaluate(frames: Tensor | np.ndarray, frame_prompts: Sequence[str], *, weigh
     try:
         segments = _segments(frame_prompts)
     except UserError as error:
-        told, _, remedy = str(error).removeprefix("prompt: ").rpartition("; ")
-        return na(f"a prompt is not of Moving Shapes: {told}", remedy.rstrip("."))
+        reason, _, remedy = str(error).removeprefix("prompt: ").rpartition("; ")
+        return na(f"a prompt is not of Moving Shapes: {reason}", remedy.rstrip("."))
     earlier = [None, *(segment.scene for segment in segments)]
     rows = [_evaluate_segment(frames, segment, before) for segment, before in zip(segments, earlier)]
     return {"label": _label(weights_kind), **_summary(rows), "segments": rows}
 
 
 def table(section: dict[str, Any], frame_prompts: Sequence[str]) -> pd.DataFrame:
-    """A row for each prompt of a video and what `evaluate` made of it; figures are numbers or n/a."""
+    """One row per prompt of a video, with its metrics from `evaluate` as numbers or n/a."""
     columns = ["prompt", "evaluated from frame", "frames", "adherence", "switch delay, blocks", "permanence",
                "wrong", "not evaluated"]
     if is_na(section):
@@ -111,7 +112,7 @@ def table(section: dict[str, Any], frame_prompts: Sequence[str]) -> pd.DataFrame
 
 
 def delay_of(row: dict[str, Any]) -> Any:
-    """The switch delay of a segment for a table: a number, n/a, 'never within ...' or nothing."""
+    """The switch delay of a segment for a table: a number, n/a, 'never within ...' or empty."""
     if "delay_blocks" not in row:
         return ""
     return f"never within {row['delay_limit_blocks']}" if row["delay_blocks"] is None else row["delay_blocks"]
@@ -119,7 +120,7 @@ def delay_of(row: dict[str, Any]) -> Any:
 
 def _label(weights_kind: str) -> str:
     if weights_kind == "random":
-        return "random weights: how far noise fits a prompt by chance"
+        return "random weights: how well noise fits a prompt by chance"
     return "read from the frames by geometry, without learned parts"
 
 
@@ -134,7 +135,7 @@ def _segments(frame_prompts: Sequence[str]) -> list[_Segment]:
 
 def _evaluate_segment(frames: Tensor | np.ndarray, segment: _Segment,
                    before: SceneSpec | None) -> dict[str, Any]:
-    """A row of `segments`; `before` is the scene that the switch replaced, None for the first prompt."""
+    """A row of `segments`. `before` is the scene before the switch, None for the first prompt."""
     skipped = min(BLOCK_FRAMES if before else 0, segment.stop - segment.start)
     whole, count = frames[segment.start:segment.stop], segment.stop - segment.start - skipped
     row: dict[str, Any] = {"prompt": segment.prompt, "first_frame": segment.start, "frames": len(whole),
@@ -145,8 +146,8 @@ def _evaluate_segment(frames: Tensor | np.ndarray, segment: _Segment,
     if count < BLOCK_FRAMES:
         after = " after its first block" if before else ""
         row["adherence"] = row["permanence"] = na(
-            f"the prompt has {count} video frames{after}, and a motion shows in {BLOCK_FRAMES}",
-            "video more latent frames, or switch elsewhere")
+            f"the prompt has {count} video frames{after}, but a motion needs {BLOCK_FRAMES} to show",
+            "generate more latent frames, or switch elsewhere")
     else:
         evaluated = [spans[0][skipped:], *spans[1:]]
         checks = [check(span, segment.scene) for span in evaluated]
@@ -170,13 +171,15 @@ def _evaluate_segment(frames: Tensor | np.ndarray, segment: _Segment,
 
 
 def _spans(frames: Tensor | np.ndarray) -> list[Reading]:
-    """`frames` read in spans of SPAN_FRAMES; what is left, if it is less than two blocks, with the last."""
+    """Read `frames` in spans of SPAN_FRAMES. The last span includes a remainder below two blocks."""
     starts = [*range(0, max(1, len(frames) - 2 * BLOCK_FRAMES + 1), SPAN_FRAMES)]
     return [read(frames[start:stop]) for start, stop in zip(starts, [*starts[1:], len(frames)])]
 
 
 def _attributes(checks: Sequence[Check], scene: SceneSpec) -> dict[str, list[str]]:
-    """wrong: in any span, and in how many; not_evaluated: in none."""
+    """`wrong`: attributes that are wrong in some span, with the number of spans. `not_evaluated`: attributes
+    that no span could evaluate.
+    """
     marks = [_marks(one, scene) for one in checks]
     votes = {name: [found[name] for found in marks if name in found]
              for name in dict.fromkeys(name for found in marks for name in found)}
@@ -187,7 +190,7 @@ def _attributes(checks: Sequence[Check], scene: SceneSpec) -> dict[str, list[str
 
 
 def _marks(result: Check, scene: SceneSpec) -> dict[str, bool | None]:
-    """All marks of a check by the name that a reader knows; a letter that nobody asked for only if wrong."""
+    """All marks of a check by readable name; without a requested letter, `letter` is only listed if wrong."""
     named = {f"{thing.colour} {thing.shape}: {field}": mark
              for thing, marks in zip(scene.objects, result.objects) for field, mark in marks.items()
              if not (field == "letter" and thing.letter is None and mark is None)}
@@ -196,15 +199,15 @@ def _marks(result: Check, scene: SceneSpec) -> dict[str, bool | None]:
 
 
 def _delay(after: Reading, scene: SceneSpec, before: SceneSpec, later: Sequence[Check]) -> dict[str, Any]:
-    """delay_blocks and its limit; `later` is the check from the second block after the switch on, if any.
+    """delay_blocks and its limit. `later` is the check from the second block after the switch on, if any.
 
-    A single block tells less than all of them: a change that only all together show, or that is hidden all
-    the time, gives no delay, but does not count as never either.
+    A change that only all blocks together show, or that stays hidden, gives no delay and does not count as
+    never, because a single block shows less than all of them.
     """
     limit = min(len(after), SPAN_FRAMES) // BLOCK_FRAMES
     delay: Any = None
     if scene == before:
-        delay = na("the new prompt asks for the same scene in other words", "change something")
+        delay = na("the new prompt describes the same scene in other words", "change something")
     elif not limit:
         delay = na(f"the video ends {len(after)} frames after the switch", "switch a block earlier")
     else:
@@ -215,16 +218,16 @@ def _delay(after: Reading, scene: SceneSpec, before: SceneSpec, later: Sequence[
             delay = na("what the new prompt changes could not be evaluated: hidden, cut by the edge or "
                        "without a clear shape", "look at the video")
         elif all(marks):
-            delay = na("the new scene is there, but no single block shows it for sure", "look at the video")
+            delay = na("the new scene is there, but no single block shows it clearly", "look at the video")
     return {"delay_blocks": delay, "delay_limit_blocks": limit}
 
 
 def _drift(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the row with the longest evaluated time among those that have thirds."""
+    """The drift of the row with the longest evaluated time among those that have thirds."""
     long = max((row for row in rows if "thirds" in row), key=lambda row: row["evaluated_frames"],
                default=None)
     if long is None:
-        return na(f"no prompt lasts three spans of {SPAN_FRAMES} frames", "video more latent frames")
+        return na(f"no prompt lasts three spans of {SPAN_FRAMES} frames", "generate more latent frames")
     return {"prompt": long["prompt"], "seconds": long["evaluated_frames"] / FPS, **long["thirds"]}
 
 
@@ -239,7 +242,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         delay: Any = float(np.mean(came))
     elif delays:
         limit = max(row["delay_limit_blocks"] for row in later)
-        delay = na(f"the new scene never came within {limit} blocks", "see what is wrong, and the video")
+        delay = na(f"the new scene never came within {limit} blocks", "look at `wrong` and at the video")
     else:
         delay = later[0]["delay_blocks"] if later else no_switch
     return {

@@ -1,10 +1,11 @@
-"""Prompts of Moving Shapes: a scene to a sentence and back.
+"""Prompts of Moving Shapes: turn a scene into a sentence, and a sentence into a scene.
 
     a small red circle moves left and a large blue square with the letter A spins, on a dotted grey ground
 
-Each phrase has a few paraphrases, so that a text encoder must read; `parse(describe(scene, rng)) == scene`
-always. Prompts are ASCII, lower case but for letters, at most 120 bytes, so that a tokenizer of UTF-8 bytes
-with 128 positions takes them whole; three objects are therefore often told in short form. No torch here.
+Each phrase has a few paraphrases, so that a text encoder must learn to read. `parse(describe(scene, rng))`
+always equals `scene`. Prompts are ASCII, lower case except for letters on objects, and at most 120 bytes
+long, so that a tokenizer of UTF-8 bytes with 128 positions never cuts them. Three objects are therefore often
+described in short form. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .scene import COLOURS, GROUNDS, LETTERS, ObjectSpec, SceneSpec
 
 MAX_BYTES = 120
 
-# First the canonical phrase; the shortest one serves where a sentence would grow too long.
+# The canonical phrase comes first. The shortest one is used if a sentence would become too long.
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 SHAPE_WORDS = {"square": ("square", "box"), "circle": ("circle", "disc"), "triangle": ("triangle",),
                "star": ("star",)}
@@ -42,9 +43,9 @@ _KNOWN = (*_ARTICLES, "on", "over", "with", "letter", "ground", "floor")
 
 
 def describe(scene: SceneSpec, rng: np.random.Generator | None = None) -> str:
-    """The scene as a prompt of at most 120 bytes: canonical without `rng`, else with phrases drawn from it.
+    """The scene as a prompt of at most 120 bytes, in canonical phrases, or with `rng` in random ones.
 
-    Objects stand in the order of the scene, back to front.
+    Objects come in the order of the scene, back to front.
     """
     if rng is None:
         full, short = _write(scene, None), _write(scene, None, short=True)
@@ -57,10 +58,10 @@ def describe(scene: SceneSpec, rng: np.random.Generator | None = None) -> str:
 
 
 def parse(prompt: str) -> SceneSpec:
-    """The scene that a prompt asks for, in any of the known phrases; case and punctuation do not matter.
+    """The scene that a prompt describes, in any of the known phrases. Ignores case and punctuation.
 
     Raises:
-        UserError: a word that is not known, or a part that is missing, with the words known there.
+        UserError: a word is unknown or a part is missing. The message lists the words known there.
     """
     reader = _Reader(prompt)
     objects: list[ObjectSpec] = []
@@ -101,7 +102,7 @@ def _write(scene: SceneSpec, rng: np.random.Generator | None, short: bool = Fals
 
 
 class _Reader:
-    """Words of a prompt, taken phrase by phrase."""
+    """Reads the words of a prompt phrase by phrase."""
 
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt
@@ -112,7 +113,7 @@ class _Reader:
         return self.words[self.at] if self.at < len(self.words) else None
 
     def skip(self, words: Sequence[str]) -> bool:
-        """Step over any of `words`; whether something is left."""
+        """Skip any of `words`. Returns whether words are left."""
         while self.peek() in words:
             self.at += 1
         return self.peek() is not None
@@ -132,7 +133,7 @@ class _Reader:
             raise UserError(f"prompt: {self.prompt!r} ends where a {what} is missing; add one of: {known}.")
         remedy = f"a {what} is expected here, one of: {known}"
         if found in _VOCABULARY:
-            raise UserError(f"prompt: {found!r} stands in the wrong place in {self.prompt!r}; {remedy}.")
+            raise UserError(f"prompt: {found!r} is in the wrong place in {self.prompt!r}; {remedy}.")
         raise UserError(f"prompt: the word {found!r} in {self.prompt!r} is not known; {remedy}.")
 
 

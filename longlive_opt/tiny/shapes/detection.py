@@ -1,9 +1,9 @@
-"""What single frames of Moving Shapes show, read by colour and geometry; nothing here is learned.
+"""Detect the objects in single frames of Moving Shapes by colour and geometry. Nothing here is learned.
 
-A pixel belongs to the nearest colour of the palette. The silhouette of a colour, sampled along rays from its
-middle, gives a radius for every direction; its Fourier harmonics tell triangle (3), square (4), star (5) and
-circle (none) apart whatever the rotation. Ink inside the silhouette, in the same polar coordinates, is
-compared with each letter at all rotations.
+A pixel belongs to the nearest colour of the palette. Rays from the middle of a colour's silhouette give its
+radius in every direction. The Fourier harmonics of the radius distinguish triangle (3), square (4), star (5)
+and circle (none) at any rotation. The ink inside the silhouette is compared in the same polar coordinates
+with each letter at all rotations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .motion import RADII, RGB, SCALES, SIZE
 from .render import CORNERS, GROUND_RGB, INK, LETTER_PIXELS, STAR_INNER, _grounds, _letters
 from .scene import COLOURS, GROUNDS, LETTERS, PATTERNS, SHAPES
 
-LEAST_AREA = 40  # pixels of one colour that count as an object
-LARGE_SCALE = 0.73  # between a small object grown by a pulse and a large one shrunk by it
+LEAST_AREA = 40  # smallest number of pixels of one colour that counts as an object
+LARGE_SCALE = 0.73  # between a small object at its largest pulse and a large one at its smallest
 
 _RAYS = 72
 _REACH = 40  # pixels along a ray; more than any object's radius
@@ -36,8 +36,8 @@ _LEAST_INK, _LEAST_MATCH = 0.09, 0.5
 class Detection:
     """One object in one frame: middle and visible area in pixels, scale 1 = large, angle in radians.
 
-    `whole`: neither cut by the edge of the picture nor touched by another object. Only then are shape, scale,
-    angle and letter read, else they are None; so is the letter where there is none.
+    `whole`: neither cut by the edge of the picture nor touched by another object. Shape, scale, angle and
+    letter are only read for whole objects and are None otherwise. An object without a letter has None too.
     """
 
     colour: str
@@ -53,14 +53,14 @@ class Detection:
 
 @dataclass(frozen=True)
 class Track:
-    """One colour over T frames; arrays [T, ...], NaN where the object is not there or not read."""
+    """One colour over T frames. Arrays are [T, ...], with NaN where the object is absent or unread."""
 
     colour: str
-    area: np.ndarray  # visible pixels, 0 where it is not there
-    middle: np.ndarray  # [T, 2] x, y of what is visible
+    area: np.ndarray  # visible pixels, 0 where the object is absent
+    middle: np.ndarray  # [T, 2] x, y of the visible part
     touches: np.ndarray  # [T, colour] whether that colour's object touches it
     at_edge: np.ndarray  # [T] whether the edge of the picture cuts it
-    waves: np.ndarray  # [T, 8] complex harmonics of the outline over its mean radius
+    waves: np.ndarray  # [T, 8] complex harmonics of the outline, divided by its mean radius
     strays: np.ndarray  # [T] area of the same colour elsewhere
     ink: Tensor  # [T, H, W] share of ink over the colour
     silhouette: Tensor  # [T, H, W] bool
@@ -74,20 +74,20 @@ def read_objects(frame: Tensor | np.ndarray) -> list[Detection]:
     """All objects of one frame, uint8 [3, 128, 128], largest first.
 
     Raises:
-        UserError: another shape or dtype.
+        UserError: the frame has another shape or dtype.
     """
-    traces, _ = read_traces(torch.as_tensor(frame)[None])
+    tracks, _ = read_tracks(torch.as_tensor(frame)[None])
     seen = []
-    for trace in traces.values():
-        whole = not (trace.at_edge[0] or trace.touches[0].any())
-        x, y = map(float, trace.middle[0])
+    for track in tracks.values():
+        whole = not (track.at_edge[0] or track.touches[0].any())
+        x, y = map(float, track.middle[0])
         read = {}
         if whole:
-            shape, scale = outline(trace, [0])
-            letter, angle = read_letter(trace, [0], shape)
+            shape, scale = outline(track, [0])
+            letter, angle = read_letter(track, [0], shape)
             read = {"shape": shape, "scale": float(scale[0]), "letter": letter,
-                    "angle": float(angle[0]) if letter else shape_angle(trace, shape)[0]}
-        seen.append(Detection(trace.colour, x, y, int(trace.area[0]), whole, **read))
+                    "angle": float(angle[0]) if letter else shape_angle(track, shape)[0]}
+        seen.append(Detection(track.colour, x, y, int(track.area[0]), whole, **read))
     return sorted(seen, key=lambda thing: -thing.area)
 
 
@@ -104,8 +104,8 @@ def check_frames(frames: Tensor | np.ndarray, least: int = 1) -> Tensor:
     return frames.cpu()
 
 
-def read_traces(frames: Tensor) -> tuple[dict[str, Track], Tensor]:
-    """The traces of all colours seen in `frames`, and where only ground is seen [T, H, W]."""
+def read_tracks(frames: Tensor) -> tuple[dict[str, Track], Tensor]:
+    """The tracks of all colours found in `frames`, and a mask [T, H, W] where only ground is visible."""
     frames = check_frames(frames)
     pixels = frames.float()
     labels = _labels(pixels)
@@ -114,19 +114,19 @@ def read_traces(frames: Tensor) -> tuple[dict[str, Track], Tensor]:
     masks, strays = _main_blobs(masks)
     found = [c for c in range(len(COLOURS)) if bool(masks[:, c].any())]
     wide = {c: dilate(masks[:, c], 2) for c in found}
-    traces = {}
+    tracks = {}
     for c in found:
         others = torch.stack([masks[:, o] for o in found if o != c]).any(0) if found[1:] else None
         filled = masks[:, c] | _enclosed(masks[:, c])
         if others is not None:
             filled &= ~others
-        traces[COLOURS[c]] = _trace(c, filled, wide, found, strays[:, c], pixels)
+        tracks[COLOURS[c]] = _track(c, filled, wide, found, strays[:, c], pixels)
     ground = ~dilate(labels != len(COLOURS), 6)
-    return traces, ground
+    return tracks, ground
 
 
 def _labels(pixels: Tensor) -> Tensor:
-    """Index in COLOURS of each pixel [T, H, W]; len(COLOURS) for ground and ink."""
+    """Index in COLOURS of each pixel [T, H, W], or len(COLOURS) for ground and ink."""
     palette, meaning = _palette()
     flat = pixels.permute(0, 2, 3, 1).reshape(-1, 3)
     distance = palette.square().sum(1) - 2 * flat @ palette.T
@@ -151,7 +151,7 @@ def _palette() -> tuple[Tensor, Tensor]:
 
 
 def _main_blobs(masks: Tensor) -> tuple[Tensor, np.ndarray]:
-    """Of each mask [T, C, H, W] what lies within 40 pixels of its main blob, and the area elsewhere."""
+    """Cut each mask [T, C, H, W] to 40 pixels around its main blob. Also returns the area outside."""
     density = F.avg_pool2d(masks.float(), 16, stride=4)
     best, width = density.flatten(2).argmax(-1), density.shape[-1]
     middle = torch.stack([best % width, best // width], dim=-1) * 4.0 + 8
@@ -167,9 +167,9 @@ def _main_blobs(masks: Tensor) -> tuple[Tensor, np.ndarray]:
 
 
 def _enclosed(mask: Tensor) -> Tensor:
-    """Pixels with the mask on all four sides: a letter, but not the notches of a star.
+    """Pixels with the mask on all four sides, which fills a letter but not the notches of a star.
 
-    Where the edge of the picture cuts the mask, it goes on behind the edge.
+    A mask that the edge of the picture cuts is taken to continue behind the edge.
     """
     def between(value: Tensor, axis: int) -> Tensor:
         return torch.cummax(value, axis).values & torch.cummax(value.flip(axis), axis).values.flip(axis)
@@ -182,11 +182,11 @@ def _enclosed(mask: Tensor) -> Tensor:
 
 
 def dilate(mask: Tensor, pixels: int) -> Tensor:
-    """Masks [T, H, W] grown by a square of that many pixels to each side."""
+    """Masks [T, H, W] grown by `pixels` to each side, with a square."""
     return F.max_pool2d(mask.float()[:, None], 2 * pixels + 1, stride=1, padding=pixels)[:, 0] > 0
 
 
-def _trace(colour: int, mask: Tensor, wide: dict[int, Tensor], found: list[int], strays: np.ndarray,
+def _track(colour: int, mask: Tensor, wide: dict[int, Tensor], found: list[int], strays: np.ndarray,
            pixels: Tensor) -> Track:
     frames = len(mask)
     area = mask.flatten(1).sum(1)
@@ -213,7 +213,9 @@ def _trace(colour: int, mask: Tensor, wide: dict[int, Tensor], found: list[int],
 
 
 def _along_rays(picture: Tensor, middle: Tensor, radii: Tensor, scale: Tensor) -> Tensor:
-    """[T, radius, ray] of pictures [T, H, W] around `middle` [T, 2]; ray 0 points up, the rest clockwise."""
+    """Samples [T, radius, ray] of pictures [T, H, W] around `middle` [T, 2]. Ray 0 points up; the others
+    follow clockwise.
+    """
     turn = torch.arange(_RAYS) * (2 * math.pi / _RAYS)
     way = torch.stack([torch.sin(turn), -torch.cos(turn)], -1)
     points = middle[:, None, None] + (radii * scale[:, None])[:, :, None, None] * way
@@ -221,17 +223,17 @@ def _along_rays(picture: Tensor, middle: Tensor, radii: Tensor, scale: Tensor) -
     return F.grid_sample(picture[:, None], grid, align_corners=False)[:, 0]
 
 
-def outline(trace: Track, frames: Sequence[int]) -> tuple[str, np.ndarray]:
-    """The shape that the outlines of these frames are nearest to, and the scale in each."""
-    strength = np.median(np.abs(trace.waves[frames]), axis=0)[3:6]
+def outline(track: Track, frames: Sequence[int]) -> tuple[str, np.ndarray]:
+    """The shape nearest to the outlines of these frames, and the scale in each frame."""
+    strength = np.median(np.abs(track.waves[frames]), axis=0)[3:6]
     ideal = _ideal_waves()
     shape = min(SHAPES, key=lambda name: np.square(strength - ideal[name]).sum())
-    return shape, np.sqrt(trace.area[frames] / large_area(shape))
+    return shape, np.sqrt(track.area[frames] / large_area(shape))
 
 
 @cache
 def _ideal_waves() -> dict[str, np.ndarray]:
-    """Strength of harmonics 3, 4 and 5 of each shape's outline."""
+    """Strengths of harmonics 3, 4 and 5 of each shape's outline."""
     turn = np.arange(720) * (math.pi / 360)
     ideal = {}
     for shape in SHAPES:
@@ -248,7 +250,7 @@ def _ideal_waves() -> dict[str, np.ndarray]:
 
 
 def large_area(shape: str) -> float:
-    """Pixels of a large object, its rim included."""
+    """Pixels of a large object, including its rim."""
     radius, corners = RADII[shape], CORNERS[shape]
     if shape == "circle":
         return math.pi * radius ** 2
@@ -256,22 +258,22 @@ def large_area(shape: str) -> float:
     return corners * inner * math.sin(math.pi / corners) * radius ** 2
 
 
-def shape_angle(trace: Track, shape: str) -> np.ndarray:
-    """Rotation [T] in radians, clockwise, modulo the symmetry of the shape; NaN for a circle."""
+def shape_angle(track: Track, shape: str) -> np.ndarray:
+    """Rotation [T] in radians, clockwise, modulo the symmetry of the shape. NaN for a circle."""
     corners = CORNERS[shape]
     if shape == "circle":
-        return np.full(len(trace.area), math.nan)
+        return np.full(len(track.area), math.nan)
     offset = math.pi / corners if shape == "square" else 0.0
-    return -np.angle(trace.waves[:, corners]) / corners - offset
+    return -np.angle(track.waves[:, corners]) / corners - offset
 
 
-def read_letter(trace: Track, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
+def read_letter(track: Track, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
                 scale: float | None = None) -> tuple[str | None, np.ndarray]:
-    """The letter on an object of this shape in these frames, if any, and its rotation in each.
+    """The letter on an object of this shape in these frames, or None, and its rotation in each frame.
 
-    Where the object is not whole, `place` [len(frames), 2] and `scale` say where the letter would be.
+    For an object that is not whole, `place` [len(frames), 2] and `scale` give the position of the letter.
     """
-    inked = _letter_rays(trace, frames, shape, place, scale)
+    inked = _letter_rays(track, frames, shape, place, scale)
     nothing = None, np.full(len(inked), math.nan)
     weights = torch.as_tensor(_LETTER_RADII, dtype=torch.float32)[:, None]
     coverage = ((inked * weights).sum((1, 2)) / (weights.sum() * _RAYS)).median()
@@ -285,25 +287,25 @@ def read_letter(trace: Track, frames: Sequence[int], shape: str, place: np.ndarr
     return LETTERS[index], score[:, index].argmax(-1).numpy() * (2 * math.pi / _RAYS)
 
 
-def letter_turn(trace: Track, earlier: Sequence[int], later: Sequence[int], shape: str) -> np.ndarray:
-    """By how much a letter turned between pairs of frames: at most 0.7 radians, clockwise."""
+def letter_turn(track: Track, earlier: Sequence[int], later: Sequence[int], shape: str) -> np.ndarray:
+    """The rotation of a letter between pairs of frames, clockwise, at most 0.7 radians."""
     weights = torch.as_tensor(_LETTER_RADII, dtype=torch.float32)[:, None]
-    score = _match(_letter_rays(trace, later, shape), _letter_rays(trace, earlier, shape), weights)
+    score = _match(_letter_rays(track, later, shape), _letter_rays(track, earlier, shape), weights)
     return (score.roll(8, -1)[..., :17].argmax(-1).numpy() - 8) * (2 * math.pi / _RAYS)
 
 
-def _letter_rays(trace: Track, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
+def _letter_rays(track: Track, frames: Sequence[int], shape: str, place: np.ndarray | None = None,
                  scale: float | None = None) -> Tensor:
     """Ink [len(frames), radius, ray] around the middle of the object, at radii in font pixels."""
-    middle = trace.middle[frames] if place is None else place
-    size = np.sqrt(trace.area[frames] / large_area(shape)) if scale is None else np.full(len(middle), scale)
-    return _along_rays(trace.ink[frames], torch.from_numpy(middle).float(),
+    middle = track.middle[frames] if place is None else place
+    size = np.sqrt(track.area[frames] / large_area(shape)) if scale is None else np.full(len(middle), scale)
+    return _along_rays(track.ink[frames], torch.from_numpy(middle).float(),
                        torch.as_tensor(_LETTER_RADII, dtype=torch.float32),
                        torch.from_numpy(size).float() * LETTER_PIXELS[shape])
 
 
 def letter_reach(shape: str) -> float:
-    """Pixels from the middle of a large object within which all of its letter is."""
+    """Radius in pixels around the middle of a large object that contains its whole letter."""
     return float(_LETTER_RADII[-1]) * LETTER_PIXELS[shape]
 
 
@@ -330,7 +332,8 @@ def _match(inked: Tensor, template: Tensor, weights: Tensor) -> Tensor:
 
 
 def read_ground(frames: Tensor, ground: Tensor) -> tuple[str, str | None]:
-    """Colour and pattern of the ground where `ground` [T, H, W] is true; no pattern stands out: None."""
+    """Colour and pattern of the ground where `ground` [T, H, W] is true. The pattern is None if none matches.
+    """
     pixels = frames.float() / 255
     weight = ground.float().sum(0)
     mean = (pixels * ground[:, None]).sum(0) / weight.clamp(min=1)
@@ -352,5 +355,5 @@ def read_ground(frames: Tensor, ground: Tensor) -> tuple[str, str | None]:
 
 
 def is_large(scale: float) -> bool:
-    """Whether this is a large object; pulses change neither answer."""
+    """Whether this is a large object. A pulse does not change the answer."""
     return scale > LARGE_SCALE * max(SCALES.values())

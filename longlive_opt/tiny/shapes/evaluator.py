@@ -1,13 +1,15 @@
-"""Whether a video of Moving Shapes shows the scene that was asked for: no learned parts, only geometry.
+"""Evaluate whether a video of Moving Shapes shows the requested scene, by geometry alone and without learned
+parts.
 
-An object is found by its colour, for colours within a scene differ; one that is there in another colour is
-found by what it else has in common with an object nobody asked for. What cannot be evaluated (the shape of an
-object that is cut by the edge in every frame, say) counts neither way; what is not there is wrong.
+Colours within a scene differ, so an object is found by its colour. A requested object in a wrong colour is
+matched with an object that the prompt does not name, by its other attributes. An attribute that cannot be
+evaluated, such as the shape of an object that the edge cuts in every frame, is left out. An absent object has
+all attributes wrong.
 
-Adherence is the mean over the objects and the ground of the share of right attributes; an object too many
-counts as one with none right. A block is 12 video frames.
+Adherence is the mean share of right attributes over the objects and the ground. Each object too many counts
+as one with none right. A block is 12 video frames.
 
-Reading the frames is half of the work; who judges the same frames several times reads them once, by `read`.
+Reading the frames is half of the work. To evaluate the same frames several times, read them once with `read`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .detection import (
     read_ground,
     read_letter,
     read_objects,
-    read_traces,
+    read_tracks,
 )
 from .motion import SCALES
 from .scene import COLOURS, MOTIONS, STAYING, ObjectSpec, SceneSpec
@@ -40,7 +42,7 @@ __all__ = ["Check", "Drift", "Reading", "Detection", "changed", "changed_share",
 BLOCK_FRAMES = 12
 FPS = 16
 
-_GAP_FRAMES = 30  # how long an object that left at one edge may take to come in at the other
+_GAP_FRAMES = 30  # longest absence of an object that leaves at one edge and enters at the other
 _HIDDEN_FRAMES = 80
 
 Marks = Mapping[str, bool | None]
@@ -48,28 +50,28 @@ Marks = Mapping[str, bool | None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What `read` found in T frames; a slice of it is what it had found in those frames."""
+    """What `read` found in T frames. A slice of it is the reading of those frames."""
 
     frames: Tensor  # uint8 [T, 3, H, W]
-    traces: Mapping[str, Track]
-    clear: Tensor  # [T, H, W] where only ground is seen
-    courses: dict[tuple[str, ...], Trajectory] = field(default_factory=dict)  # what `_course` followed
+    tracks: Mapping[str, Track]
+    clear: Tensor  # [T, H, W] where only ground is visible
+    trajectories: dict[tuple[str, ...], Trajectory] = field(default_factory=dict)  # cache of `_trajectory`
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, part: slice) -> Reading:
         arrays = [f.name for f in fields(Track) if f.name != "colour"]
-        traces = {colour: replace(trace, **{name: getattr(trace, name)[part] for name in arrays})
-                  for colour, trace in self.traces.items()}
-        return Reading(self.frames[part], traces, self.clear[part])
+        tracks = {colour: replace(track, **{name: getattr(track, name)[part] for name in arrays})
+                  for colour, track in self.tracks.items()}
+        return Reading(self.frames[part], tracks, self.clear[part])
 
 
 Frames = Tensor | np.ndarray | Reading
 
 
 def read(frames: Frames, least: int = 1) -> Reading:
-    """Read `frames`, uint8 [T, 3, 128, 128], at least `least` of them; what is read stays as it is.
+    """Read `frames`, uint8 [T, 3, 128, 128], at least `least` of them. Returns a `Reading` unchanged.
 
     Raises:
         UserError: frames of another shape or dtype, or too few.
@@ -77,15 +79,15 @@ def read(frames: Frames, least: int = 1) -> Reading:
     if isinstance(frames, Reading) and len(frames) >= least:
         return frames
     frames = check_frames(frames.frames if isinstance(frames, Reading) else frames, least)
-    return Reading(frames, *read_traces(frames))
+    return Reading(frames, *read_tracks(frames))
 
 
 @dataclass(frozen=True)
 class Check:
-    """What of a scene is right in a span of frames; None is what could not be evaluated.
+    """Which attributes of a scene are right in a span of frames. None marks those that cannot be evaluated.
 
-    `objects`: marks for colour, shape, size, motion and, on large objects, letter. `ground`: for colour and
-    pattern. `extra`: objects that nobody asked for.
+    `objects`: marks for colour, shape, size, motion and, on large objects, letter. `ground`: marks for colour
+    and pattern. `extra`: number of objects that the scene does not have.
     """
 
     objects: tuple[Marks, ...]
@@ -100,7 +102,7 @@ class Check:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """What is wrong, as 'object 0 motion', 'ground pattern', 'extra'."""
+        """The wrong attributes, such as 'object 0 motion', 'ground pattern', 'extra'."""
         named = [(f"object {i}", marks) for i, marks in enumerate(self.objects)] + [("ground", self.ground)]
         found = [f"{name} {field}" for name, marks in named for field, mark in marks.items() if mark is False]
         return tuple(found + ["extra"] * self.extra)
@@ -119,24 +121,23 @@ class Drift:
 
 
 def check(frames: Frames, scene: SceneSpec) -> Check:
-    """Compare `frames`, uint8 [T, 3, 128, 128] or a reading of them, at least 12 (0.75 s), with the scene
-    claimed.
+    """Compare `frames`, uint8 [T, 3, 128, 128] or a reading of them, at least 12 (0.75 s), with a scene.
 
     Raises:
         UserError: frames of another shape or dtype, or too few.
     """
     reading = read(frames, least=BLOCK_FRAMES)
     least = max(2, len(reading) // 5)
-    traces = {colour: trace for colour, trace in reading.traces.items() if trace.there.sum() >= least}
-    seen = replace(reading, traces=traces)  # with the courses of `reading`
-    found = {i: traces[thing.colour] for i, thing in enumerate(scene.objects) if thing.colour in traces}
+    tracks = {colour: track for colour, track in reading.tracks.items() if track.there.sum() >= least}
+    seen = replace(reading, tracks=tracks)  # shares the trajectories of `reading`
+    found = {i: tracks[thing.colour] for i, thing in enumerate(scene.objects) if thing.colour in tracks}
     named = {thing.colour for thing in scene.objects}
-    others = [colour for colour in traces if colour not in named]
-    marks: dict[int, Marks] = {i: _judge(seen, trace.colour, scene, i) for i, trace in found.items()}
+    others = [colour for colour in tracks if colour not in named]
+    marks: dict[int, Marks] = {i: _judge(seen, track.colour, scene, i) for i, track in found.items()}
     missing = [i for i in range(len(scene.objects)) if i not in found]
     taken = _assign(missing, others, scene, seen, marks)
     nothing = {field: False for field in ("colour", "shape", "size", "motion")}
-    extra = len(others) - taken + sum(np.median(trace.strays[trace.there]) > 60 for trace in found.values())
+    extra = len(others) - taken + sum(np.median(track.strays[track.there]) > 60 for track in found.values())
     ground, pattern = read_ground(reading.frames, reading.clear)
     return Check(tuple(marks.get(i, nothing) for i in range(len(scene.objects))),
                  {"colour": ground == scene.ground, "pattern": pattern == scene.pattern}, int(extra))
@@ -144,13 +145,13 @@ def check(frames: Frames, scene: SceneSpec) -> Check:
 
 def switch_delay(frames: Frames, scene: SceneSpec, before: SceneSpec | None = None,
                  threshold: float = 0.9) -> int | None:
-    """Blocks from a prompt switch, at the first of `frames`, to the end of the first with the new scene.
+    """Blocks from a prompt switch at the first of `frames` to the end of the first block with the new scene.
 
-    1: already the first block does. None: never. A block shows the scene when its adherence is at least
-    `threshold`; with the scene `before` the switch, when that share of what changed is right.
+    1 means the first block, None means never. A block shows the scene if its adherence is at least
+    `threshold`. With the scene `before` the switch, it does if that share of the changed attributes is right.
 
     Raises:
-        UserError: as `check`.
+        UserError: see `check`.
     """
     if not isinstance(frames, Reading):
         frames = check_frames(frames, least=BLOCK_FRAMES)
@@ -163,19 +164,19 @@ def switch_delay(frames: Frames, scene: SceneSpec, before: SceneSpec | None = No
 
 
 def permanence(frames: Frames, scene: SceneSpec) -> float:
-    """Share of the frames in which every object of the scene is there, by its colour.
+    """Share of the frames in which every object of the scene is present, by its colour.
 
-    An object may be away for 30 frames next to its passing an edge, and for 80 while the object lasts behind
-    which it vanished or from behind which it comes.
+    An object may be absent for 30 frames while it passes an edge, and for 80 frames while another object that
+    hides it is visible.
     """
-    traces = read(frames).traces
+    tracks = read(frames).tracks
     present = np.ones(len(frames), bool)
     for index, thing in enumerate(scene.objects):
-        trace = traces.get(thing.colour)
-        if trace is None:
+        track = tracks.get(thing.colour)
+        if track is None:
             return 0.0
-        front = [traces[other.colour] for other in scene.objects[index + 1:] if other.colour in traces]
-        present &= _accounted(trace, front, thing)
+        front = [tracks[other.colour] for other in scene.objects[index + 1:] if other.colour in tracks]
+        present &= _accounted(track, front, thing)
     return float(present.mean())
 
 
@@ -183,17 +184,17 @@ def drift(frames: Tensor | np.ndarray, scene: SceneSpec, seconds: float = 5) -> 
     """Adherence in the first and in the last `seconds` of a video that shows one scene.
 
     Raises:
-        UserError: as `ends`.
+        UserError: see `ends`.
     """
     first, last = (check(end, scene) for end in ends(frames, seconds))
     return Drift(first.adherence, last.adherence)
 
 
 def ends(frames: Tensor | np.ndarray, seconds: float = 5) -> tuple[Reading, Reading]:
-    """What the first and the last `seconds` of a video show.
+    """Readings of the first and the last `seconds` of a video.
 
     Raises:
-        UserError: a video shorter than twice that, or as `check`.
+        UserError: the video is shorter than twice `seconds`; or see `check`.
     """
     count = round(seconds * FPS)
     frames = check_frames(frames, least=BLOCK_FRAMES)
@@ -204,8 +205,9 @@ def ends(frames: Tensor | np.ndarray, seconds: float = 5) -> tuple[Reading, Read
 
 
 def wandered(first: Reading, last: Reading, scene: SceneSpec) -> list[float]:
-    """How far, in pixels, each object that is to stay where it is (spins, pulses, stands still) has come
-    between two spans of a video; infinitely far if `last` does not show it, left out if `first` does not.
+    """How far, in pixels, each object that should keep its place (spins, pulses, stands still) moved between
+    two spans of a video. An object that `last` does not show counts as infinitely far. One that `first` does
+    not show is left out.
     """
     distances = []
     for index, thing in enumerate(scene.objects):
@@ -216,7 +218,7 @@ def wandered(first: Reading, last: Reading, scene: SceneSpec) -> list[float]:
 
 
 def changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
-    """Of the marks of a check those of what `scene` asks for and `before` did not."""
+    """The marks of a check for those attributes of `scene` that differ from `before`."""
     marks: dict[str, bool | None] = {}
     if len(scene.objects) < len(before.objects):
         marks["extra"] = result.extra == 0
@@ -232,10 +234,10 @@ def changed(result: Check, scene: SceneSpec, before: SceneSpec) -> Marks:
 
 
 def changed_share(frames: Frames, scene: SceneSpec, other: SceneSpec) -> float:
-    """Share right in `frames` of what `scene` asks for and `other`, before or after it, does not.
+    """Share of the attributes of `scene` that differ from `other` and are right in `frames`.
 
     Raises:
-        UserError: as `check`.
+        UserError: see `check`.
     """
     return _share(changed(check(frames, scene), scene, other))
 
@@ -246,29 +248,31 @@ def _share(marks: Marks) -> float:
 
 
 def _place(reading: Reading, scene: SceneSpec, index: int) -> np.ndarray | None:
-    """x, y around which object `index` is; None if it is seen too seldom."""
+    """Median x, y of object `index`, or None if it is visible in too few frames."""
     colour = scene.objects[index].colour
-    if colour not in reading.traces:
+    if colour not in reading.tracks:
         return None
-    place = _course(reading, colour, scene, index).place
+    place = _trajectory(reading, colour, scene, index).place
     known = place[np.isfinite(place).all(axis=1)]
     return np.median(known, axis=0) if len(known) >= LEAST_FRAMES else None
 
 
-def _course(reading: Reading, colour: str, scene: SceneSpec, index: int) -> Trajectory:
-    """Follow a colour taken for object `index`, once; all but the objects behind that one may hide it."""
+def _trajectory(reading: Reading, colour: str, scene: SceneSpec, index: int) -> Trajectory:
+    """Follow a colour as object `index`, once. Any object except those behind it may hide it."""
     thing = scene.objects[index]
     never = {colour, *(other.colour for other in scene.objects[:index + 1])}
-    front = [trace for name, trace in reading.traces.items() if name not in never]
-    key = (colour, thing.shape, thing.size, *(trace.colour for trace in front))
-    if key not in reading.courses:
-        reading.courses[key] = follow(reading.traces[colour], front, (thing.shape, SCALES[thing.size]))
-    return reading.courses[key]
+    front = [track for name, track in reading.tracks.items() if name not in never]
+    key = (colour, thing.shape, thing.size, *(track.colour for track in front))
+    if key not in reading.trajectories:
+        reading.trajectories[key] = follow(reading.tracks[colour], front, (thing.shape, SCALES[thing.size]))
+    return reading.trajectories[key]
 
 
 def _assign(missing: list[int], others: list[str], scene: SceneSpec, reading: Reading,
             marks: dict[int, Marks]) -> int:
-    """Judge missing objects by the traces that nobody asked for, as it fits best; how many were used."""
+    """Match missing objects with tracks that the scene does not name, as they fit best. Adds their marks and
+    returns the number of matches.
+    """
     count = min(len(missing), len(others))
     best: tuple[float, dict[int, Marks]] = -1.0, {}
     known = {(i, colour): _judge(reading, colour, scene, i) | {"colour": False}
@@ -284,54 +288,54 @@ def _assign(missing: list[int], others: list[str], scene: SceneSpec, reading: Re
 
 
 def _judge(reading: Reading, colour: str, scene: SceneSpec, index: int) -> dict[str, bool | None]:
-    """Marks of what has this colour, taken for object `index`."""
-    trace, thing = reading.traces[colour], scene.objects[index]
-    course = _course(reading, colour, scene, index)
+    """Marks of the object with this colour, evaluated as object `index`."""
+    track, thing = reading.tracks[colour], scene.objects[index]
+    trajectory = _trajectory(reading, colour, scene, index)
     marks: dict[str, bool | None] = {"colour": True, "shape": None, "size": None}
-    if course.shape is not None:
-        marks["shape"] = course.shape == thing.shape
-    if course.scale is not None:
-        large = is_large(course.scale)
+    if trajectory.shape is not None:
+        marks["shape"] = trajectory.shape == thing.shape
+    if trajectory.scale is not None:
+        large = is_large(trajectory.scale)
         marks["size"] = large == (thing.size == "large")
         if thing.size == "large" and not large:
             marks["letter"] = None if thing.letter is None else False
         elif thing.size == "large":
-            marks["letter"] = _has_letter(trace, course, thing.letter)
-    starts = range(0, len(trace.area) - LEAST_FRAMES + 1, WINDOW_FRAMES)
-    votes = [motion_of(trace, course, slice(start, start + WINDOW_FRAMES)) for start in starts]
+            marks["letter"] = _has_letter(track, trajectory, thing.letter)
+    starts = range(0, len(track.area) - LEAST_FRAMES + 1, WINDOW_FRAMES)
+    votes = [motion_of(track, trajectory, slice(start, start + WINDOW_FRAMES)) for start in starts]
     evaluated = [vote == thing.motion for vote in votes if vote]
     marks["motion"] = bool(np.mean(evaluated) >= 0.5) if evaluated else None
     return marks
 
 
-def _has_letter(trace: Track, course: Trajectory, letter: str | None) -> bool | None:
-    """Whether that letter, or none, is on the object; None where it never shows."""
-    frames = np.flatnonzero(course.whole)
+def _has_letter(track: Track, trajectory: Trajectory, letter: str | None) -> bool | None:
+    """Whether the object has that letter, or none. None if its place is never visible."""
+    frames = np.flatnonzero(trajectory.whole)
     if len(frames):
         some = _spread(frames)
-        return read_letter(trace, some, course.shape)[0] == letter
-    some = _spread(np.flatnonzero(course.open))
+        return read_letter(track, some, trajectory.shape)[0] == letter
+    some = _spread(np.flatnonzero(trajectory.open))
     if not len(some):
         return None
-    return read_letter(trace, some, course.shape, course.place[some], course.scale)[0] == letter
+    return read_letter(track, some, trajectory.shape, trajectory.place[some], trajectory.scale)[0] == letter
 
 
 def _spread(frames: np.ndarray) -> np.ndarray:
-    """At most 8 of them, from first to last."""
+    """At most 8 of the frames, from first to last."""
     return frames[np.unique(np.linspace(0, len(frames) - 1, 8).astype(int))] if len(frames) > 8 else frames
 
 
-def _accounted(trace: Track, front: list[Track], thing: ObjectSpec) -> np.ndarray:
-    """[T] whether the object is there, or away for a reason."""
-    accounted = trace.there.copy()
-    shown = np.flatnonzero(trace.there)
+def _accounted(track: Track, front: list[Track], thing: ObjectSpec) -> np.ndarray:
+    """[T] whether the object is present, or absent for a valid reason."""
+    accounted = track.there.copy()
+    shown = np.flatnonzero(track.there)
     bounds = np.concatenate([[-1], shown, [len(accounted)]])
     for before, after in zip(bounds, bounds[1:]):
         gap = slice(before + 1, after)
         length = after - before - 1
         ends = [end for end in (before, after) if 0 <= end < len(accounted)]
-        leaves = thing.motion in MOTIONS[:4] and any(trace.at_edge[end] for end in ends)
-        hides = any(trace.touches[end, COLOURS.index(other.colour)] and other.there[gap].all()
+        leaves = thing.motion in MOTIONS[:4] and any(track.at_edge[end] for end in ends)
+        hides = any(track.touches[end, COLOURS.index(other.colour)] and other.there[gap].all()
                     for end in ends for other in front)
         if length and ((leaves and length <= _GAP_FRAMES) or (hides and length <= _HIDDEN_FRAMES)):
             accounted[gap] = True

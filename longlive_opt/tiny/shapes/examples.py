@@ -1,6 +1,6 @@
-"""Moving Shapes to look at: pictures of scenes with their prompts, and what the evaluator makes of them.
+"""Examples of Moving Shapes: pictures of scenes with their prompts, and their evaluation.
 
-All is made on the spot from a seed, on the CPU: some 30 pictures a figure, a second or two.
+Everything is rendered from a seed on the CPU: about 30 pictures per figure, in one or two seconds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ COLUMNS = 7
 FRAMES = 36
 SWITCH_FRAME = 33  # the beginning of block 3
 
-_GAP = 3  # pixels beside each picture of a row
+_GAP = 3  # pixels on both sides of each picture of a row
 
 
 def scenes(seed: int, count: int = 4, held_out: bool = False) -> Chart:
-    """Random scenes, a row each, every 12 frames (0.75 s), under their prompts in random wording."""
+    """Random scenes under their prompts in random wording: one row per scene, one picture per 12 frames
+    (0.75 s).
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(count):
@@ -40,7 +42,7 @@ def scenes(seed: int, count: int = 4, held_out: bool = False) -> Chart:
 
 
 def switch(seed: int) -> Chart:
-    """A prompt switch at frame 33 (2.06 s): two frames before it, and what follows within two blocks."""
+    """A prompt switch at frame 33 (2.06 s): two frames before it, and five within the two blocks after it."""
     rng = np.random.default_rng(seed)
     before = sample_scene(rng, objects=2)
     after = change_scene(rng, before)
@@ -58,7 +60,7 @@ class Sample:
 
     @classmethod
     def of(cls, seed: int) -> Sample:
-        """A random one with two objects."""
+        """A random sample with two objects."""
         return cls(sample_scene(np.random.default_rng(seed), objects=2), seed)
 
     @cached_property
@@ -67,18 +69,18 @@ class Sample:
         return _pictures([(0, self.scene)], range(FRAMES), self.seed)
 
     def chart(self) -> Chart:
-        """Frames of it under its prompt."""
+        """Some of its frames under its prompt."""
         return sheet([(describe(self.scene), range(0, FRAMES, 6), self.frames[::6])])
 
     def seen(self) -> pd.DataFrame:
-        """What the evaluator reads in the first frame, knowing nothing of the prompt: an object a row."""
+        """The objects that the evaluator reads in the first frame, without the prompt: one per row."""
         rows = [(thing.colour, thing.shape, thing.letter, thing.scale, thing.x, thing.y, thing.area,
                  thing.whole) for thing in read_objects(self.frames[0])]
         columns = ["colour", "shape", "letter", "scale (1: large)", "x", "y", "pixels", "whole"]
         return pd.DataFrame(rows, columns=columns).round(2).fillna("")
 
     def scores(self) -> pd.DataFrame:
-        """The video held against its own prompt and against wrong ones."""
+        """Adherence of the video to its own prompt and to wrong prompts."""
         first, *others = self.scene.objects
         moved = replace(first, motion=_another(first.motion, MOTIONS[:4]))
         claims = {"its own": self.scene, "another motion": replace(self.scene, objects=(moved, *others)),
@@ -94,7 +96,7 @@ class Sample:
 
 
 def scores(seed: int, count: int = 6) -> pd.DataFrame:
-    """Adherence of `count` random scenes, two seconds each, to three prompts: mean, lowest and highest."""
+    """Adherence of `count` random scenes of two seconds to three prompts: mean, lowest and highest."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = {"its own prompt": [], "one or two things changed": [],
                                      "the prompt of another scene": []}
@@ -118,7 +120,7 @@ def _pictures(timeline: list[tuple[int, SceneSpec]], frames: Sequence[int], seed
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[int], Tensor]]) -> Chart:
-    """Rows of (text, frame numbers, pictures): a text above each row, its seconds below."""
+    """A chart of rows (text, frame numbers, pictures), with the text above each row and the seconds below."""
     columns = max(len(pictures) for _, _, pictures in rows)
     lines = max(text.count("\n") + 1 for text, _, _ in rows)
     chart = Chart(figsize=(9, (9 / columns + 0.2 + 0.17 * lines) * len(rows)), dpi=110, layout="constrained")

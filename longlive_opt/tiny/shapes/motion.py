@@ -1,6 +1,7 @@
-"""Where everything in Moving Shapes is at every video frame: `simulate` turns scenes into `Tracks`.
+"""Simulate the motion of Moving Shapes: `simulate` turns scenes into `Tracks`, one row per video frame.
 
-Positions are in pixels of a 128x128 picture, y downwards; angles in radians, clockwise; 16 frames a second.
+Positions are in pixels of a 128x128 picture, with y downwards. Angles are in radians, clockwise. A video has
+16 frames per second.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from .scene import GROUNDS, LETTERS, MAX_OBJECTS, MOTIONS, PATTERNS, SHAPES, Sce
 
 SIZE = 128
 FADE_FRAMES = 6
-GLIDE = 4.0  # pixels per frame towards a place where an object fits into the picture
+GLIDE = 4.0  # pixels per frame of an object that moves into the picture
 GAP = 3.0  # pixels that objects which stay in the picture keep from its edge
-PULSE = 0.2  # share of the size by which a pulsing object grows and shrinks
+PULSE = 0.2  # share of its size by which a pulsing object grows and shrinks
 
 SCALES = {"small": 0.55, "large": 1.0}
-RADII = {"square": 28.3, "circle": 23.0, "triangle": 29.0, "star": 29.0}  # to a corner, of a large one
+RADII = {"square": 28.3, "circle": 23.0, "triangle": 29.0, "star": 29.0}  # to a corner of a large object
 RGB = {"red": (232, 52, 58), "green": (52, 196, 84), "blue": (56, 134, 252), "yellow": (252, 212, 44),
        "purple": (186, 84, 236), "white": (246, 246, 240)}
 
 
 @dataclass(frozen=True)
 class Tracks:
-    """What B videos of T frames show of up to N = 3 objects, back to front; tensors on the CPU.
+    """The state of up to N = 3 objects, back to front, in B videos of T frames. Tensors are on the CPU.
 
-    Shapes, letters and grounds come in pairs with the share of the second, for the frames in which one turns
-    into the other; a ground is `GROUNDS` index x 3 + `PATTERNS` index.
+    Shapes, letters and grounds come in pairs with the share of the second, for frames in which one turns into
+    the other. A ground is `GROUNDS` index x 3 + `PATTERNS` index.
     """
 
     position: Tensor  # [B, T, N, 2] x, y
@@ -53,29 +54,32 @@ class Tracks:
         return self.alpha.shape[1]
 
     def __getitem__(self, key) -> Tracks:
-        """Videos and frames, as in `tracks[:, 40:80]`; both axes must stay, so index with slices or lists."""
+        """Select videos and frames, as in `tracks[:, 40:80]`. Slices or lists keep both axes."""
         return Tracks(**{field.name: getattr(self, field.name)[key] for field in fields(self)})
 
 
 def simulate(scenes: Sequence[Sequence[tuple[int, SceneSpec]]], frames: int, seed: int) -> Tracks:
-    """Motion of B videos of `frames` video frames, each a list of (first video frame, scene).
+    """Motion of B videos of `frames` video frames. Each video is a list of (first video frame, scene).
 
-    At a switch, object i goes on from where it is: motion changes at once, colour, shape, letter and ground
-    within 6 frames; new objects fade in, removed ones fade out. Start positions, phases and speeds are drawn
-    from `seed` and the index of the video.
+    At a switch, object i continues from its position. Its motion changes at once; colour, shape, letter and
+    ground change within 6 frames. New objects fade in, removed objects fade out. Start positions, phases and
+    speeds depend on `seed` and the index of the video.
 
-    left, right, up, down: 1.5 to 2.5 pixels per frame, out at one edge and in at the other. bounces: 1.8 to
-    2.6, 35 to 55 degrees off the axes. orbits: a circle of 20 to 26 pixels at 1.8 to 2.4. spins: a turn in 63
-    to 90 frames. pulses: 0.8 to 1.2 of the size in 28 to 36 frames. Objects that do not leave the picture
-    first glide into it, 4 pixels a frame.
+        left, right, up, down  1.5 to 2.5 pixels per frame; leaves at one edge and enters at the other
+        bounces                1.8 to 2.6 pixels per frame, 35 to 55 degrees off the axes
+        orbits                 a circle with a radius of 20 to 26 pixels at 1.8 to 2.4 pixels per frame
+        spins                  one turn in 63 to 90 frames
+        pulses                 0.8 to 1.2 of the size in 28 to 36 frames
+
+    Objects that never leave the picture first glide into it, at 4 pixels per frame.
 
     Raises:
-        UserError: a video whose first scene is not at frame 0, or whose switches are not in order.
+        UserError: the first scene of a video is not at frame 0, or its switches are not in order.
     """
     for video, timeline in enumerate(scenes):
         starts = [start for start, _ in timeline]
         if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:])):
-            raise UserError(f"scenes: video {video} has scenes at frames {starts}; begin at 0 and rise.")
+            raise UserError(f"scenes: video {video} has scenes at frames {starts}; begin at 0 and increase.")
     world = _World(scenes, seed)
     rows = []
     for frame in range(frames):
@@ -107,7 +111,7 @@ class _World:
         self.changed, self.ground_changed = np.zeros(shape, np.int64), np.zeros(len(scenes), np.int64)
 
     def switch(self, frame: int) -> None:
-        """Begin the scenes that start at this frame."""
+        """Start the scenes that begin at this frame."""
         for video, scene in self.events.get(frame, ()):
             ground = GROUNDS.index(scene.ground) * len(PATTERNS) + PATTERNS.index(scene.pattern)
             self.ground[video] = ground if frame == 0 else self.ground[video, 1], ground
@@ -121,7 +125,7 @@ class _World:
                     self.alpha[video, index] = there
 
     def _take(self, video: int, index: int, thing, frame: int) -> None:
-        """Make object `index` what the scene says, from what it is."""
+        """Turn object `index` into what the scene describes."""
         at, rng = (video, index), self.rngs[video]
         new = self.alpha_goal[at] == 0
         looks = (np.array(RGB[thing.colour]) / 255, SHAPES.index(thing.shape),
@@ -139,7 +143,7 @@ class _World:
             self._start(at, thing.motion, rng.uniform(size=6), settled=new)
 
     def _free_place(self, video: int, index: int) -> np.ndarray:
-        """Of a few random places, the one that overlaps least with the objects already there."""
+        """The one of a few random places that overlaps least with the objects already there."""
         margin = self._reach((video, index)) + GAP
         places = self.rngs[video].uniform(margin, SIZE - margin, size=(24, 2))
         others = [i for i in range(MAX_OBJECTS) if i != index and self.alpha_goal[video, i]]
@@ -150,11 +154,11 @@ class _World:
         return places[np.argmax(np.minimum(np.min(gaps, axis=0), 0))]
 
     def _reach(self, at) -> np.ndarray:
-        """Pixels from the middle of the objects `at` to their farthest corner."""
+        """Distance in pixels from the middle of the objects `at` to their farthest corner."""
         return np.array([RADII[name] for name in SHAPES])[self.shape[at][..., 1]] * self.scale_goal[at]
 
     def _start(self, at: tuple[int, int], motion: str, draws: np.ndarray, settled: bool) -> None:
-        """Speeds and phases of a motion that begins; six numbers in 0..1 decide."""
+        """Set the speeds and phases of a new motion from six numbers in 0..1."""
         sign = np.where(draws[:3] < 0.5, -1, 1)
         speed, tilt = 1.8 + 0.8 * draws[3], math.radians(35 + 20 * draws[4])
         self.velocity[at] = 0
@@ -202,7 +206,7 @@ class _World:
         }
 
     def advance(self) -> None:
-        """One frame on."""
+        """Advance by one frame."""
         def doing(*names: str) -> np.ndarray:
             return np.isin(self.motion, [MOTIONS.index(name) for name in names])
 

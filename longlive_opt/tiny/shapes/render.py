@@ -1,6 +1,6 @@
-"""Pictures of Moving Shapes: any frames of `Tracks`, on any device, each a pure function of its own row.
+"""Render any frames of `Tracks` of Moving Shapes on any device. Each picture depends only on its own row.
 
-Shapes are anti-aliased signed distances (https://iquilezles.org/articles/distfunctions2d): a shape of n
+Shapes are anti-aliased signed distances (https://iquilezles.org/articles/distfunctions2d). A shape of n
 corners is folded into one of its 2n equal sectors, in which its outline is a single line. A blend of two
 distances turns one shape into another.
 """
@@ -38,8 +38,8 @@ def render(tracks: Tracks, frames: slice | Sequence[int] | Tensor, device: str |
            size: int = SIZE, draw: Callable[..., Tensor] | None = None) -> Tensor:
     """Pictures of the given frames of all videos: float32 [B, T, 3, size, size] in 0..1 on `device`.
 
-    `frames` is the same for all videos, or a tensor [B, T] of each video's own. `draw` is a compiled
-    `draw_object`: always called with the same flags and tables, so that it is compiled once.
+    `frames` is the same for all videos, or a tensor [B, T] with each video's own. `draw` is a compiled
+    `draw_object`. It is always called with the same flags and tables, so that it is compiled only once.
     """
     if isinstance(frames, slice):
         frames = torch.arange(tracks.frames)[frames]
@@ -54,12 +54,12 @@ def render(tracks: Tracks, frames: slice | Sequence[int] | Tensor, device: str |
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
-    """float in 0..1 as uint8, rounded."""
+    """Round float values in 0..1 to uint8."""
     return (pictures * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _draw(tracks: Tracks, device: torch.device, size: int, draw: Callable[..., Tensor] | None) -> Tensor:
-    """[F, 3, size, size] of tracks whose two leading axes are one."""
+    """Pictures [F, 3, size, size] of tracks whose two leading axes are flattened."""
     there = [draw is not None or bool(tracks.alpha[:, i].any()) for i in range(MAX_OBJECTS)]
     turning = draw is not None or bool((tracks.shape[..., 0] != tracks.shape[..., 1]).any())
     lettered = draw is not None or bool(tracks.letter_alpha.any())
@@ -81,10 +81,10 @@ def draw_object(picture: Tensor, position: Tensor, angle: Tensor, scale: Tensor,
                 shape: Tensor, shape_mix: Tensor, letter: Tensor, letter_alpha: Tensor, outlines: Tensor,
                 texture: Tensor, letter_pixels: Tensor, axis: Tensor, ink_colour: Tensor, turning: bool,
                 lettered: bool) -> Tensor:
-    """One object and its shade over pictures [F, 3, size, size]; its values as in `Tracks`, [F, ...] each.
+    """Draw one object and its shade over pictures [F, 3, size, size]. Its values are those of `Tracks`.
 
-    The tables are those of this module. Without `turning` no shape changes, without `lettered` none has a
-    letter.
+    The tables are those of this module. Without `turning` no shape changes. Without `lettered` no object has
+    a letter.
     """
     pixel = SIZE / picture.shape[-1]
     x = axis[None, None, :] - position[:, 0, None, None]
@@ -116,7 +116,7 @@ def _distance(far: Tensor, around: Tensor, outline: Tensor, scale: Tensor | floa
 
 
 def silhouette(shape: str, scale: float, angle: float) -> Tensor:
-    """The pixels that a shape covers as 0 or 1, float [n, n]; n is odd and the middle one in the middle."""
+    """The pixels that a shape covers as 0 or 1, float [n, n], with n odd and the shape centred."""
     half = math.ceil(RADII[shape] * scale) + 1
     axis = torch.arange(-half, half + 1.0)
     x, y = axis[None, :].expand(2 * half + 1, -1), axis[:, None].expand(-1, 2 * half + 1)
@@ -128,7 +128,7 @@ def silhouette(shape: str, scale: float, angle: float) -> Tensor:
 
 @cache
 def _outlines(device: torch.device) -> Tensor:
-    """[shape, 6]: sector, its offset, 0 for the circle (no corners) else 1, normal of the edge, radius."""
+    """[shape, 6]: sector, its offset, 1 (0 for the circle, without corners), edge normal x, y, radius."""
     rows = []
     for name in SHAPES:
         corners, radius = CORNERS[name], RADII[name]
@@ -154,7 +154,7 @@ def _ink(x: Tensor, y: Tensor, letter: Tensor, pixels: Tensor, scale: Tensor, te
 
 @cache
 def _axis(device: torch.device, size: int) -> Tensor:
-    """The middle of each pixel of a row or column."""
+    """The centre of each pixel of a row or column."""
     return (torch.arange(size, device=device) + 0.5) * (SIZE / size)
 
 
@@ -165,7 +165,7 @@ def _ink_colour(device: torch.device) -> Tensor:
 
 @cache
 def _letters(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Letters as [letter, row, column], bold and with an empty margin; their pixel per shape, in pixels."""
+    """Letters [letter, row, column], bold and with an empty margin; the size of a font pixel per shape."""
     bits = torch.tensor([[[int(c) for c in row] for row in _FONT[name].split()] for name in LETTERS]).float()
     texels = F.pad(bits, (1, 1, 1, 1)).repeat_interleave(_TEXELS, 1).repeat_interleave(_TEXELS, 2)
     soft = F.avg_pool2d(F.avg_pool2d(texels[:, None], 7, stride=1, padding=3), 5, stride=1, padding=2)[:, 0]
@@ -175,10 +175,10 @@ def _letters(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @cache
 def _grounds(device: torch.device, size: int) -> Tensor:
-    """All grounds [12, 3, size, size]: 8-pixel squares, diagonal stripes, dots; all repeat after 16 pixels.
+    """All grounds [12, 3, size, size]: 8-pixel squares, diagonal stripes, dots. All repeat after 16 pixels.
 
-    After 8, the stride of the VAE, would be too early: all latents of a ground would be equal, and a decoder
-    of nearest-neighbour enlargements and convolutions cannot tell places within equal latents apart.
+    With a period of 8, the stride of the VAE, all latents of a ground would be equal. A decoder of
+    nearest-neighbour upsampling and convolutions cannot distinguish places within equal latents.
     """
     axis = (torch.arange(size) + 0.5) * SIZE / size
     x, y = axis[None, :].expand(size, -1), axis[:, None].expand(-1, size)

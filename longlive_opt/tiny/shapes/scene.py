@@ -1,6 +1,6 @@
-"""What a video of Moving Shapes shows: one to three objects that move over a patterned ground.
+"""Scenes of Moving Shapes: one to three objects that move over a patterned ground.
 
-Vocabularies are small on purpose: a model of a few million parameters learns them in minutes, and every word
+The vocabularies are small so that a model of a few million parameters learns them in minutes and every word
 of a prompt can be checked in the frames. Colours within a scene differ, so that a prompt can name one object
 and the evaluator can find it. This module imports no torch.
 """
@@ -34,8 +34,8 @@ class ObjectSpec:
     """One object: size, colour, shape, motion and, on a large one, perhaps a letter.
 
     Raises:
-        UserError: a word that is not in its vocabulary, a letter on a small object, or a circle without a
-            letter that spins, which no one could see.
+        UserError: a word that is not in its vocabulary, a letter on a small object, or a spinning circle
+            without a letter, whose motion would be invisible.
     """
 
     size: str
@@ -50,20 +50,20 @@ class ObjectSpec:
         if self.letter is not None:
             _check_word("letter", self.letter, LETTERS)
             if self.size != "large":
-                raise UserError(f"letter: a small object has no room for {self.letter!r}; make it large.")
+                raise UserError(f"letter: a small object has no space for {self.letter!r}; make it large.")
         elif self.shape == "circle" and self.motion == "spins":
             raise UserError("motion: a circle without a letter looks the same when it spins; give it a "
                             "letter, as in 'a large red circle with the letter A spins'.")
 
     @property
     def triple(self) -> tuple[str, str, str]:
-        """(colour, shape, motion), the combination by which training and test scenes are kept apart."""
+        """(colour, shape, motion), the combination that separates training scenes from test scenes."""
         return self.colour, self.shape, self.motion
 
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """A ground (colour and pattern, which never moves) and its objects from back to front.
+    """A ground (colour and pattern; it never moves) and its objects from back to front.
 
     Raises:
         UserError: an unknown word, no or too many objects, or two objects of one colour.
@@ -85,7 +85,7 @@ class SceneSpec:
 
 
 def is_held_out(triple: tuple[str, str, str]) -> bool:
-    """Whether training scenes never show this (colour, shape, motion): one in eight, by a stable hash."""
+    """Whether this (colour, shape, motion) never occurs in training: one in eight, by a stable hash."""
     return zlib.crc32(" ".join((str(_HELD_OUT_SALT), *triple)).encode()) % _HELD_OUT_SHARE == 0
 
 
@@ -105,11 +105,11 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, objects: int 
 
 
 def change_scene(rng: np.random.Generator, scene: SceneSpec, held_out: bool = False) -> SceneSpec:
-    """What the next prompt of an interactive video asks for; always differs from `scene`.
+    """A scene for the next prompt of an interactive video. It always differs from `scene`.
 
-    One or two of: an object takes another colour, shape or motion, an object is replaced, one more appears in
-    front, the front one goes, the ground changes. Everything else goes on; object i stays object i. Triples
-    of changed objects are from training, or all held out.
+    One or two of these changes happen: an object takes another colour, shape or motion; an object is
+    replaced; a new object appears in front; the front object disappears; the ground changes. Everything else
+    continues, and object i stays object i. Triples of changed objects are all from training, or all held out.
     """
     while True:
         changed = scene
@@ -142,7 +142,7 @@ def _edit(rng: np.random.Generator, scene: SceneSpec, held_out: bool) -> SceneSp
 
 
 def _vary(rng: np.random.Generator, old: ObjectSpec, held_out: bool, taken: set[str]) -> ObjectSpec:
-    """The same object with one or two of colour, shape and motion changed; itself where that cannot be."""
+    """The object with one or two of colour, shape and motion changed, or unchanged if that is impossible."""
     fields = rng.choice(3, size=1 + (rng.random() < 0.3), replace=False, p=[0.35, 0.2, 0.45])
     options = [triple for triple in (HELD_OUT_TRIPLES if held_out else TRAINING_TRIPLES)
                if triple[0] not in taken

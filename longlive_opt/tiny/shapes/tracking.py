@@ -1,8 +1,9 @@
-"""Where an object of Moving Shapes is in each frame of a span, and which motion that is.
+"""Track an object of Moving Shapes over a span of frames and recognise its motion.
 
-A whole object is at the middle of its silhouette. One that the edge or another object hides in part is where
-a picture of its shape disagrees least with what is visible, over all shifts at once by Fourier transform;
-pixels behind other objects and beyond the edge say nothing.
+The place of a whole object is the middle of its silhouette. For an object that is partly hidden by the edge
+or by another object, the place is the shift at which a picture of its shape disagrees least with the visible
+pixels. A Fourier transform computes all shifts at once. Pixels behind other objects and beyond the edge do
+not count.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .scene import SHAPES
 WINDOW_FRAMES = 24
 LEAST_FRAMES = 12
 
-_FIELD = 256  # the picture with room for objects beyond its edges
+_FIELD = 256  # the picture with space for objects beyond its edges
 _MARGIN = (_FIELD - SIZE) // 2
 _LAG = 3  # frames between which displacement and rotation are measured
-_MOVES = 0.7  # pixels per frame
-_SPINS = 0.035  # radians per frame
-_PULSES = 0.06  # range of the scale in a window over its mean
-_LEAST_VISIBLE = 0.2  # share of an object below which its place is a guess
+_MOVES = 0.7  # least speed of a travelling object, pixels per frame
+_SPINS = 0.035  # least speed of a spinning object, radians per frame
+_PULSES = 0.06  # least range of a pulsing object's scale in a window, divided by its mean
+_LEAST_VISIBLE = 0.2  # visible share of an object below which its place is unreliable
 _POOR_FIT = 0.06  # share of the visible area that may disagree
 _CLEAR_LEAD = 0.04  # share of the visible area by which the best shape must beat the next
 _LEAST_PLACES = 7
@@ -40,10 +41,10 @@ _TURNS = np.concatenate([np.arange(-0.15, -0.045, 0.01), np.arange(0.05, 0.155, 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is known of one object over a span: frames in which it is whole, its shape, size and places.
+    """One object over a span: the frames in which it is whole, its shape, its scale and its places.
 
-    `shape` and `scale` are None where no frame shows enough; `place` is [T, 2], NaN where it is not known.
-    `open`: frames in which nothing hides where its letter would be.
+    `shape` and `scale` are None if no frame shows enough. `place` is [T, 2], with NaN where it is unknown.
+    `open`: frames in which nothing hides the position of its letter.
     """
 
     whole: np.ndarray
@@ -53,27 +54,27 @@ class Trajectory:
     place: np.ndarray
 
 
-def follow(trace: Track, front: list[Track], likely: tuple[str, float]) -> Trajectory:
-    """Track one object that only `front` may hide; `likely` are shape and scale if none can be read."""
-    hidden = torch.zeros_like(trace.silhouette)
+def follow(track: Track, front: list[Track], likely: tuple[str, float]) -> Trajectory:
+    """Track one object that only `front` may hide. `likely` gives shape and scale if they cannot be read."""
+    hidden = torch.zeros_like(track.silhouette)
     for other in front:
         hidden |= other.silhouette
     hidden = dilate(hidden, 2)
-    touched = (dilate(trace.silhouette, 1) & hidden).flatten(1).any(1).numpy()
-    whole = trace.there & ~trace.at_edge & ~touched
-    weight = (~hidden).float() - 2 * (trace.silhouette & ~hidden).float()
+    touched = (dilate(track.silhouette, 1) & hidden).flatten(1).any(1).numpy()
+    whole = track.there & ~track.at_edge & ~touched
+    weight = (~hidden).float() - 2 * (track.silhouette & ~hidden).float()
     frames = np.flatnonzero(whole)
-    place = np.where(whole[:, None], trace.middle, math.nan)
-    parts = np.flatnonzero(trace.there & ~whole)
+    place = np.where(whole[:, None], track.middle, math.nan)
+    parts = np.flatnonzero(track.there & ~whole)
     if len(frames):
-        shape, scales = outline(trace, frames)
+        shape, scales = outline(track, frames)
         scale: float | None = float(np.mean(scales))
-        turn = float(shape_angle(trace, shape)[frames[len(frames) // 2]])
+        turn = float(shape_angle(track, shape)[frames[len(frames) // 2]])
     else:
-        shape, scale, turn = _recognise(trace, weight, parts)
+        shape, scale, turn = _recognise(track, weight, parts)
     if len(parts):
         drawn = (shape or likely[0], scale or likely[1], 0.0 if math.isnan(turn) else turn)
-        place[parts] = _place_parts(weight[parts], trace.area[parts], *drawn)
+        place[parts] = _place_parts(weight[parts], track.area[parts], *drawn)
     shows = whole.copy()
     if shape is not None and scale is not None and len(parts):
         reach = letter_reach(shape) * scale
@@ -86,7 +87,7 @@ def follow(trace: Track, front: list[Track], likely: tuple[str, float]) -> Traje
 
 
 def _place_parts(weight: Tensor, visible: np.ndarray, shape: str, scale: float, turn: float) -> np.ndarray:
-    """Where a known object is that shows in part; tried in other sizes and rotations where it fits badly."""
+    """Places of a known, partly hidden object. Tries other sizes and rotations where it fits badly."""
     drawn = silhouette(shape, scale, turn)
     misfit, place = (one[:, 0] for one in _fit(weight, drawn[None]))
     poor = np.flatnonzero(misfit.numpy() + visible > _POOR_FIT * visible)
@@ -103,18 +104,18 @@ def _place_parts(weight: Tensor, visible: np.ndarray, shape: str, scale: float, 
     return place
 
 
-def _recognise(trace: Track, weight: Tensor, parts: np.ndarray) -> tuple[str | None, float | None, float]:
+def _recognise(track: Track, weight: Tensor, parts: np.ndarray) -> tuple[str | None, float | None, float]:
     """Shape, scale and angle of an object that is never whole, from the three frames that show most of it.
 
-    Shape, or scale, is None where another one, or one of the other size, fits nearly as well.
+    Shape and scale are None if another shape fits nearly as well. Scale alone is None if the other size does.
     """
-    best = parts[np.argsort(-trace.area[parts])][:3]
+    best = parts[np.argsort(-track.area[parts])][:3]
     tried = [(shape, scale, 2 * math.pi / CORNERS[shape] * step / 8)
              for shape, scale in product(SHAPES, (0.47, 0.55, 0.64, 0.85, 1.0, 1.17))
              for step in range(1 if shape == "circle" else 8)]
     drawn = _stack([silhouette(*one) for one in tried])
     misfit, _ = _fit(weight[best], drawn)
-    visible = torch.as_tensor(trace.area[best], dtype=torch.float32)[:, None]
+    visible = torch.as_tensor(track.area[best], dtype=torch.float32)[:, None]
     score = (misfit / visible + 1).mean(0).numpy()
     first = int(score.argmin())
     shape, scale, turn = tried[first]
@@ -129,16 +130,16 @@ def _recognise(trace: Track, weight: Tensor, parts: np.ndarray) -> tuple[str | N
 
 
 def _stack(drawn: list[Tensor]) -> Tensor:
-    """Squares of odd sides as one batch, each in the middle."""
+    """Squares of odd sides as one batch, each centred."""
     side = max(len(one) for one in drawn)
     return torch.stack([F.pad(one, [(side - len(one)) // 2] * 4) for one in drawn])
 
 
 def _fit(weight: Tensor, drawn: Tensor) -> tuple[Tensor, np.ndarray]:
-    """Least misfit [n, templates] of drawn shapes [templates, H, W] to frames, and where [n, templates, 2].
+    """Least misfit [n, templates] of drawn shapes [templates, H, W] to frames; its place [n, templates, 2].
 
-    `weight` [n, H, W] is -1 on the object, 1 where something else is seen, 0 where nothing is known; its sum
-    over a drawn shape, plus the object's area, counts the pixels that disagree.
+    `weight` [n, H, W] is -1 on the object, 1 where something else is visible, and 0 where nothing is known.
+    Its sum over a drawn shape, plus the object's area, counts the pixels that disagree.
     """
     field = torch.zeros(len(weight), _FIELD, _FIELD)
     field[:, _MARGIN:_MARGIN + SIZE, _MARGIN:_MARGIN + SIZE] = weight
@@ -162,26 +163,27 @@ def _fit(weight: Tensor, drawn: Tensor) -> tuple[Tensor, np.ndarray]:
     return torch.stack(least), torch.stack(places).numpy()
 
 
-def motion_of(trace: Track, course: Trajectory, window: slice) -> str | None:
-    """The one of MOTIONS that fits a window best; None where too little is visible to say."""
-    inside = np.zeros(len(course.whole), bool)
+def motion_of(track: Track, trajectory: Trajectory, window: slice) -> str | None:
+    """The one of MOTIONS that fits a window best, or None if too little is visible."""
+    inside = np.zeros(len(trajectory.whole), bool)
     inside[window] = True
-    seen = np.flatnonzero(inside & ~np.isnan(course.place).any(1))
+    seen = np.flatnonzero(inside & ~np.isnan(trajectory.place).any(1))
     if len(seen) < _LEAST_PLACES:
         return None
-    jumps = np.flatnonzero(np.abs(np.diff(course.place[seen], axis=0)).max(1) > SIZE / 2) + 1
+    jumps = np.flatnonzero(np.abs(np.diff(trajectory.place[seen], axis=0)).max(1) > SIZE / 2) + 1
     seen = max(np.split(seen, jumps), key=len)
     if len(seen) < _LEAST_PLACES:
         return None
-    place = course.place[seen]
+    place = trajectory.place[seen]
     speed = np.hypot(*(place[_LAG:] - place[:-_LAG]).T) / (seen[_LAG:] - seen[:-_LAG])
     if np.median(speed) > _MOVES:
         return travel(seen, place)
-    return _in_place(trace, course, np.flatnonzero(course.whole & inside))
+    return _in_place(track, trajectory, np.flatnonzero(trajectory.whole & inside))
 
 
 def travel(frames: np.ndarray, place: np.ndarray) -> str:
-    """left, right, up, down, bounces or orbits: the path nearest to places [n, 2] at `frames`."""
+    """The motion (left, right, up, down, bounces, orbits) whose path is nearest to places [n, 2] at `frames`.
+    """
     time = (frames - frames[0]).astype(float)
 
     def misfit(columns: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray]:
@@ -209,18 +211,18 @@ def travel(frames: np.ndarray, place: np.ndarray) -> str:
     return min(scores, key=scores.__getitem__)
 
 
-def _in_place(trace: Track, course: Trajectory, frames: np.ndarray) -> str | None:
-    """spins, pulses or still, from frames in which the object is whole."""
-    shape = course.shape
+def _in_place(track: Track, trajectory: Trajectory, frames: np.ndarray) -> str | None:
+    """spins, pulses or still, from the frames in which the object is whole."""
+    shape = trajectory.shape
     pairs = np.intersect1d(frames, frames - _LAG)
     if shape is None or len(pairs) < 3:
         return None
-    scale = np.sqrt(trace.area[frames])
+    scale = np.sqrt(track.area[frames])
     if shape == "circle":
-        lettered = read_letter(trace, pairs, shape)[0] is not None
-        turns = letter_turn(trace, pairs, pairs + _LAG, shape) if lettered else np.zeros(1)
+        lettered = read_letter(track, pairs, shape)[0] is not None
+        turns = letter_turn(track, pairs, pairs + _LAG, shape) if lettered else np.zeros(1)
     else:
-        angle, symmetry = shape_angle(trace, shape), 2 * math.pi / CORNERS[shape]
+        angle, symmetry = shape_angle(track, shape), 2 * math.pi / CORNERS[shape]
         turns = (angle[pairs + _LAG] - angle[pairs] + symmetry / 2) % symmetry - symmetry / 2
     if abs(np.median(turns)) / _LAG > _SPINS:
         return "spins"

@@ -1,12 +1,12 @@
 """Train a tiny LongLive: python -m longlive_opt.tiny.training --out weights/tiny --device cuda
 
-Stages, in order: vae, teacher (the text encoder first), student, export; check judges what was exported,
-bench times a few steps of each stage, plan says what --minutes buy at the times of the bench, or at --ms.
-Every stage goes on from its newest checkpoint in OUT/training, so a command that was cut off is simply
-given again; --call-minutes ends a call in time. --pack copies what is needed to go on, or to export, on
-another machine.
+Stages, in order: vae, teacher (the text encoder first), student, export. check evaluates the exported
+weights. bench times a few steps of each stage. plan prints what --minutes buy at the times of the bench, or
+at --ms. Every stage continues from its newest checkpoint in OUT/training, so repeat a command that was
+interrupted. --call-minutes limits the duration of a call. --pack copies the files that another machine needs
+to continue or to export.
 
-Exit status: 0 done, 1 something is wrong (said in one line), 3 to be continued: the call's minutes are over.
+Exit status: 0 done, 1 an error (printed in one line), 3 not finished because the call's minutes are over.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def _train(args: argparse.Namespace, training: Training) -> int:
     if args.pack:
         logger.info("packed %s: %.1f MB", args.pack, training.pack(args.pack) / 1e6)
     if not complete:
-        logger.info("to be continued: give the command again")
+        logger.info("to be continued: run the command again")
     return 0 if complete else CONTINUE
 
 
 def _measured(path: Path) -> dict[str, float]:
-    """The times that `--stage bench` wrote."""
+    """The times written by `--stage bench`."""
     try:
         return times_of_bench(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -105,7 +105,7 @@ def _numbers(name: str, text: str | None, kind: type) -> list | None:
     try:
         return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--{name}: {text!r} is no list of numbers; write for example 4,10,8.") from error
+        raise UserError(f"--{name}: {text!r} is not a list of numbers; write for example 4,10,8.") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,18 +117,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=[name for name, spec in MODELS.items() if not spec.full_size],
                         default="tiny", help="default: %(default)s")
     parser.add_argument("--minutes", help="of training: vae,teacher,student (default: 3.5,13,7)")
-    parser.add_argument("--steps", help="vae,teacher,student; with --minutes whatever ends first")
-    parser.add_argument("--call-minutes", type=float, help="end this call after so many minutes and save")
+    parser.add_argument("--steps", help="vae,teacher,student; with --minutes, the first limit ends a stage")
+    parser.add_argument("--call-minutes", type=float, help="save and end this call after so many minutes")
     parser.add_argument(
-        "--pack", type=Path, metavar="DIR", help="at the end, copy there what another machine needs"
+        "--pack", type=Path, metavar="DIR", help="at the end, copy the files that another machine needs"
     )
     parser.add_argument("--refresh-every", type=int, metavar="STEPS",
                         help="steps of teacher and student per chunk of new clips")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="multiplies all learning rates")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps at 32x32: shows that all runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps at 32x32, as a test")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="torch.compile what is element-wise (default: on CUDA, without --quick)")
+                        help="torch.compile element-wise functions (default: on CUDA, without --quick)")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction,
                         help="replay the steps of teacher and student as CUDA graphs (default: on CUDA)")
     parser.add_argument("--workers", type=int, metavar="N",
@@ -136,8 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="CASE", help=f"for bench: {', '.join(CASES)}")
     parser.add_argument("--ms", help="for plan: vae_crop=60,teacher=100,teacher_chunk=500 and so on")
     parser.add_argument("--export-from", choices=("student", "teacher"), default="student",
-                        help="whose transformer (default: %(default)s)")
-    parser.add_argument("--denoising-steps", help="for check, such as 1000,750,500,250")
+                        help="stage whose transformer to export (default: %(default)s)")
+    parser.add_argument("--denoising-steps", help="for check, for example 1000,750,500,250")
     parser.add_argument("--variants", nargs="*", help="for check (default: all)")
     return parser
 

@@ -1,10 +1,10 @@
-"""The text encoder learns to read before anything is drawn: an auxiliary head tells what a prompt asks for.
+"""An auxiliary head that trains the text encoder to read: it predicts the attributes that a prompt describes.
 
-The gradient of a video loss reaches the text encoder late and thin. A small attention head with one learned
-query per attribute of the scene, trained with cross entropy, makes the encoder spell out size, shape, motion
-and letter of the object of each colour within a minute; cross-attention of the transformer, which is made the
-same way, finds them there. The loss stays on at a small weight while the teacher is trained. The head is not
-exported.
+The gradient of a video loss reaches the text encoder late and weakly. So a small attention head has one
+learned query per attribute of the scene and is trained with cross entropy. Within a minute the encoder
+represents size, shape, motion and letter of the object of each colour. The transformer's cross-attention,
+which works the same way, finds them there. While the teacher trains, the loss continues with a small weight.
+The head is not exported.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from ..shapes.scene import (
 ABSENT = -100
 _OBJECT = (tuple(range(MAX_OBJECTS)), SIZES, SHAPES, MOTIONS, (None, *LETTERS))
 CLASSES = [2, *map(len, _OBJECT)] * len(COLOURS) + [len(GROUNDS), len(PATTERNS)]
-"""Classes of each attribute: for each colour whether an object has it (one at most), its place from back to
-front and its looks; then the ground."""
+"""Number of classes of each attribute. For each colour: whether an object has it (at most one), its place
+from back to front, and its other attributes. Then the ground."""
 
 
 def scene_labels(scene: SceneSpec) -> list[int]:
-    """The attributes of a scene as class numbers; ABSENT for those of a colour that no object has."""
+    """The attributes of a scene as class numbers, with ABSENT for those of a colour that no object has."""
     labels: list[int] = []
     things = {thing.colour: (i, thing) for i, thing in enumerate(scene.objects)}
     for colour in COLOURS:
@@ -55,7 +55,7 @@ def scene_labels(scene: SceneSpec) -> list[int]:
 
 
 def sample_scenes(rng: np.random.Generator, count: int) -> list[SceneSpec]:
-    """Training scenes, every second one the change of another."""
+    """Training scenes. Every second one is a change of the one before."""
     scenes: list[SceneSpec] = []
     for i in range(count):
         scenes.append(change_scene(rng, scenes[-1]) if i % 2 else sample_scene(rng))
@@ -95,7 +95,7 @@ def _class_counts(device: torch.device) -> Tensor:
 
 
 def attribute_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy, and the share of attributes that are read rightly."""
+    """Cross entropy, and the share of attributes that are read correctly."""
     logits = logits.float()
     sizes = _class_counts(logits.device)
     logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= sizes[:, None], -1e4)
@@ -105,6 +105,8 @@ def attribute_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text_features(encoder: UMT5Encoder, ids: Tensor) -> Tensor:
-    """What `TextEncoder.encode` gives for ids [B, L], all prompts at once: [B, L, dim], padding zero."""
+    """Features [B, L, dim] of ids [B, L] as by `TextEncoder.encode`, for all prompts at once; padding is
+    zero.
+    """
     mask = ids != 0
     return encoder(ids, mask.long()).masked_fill(~mask[..., None], 0)

@@ -1,9 +1,10 @@
-"""Where the time of a training step goes, and what a budget buys.
+"""Measure where the time of a training step goes, and compute what a budget buys.
 
-For every stage, on untrained networks: `wall`, steps in a row; `host`, Python and launching alone, measured
-against an idle device; `device`, the time its kernels take, from the profiler. Of `wall`, whichever of the
-two is larger is the limit. `plan` is what a chunk of data costs the processes that plan it, `chunk` what it
-costs the device once it is planned; `ready` is everything before the first timed step, compiling included.
+Every stage is timed on untrained networks. `wall` is the time of consecutive steps. `host` is the time of
+Python and launching alone, with an idle device. `device` is the time of the kernels, from the profiler. The
+larger of `host` and `device` limits `wall`. `plan` is the cost of a chunk of data for the processes that plan
+it, and `chunk` its cost for the device once planned. `ready` is the time before the first timed step,
+including compilation.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ PROFILED_STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A stage to time: how it is made, the progress it is at, after how many steps it is warm, and which of
-    its rings holds the data.
+    """A stage to time: its constructor, its progress, its warm-up steps, its timed steps, and the ring that
+    holds its data.
     """
 
     name: str
@@ -50,8 +51,8 @@ class Case:
 
 
 def run_bench(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, float]]:
-    """Time the cases; logs a table of COLUMNS in ms (`kernels` a step, `ready` in s, `memory` in GB) and the
-    most expensive kernels of each, or operations on the CPU.
+    """Time the cases. Logs a table of COLUMNS in ms (`kernels` is a number per step, `ready` is in s,
+    `memory` in GB) and the most expensive kernels of each case, or operations on the CPU.
     """
     rows = {}
     for case in cases:
@@ -97,7 +98,7 @@ def _bench(case: Case, device: torch.device) -> dict[str, float]:
         planner = ring.maker.planner if hasattr(ring, "maker") else ring.planner
         index = ring.produced
         row["plan"] = timed(lambda: planner.function(index + 100))
-        ring.refresh()  # waits for the workers, and the memory is there from now on
+        ring.refresh()  # waits for the workers and allocates the memory
         planner.expect(index + 1)
         planner.wait(index + 1)
         row["chunk"] = timed(ring.refresh)
@@ -120,11 +121,11 @@ def _log_top(name: str, kind: str, averages: Sequence[Any], key: str) -> None:
     best = sorted(averages, key=lambda a: getattr(a, key), reverse=True)[:TOP]
     lines = [f"{getattr(a, key) / 1e3 / PROFILED_STEPS:9.2f} ms {a.count / PROFILED_STEPS:7.0f} x  "
              f"{a.key[:80]}" for a in best]
-    logger.info("%s: a step's time by %s\n%s", name, kind, "\n".join(lines))
+    logger.info("%s: time per step by %s\n%s", name, kind, "\n".join(lines))
 
 
 def table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
-    """Rows of numbers as text; what is missing is a dash."""
+    """Rows of numbers as text, with a dash for a missing number."""
     lines = ["".join([f"{'':14}", *(f"{column:>12}" for column in columns)])]
     for name, row in rows.items():
         cells = (f"{row[column]:12.1f}" if column in row else f"{'-':>12}" for column in columns)
@@ -133,10 +134,10 @@ def table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> st
 
 
 def times_of(text: str) -> dict[str, float]:
-    """`vae_crop=60,teacher=100,teacher_chunk=500` as numbers, ms.
+    """Parse times in ms such as `vae_crop=60,teacher=100,teacher_chunk=500`.
 
     Raises:
-        UserError: another name, or no number.
+        UserError: an unknown name, or a value that is not a positive number.
     """
     known = [*CASES, *(f"{case}_chunk" for case in ("vae", "opening", "teacher", "student"))]
     times = {}
@@ -152,7 +153,7 @@ def times_of(text: str) -> dict[str, float]:
 
 
 def times_of_bench(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What `run_bench` gave, as `times_of` gives it."""
+    """The result of `run_bench` in the form of `times_of`."""
     times = {name: row["wall"] for name, row in rows.items()}
     for name, row in rows.items():
         if "chunk" in row:
@@ -161,11 +162,11 @@ def times_of_bench(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def budget(settings: Settings, times: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What each stage sees in its minutes: steps, clips and video frames it is trained on, chunks made, how
-    many different clips these hold, and how often each is seen. Stages without a time are left out.
+    """The training that each stage gets in its minutes: steps, clips, video frames, chunks, different clips,
+    and how often each clip is seen. Stages without a time are left out.
 
     Args:
-        times: ms of a step, and of a chunk (`teacher_chunk`; 0 if unknown).
+        times: ms per step, and ms per chunk (such as `teacher_chunk`; 0 if unknown).
     """
     vae, teacher, student, mix = settings.vae, settings.teacher, settings.student, settings.mix
     per_chunk = mix.start + mix.far + mix.after + mix.late + mix.early

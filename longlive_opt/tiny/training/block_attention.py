@@ -1,8 +1,8 @@
-"""Attention among the blocks of clips, where it is known beforehand which block sees which.
+"""Attention among the blocks of clips with a fixed pattern of which block sees which.
 
-Blocks that see equally many blocks share one call of dense attention; their keys are copied together by a
-few slices, since what neighbouring blocks see are neighbours too. The gradient adds up by the same slices, in
-a fixed order.
+Blocks that see equally many blocks share one call of dense attention. A few slices copy their keys together,
+because neighbouring blocks see neighbouring blocks. The gradient is summed by the same slices in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 Sees = tuple[tuple[int, ...], ...]
 Kept = dict[tuple[int, str], Tensor]
-"""Keys and values put together for a group before, where only those of new blocks change."""
+"""Gathered keys and values by group, kept from an earlier call in which only the new blocks differ."""
 
 
 class Run(NamedTuple):
-    """`count` queries from `first` on, whose block number `part` is `source` + 0, 1, 2, ..., or, with `same`,
-    always `source`; `stored` says which tensor it lies in.
+    """`count` queries from `first` on. Their block number `part` is `source` + 0, 1, 2, ..., or with `same`
+    always `source`. `stored` says which tensor holds it.
     """
 
     part: int
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Query blocks `first` to `last` (excluded) of the order, which see `length` blocks each."""
+    """Query blocks `first` to `last` (exclusive) of the order. Each sees `length` blocks."""
 
     first: int
     last: int
@@ -43,10 +43,10 @@ class Group(NamedTuple):
 
 @cache
 def grouped(sees: Sees, stored: int) -> tuple[tuple[int, ...], tuple[Group, ...]]:
-    """The order of the query blocks in which groups lie together, and the groups.
+    """The order of query blocks in which groups are contiguous, and the groups.
 
     Args:
-        sees: the blocks that each query block attends to, counted through `stored` blocks and the new ones.
+        sees: the blocks that each query block attends to, counting `stored` blocks first and then new ones.
     """
     order = tuple(sorted(range(len(sees)), key=lambda i: len(sees[i])))
     groups, first = [], 0
@@ -81,8 +81,8 @@ def _runs(part: int, sources: list[int], stored: int) -> list[Run]:
 
 
 class _Gather(torch.autograd.Function):
-    """[S, B, L, N, D] stored (or None) and [Q, B, L, N, D] new blocks -> what each group sees, [members, B,
-    length, L, N, D].
+    """[S, B, L, N, D] stored (or None) and [Q, B, L, N, D] new blocks -> the blocks that each group sees,
+    [members, B, length, L, N, D].
     """
 
     @staticmethod
@@ -124,11 +124,10 @@ def _copy(source: Tensor | None, out: Tensor, runs: Sequence[Run]) -> None:
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, sees: Sees, stored_key: Tensor | None = None,
                   stored_value: Tensor | None = None, kept: Kept | None = None) -> Tensor:
-    """Attention of query blocks q [Q, B, L, N, D] to the blocks that each sees, same shape as q.
+    """Attention of query blocks q [Q, B, L, N, D] to the blocks that each sees, in the shape of q.
 
-    `sees` counts through the stored blocks [S, B, L, N, D] and on through k and v, which may be more than Q.
-    Without gradients `kept` remembers, for the next call with the same stored blocks, where they were copied
-    to.
+    `sees` counts the stored blocks [S, B, L, N, D] first and then k and v, which may have more than Q blocks.
+    Without gradients `kept` stores the gathered copies for the next call with the same stored blocks.
     """
     if torch.is_grad_enabled():
         kept = None
@@ -153,7 +152,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, sees: Sees, stored_key: Tenso
 
 def _seen(stored: Tensor | None, new: Tensor, groups: tuple[Group, ...], name: str,
           kept: Kept | None) -> list[Tensor]:
-    """[members, B, length * L, N, D] of every group."""
+    """[members, B, length * L, N, D] for every group."""
     if kept is None:
         return [t.flatten(2, 3) for t in _Gather.apply(stored, new, groups)]
     for group in groups:
@@ -166,5 +165,5 @@ def _seen(stored: Tensor | None, new: Tensor, groups: tuple[Group, ...], name: s
 
 
 def slices(x: Tensor, order: Sequence[int], dim: int = 0, size: int = 1) -> list[Tensor]:
-    """Blocks of x in another order, or some of them, as few slices; a block is `size` long along `dim`."""
+    """The blocks of x listed in `order`, as few slices. A block is `size` long along `dim`."""
     return [x.narrow(dim, run.source * size, run.count * size) for run in _runs(0, list(order), 0)]

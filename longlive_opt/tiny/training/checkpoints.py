@@ -1,10 +1,10 @@
-"""State of a training stage on disk: resumable to the bit, and small enough to travel.
+"""Save the state of a training stage: resumable bit by bit, and small enough to copy between machines.
 
-A checkpoint is a folder `<stage>-<step>` of safetensors files of at most 15 MB and a `state.json`, written
-under another name and renamed when complete; older ones are deleted afterwards. `weights.*` are the float32
-weights, `average.*` their average in bfloat16, `exact.*` the optimizer's moments and the float32 average. A
-stage can go on from the average alone, an eighth of it all: it says so, starts with fresh moments and warms
-the learning rate up again. `pack` copies just that, to travel between machines.
+A checkpoint is a folder `<stage>-<step>` with safetensors files of at most 15 MB and a `state.json`. It is
+written under another name and renamed when complete. Then older checkpoints are deleted. `weights.*` are the
+float32 weights, `average.*` their average in bfloat16, and `exact.*` the optimizer's moments and the float32
+average. A stage can continue from the average alone, an eighth of the size. It then logs a warning, resets
+the moments and warms the learning rate up again. `pack` copies only this part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ EXACT = "exact"
 
 def save_checkpoint(folder: Path, stage: str, step: int, groups: Mapping[str, Mapping[str, Tensor]],
                     state: Mapping[str, Any]) -> Path:
-    """Write one checkpoint and delete the stage's older ones. `groups` maps a file's stem to its tensors."""
+    """Write a checkpoint and delete the stage's older ones. `groups` maps the stem of a file to its tensors.
+    """
     final = folder / f"{stage}-{step:07d}"
     fresh = folder / f".{final.name}.tmp"
     try:
@@ -49,7 +50,7 @@ def save_checkpoint(folder: Path, stage: str, step: int, groups: Mapping[str, Ma
 
 
 def checkpoints(folder: Path, stage: str) -> list[Path]:
-    """The stage's complete checkpoints, the newest last."""
+    """The stage's complete checkpoints, newest last."""
     return sorted(path for path in folder.glob(f"{stage}-*") if (path / "state.json").is_file())
 
 
@@ -57,7 +58,7 @@ def load_checkpoint(folder: Path, stage: str) -> tuple[dict[str, dict[str, Tenso
     """The newest checkpoint's groups (on the CPU) and state, or None if the stage has none.
 
     Raises:
-        UserError: a file of it is damaged.
+        UserError: a file of the checkpoint is damaged.
     """
     found = checkpoints(folder, stage)
     if not found:
@@ -67,14 +68,14 @@ def load_checkpoint(folder: Path, stage: str) -> tuple[dict[str, dict[str, Tenso
         for path in sorted(found[-1].glob("*.safetensors")):
             groups.setdefault(path.name.split(".")[0], {}).update(load_file(path))
         return groups, json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    except Exception as error:  # safetensors and json raise errors of their own for damaged files
+    except Exception as error:  # safetensors and json raise different errors for damaged files
         raise UserError(f"{found[-1]}: cannot be read ({error}); delete that folder to train the stage "
                         "again.") from error
 
 
 def pack(folder: Path, stages: Sequence[str], to: Path) -> list[Path]:
-    """Copy what is needed to go on elsewhere: of the newest checkpoint of each stage `average.*` and
-    `state.json`, replacing what an earlier call copied. Returns the copies.
+    """Copy `average.*` and `state.json` of each stage's newest checkpoint, to continue elsewhere. Replaces
+    the copies of an earlier call. Returns the copies.
     """
     copies = []
     for stage in stages:
@@ -101,7 +102,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix.`, without it."""
+    """The tensors whose names start with `prefix.`, under the rest of their names."""
     return {
         name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")
     }

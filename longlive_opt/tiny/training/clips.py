@@ -1,21 +1,22 @@
-"""Training clips of Moving Shapes, made on the device: rendered, encoded by the frozen VAE, kept in rings.
+"""Make training clips of Moving Shapes on the device: render them, encode them with the frozen VAE, and keep
+them in rings.
 
-Chunk n of the data is a pure function of the seed and n, so a resumed run sees what an uninterrupted one
-would have seen. Rendering and encoding cost more than a training step uses up, therefore every clip is used
-several times, each time with other noise, while new chunks overwrite the oldest.
+Chunk n of the data is a pure function of the seed and n, so a resumed run sees the same data as an
+uninterrupted one. Rendering and encoding a step's clips costs more than the step itself. Therefore every clip
+is used several times, each time with other noise, while new chunks overwrite the oldest.
 
-A clip of n blocks is the first block of a video (the sink) and n - 1 blocks in a row from latent frame
-`position` on. The kinds, by what an interactive session can meet:
+A clip of n blocks is the first block of a video (the sink) and n - 1 consecutive blocks from latent frame
+`position` on. Its kinds cover the situations of an interactive session:
 
     start   the first n blocks of a video
-    far     anywhere up to latent frame FAR, so that all rotary positions and distances to the sink are met
-    after   as far, but the prompt changed since the sink, which shows the old scene under the old prompt
-    late    the prompt changes at block 4 with a full window: blocks 1..3 are recached together under the new
-            prompt, the sink stays under the old one
-    early m the prompt changes at block m of the first blocks, m <= 4: the recache takes the sink too
+    far     anywhere up to latent frame FAR, to cover all rotary positions and distances to the sink
+    after   like far, but the prompt changed after the sink, which shows the old scene under the old prompt
+    late    the prompt changes at block 4 with a full window; blocks 1..3 are recached together under the new
+            prompt, and the sink stays under the old one
+    early m the prompt changes at block m of the first blocks, m <= 4; the recache includes the sink
 
-Openings are the first blocks of videos and nothing else. There all is invented that later blocks have only to
-carry on, so it is where most is to be learned; and they cost a tenth of a clip.
+An opening is only the first block of a video. It contains most of what the model has to learn, because later
+blocks only continue it, and it costs a tenth of a clip.
 """
 
 from __future__ import annotations
@@ -44,25 +45,25 @@ FAR = 300
 CLIP_BLOCKS = 7
 LATE_BLOCK = 4
 WARM_LATENTS = 3
-"""Latent frames that the VAE reads, and that are thrown away, before a clip that is cut out of a video."""
+"""Latent frames before a clip cut out of a video, which the VAE encodes and which are then discarded."""
 EARLY_BLOCKS = (2, 4)
 OPENING = "opening"
-"""The pool and the layout of openings."""
+"""Name of the pool and of the layout of openings."""
 
 
 @dataclass
 class Clips:
-    """Clips of one layout; N of them.
+    """N clips of one layout.
 
-    `loss` says which blocks follow upon a past like that of inference; a cut clip begins without one.
+    `loss` marks the blocks whose past is as at inference. The first blocks of a cut clip have no such past.
     """
 
     latents: Tensor  # [N, blocks * 3, C, h, w], normalised
     positions: Tensor  # int64 [N, blocks * 3], latent frames of the video
     loss: Tensor  # float32 [N, blocks], 0 or 1
     sink_ids: Tensor  # int64 [N, text_len], the prompt of the sink
-    ids: Tensor  # int64 [N, text_len], the prompt of all else
-    labels: Tensor  # int64 [N, attributes], what `ids` say
+    ids: Tensor  # int64 [N, text_len], the prompt of all other blocks
+    labels: Tensor  # int64 [N, attributes], the attributes that `ids` describe
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,7 +72,7 @@ class Clips:
         return Clips(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def tensors(self) -> list[Tensor]:
-        """All there is, in the order of the fields."""
+        """All tensors, in the order of the fields."""
         return [getattr(self, f.name) for f in fields(self)]
 
     def to(self, device: torch.device) -> Clips:
@@ -80,7 +81,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class Mix:
-    """How many clips of each kind a chunk holds."""
+    """The number of clips of each kind in a chunk."""
 
     start: int = 24
     far: int = 32
@@ -91,7 +92,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Video:
-    """One clip before it is rendered: timeline of (video frame, scene), where it is cut, prompts, loss."""
+    """One clip before rendering: timeline of (video frame, scene), position of the cut, prompts, loss."""
 
     timeline: tuple[tuple[int, SceneSpec], ...]
     position: int
@@ -102,23 +103,24 @@ class Video:
 
 @dataclass
 class Plan:
-    """A chunk before it is rendered: per pool its clips, the tracks of all, and the frames to render."""
+    """A chunk before rendering: the clips of each pool, and for all clips the tracks of the frames to render.
+    """
 
     pools: dict[str, list[Video]]
     clip: Tracks  # [N, 81, ...]
     sink: Tracks  # [N, 9, ...]
-    sink_ids: Tensor  # the rest as in `Clips`, of all pools
+    sink_ids: Tensor  # this and the rest as in `Clips`, for all pools
     ids: Tensor
     labels: Tensor
     positions: Tensor
     loss: Tensor
 
     def packed(self) -> Plan:
-        """With arrays in place of tensors, as it travels between processes."""
+        """A copy with arrays instead of tensors, to send between processes."""
         return self._mapped(lambda t: pack_tracks(t) if isinstance(t, Tracks) else t.numpy())
 
     def unpacked(self) -> Plan:
-        """What was `packed`."""
+        """The inverse of `packed`."""
         return self._mapped(lambda a: unpack_tracks(a) if isinstance(a, dict) else torch.from_numpy(a))
 
     def _mapped(self, change: Callable) -> Plan:
@@ -127,7 +129,7 @@ class Plan:
 
 
 def layouts(past: int, block_frames: int = 3) -> dict[str, ClipLayout]:
-    """The layout of every pool of clips."""
+    """The layouts of all pools of clips."""
     plain = ClipLayout(CLIP_BLOCKS, past, block_frames)
     late = replace(plain, recached=LATE_BLOCK)
     early = {f"early{m}": replace(plain, recached=m, keeps_sink=False) for m in EARLY_BLOCKS}
@@ -135,16 +137,16 @@ def layouts(past: int, block_frames: int = 3) -> dict[str, ClipLayout]:
 
 
 def first_video_frame(latent: int) -> int:
-    """The first video frame that latent frame `latent` holds."""
+    """The first video frame of latent frame `latent`."""
     return max(0, 4 * latent - 3)
 
 
 def plan_chunk(seed: int, index: int, mix: Mix, far: int = FAR, text_len: int = 128) -> Plan:
-    """Scenes, prompts and motion of chunk `index`; needs no device."""
+    """Scenes, prompts and motion of chunk `index`. Needs no device."""
     rng = np.random.default_rng([seed, index])
     block = 3
     clip_latents = CLIP_BLOCKS * block
-    # Most simulated frames are never shown: a horizon per chunk keeps the long ones few.
+    # Most simulated frames are never rendered. A random horizon per chunk keeps long simulations rare.
     horizon = int(np.exp(rng.uniform(np.log(15), np.log(far + 1))))
 
     def cut_position() -> int:
@@ -203,7 +205,7 @@ def _packed_chunk(seed: int, mix: Mix, far: int, text_len: int, index: int) -> P
 
 
 def plan_openings(seed: int, index: int, count: int, text_len: int = 128, block: int = 3) -> Plan:
-    """Scenes, prompts and motion of `count` first blocks; needs no device."""
+    """Scenes, prompts and motion of `count` first blocks. Needs no device."""
     rng = np.random.default_rng([seed, index, 1])
     scenes = sample_scenes(rng, count)
     prompts = [describe(scene, rng) for scene in scenes]
@@ -221,12 +223,12 @@ def _packed_openings(seed: int, text_len: int, count: int, index: int) -> Plan:
 
 
 def _first_rendered(video: Video, block: int) -> int:
-    """A cut clip starts some latents early, with the last frame of the latent that stands first there."""
+    """The first video frame to render. A cut clip starts WARM_LATENTS early."""
     return 0 if video.position == block else 4 * (video.position - WARM_LATENTS)
 
 
 class ClipMaker:
-    """Renders and encodes chunks."""
+    """Renders and encodes chunks of clips."""
 
     def __init__(
         self,
@@ -239,8 +241,11 @@ class ClipMaker:
         videos_at_once: int = 16,
         workers: Executor | None = None,
     ):
-        """Args: vae: frozen, normalising (see `export.fold_statistics`). text_len: ids of a prompt. size: of
-        the picture, in pixels. workers: plan the chunks ahead (see `workers`).
+        """Args:
+            vae: frozen, with normalised latents (see `export.fold_statistics`).
+            text_len: number of ids per prompt.
+            size: picture size in pixels.
+            workers: processes that plan the chunks ahead (see `workers`).
         """
         self.vae, self.text_len, self.size, self.seed = vae, text_len, size, seed
         self.mix, self.far, self.videos_at_once, self.workers = mix, far, videos_at_once, workers
@@ -251,7 +256,7 @@ class ClipMaker:
         return self.planner(index).unpacked()
 
     def openings(self, count: int) -> OpeningMaker:
-        """What makes chunks of `count` openings with the same VAE, seed and workers."""
+        """A maker of chunks of `count` openings with the same VAE, seed and workers."""
         return OpeningMaker(self, count)
 
     def make(self, plan: Plan) -> dict[str, Clips]:
@@ -282,7 +287,7 @@ class OpeningMaker:
     """Renders and encodes chunks of openings."""
 
     def __init__(self, clips: ClipMaker, count: int):
-        """Args: count: openings of a chunk."""
+        """Args: count: openings per chunk."""
         self.clips, self.device = clips, clips.device
         self.planner = Planner(partial(_packed_openings, clips.seed, clips.text_len, count), clips.workers)
 
@@ -291,7 +296,7 @@ class OpeningMaker:
 
     def make(self, plan: Plan) -> dict[str, Clips]:
         """The openings of a chunk, on the device."""
-        at_once = self.clips.videos_at_once  # as many as sinks of clips: for other shapes all compiles again
+        at_once = self.clips.videos_at_once  # the batch of the clips' sinks; another shape would recompile
         latents = torch.cat([self.clips.encode(plan.clip[first:first + at_once])
                              for first in range(0, len(plan.ids), at_once)])
         return {OPENING: Clips(latents, plan.positions, plan.loss, plan.sink_ids, plan.ids,
@@ -304,10 +309,10 @@ def text_mask(ids: Tensor) -> Tensor:
 
 
 class ClipRing:
-    """The newest clips of every pool; chunk by chunk the oldest are overwritten."""
+    """The newest clips of every pool. Each new chunk overwrites the oldest."""
 
     def __init__(self, maker: ClipMaker, chunks: int):
-        """Args: chunks: how many the ring holds."""
+        """Args: chunks: number of chunks in the ring."""
         self.maker, self.chunks = maker, chunks
         self.produced = 0
         self._pools: dict[str, Clips] = {}
@@ -319,13 +324,13 @@ class ClipRing:
         self.produced += 1
 
     def produce(self, chunks: int) -> None:
-        """Make chunks until there have been `chunks`."""
+        """Make chunks until `chunks` have been produced in total."""
         while self.produced < chunks:
             self.refresh()
 
     def refill(self, produced: int, chunks: int | None = None) -> None:
-        """Bring back the ring as it was after `produced` chunks. With `chunks`, only so many of the newest
-        are made, which is quicker, and stand in for the others.
+        """Restore the ring to its state after `produced` chunks. With `chunks`, make only that many of the
+        newest chunks, which is faster, and let them replace the others.
         """
         held = min(self.chunks, produced)
         for index in range(produced - min(held, chunks or held), produced):
@@ -344,11 +349,11 @@ class ClipRing:
         return self._pools[pool][index]
 
     def has(self, pool: str) -> bool:
-        """Whether there is a clip in the pool."""
+        """Whether the pool has a clip."""
         return pool in self._pools
 
     def _filled(self, pool: str) -> int:
-        """Clips of a pool once the ring has seen `produced` chunks."""
+        """Number of clips in a pool after `produced` chunks."""
         clips = len(self._valid[pool])
         if not pool.startswith("early"):
             return min(clips, clips // self.chunks * self.produced)
@@ -358,7 +363,7 @@ class ClipRing:
 
     @property
     def _early_turns(self) -> int:
-        """An early pool gets clips from some chunks only."""
+        """Chunks in the ring with clips for an early pool. Chunks alternate between the early pools."""
         return max(1, self.chunks // len(EARLY_BLOCKS))
 
     def _store(self, index: int) -> None:

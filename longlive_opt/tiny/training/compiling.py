@@ -1,9 +1,9 @@
-"""Functions that torch.compile turns into few kernels, if the process asks for it with `use_compiler`.
+"""Mark functions that torch.compile turns into few kernels after a call of `use_compiler`.
 
-Compiled are the pieces that are nearly all element-wise work, each small and the same for many layers: the
-halves of a transformer block around attention, the norms of the VAE, the drawing of an object. Their first
-axis may change without compiling again where `dynamic` says so; all other shapes are few. Off by default, as
-in tests and on the CPU, where every function is simply itself.
+The marked functions are small, mostly element-wise, and shared by many layers: the halves of a transformer
+block around attention, the norms of the VAE, and the drawing of an object. With `dynamic` their first axis
+may change without recompiling. All other shapes take only a few values. By default, as in tests and on the
+CPU, the functions run uncompiled.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _functions: list[Callable[[], None]] = []
 
 
 def use_compiler(backend: str | None) -> None:
-    """Compile all `compilable` functions with `backend` (inductor, or aot_eager to look for graph breaks)
-    from now on in this process; None switches it off.
+    """From now on, compile all `compilable` functions of this process with `backend`: inductor, or aot_eager
+    to find graph breaks. None switches compilation off.
     """
     global _backend
     if backend != _backend:
@@ -44,10 +44,10 @@ def compiling() -> bool:
 
 
 def compilable(dynamic: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function that `use_compiler` compiles as one full graph.
+    """Decorate a function that `use_compiler` compiles as one full graph.
 
     Args:
-        dynamic: the length of the first tensor's first axis is left open, in all tensors that share it.
+        dynamic: leave the length of the first tensor's first axis open, in all tensors that share it.
     """
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         compiled: Callable[P, R] | None = None

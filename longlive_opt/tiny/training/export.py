@@ -1,6 +1,6 @@
-"""From trained networks to a weights folder that `weight_files.resolve_weights` finds, in bfloat16.
+"""Export trained networks in bfloat16 to a weights folder that `models.weight_files` can read.
 
-The tokenizer is the byte-level one of the training, written as a `tokenizer.json`.
+The tokenizer is the byte-level tokenizer of the training, written as a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ...models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 
 @torch.no_grad()
 def fold_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
-    """Change conv1 and conv2 so that latents of channel mean `mean` and deviation `std`, float32 [z] each,
-    come out with LATENT_MEAN and LATENT_STD, as all code expects them; what is decoded stays the same.
+    """Change conv1 and conv2 so that latents with channel mean `mean` and standard deviation `std`, float32
+    [z] each, get LATENT_MEAN and LATENT_STD, as all code expects. The decoded frames stay the same.
     """
     if not bool((std > 1e-4).all()):
         raise UserError(
-            f"vae: a latent channel is dead (deviations {std.tolist()}); train longer, or lower the "
+            f"vae: a latent channel is constant (deviations {std.tolist()}); train longer, or lower the "
             "weight of the KL term."
         )
     device = vae.conv1.weight.device
@@ -44,7 +44,7 @@ def fold_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
 
 def export_weights(folder: Path, dit: Mapping[str, Tensor], text: Mapping[str, Tensor],
                    vae: Mapping[str, Tensor]) -> dict[str, int]:
-    """Write the weights folder; returns the bytes of every file."""
+    """Write the weights folder and return the size of every file in bytes."""
     places, sizes = MODELS["tiny"].checkpoint.files, {}
     for part, tensors in (("dit", dit), ("text", text), ("vae", vae)):
         path = folder / places[part]
@@ -62,7 +62,7 @@ def export_weights(folder: Path, dit: Mapping[str, Tensor], text: Mapping[str, T
 
 
 def byte_tokenizer() -> dict[str, object]:
-    """`tokenizer.json` of the byte tokenizer: UTF-8 bytes from BYTE_OFFSET on, the end token last."""
+    """`tokenizer.json` of the byte tokenizer: UTF-8 bytes from BYTE_OFFSET on, then the end token."""
     special = [("<pad>", PAD_ID), ("</s>", END_ID), ("<unk>", 2)]
     letters = _byte_letters()
     vocabulary = {**dict(special), **{letters[byte]: byte + BYTE_OFFSET for byte in range(256)}}
@@ -84,8 +84,8 @@ def byte_tokenizer() -> dict[str, object]:
 
 
 def _byte_letters() -> list[str]:
-    """The character by which the ByteLevel pre-tokenizer writes each byte: itself where it is visible
-    Latin-1, else the next one from U+0100 on.
+    """The character that the ByteLevel pre-tokenizer writes for each byte: the byte itself if it is visible
+    Latin-1, else the next character from U+0100 on.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]

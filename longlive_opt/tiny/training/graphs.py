@@ -1,8 +1,8 @@
-"""Pieces of a training step as CUDA graphs.
+"""Record parts of a training step as CUDA graphs.
 
-A step of a small model launches thousands of kernels, and each is done before the next is launched: the
-device waits for the host (`--stage bench --no-graphs` shows both). What is recorded once and replayed costs
-the host one launch. Gradients are part of it; the optimizer is not, since its learning rate changes.
+A step of a small model launches thousands of kernels, and each ends before the host launches the next, so the
+device waits for the host (`--stage bench --no-graphs` shows both times). A recorded graph costs the host one
+launch. It includes the gradients but not the optimizer, whose learning rate changes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class _Recording:
 
 
 class Recorder:
-    """Calls functions on tensors, from the second time on by replaying what the first call launched.
+    """Records a function on its first call with a key and replays its kernels on every call with that key.
 
-    A function may draw from `generator`, leave gradients on `parameters`, and must ask the host for nothing:
-    no value of a tensor, no copy from its memory. Its inputs keep their shapes as long as its key is the
-    same. Without `enabled` it is simply called.
+    A function may draw from `generator` and leave gradients on `parameters`. It must not depend on the host:
+    it reads no tensor value and copies nothing from host memory. Inputs with the same key have the same
+    shapes. Without `enabled` the function is called directly.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], generator: torch.Generator, enabled: bool):
@@ -40,8 +40,8 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle() if enabled else None
 
     def __call__(self, key: Hashable, function: Function, *inputs: Tensor) -> list[Tensor]:
-        """What `function(*inputs)` returns; its gradients replace those there are. They are valid until the
-        next call, the result for good.
+        """Return `function(*inputs)` and replace the current gradients by its own. The gradients are valid
+        until the next call, the result permanently.
         """
         if not self.enabled:
             return list(function(*inputs))
@@ -53,20 +53,20 @@ class Recorder:
         recording.graph.replay()
         for parameter, gradient in zip(self.parameters, recording.gradients):
             parameter.grad = gradient
-        # Graphs share their memory: the next one to be replayed may write where this one left its results.
+        # Graphs share their memory, so the next replay may overwrite the results of this one.
         return [output.clone() for output in recording.outputs]
 
     def _record(self, function: Function, inputs: Sequence[Tensor]) -> _Recording:
         inputs = [t.detach().clone() for t in inputs]
         numbers = self.generator.get_state()
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # compiles, picks kernels and fills tables
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # compile, choose kernels and fill tables
             for _ in range(WARM_CALLS):
                 function(*inputs)
                 self._forget_gradients()
-        torch.cuda.current_stream().wait_stream(beside)
-        self.generator.set_state(numbers)  # the replay draws what a call would have drawn
+        torch.cuda.current_stream().wait_stream(side_stream)
+        self.generator.set_state(numbers)  # so that the replay draws the same numbers as a call
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._pool):

@@ -1,4 +1,4 @@
-"""The loop that all stages share: a budget in steps or minutes, a log, checkpoints, resuming."""
+"""The training loop of all stages, with a budget in steps or minutes, a log, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ class Stage(Protocol):
     generator: torch.Generator
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
-        """Leave gradients on `masters.work`; returns losses on the device, which nothing waits for."""
+        """Leave gradients on `masters.work` and return losses on the device, without waiting for them."""
 
     def state(self) -> dict[str, Any]:
-        """What the stage must remember beside the masters and the generator, JSON-ready."""
+        """The stage's further state as JSON-ready values, without the masters and the generator."""
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors that the stage must remember, for the exact part of a checkpoint."""
+        """The stage's further tensors, for the exact part of a checkpoint."""
 
     def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `tensors` gave."""
+        """Continue from the result of `tensors`."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a stage ends: after so many steps, or so many minutes of training, whatever comes first.
+    """The end of a stage: after `steps` steps or `minutes` minutes of training, whichever comes first.
 
-    `deadline`, a value of `time.perf_counter`, ends this process's share of the stage; the plan stays.
+    `deadline`, a value of `time.perf_counter`, ends this process's share of the stage but not the stage.
     """
 
     steps: int | None = None
@@ -75,7 +75,7 @@ def run_stage(stage: Stage, folder: Path, budget: Budget, save_seconds: float = 
     Appends to `log.jsonl` in `folder`. Returns whether the stage is complete.
 
     Raises:
-        UserError: the loss is no longer a number (the last checkpoint stays), or the disk is full.
+        UserError: the loss is not a number (the last checkpoint stays), or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     step, seconds = _resume(stage, folder)
@@ -98,8 +98,8 @@ def run_stage(stage: Stage, folder: Path, budget: Budget, save_seconds: float = 
                 sums = {}
                 if not all(value == value and abs(value) != float("inf") for value in row.values()):
                     raise UserError(
-                        f"{stage.name}: the loss at step {step} is not a number: {row}; give the command "
-                        "again with --rate-scale 0.5, it goes on from the last checkpoint."
+                        f"{stage.name}: the loss at step {step} is not a number: {row}; run the command "
+                        "again with --rate-scale 0.5, it continues from the last checkpoint."
                     )
                 now = time.perf_counter()
                 row |= {"step": step, "progress": round(progress, 4),
@@ -124,8 +124,8 @@ def run_stage(stage: Stage, folder: Path, budget: Budget, save_seconds: float = 
 
 def _save(stage: Stage, folder: Path, step: int, seconds: float, complete: bool = False) -> None:
     if not stage.masters.is_finite():
-        raise UserError(f"{stage.name}: a weight is not a number at step {step}; give the command again with "
-                        "--rate-scale 0.5, it goes on from the last checkpoint.")
+        raise UserError(f"{stage.name}: a weight is not a number at step {step}; run the command again with "
+                        "--rate-scale 0.5, it continues from the last checkpoint.")
     groups = stage.masters.groups()
     groups["exact"] |= {f"stage.{name}": tensor for name, tensor in stage.tensors().items()}
     save_checkpoint(folder, stage.name, step, groups, {

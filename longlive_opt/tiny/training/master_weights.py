@@ -1,12 +1,12 @@
-"""Networks in training: float32 master weights, a working copy in the dtype of inference, their average.
+"""Train networks with float32 master weights, a working copy in the dtype of inference, and an average.
 
-The working copy is a plain module of `longlive_opt.models` in bfloat16 on CUDA, so that training computes and
-rounds as inference does, and no autocast is involved. Gradients of it go to the float32 masters, AdamW
-(arXiv:1711.05101) moves those, and the working copy is refreshed. The exponential average of the masters is
-what is exported. Nothing here waits for the device.
+The working copy is a plain module of `longlive_opt.models`, in bfloat16 on CUDA, so that training computes
+and rounds as inference does, without autocast. Its gradients are copied to the float32 masters, AdamW
+(arXiv:1711.05101) updates the masters, and the working copy is refreshed. The export uses the exponential
+average of the masters. An update does not wait for the device.
 
-The matrices of a transformer's blocks may be left to Muon (https://kellerjordan.github.io/posts/muon/), whose
-steps are orthogonalised momentum, scaled to the size of AdamW's (arXiv:2502.16982).
+Muon (https://kellerjordan.github.io/posts/muon/) can update the matrices of a transformer's blocks instead.
+Its steps are orthogonalised momentum, scaled to the size of AdamW's steps (arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .checkpoints import EXACT, prefixed
 logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 100
-FALL_FROM = 0.6  # share of the training after which the learning rate falls
+FALL_FROM = 0.6  # share of the training after which the learning rate decreases
 BETAS = (0.9, 0.98)
 
 
@@ -32,13 +32,13 @@ def _is_block_matrix(name: str, parameter: Tensor) -> bool:
 
 
 class MasterWeights:
-    """A set of named modules that are trained together. `work` holds the modules to compute with."""
+    """Named modules that are trained together. `work` holds the modules to compute with."""
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, rate: float,
                  weight_decay: float = 0.01, average_decay: float = 0.999, clip_norm: float = 1.0,
                  muon_rate: float | None = None):
         """Args: modules: float32, on their final device; `work` gets copies. rate: peak learning rate.
-            muon_rate: that of the matrices of the blocks of module dit; None leaves them to AdamW too.
+            muon_rate: learning rate of the block matrices of module dit; None leaves them to AdamW.
         """
         self.average_decay, self.clip_norm = average_decay, clip_norm
         master = nn.ModuleDict(dict(modules)).float().requires_grad_(True)
@@ -62,7 +62,8 @@ class MasterWeights:
 
     @torch.no_grad()
     def update(self, progress: float) -> Tensor:
-        """Use the gradients of the working copy; returns their norm. `progress` is 0..1 of the training."""
+        """Apply the gradients of the working copy and return their norm. `progress` in the training is 0..1.
+        """
         for master, work in zip(self._master, self._work):
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -80,18 +81,18 @@ class MasterWeights:
         decay = min(self.average_decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._average, self._master, 1 - decay)
         torch._foreach_copy_(self._work, self._master)
-        for work in self._work:  # the next gradient is taken as it comes, not added to zeros
+        for work in self._work:  # None instead of zeros saves adding the next gradient
             work.grad = None
         return norm
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        """What the optimizer of a parameter remembers of it."""
+        """The optimizer's state of a parameter."""
         optimizer = next(o for o in self._optimizers
                          if any(p is master for group in o.param_groups for p in group["params"]))
         return optimizer.state[master]
 
     def is_finite(self) -> bool:
-        """Whether all weights are numbers; waits for the device."""
+        """Whether all weights are finite. Waits for the device."""
         return bool(torch.stack([p.detach().sum() for p in self._master]).isfinite().all())
 
     def average(self) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ class MasterWeights:
         return dict(zip(self._names, self._average))
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps: `weights`, the `average` in bfloat16, and the `exact` rest."""
+        """The content of a checkpoint: `weights`, the `average` in bfloat16, and the `exact` rest."""
         exact = {f"average.{name}": t for name, t in self.average().items()}
         for name, master in zip(self._names, self._master):
             for key, value in self._moments(master).items():
@@ -110,8 +111,8 @@ class MasterWeights:
 
     @torch.no_grad()
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Go on from a checkpoint's groups. Without `exact` the moments start anew and the rate warms up;
-        without `weights` the average takes their place.
+        """Continue from a checkpoint's groups. Without `exact` the moments are reset and the learning rate
+        warms up. Without `weights` the average replaces them.
         """
         weights = groups.get("weights", groups["average"])
         for name, master, average in zip(self._names, self._master, self._average):
@@ -124,7 +125,7 @@ class MasterWeights:
             keys = sorted({name.split(".")[0] for name in exact} - {"average"})
             for name, master, average in zip(self._names, self._master, self._average):
                 average.copy_(averages[name])
-                # Nothing is there if nothing was trained yet.
+                # A checkpoint from before the first step has no moments.
                 for key in (key for key in keys if f"{key}.{name}" in exact):
                     # AdamW keeps its step count on the CPU unless it is fused.
                     device = "cpu" if key == "step" and not master.is_cuda else master.device
@@ -132,9 +133,9 @@ class MasterWeights:
         else:
             self._warm_since = steps
             logger.warning(
-                "checkpoint without optimizer state: the moments start anew%s, the learning rate "
+                "checkpoint without optimizer state: the moments are reset%s, the learning rate "
                 "warms up over %d steps",
-                "" if "weights" in groups else " from the averaged weights",
+                "" if "weights" in groups else ", the averaged weights replace the weights",
                 WARMUP_STEPS,
             )
         torch._foreach_copy_(self._work, self._master)

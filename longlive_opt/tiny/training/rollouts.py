@@ -1,4 +1,4 @@
-"""Videos that the student makes and that never end: their state between the steps of the training."""
+"""The endless videos that the student generates: their state between training steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ CONTEXT_BLOCKS = LATE_BLOCK - 1
 
 
 class Streams:
-    """`count` videos, each as its sink, its last three blocks, where they are, and its prompts.
+    """`count` videos. Each is stored as its sink, its last three blocks, their position, and its prompts.
 
-    The context of the next block is computed anew from these latents with the student as it is now; what the
-    student of earlier steps left in a cache would be stale. A stream past latent frame FAR goes on near the
-    beginning: only its distance to the sink tells.
+    The context of the next block is recomputed from these latents with the current student, because a cache
+    from earlier steps would be stale. A stream beyond latent frame FAR continues near the beginning, which
+    changes only its distance to the sink.
     """
 
     def __init__(self, count: int, block_frames: int, shape: tuple[int, int, int], text_len: int,
@@ -30,11 +30,11 @@ class Streams:
         self.born = 0
 
     def __len__(self) -> int:
-        """Streams that exist."""
+        """Number of existing streams."""
         return min(self.born, len(self.ids))
 
     def begin(self, latents: Tensor, ids: Tensor, next_ids: Tensor) -> None:
-        """New videos [B, F, C, H, W] from their first frame on, in place of the oldest streams."""
+        """Replace the oldest streams by new videos [B, F, C, H, W] from their first frame on."""
         count, size = len(latents), self.block_frames
         rows = (self.born + torch.arange(count, device=latents.device)) % len(self.ids)
         self.latents[rows] = torch.cat([latents[:, :size], latents[:, -CONTEXT_BLOCKS * size:]], dim=1)
@@ -43,8 +43,8 @@ class Streams:
         self.born += count
 
     def take(self, rows: Tensor, frames: int, switch: bool) -> Clips:
-        """The streams of `rows` as clips whose last `frames` latent frames are still to be made (zeros); with
-        `switch` their other prompt takes over, and the old one is the next.
+        """The streams of `rows` as clips whose last `frames` latent frames are zeros, still to be generated.
+        With `switch` their next prompt takes over, and the old prompt becomes the next.
         """
         if switch:
             self.ids[rows], self.next_ids[rows] = self.next_ids[rows], self.ids[rows]
@@ -64,7 +64,7 @@ class Streams:
         )
 
     def give(self, rows: Tensor, latents: Tensor) -> None:
-        """What became of the clips that `take` gave."""
+        """Store the finished clips that `take` returned."""
         context = CONTEXT_BLOCKS * self.block_frames
         moved = latents.shape[1] - self.block_frames - context
         self.latents[rows] = torch.cat([latents[:, :self.block_frames], latents[:, -context:]], dim=1)

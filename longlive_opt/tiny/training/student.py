@@ -1,19 +1,22 @@
-"""Stage 3: the student, four steps a block, distilled from the teacher with its own past.
+"""Stage 3: distil the teacher into the student, with four steps per block and with the student's own past.
 
-The student is the function that `Sampler` runs: at each of the sampler's noise levels it names the clean
-block, and the sampler adds fresh noise for the next level. What it should name is the end point of the
-teacher's probability-flow ODE from that very noisy block (consistency models, arXiv:2303.01469: one function
-for all levels, multistep sampling with fresh noise), guided by the prompt (arXiv:2207.12598), so that
-inference needs no guidance. The end points are computed on the fly, by Euler steps of the averaged teacher.
+The student is the function that `Sampler` runs. At each of the sampler's noise levels it predicts the clean
+block, and the sampler adds fresh noise for the next level. Its target is the end point of the teacher's
+probability-flow ODE (ordinary differential equation) from the same noisy block, as in consistency models
+(arXiv:2303.01469: one function for all levels, multistep sampling with fresh noise). The ODE is guided by the
+prompt (arXiv:2207.12598), so that inference needs no guidance. Euler steps of the averaged teacher compute
+the end points during training.
 
-One third of the work uses true clips as the past. Another uses the student's own: `Streams` are videos that
-the student makes with its sampler and that run on from step to step for minutes, through prompt switches, as
-in Self Forcing (arXiv:2506.08009) and LongLive (arXiv:2509.22622), so that it learns to live with its own
-flaws. The noisy blocks are those that the rollout met. The teacher, whose past was noised while it was
-trained, says how a video with such a past should go on. A regression was preferred to distribution matching
-(CausVid, arXiv:2412.07772) because it needs no critic and cannot collapse in the few minutes there are; its
-price, a softer picture, is small where the past leaves little to chance. It leaves most in the opening, the
-first block of a video, which the last third of the work is about: openings as the student makes them.
+One third of the work uses true clips as the past. Another third uses the student's own videos (`Streams`).
+The student generates them with its sampler, and they continue from step to step for minutes, through prompt
+switches, as in Self Forcing (arXiv:2506.08009) and LongLive (arXiv:2509.22622). So it learns to handle its
+own flaws. The noisy blocks are those of the rollout. The teacher, trained with a noised past, shows how a
+video with such a past should continue. The last third is openings, the first blocks of videos, as the student
+generates them.
+
+The loss is a regression instead of distribution matching (CausVid, arXiv:2412.07772), because a regression
+needs no critic and cannot collapse within a few minutes of training. The drawback is a softer picture. It is
+small where the past determines the block, and largest in openings.
 """
 
 from __future__ import annotations
@@ -49,15 +52,15 @@ from .teacher_forcing import (
 )
 
 UNUSED = {"plain": (1, 2)}
-"""Blocks of true clips that most clips of the pool have no proper past for."""
+"""Blocks of true clips that are left out, because most clips of the pool lack a proper past for them."""
 JOBS = ("start", "go on", "go on", "switch", "go on", "go on")
-"""What the student's own streams do, step after step."""
+"""The actions of the student's own streams, one per step."""
 
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """`true_batch` clips, `stream_batch` streams (`birth_batch` where they begin) and `opening_batch`
-    openings in each step.
+    """Settings of the student. Each step takes `true_batch` clips, `stream_batch` streams (`birth_batch` if
+    they start) and `opening_batch` openings.
     """
 
     rate: float = 3e-4
@@ -81,7 +84,7 @@ class StudentSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a transformer keeps of the prompts of a batch: of its sinks, and of all else."""
+    """A transformer's text contexts for a batch: of its sinks, and of all other blocks."""
 
     sink: TextContext
     now: TextContext
@@ -89,11 +92,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Task:
-    """Noisy blocks of a batch of clips, and the clean past of each: what teacher and student are given.
+    """The input of teacher and student: noisy blocks of a batch of clips with their clean past.
 
-    `latents` [B, F, C, H, W] are all blocks of the clips; `noisy` those called `blocks`, each at the
-    sampler's step `level` [B, len(blocks)] and counting `weight`. `sink_ids` [B, L] are the prompts of the
-    sinks, `ids` those of all else.
+    `latents` [B, F, C, H, W] are all blocks of the clips. `noisy` are the blocks listed in `blocks`, each at
+    the sampler's step `level` [B, len(blocks)] and with the loss weight `weight`. `sink_ids` [B, L] are the
+    prompts of the sinks, `ids` those of all other blocks.
     """
 
     latents: Tensor
@@ -113,7 +116,7 @@ class Task:
 
     @property
     def kind(self) -> tuple[ClipLayout, tuple[int, ...]]:
-        """What is no tensor."""
+        """The fields that are not tensors."""
         return self.layout, self.blocks
 
     @property
@@ -130,20 +133,20 @@ TASK_TENSORS = ("latents", "positions", "noisy", "level", "weight", "sink_ids", 
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:
-    """The noise level that the timestep shift makes of `sigma`."""
+    """The noise level `sigma` after the timestep shift."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class StudentStage:
-    """Trains the student's transformer; text encoder and teacher are frozen."""
+    """Trains the student's transformer. Text encoder and teacher are frozen."""
 
     name = "student"
 
     def __init__(self, model: ModelSpec, plan: SamplingPlan, maker: ClipMaker, teacher: CausalDiT,
                  text_encoder: UMT5Encoder, device: torch.device, dtype: torch.dtype, seed: int,
                  settings: StudentSettings = StudentSettings(), graphs: bool = False):
-        """Args: teacher, text_encoder: averaged, in `dtype`, on `device`; the student begins as the teacher.
-            graphs: see `record`.
+        """Args: teacher, text_encoder: averaged, in `dtype`, on `device`; the student starts as the teacher.
+            graphs: see the module `graphs`.
         """
         self.settings, self.plan, self.device, self.dtype = settings, plan, device, dtype
         self.teacher = teacher.requires_grad_(False)
@@ -184,7 +187,7 @@ class StudentStage:
         return dict(zip(tasks, losses))
 
     def _true_clips(self, step: int) -> Task:
-        """Blocks of true clips, noised as the sampler would."""
+        """Blocks of true clips with the sampler's noise."""
         pool = "plain"
         if step % 4 == 3:
             early = f"early{EARLY_BLOCKS[step // 16 % len(EARLY_BLOCKS)]}"
@@ -201,20 +204,20 @@ class StudentStage:
                     clips.sink_ids, clips.ids)
 
     def _start(self) -> Task:
-        """Videos from their very first block on; they become streams."""
+        """New videos from their first block on, which become streams."""
         clips = self.ring.sample("late", self.settings.birth_batch, self.generator)
         task = self._roll_out("plain", clips.sink_ids, clips.sink_ids)
         self.streams.begin(task.latents, clips.sink_ids, clips.ids)
         return task
 
     def _open(self) -> Task:
-        """First blocks, of which no more is made."""
+        """First blocks of videos that are not continued."""
         rows = torch.randint(len(self.prompts), (self.settings.opening_batch,), generator=self.generator,
                              device=self.device)
         return self._roll_out(OPENING, self.prompts[rows], self.prompts[rows])
 
     def _go_on(self, switch: bool) -> Task:
-        """Streams that go on, some under another prompt."""
+        """Streams that continue, with `switch` under another prompt."""
         rows = torch.randperm(len(self.streams), generator=self.generator, device=self.device)
         rows = rows[:self.settings.stream_batch]
         name = "late" if switch else "plain"
@@ -227,8 +230,8 @@ class StudentStage:
 
     def _roll_out(self, name: str, sink_ids: Tensor, ids: Tensor, positions: Tensor | None = None,
                   known: Tensor | None = None) -> Task:
-        """What the student makes of the blocks of a layout after those that are `known`; without any, of new
-        videos.
+        """A task from the blocks that the student generates after the `known` ones, or for new videos if none
+        are known.
         """
         layout = self.layouts[name]
         if positions is None:
@@ -245,8 +248,8 @@ class StudentStage:
     @torch.no_grad()
     def _rollout(self, layout: ClipLayout, sink_ids: Tensor, ids: Tensor, positions: Tensor,
                  known: Tensor | None = None) -> list[Tensor]:
-        """Let the student make the blocks after those that are known as `Sampler` does; all latents, and of
-        each block that it made one of the noisy versions that it met, and which.
+        """Let the student generate the blocks after the known ones, as `Sampler` does. Returns all latents
+        and, for each generated block, one of its noisy versions and the step of that version.
         """
         size, batch = layout.block_frames, len(positions)
         prompt = self._prompt(self.dit, sink_ids, ids)
@@ -284,7 +287,7 @@ class StudentStage:
         return [torch.cat(made, dim=1), torch.cat(kept, dim=1), level]
 
     def _learn(self, kinds: Sequence[tuple[ClipLayout, tuple[int, ...]]], *tensors: Tensor) -> list[Tensor]:
-        """Gradients of the mean of the losses: what the student names against the end points of the teacher.
+        """Compute gradients of the mean loss of the student's predictions against the teacher's end points.
         """
         count = len(TASK_TENSORS)
         tasks = [Task.of(kind, tensors[i * count:(i + 1) * count]) for i, kind in enumerate(kinds)]
@@ -307,15 +310,15 @@ class StudentStage:
 
     @torch.no_grad()
     def end_points(self, tasks: Sequence[Task]) -> list[Tensor]:
-        """Clean blocks, float32, to which the guided teacher's ODE leads from the noisy ones: Euler steps,
-        evenly spaced in the unshifted noise level. Guidance acts at high noise only, where what is shown is
-        decided (arXiv:2404.07724): lower down it would add contrast, block after block.
+        """Clean blocks, float32, at the end of the guided teacher's ODE from the noisy blocks. Euler steps
+        are evenly spaced in the unshifted noise level. Guidance only acts at high noise, which determines the
+        content (arXiv:2404.07724). At low noise it would add contrast, block after block.
         """
         teacher, shift, count = self.teacher, self.plan.shift, self.settings.ode_steps
         batches, unshifted = [], []
         for task in tasks:
             nothing = empty_prompt(task.ids).expand_as(task.ids)
-            # One batch with the prompts and without.
+            # One batch holds every clip with its prompt and without.
             prompt = self._prompt(
                 teacher, torch.cat([task.sink_ids, nothing]), torch.cat([task.ids, nothing]))
             context = encode_context(
@@ -352,7 +355,7 @@ class StudentStage:
 
     def resume(self, state: dict[str, Any]) -> None:
         self.ring.refill(state["produced"], self.settings.refill_chunks)
-        # Without their tensors (a checkpoint that travelled) the streams begin anew.
+        # Packed checkpoints lack the tensors of the streams, so the streams start again.
         self.streams.born = state["born"] if self._restored else 0
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,20 +1,20 @@
-"""Stage 2: the teacher, transformer and text encoder together, by flow matching with teacher forcing.
+"""Stage 2: train the teacher, transformer and text encoder together, by flow matching with teacher forcing.
 
-Rectified flow (arXiv:2210.02747, arXiv:2209.03003) in LongLive's parametrisation: the network predicts noise
-- clean from (1 - sigma) * clean + sigma * noise, with sigma drawn from the table of `FlowSchedule` (shift 5),
-the same for the frames of a block, anew for every block. Each noisy block is given the clean blocks before
-it, as the cache of inference would hold them (see `parallel`).
+The loss is rectified flow (arXiv:2210.02747, arXiv:2209.03003) in LongLive's parametrisation. The network
+predicts noise - clean from (1 - sigma) * clean + sigma * noise. Each block draws its own sigma from the table
+of `FlowSchedule` (shift 5), and its frames share it. Each noisy block sees the clean blocks before it, as the
+cache would hold them at inference (see `teacher_forcing`).
 
-The clean past is noised a little, without telling the network, on most clips: what the student will find in
-its cache are its own imperfect blocks, and a network that was trained on a perfect past takes every flaw of
-it for real and amplifies it (GameNGen, arXiv:2408.14837; diffusion forcing, arXiv:2407.01392). The target
-stays perfect, so the flow points back to the world.
+On most clips the clean past is noised a little, without a signal to the network. At inference the student's
+cache holds its own imperfect blocks, and a network trained on a perfect past takes their flaws for real and
+amplifies them (GameNGen, arXiv:2408.14837; diffusion forcing, arXiv:2407.01392). The target stays clean, so
+the flow leads back to clean videos.
 
-First comes a phase of openings only, as large models see images before they see videos (Wan 2.1,
-arXiv:2503.20314): shapes and letters have to be invented there and are only carried on later. Openings stay
-in the mix beside the clips.
+Training starts with openings only, as large models see images before videos (Wan 2.1, arXiv:2503.20314):
+openings introduce the shapes and letters that later blocks only continue. Openings stay in the mix with the
+clips.
 
-One prompt in ten is dropped, for guidance while distilling (arXiv:2207.12598).
+One prompt in ten is dropped, for guidance during distillation (arXiv:2207.12598).
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from .master_weights import MasterWeights
 from .teacher_forcing import ClipLayout, NoisyClips, predict_clips, split_text, window_past
 
 ODD_STEPS = 6
-"""Every so many steps the clips with a prompt switch are early ones."""
+"""One step in this many takes early clips as its clips with a prompt switch."""
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Batches in clips of seven blocks, or in openings. Clips begin at `clips_from` of the training; then
-    openings are `opening_share` of the loss.
+    """Settings of the teacher. Batch sizes count clips of seven blocks, or openings. Clips start at the share
+    `clips_from` of the training. From then on openings have the weight `opening_share` in the loss.
     """
 
     rate: float = 1.5e-3
     muon_rate: float | None = 6e-3
     clips_from: float = 0.3
     opening_batch: int = 192
-    opening_beside: int = 96
+    opening_with_clips: int = 96
     opening_share: float = 0.3
     opening_chunk: int = 256
     opening_ring_chunks: int = 64
@@ -70,8 +70,8 @@ class TeacherSettings:
 
 
 def init_dit_(dit: CausalDiT) -> None:
-    """Initial weights of a DiT (arXiv:2212.09748): gates and output at zero, so that every block begins as
-    the identity.
+    """Initialise a diffusion transformer (DiT, arXiv:2212.09748). Gates and output are zero, so that every
+    block starts as the identity.
     """
     for module in dit.modules():
         if isinstance(module, nn.Linear):
@@ -91,7 +91,7 @@ def init_dit_(dit: CausalDiT) -> None:
 
 
 def init_text_(encoder: UMT5Encoder) -> None:
-    """Initial weights as T5's (arXiv:1910.10683): queries small, since its logits are not divided by sqrt(D).
+    """Initialise as in T5 (arXiv:1910.10683). Queries are small because T5 does not divide logits by sqrt(D).
     """
     nn.init.normal_(encoder.token_embedding.weight)
     for block in encoder.blocks:
@@ -111,9 +111,9 @@ def init_text_(encoder: UMT5Encoder) -> None:
 
 
 def empty_prompt(like: Tensor) -> Tensor:
-    """Ids [1, L] of the empty prompt, the one that guidance moves away from."""
+    """Ids [1, L] of the empty prompt, from which guidance moves away."""
     ids = torch.zeros_like(like[:1])
-    # Assigning a number makes a tensor on the host first (torch 2.14), which a CUDA graph cannot replay.
+    # Assigning a number first creates a tensor on the host (torch 2.14), which a CUDA graph cannot replay.
     ids[:, 0].fill_(END_ID)
     return ids
 
@@ -126,7 +126,7 @@ def repeat_sigma(per_block: Tensor, block_frames: int) -> Tensor:
 def noise_context(
     latents: Tensor, generator: torch.Generator, strongest: float, clean_share: float
 ) -> Tensor:
-    """Latents [B, F, C, H, W] as a sampler might leave them: noise of one strength per clip, none for some.
+    """Latents [B, F, C, H, W] with noise as a sampler might leave it: one strength per clip, zero for some.
     """
     draws = torch.rand((2, len(latents), 1, 1, 1, 1), generator=generator, device=latents.device)
     sigma = (draws[0] * strongest * (draws[1] >= clean_share)).to(latents.dtype)
@@ -143,8 +143,8 @@ class TeacherStage:
                  dtype: torch.dtype, seed: int, settings: TeacherSettings = TeacherSettings(),
                  text_encoder: UMT5Encoder | None = None, attributes: AttributeHead | None = None,
                  graphs: bool = False):
-        """Args: text_encoder, attributes: as `ReadingStage` left them; None starts anew. graphs: see
-            `record`.
+        """Args: text_encoder, attributes: from `ReadingStage`; None starts from random weights. graphs: see
+            the module `graphs`.
         """
         self.settings, self.plan, self.device, self.dtype = settings, plan, device, dtype
         torch.manual_seed(seed)
@@ -178,7 +178,7 @@ class TeacherStage:
         if progress < settings.clips_from:
             pools = {OPENING: settings.opening_batch}
         else:
-            pools = {OPENING: settings.opening_beside} | self._clip_pools(step)
+            pools = {OPENING: settings.opening_with_clips} | self._clip_pools(step)
         clips = {pool: (self.openings if pool == OPENING else self.ring).sample(pool, count, self.generator)
                  for pool, count in pools.items()}
         names = ["opening_flow", "flow", "switch_flow"][:len(pools)] + ["reading", "read_right"]
@@ -187,7 +187,9 @@ class TeacherStage:
             *(t for batch in clips.values() for t in batch.tensors()))))
 
     def _learn(self, pools: Sequence[str], *tensors: Tensor) -> list[Tensor]:
-        """Gradients on clips of `pools`; the flow loss of each, the reading loss and what is read rightly."""
+        """Compute gradients on clips of `pools`. Returns the flow loss of each pool, the reading loss, and
+        the share of attributes read correctly.
+        """
         count = len(tensors) // len(pools)
         batches = [Clips(*tensors[i * count:(i + 1) * count]) for i in range(len(pools))]
         texts, features, ids = self._read(batches[0], batches[1:])
@@ -200,7 +202,7 @@ class TeacherStage:
         return [t.detach() for t in (*flows, reading, right)]
 
     def _clip_pools(self, step: int) -> dict[str, int]:
-        """How many clips of which pools this step takes, once they are there."""
+        """The number of clips that this step takes from each pool. Makes due chunks first."""
         settings, ring = self.settings, self.ring
         if self.clips_since is None:
             self.clips_since = step
@@ -213,7 +215,7 @@ class TeacherStage:
         return pools
 
     def _total(self, flows: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """The loss of the openings by its share, those of clips by their number."""
+        """The weighted loss: openings by their share, pools of clips by their number of clips."""
         openings, *clips = flows
         if not clips:
             return openings
@@ -222,8 +224,8 @@ class TeacherStage:
 
     def _read(self, openings: Clips, batches: Sequence[Clips]) -> tuple[
             list[tuple[TextContext, TextContext]], Tensor, Tensor]:
-        """What the transformer keeps of the prompts of blocks and sink of the openings, then of each batch,
-        some dropped; the text features and the ids of all prompts of blocks. An opening is its own sink.
+        """The text context of blocks and sink for the openings, then for each batch, with some prompts
+        dropped; and the text features and ids of all prompts of blocks. An opening is its own sink.
         """
         ids = torch.cat([clips.ids for clips in (openings, *batches)])
         sink_ids = [clips.sink_ids for clips in batches]
@@ -238,7 +240,7 @@ class TeacherStage:
     def flow_losses(
         self, batches: Sequence[tuple[Clips, ClipLayout, TextContext, TextContext]]
     ) -> list[Tensor]:
-        """Mean square error of the flow over the blocks that count, for each (clips, layout, prompt, prompt
+        """Mean square error of the flow over the blocks with a loss, for each (clips, layout, prompt, prompt
         of the sink).
         """
         settings, tasks, targets = self.settings, [], []
@@ -246,7 +248,7 @@ class TeacherStage:
             past = noise_context(
                 clips.latents, self.generator, settings.context_sigma, settings.context_clean_share
             )
-            blocks = tuple(range(layout.recached, layout.blocks))  # before the prompt switch nothing counts
+            blocks = tuple(range(layout.recached, layout.blocks))  # no loss before the prompt switch
             clean = clips.latents[:, layout.recached * layout.block_frames:]
             level = torch.randint(len(self.sigmas), (len(clips), len(blocks)), generator=self.generator,
                                   device=self.device)
@@ -278,17 +280,18 @@ class TeacherStage:
         return {}
 
     def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to do: the ring is made again."""
+        """Nothing to do, because `resume` refills the rings."""
 
 
 class ReadingStage:
-    """The warm-up of stage 2: text encoder and attribute head on prompts alone (see `attribute_head`)."""
+    """The warm-up of stage 2: train text encoder and attribute head on prompts alone (see `attribute_head`).
+    """
 
     name = "text"
 
     def __init__(self, model: ModelSpec, device: torch.device, dtype: torch.dtype, seed: int,
                  rate: float = 2e-3, batch: int = 256, prompts: int = 16384):
-        """Args: prompts: how many different ones; making them takes 0.1 ms each."""
+        """Args: prompts: number of different prompts; each takes 0.1 ms to make."""
         self.batch = batch
         torch.manual_seed(seed)
         encoder = UMT5Encoder(model.text)
@@ -313,7 +316,7 @@ class ReadingStage:
         return {}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Nothing to do: batches depend on the step alone."""
+        """Nothing to do, because the stage has no state of its own."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

@@ -1,17 +1,17 @@
 """Teacher forcing for the causal transformer: all blocks of a clip in one pass, equal to inference.
 
-A *clip* is a list of blocks of latent frames. Block 0 is the attention sink, the first block of the video;
-the others follow one another from any later place of the same video on. Inference sees each block twice:
-noisy, while it is denoised, and clean, when its keys and values are left in the cache. Training needs both
-for all blocks at once: `predict_clips` passes over the clean and the noisy versions together. Where the
-clean past stays and the noisy blocks change, as in a rollout, `encode_context` fills a `Context` with
-rotated keys and values and a `Denoiser` reads it. That is teacher forcing (arXiv:1406.1078) with one noise
-level per block, as in diffusion forcing (arXiv:2407.01392) and CausVid (arXiv:2412.07772).
+A *clip* is a list of blocks of latent frames. Block 0 is the attention sink, the first block of the video.
+The others are consecutive blocks from any later place of the same video. Inference sees each block twice:
+noisy while it is denoised, and clean when its keys and values enter the cache. Training needs both for all
+blocks at once, so `predict_clips` processes the clean and the noisy versions together. If the clean past is
+fixed and the noisy blocks change, as in a rollout, `encode_context` fills a `Context` with rotated keys and
+values, and a `Denoiser` reads it. This is teacher forcing (arXiv:1406.1078) with one noise level per block,
+as in diffusion forcing (arXiv:2407.01392) and CausVid (arXiv:2412.07772).
 
-Inside a pass blocks are the batch: tokens are [blocks x clips, tokens of a block, dim], so that clips of any
-kind and number go through the same code, compiled once. Only attention knows what belongs together. Which
-clean blocks a block attends to follows from window and sink alone (see `gather`): no masks are needed, and
-nothing is computed that a mask would throw away. The modules are those of inference.
+Within a pass blocks form the batch: tokens are [blocks x clips, tokens of a block, dim]. So clips of any kind
+and number use the same code, compiled once. Only attention mixes blocks. Window and sink alone determine the
+clean blocks that a block attends to (see `block_attention`), so the pass needs no masks and computes nothing
+that a mask would discard. The modules are those of inference.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from .compiling import compilable
 
 @dataclass(frozen=True)
 class ClipLayout:
-    """Which clean blocks of a clip see which; counts in blocks.
+    """Which blocks of a clip attend to which clean blocks. Counts are in blocks.
 
     Args:
-        blocks: blocks of the clip, the sink included.
-        past: blocks in the window beside the sink and the block itself.
-        block_frames: latent frames of a block.
-        recached: 0, or the block at which a new prompt took over: the clean blocks before it were computed
-            together, in one bidirectional pass, by the recache of the prompt switch.
-        keeps_sink: the recache left the sink as the old prompt made it (the window was full).
+        blocks: blocks of the clip, including the sink.
+        past: blocks in the window without the sink and the block itself.
+        block_frames: latent frames per block.
+        recached: 0, or the block at which a new prompt took over. The recache of the prompt switch computed
+            the clean blocks before it together, in one bidirectional pass.
+        keeps_sink: the recache left the sink under the old prompt, because the window was full.
     """
 
     blocks: int
@@ -52,35 +52,35 @@ class ClipLayout:
     keeps_sink: bool = True
 
     def clean(self, block: int) -> tuple[int, ...]:
-        """Clean blocks that the clean pass of `block` attends to, itself included."""
+        """Clean blocks that the clean pass of `block` attends to, including itself."""
         if block < self.recached and (block or not self.keeps_sink):
             return tuple(range(self.recached))
         return (*self.noisy(block), block)
 
     def noisy(self, block: int) -> tuple[int, ...]:
-        """Clean blocks that the denoising passes of `block` attend to beside the block itself."""
+        """Clean blocks that the denoising passes of `block` attend to in addition to the block itself."""
         return tuple(i for i in range(block) if i == 0 or i >= block - self.past)
 
     @property
     def sink_apart(self) -> bool:
-        """Whether the sink was made under a prompt of its own."""
+        """Whether the sink has a clean pass of its own, under its own prompt."""
         return not self.recached or self.keeps_sink
 
 
 def window_past(plan: SamplingPlan) -> int:
-    """Blocks of the window beside the sink and the block that is denoised.
+    """Blocks of the window without the sink and the block that is denoised.
 
     Raises:
-        ValueError: sink and window are not whole blocks, or the sink is not one block.
+        ValueError: the window is not a multiple of a block, or the sink is not one block.
     """
     if plan.window % plan.block_frames or plan.sink != plan.block_frames:
-        raise ValueError(f"training wants a sink of one block and a window of whole blocks, got {plan}")
+        raise ValueError(f"training needs a sink of one block and a window of whole blocks, got {plan}")
     return plan.window // plan.block_frames - 2
 
 
 @dataclass
 class Context:
-    """Rotated keys and values of clean blocks: per layer [blocks, B, tokens of a block, N, D]; None before
+    """Rotated keys and values of clean blocks: [blocks, B, tokens of a block, N, D] per layer, or None before
     the first block.
     """
 
@@ -104,11 +104,11 @@ class Context:
 
 @dataclass(frozen=True)
 class NoisyClips:
-    """Clips whose `blocks` are noisy, all else clean; what `predict_clips` is given.
+    """Clips whose `blocks` are noisy and whose other blocks are clean: the input of `predict_clips`.
 
-    `past` [B, F, C, H, W] and `positions` [B, F] are of all blocks, the positions in latent frames of the
-    video; `noisy` and `timesteps` [B, frames] of `blocks` alone. `sink_text` is the prompt under which the
-    sink was made, `text` that of all else.
+    `past` [B, F, C, H, W] and `positions` [B, F] cover all blocks. Positions count latent frames of the
+    video. `noisy` and `timesteps` [B, frames] cover only `blocks`. `sink_text` is the prompt of the sink,
+    `text` that of all other blocks.
     """
 
     past: Tensor
@@ -122,7 +122,9 @@ class NoisyClips:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """RoPE of x [B, L, N, D] by angles [B, L, 1, D/2], in float32; the result has the dtype of x."""
+    """Rotary position embedding (RoPE) of x [B, L, N, D] by angles [B, L, 1, D/2], computed in float32. The
+    result has the dtype of x.
+    """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
     return turned.flatten(-2).to(x.dtype)
@@ -130,7 +132,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 @cache
 def _rotations(head_dim: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 [positions, rows * columns, D/2]; the angles are float64, as in inference."""
+    """Cosine and sine, float32 [positions, rows * columns, D/2], of float64 angles as in inference."""
     angles = rope_angles(head_dim, torch.arange(ROPE_POSITIONS, device=device), rows, columns)
     angles = angles.view(ROPE_POSITIONS, rows * columns, -1)
     return angles.cos().float(), angles.sin().float()
@@ -149,14 +151,14 @@ def rotation(dit: CausalDiT, positions: Tensor, height: int, width: int) -> tupl
 @compilable(dynamic=True)
 def project_half(block: DiTBlock, x: Tensor, time: Tensor, cosine: Tensor, sine: Tensor) -> tuple[
         Tensor, Tensor, Tensor]:
-    """A transformer block up to self-attention: rotated q and k, and v, [B, L, N, D] each."""
+    """A transformer block up to self-attention: rotated q, rotated k, and v, each [B, L, N, D]."""
     q, k, v = block.project(x, time)
     return rotate(q, cosine, sine), rotate(k, cosine, sine), v
 
 
 @compilable(dynamic=True)
 def key_half(block: DiTBlock, x: Tensor, time: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """`project_half` for those who want no queries."""
+    """`project_half` without queries."""
     shift, scale = (block.modulation + time)[:, :, :2].split(1, dim=2)
     key, value = block.self_attn.key_value(modulate(block.norm1(x), shift, scale))
     return rotate(key, cosine, sine), value
@@ -165,7 +167,7 @@ def key_half(block: DiTBlock, x: Tensor, time: Tensor, cosine: Tensor, sine: Ten
 @compilable(dynamic=True)
 def finish_half(block: DiTBlock, x: Tensor, attended: Tensor, time: Tensor, text_key: Tensor,
                 text_value: Tensor) -> Tensor:
-    """`DiTBlock.finish`, whose code is the same for all blocks."""
+    """`DiTBlock.finish`, compiled once for all blocks."""
     return block.finish(x, attended, time, text_key, text_value)
 
 
@@ -185,24 +187,24 @@ def by_clip(x: Tensor, clips: int) -> Tensor:
 
 
 def take_blocks(x: Tensor, blocks: Sequence[int], block_frames: int) -> Tensor:
-    """[B, frames, ...] -> what of it belongs to `blocks`; no index travels to the device."""
+    """[B, frames, ...] -> the frames of `blocks`, without sending an index to the device."""
     return _joined(slices(x, blocks, dim=1, size=block_frames), dim=1)
 
 
 def expand_text(text: TextContext, blocks: int) -> TextContext:
-    """The prompts [B, ...] of clips as those of `blocks` blocks each, [blocks * B, ...]."""
+    """Repeat the prompts [B, ...] of clips for `blocks` blocks each: [blocks * B, ...]."""
     return TextContext(*(tuple(t.expand(blocks, *t.shape).flatten(0, 1) for t in part)
                          for part in (text.keys, text.values)))
 
 
 def split_text(text: TextContext, sizes: Sequence[int]) -> list[TextContext]:
-    """The prompts of a batch as those of its consecutive parts."""
+    """Split the prompts of a batch into consecutive parts."""
     parts = (zip(*(t.split(list(sizes)) for t in tensors)) for tensors in (text.keys, text.values))
     return [TextContext(keys, values) for keys, values in zip(*parts)]
 
 
 def patchify(dit: CausalDiT, x: Tensor) -> Tensor:
-    """`CausalDiT.patchify` for frames first, [B, F, C, H, W] -> [B, L, dim], as one matrix product."""
+    """`CausalDiT.patchify` for frames first, [B, F, C, H, W] -> [B, L, dim], as one matrix product (GEMM)."""
     _, height, width = dit.config.patch_size
     patches = x.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))  # [B, F, C, rows, h, columns, w]
     patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
@@ -210,14 +212,14 @@ def patchify(dit: CausalDiT, x: Tensor) -> Tensor:
 
 
 class Denoiser:
-    """Predicts the flow of noisy blocks of clips whose clean past is known, again and again at other noise
+    """Predicts the flow of noisy blocks of clips with a fixed clean past, repeatedly at different noise
     levels, for several batches of clips in one pass.
     """
 
     def __init__(self, dit: CausalDiT, batches: Sequence[tuple[Tensor, TextContext, Context, ClipLayout,
                                                                Sequence[int]]]):
-        """Args: batches: of each the positions [B, F] of the noisy frames, the prompts, the clean blocks
-        before, and the layout; last the noisy blocks.
+        """Args: batches: for each batch the positions [B, F] of the noisy frames, the prompts, the clean
+        blocks before them, the layout, and the noisy blocks.
         """
         self.dit = dit
         self.clips = [len(positions) for positions, *_ in batches]
@@ -235,7 +237,7 @@ class Denoiser:
         self._kept: list[list[Kept]] = [[{} for _ in batches] for _ in dit.blocks]
 
     def __call__(self, noisy: Sequence[Tensor], timesteps: Sequence[Tensor]) -> list[Tensor]:
-        """Flow [B, F, C, H, W] of each batch, given its noisy latents and its timesteps [B, F]."""
+        """Flow [B, F, C, H, W] of each batch from its noisy latents and its timesteps [B, F]."""
         dit = self.dit
         height, width = noisy[0].shape[-2:]
         if self._turns is None:
@@ -264,7 +266,7 @@ def encode_context(dit: CausalDiT, latents: Tensor, positions: Tensor, sink_text
                    text: TextContext, layout: ClipLayout, blocks: int, context_noise: float = 0.0) -> Context:
     """The clean pass over the first `blocks` blocks of clips [B, F, C, H, W] at `positions` [B, F].
 
-    `sink_text` is the prompt under which the sink was made; `text` the prompt of all else.
+    `sink_text` is the prompt of the sink, `text` that of all other blocks.
     """
     context = Context.empty(len(dit.blocks))
     size, first = layout.block_frames, 0
@@ -279,7 +281,7 @@ def encode_context(dit: CausalDiT, latents: Tensor, positions: Tensor, sink_text
 
 def extend_context(dit: CausalDiT, latents: Tensor, positions: Tensor, text: TextContext, context: Context,
                    layout: ClipLayout, context_noise: float = 0.0) -> None:
-    """The clean pass over the next blocks of a clip, after those that `context` holds."""
+    """The clean pass over the next blocks of a clip, after those in `context`."""
     clips, size = len(latents), layout.block_frames
     blocks = latents.shape[1] // size
     sees = tuple(layout.clean(context.blocks + j) for j in range(blocks))
@@ -298,9 +300,9 @@ def extend_context(dit: CausalDiT, latents: Tensor, positions: Tensor, text: Tex
 
 
 def predict_clips(dit: CausalDiT, batches: Sequence[NoisyClips], context_noise: float = 0.0) -> list[Tensor]:
-    """Flow of the noisy blocks of every batch of clips, [B, F, C, H, W] each: `encode_context` and `Denoiser`
-    for all of them in a single pass. Clean blocks come first; the last layer computes no more of them than
-    their keys and values.
+    """Flow of the noisy blocks of every batch of clips, each [B, F, C, H, W]. It equals `encode_context` and
+    `Denoiser` for all batches, in one pass. Clean blocks come first. The last layer computes only their keys
+    and values.
     """
     parts = [_Part(batch, context_noise) for batch in batches]
     height, width = batches[0].noisy.shape[-2:]
@@ -324,7 +326,7 @@ def predict_clips(dit: CausalDiT, batches: Sequence[NoisyClips], context_noise: 
 
 
 class _Part:
-    """One batch of a pass of `predict_clips`, by block: the clean ones, then the noisy ones."""
+    """One batch of a pass of `predict_clips`, by block: first the clean blocks, then the noisy ones."""
 
     def __init__(self, batch: NoisyClips, context_noise: float):
         layout, size = batch.layout, batch.layout.block_frames
@@ -340,7 +342,7 @@ class _Part:
         self.sees: Sees = tuple(map(layout.clean, range(self.clean))) + noisy
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, noisy_only: bool) -> Tensor:
-        """Self-attention of all blocks, or of the noisy ones; [blocks * B, L, N, D]."""
+        """Self-attention of all blocks or only of the noisy ones, [blocks * B, L, N, D]."""
         q, k, v = (t.unflatten(0, (-1, self.clips)) for t in (q, k, v))
         first = self.clean if noisy_only else 0
         return attend_blocks(q[first:], k, v, self.sees[first:]).flatten(0, 1)
@@ -358,5 +360,5 @@ class _Part:
 
 
 def _noisy(x: Tensor, parts: Sequence[_Part], sizes: Sequence[int]) -> Tensor:
-    """Of x, by block, what belongs to the noisy blocks."""
+    """The part of x, by block, that belongs to the noisy blocks."""
     return torch.cat([t[part.clean * part.clips:] for part, t in zip(parts, x.split(sizes))])

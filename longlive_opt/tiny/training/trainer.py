@@ -1,4 +1,4 @@
-"""Puts the stages together: settings, folders, what one stage takes over from the one before."""
+"""Run the training stages: their settings, their folders, and what each stage takes from the one before."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ STATISTICS_BATCHES = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all stages. `minutes` and `steps` belong to vae, teacher, student; `reading_minutes` to the text
-    encoder, before the teacher. `size`: of the picture in pixels, None for the model's.
+    """Settings of all stages. `minutes` and `steps` are those of vae, teacher and student. `reading_minutes`
+    is for the text encoder, before the teacher. `size`: picture size in pixels, None for the model's.
     """
 
     vae: VAESettings = VAESettings()
@@ -62,8 +62,8 @@ class Settings:
     log_steps: int = 50
 
     def adjusted(self, rate_scale: float = 1.0, refresh_every: int | None = None) -> Settings:
-        """With all learning rates scaled, and one new chunk of clips every `refresh_every` steps of teacher
-        and student.
+        """A copy with all learning rates scaled, and with one new chunk of clips per `refresh_every` steps of
+        teacher and student.
         """
         if rate_scale <= 0 or (refresh_every is not None and refresh_every < 1):
             raise UserError(
@@ -80,7 +80,7 @@ class Settings:
                        student=scaled(self.student, **changes))
 
     def with_budget(self, minutes: Sequence[float] | None, steps: Sequence[int] | None) -> Settings:
-        """With other minutes or steps; steps alone take the place of minutes."""
+        """A copy with other minutes or steps. Steps alone replace the minutes."""
         for name, values in (("minutes", minutes), ("steps", steps)):
             if values is not None and (len(values) != len(STAGE_NAMES) or min(values) <= 0):
                 raise UserError(
@@ -97,7 +97,7 @@ class Settings:
 QUICK = Settings(
     vae=VAESettings(crop=16, crop_batch=2, crop_frames=5, whole_batch=1, whole_frames=9, horizon=8,
                     ring_videos=2, ring_chunks=4, first_chunks=1, refresh_every=2),
-    teacher=TeacherSettings(opening_batch=2, opening_beside=1, opening_chunk=4, opening_ring_chunks=4,
+    teacher=TeacherSettings(opening_batch=2, opening_with_clips=1, opening_chunk=4, opening_ring_chunks=4,
                             opening_first_chunks=1, plain_batch=2, switch_batch=1, ring_chunks=4,
                             first_chunks=1, refresh_every=4),
     student=StudentSettings(
@@ -126,28 +126,29 @@ QUICK = Settings(
 
 
 class Training:
-    """All stages in one folder; to be closed, or used in a `with`, if it has workers."""
+    """All stages in one folder. Close it, or use it in a `with`, if it has workers."""
 
     def __init__(self, out: Path, model: ModelSpec, device: str, seed: int, settings: Settings = Settings(),
                  compiler: str | None = None, deadline: float | None = None, workers: int = 0,
                  graphs: bool = False):
         """Args:
-            compiler: backend of torch.compile, for this whole process; None leaves everything eager.
-            deadline: of `time.perf_counter`, at which stages stop to be continued.
-            workers: processes that plan data ahead; 0: this one does when it is needed.
-            graphs: record teacher and student as CUDA graphs (see `record`).
+            compiler: backend of torch.compile for this whole process; None leaves everything eager.
+            deadline: value of `time.perf_counter` at which stages stop, to be continued later.
+            workers: processes that plan data ahead; with 0 this process plans when needed.
+            graphs: record the steps of teacher and student as CUDA graphs (see `graphs`).
         """
         self.out, self.seed, self.settings, self.deadline = out, seed, settings, deadline
         self.model = model.with_size(settings.size, settings.size)
         if self.model.height != self.model.width:
             raise UserError(
-                f"model: {model.name} makes {model.width}x{model.height} pictures; the world is square."
+                f"model: {model.name} makes {model.width}x{model.height} pictures, but Moving Shapes are "
+                "square; choose a square model."
             )
         self.device = check_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.graphs = graphs
         if graphs and self.device.type != "cuda":
-            raise UserError(f"--graphs: there are no CUDA graphs on {device}; leave it out.")
+            raise UserError(f"--graphs: {device} has no CUDA graphs; leave the option out.")
         self.plan = SamplingPlan()
         use_compiler(compiler)
         self.workers = start_workers(workers)
@@ -157,7 +158,7 @@ class Training:
             torch.set_float32_matmul_precision("high")
 
     def run(self, name: str) -> bool:
-        """Train a stage to the end, or to the deadline; whether it is complete."""
+        """Train a stage to its end or to the deadline. Returns whether it is complete."""
         if name == "vae" and self._vae_file.is_file():
             logger.info("vae: complete")
             return True
@@ -174,7 +175,8 @@ class Training:
         return complete
 
     def pack(self, to: Path) -> int:
-        """Copy to the folder `to` what another machine needs to go on, and the log; how many bytes that are.
+        """Copy the log and the files that another machine needs to continue to the folder `to`. Returns their
+        size in bytes.
         """
         stages = [
             stage
@@ -212,7 +214,7 @@ class Training:
         )
 
     def _export_vae(self) -> None:
-        """The averaged VAE with normalised latents: what the later stages and inference load."""
+        """Write the averaged VAE with normalised latents, which the later stages and inference load."""
         vae = WanVAE(self.model.vae).to(self.device)
         vae.load_state_dict(prefixed(self._average("vae"), "vae"))
         stage = VAEStage(
@@ -229,10 +231,10 @@ class Training:
             )
 
     def _maker(self, stream: int, files: WeightFiles | None = None) -> ClipMaker:
-        """Makes clips of a stream of its own for each stage."""
+        """A maker of clips. Each stage has its own random `stream`."""
         if files is None:
             if not self._vae_file.is_file():
-                raise UserError(f"{self._vae_file}: does not exist; run --stage vae to its end first.")
+                raise UserError(f"{self._vae_file}: does not exist; first run --stage vae to its end.")
             files = WeightFiles(self.out, vae=self._vae_file)
         vae, _ = load_vae(self.model.vae, files, self.device, self.dtype)
         if self.device.type == "cuda":
@@ -246,7 +248,7 @@ class Training:
 
     def _teacher_stage(self) -> TeacherStage:
         encoder, attributes = UMT5Encoder(self.model.text), AttributeHead(self.model.text.dim)
-        if not checkpoints(self.folder, "teacher"):  # which holds them too
+        if not checkpoints(self.folder, "teacher"):  # a teacher's checkpoint also holds these two
             read = self._average("text")
             encoder.load_state_dict(prefixed(read, "text"))
             attributes.load_state_dict(prefixed(read, "attributes"))
@@ -263,14 +265,14 @@ class Training:
                             self.seed, self.settings.student, self.graphs)
 
     def export(self, source: str = "student") -> dict[str, int]:
-        """Write the weights folder from what is there; the transformer is that of stage `source`."""
+        """Write the weights folder. The transformer is that of stage `source`."""
         text = prefixed(self._average("teacher"), "text")
         return export_weights(
             self.out, prefixed(self._average(source), "dit"), text, load_file(self._vae_file)
         )
 
     def _average(self, stage: str) -> dict[str, Tensor]:
-        """A stage's averaged weights, rounded to bfloat16 as all that takes them over expects."""
+        """A stage's averaged weights, rounded to bfloat16 as their users expect."""
         found = load_checkpoint(self.folder, stage)
         if found is None:
             raise UserError(f"{self.folder}: there is no checkpoint of stage {stage}; train it first.")
@@ -284,7 +286,7 @@ class Training:
         """
         unknown = [name for name in names if name not in CASES]
         if unknown:
-            raise UserError(f"--only: {unknown} is nothing to bench; choose from {', '.join(CASES)}.")
+            raise UserError(f"--only: {unknown} cannot be timed; choose from {', '.join(CASES)}.")
         cases = [case for case in self._bench_cases(steps) if case.name in names]
         rows = run_bench(cases, self.device)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -293,8 +295,8 @@ class Training:
         return rows
 
     def _bench_cases(self, steps: int) -> list[Case]:
-        """Both phases of the VAE and of the teacher; all but the VAE with untrained networks to build on, and
-        enough steps to meet every kind of clip.
+        """The cases to time, with both phases of the VAE and of the teacher. All cases use untrained networks
+        and enough steps to meet every kind of clip.
         """
         settings = self.settings
         student = replace(settings.student, first_chunks=2, streams=settings.student.stream_batch)

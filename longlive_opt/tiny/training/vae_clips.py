@@ -1,7 +1,8 @@
-"""Videos for the VAE: rendered once, kept as uint8 on the device, cut out at random places again and again.
+"""Videos for training the VAE: rendered once, kept as uint8 on the device, and cut at random places many
+times.
 
-Chunk n of the videos is a pure function of the seed and n (see `data`, whose rings hold latents instead).
-Other processes simulate the motion; the device renders.
+Chunk n of the videos is a pure function of the seed and n, as in `clips`, whose rings hold latents instead.
+Other processes simulate the motion, and the device renders.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ draw_compiled = compilable(dynamic=True)(draw_object)
 
 
 def render_fast(tracks: Tracks, frames: slice | Tensor, device: torch.device, size: int) -> Tensor:
-    """`render`, by the compiler if there is one."""
+    """`render`, compiled if `use_compiler` is on."""
     return render(tracks, frames, device, size, draw_compiled if compiling() else None)
 
 
 def pack_tracks(tracks: Tracks) -> dict[str, np.ndarray]:
-    """Tracks as arrays, as they travel between processes."""
+    """Tracks as arrays, to send between processes."""
     return {f.name: getattr(tracks, f.name).numpy() for f in fields(tracks)}
 
 
 def unpack_tracks(packed: dict[str, np.ndarray]) -> Tracks:
-    """What `pack_tracks` packed."""
+    """The inverse of `pack_tracks`."""
     return Tracks(**{name: torch.from_numpy(array) for name, array in packed.items()})
 
 
 def plan_videos(seed: int, videos: int, frames: int, index: int) -> dict[str, np.ndarray]:
-    """Packed tracks of chunk `index`; the scene changes twice in every second video."""
+    """Packed tracks of chunk `index`. The scene changes twice in every second video."""
     rng = np.random.default_rng([seed, 1, index])
     timelines = [[(0, scene)] for scene in sample_scenes(rng, videos)]
     for timeline in timelines[::2]:
@@ -49,11 +50,11 @@ def plan_videos(seed: int, videos: int, frames: int, index: int) -> dict[str, np
 
 
 class VideoRing:
-    """The newest chunks of videos; the oldest is overwritten."""
+    """The newest chunks of videos. Each new chunk overwrites the oldest."""
 
     def __init__(self, seed: int, videos: int, frames: int, chunks: int, size: int, device: torch.device,
                  workers: Executor | None = None):
-        """Args: videos: of a chunk, `frames` long each. chunks: how many the ring holds. size: in pixels."""
+        """Args: videos: per chunk, each `frames` long. chunks: number in the ring. size: in pixels."""
         self.videos, self.frames, self.chunks = videos, frames, chunks
         self.size, self.device, self.produced = size, device, 0
         self.planner = Planner(partial(plan_videos, seed, videos, frames), workers)
@@ -65,17 +66,17 @@ class VideoRing:
         self.produced += 1
 
     def refill(self, produced: int) -> None:
-        """Bring back the ring as it was after `produced` chunks."""
+        """Restore the ring to its state after `produced` chunks."""
         for index in range(max(0, produced - self.chunks), produced):
             self._store(index)
         self.produced = produced
 
     def sample(self, count: int, frames: int, crop: int, generator: torch.Generator) -> Tensor:
-        """Random clips uint8 [count, 3, frames, crop, crop], channels last in memory; each cut at a multiple
-        of 8 pixels, where the latents of the whole picture have their borders.
+        """Random clips uint8 [count, 3, frames, crop, crop], channels last in memory. Cuts are at multiples
+        of 8 pixels, at the borders of the latents of the whole picture.
         """
         assert self._pictures is not None
-        # Values of 0..1 per clip: video, first frame, top, left.
+        # Four values in 0..1 per clip: video, first frame, top, left.
         draws = torch.rand((4, count), generator=generator, device=self.device)
         limits = (min(self.produced, self.chunks) * self.videos, self.frames - frames + 1,
                   *[(self.size - crop) // 8 + 1] * 2)

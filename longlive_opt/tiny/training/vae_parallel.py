@@ -1,12 +1,12 @@
-"""The VAE on whole clips in one call, for training: equal to the streaming form, with far fewer kernels.
+"""Run the VAE on whole clips in one call, for training. It equals the streaming form with far fewer kernels.
 
-`models.vae` streams: every causal convolution takes two frames of history and gives two back, and the first
-frame of a video, which the temporal resamplers skip, is a call of its own. A clip from its first frame on
-needs no history, only zeros before it. Here the frames of all clips are one batch of pictures, [T * B, C,
-H, W] with the channels last in memory, so that a look back by one frame is a shift by B pictures, and the
-three frames that a causal convolution sees become three times the channels of a convolution in the plane,
-for which cuDNN is quick even with 16 channels. Norm, SiLU and that stacking are one compiled function. The
-modules and their weights are those of inference.
+`models.vae` streams: every causal convolution takes two frames of history and returns two, and the first
+frame of a video, which the temporal resamplers skip, needs its own call. A clip from its first frame on needs
+no history, only zeros before it. Here the frames of all clips form one batch of pictures, [T * B, C, H, W]
+with channels last in memory, so that the previous frame is B pictures earlier. A causal convolution over
+three frames becomes a convolution in the plane with three times the channels, which is fast in cuDNN even
+with 16 channels. Norm, SiLU and this stacking are one compiled function. The modules and their weights are
+those of inference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .compiling import compilable
 
 
 def stack_past(x: Tensor, batch: int) -> Tensor:
-    """[T * B, C, H, W] -> [T * B, 3C, H, W]: the frames two and one before, or zeros, and the frame."""
+    """[T * B, C, H, W] -> [T * B, 3C, H, W]: the two previous frames (or zeros) and the frame itself."""
     nothing = torch.zeros_like(x[:batch])
     before = torch.cat([nothing, x[:-batch]])
     return torch.cat([torch.cat([nothing, before[:-batch]]), before, x], dim=1)
@@ -39,7 +39,7 @@ def stack_past(x: Tensor, batch: int) -> Tensor:
 
 @compilable()
 def norm_silu_stack(x: Tensor, gamma: Tensor, scale: float, batch: int) -> Tensor:
-    """RMS norm over the channels of [T * B, C, H, W], SiLU, and the stacking of `stack_past`."""
+    """Root-mean-square (RMS) norm over the channels of [T * B, C, H, W], then SiLU, then `stack_past`."""
     return stack_past(F.silu(F.normalize(x, dim=1, eps=1e-12) * scale * gamma), batch)
 
 
@@ -74,7 +74,7 @@ def run_stage(stage: nn.Module, x: Tensor, batch: int) -> Tensor:
     if isinstance(stage, Head):
         norm, _, conv = stage
         return convolve_stacked(conv, norm_then_stack(norm, x, batch))
-    raise TypeError(f"no stage of the VAE: {type(stage).__name__}")
+    raise TypeError(f"not a stage of the VAE: {type(stage).__name__}")
 
 
 def _residual(stage: ResidualBlock, x: Tensor, batch: int) -> Tensor:
@@ -89,7 +89,7 @@ def _downsample(stage: Downsample, x: Tensor, batch: int) -> Tensor:
     x = stage.resample(x)
     if stage.time_conv is None or len(x) == batch:
         return x
-    frames = x.permute(0, 2, 3, 1).unflatten(0, (-1, batch))  # channels last for the copies to keep them so
+    frames = x.permute(0, 2, 3, 1).unflatten(0, (-1, batch))  # channels last, which the copies keep
     stacked = torch.cat([frames[:-2:2], frames[1:-1:2], frames[2::2]], dim=-1).flatten(0, 1)
     stacked = stacked.permute(0, 3, 1, 2)
     return torch.cat([x[:batch], convolve_stacked(stage.time_conv, stacked)])
@@ -98,7 +98,7 @@ def _downsample(stage: Downsample, x: Tensor, batch: int) -> Tensor:
 def _upsample(stage: Upsample, x: Tensor, batch: int) -> Tensor:
     if stage.time_conv is not None and len(x) > batch:
         y = convolve_stacked(stage.time_conv, stack_past(x[batch:], batch))
-        # Of the channels' two halves one frame each; the channels stay last in memory.
+        # Each half of the channels becomes one frame. The channels stay last in memory.
         y = y.permute(0, 2, 3, 1).unflatten(-1, (2, -1)).unflatten(0, (-1, batch))
         y = y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
         x = torch.cat([x[:batch], y])

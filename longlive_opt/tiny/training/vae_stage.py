@@ -1,13 +1,14 @@
-"""Stage 1: the VAE (Wan 2.1's, arXiv:2503.20314) on clips of Moving Shapes.
+"""Stage 1: train the variational autoencoder (VAE) of Wan 2.1 (arXiv:2503.20314) on clips of Moving Shapes.
 
-Loss: L1 on pixels, L1 on their spatial differences (edges of objects and the ground's pattern are where an L1
-alone is content with grey; Mathieu et al., arXiv:1511.05440) and on temporal ones, and a small KL term
-(arXiv:1312.6114), just enough that the latent space has no holes and a scale. No adversary: the world has no
-texture that a sharp average would miss. Two phases, first crops in large batches, then whole pictures and
-longer clips, so that attention and borders meet their final size, and the causal history some length.
+The loss is the L1 distance of pixels, of their spatial differences and of their temporal differences, plus a
+small Kullback-Leibler (KL) term (arXiv:1312.6114) that keeps the latent space connected and scaled. The
+spatial term is needed because L1 alone leaves edges and patterns grey (Mathieu et al., arXiv:1511.05440).
+There is no adversarial loss, because Moving Shapes have no texture that a sharp average would miss. The first
+phase uses crops in large batches. The second uses whole pictures and longer clips, so that attention and
+borders have their final size and the causal history has some length.
 
-Latents that come out of the export are normalised: `statistics` measures mean and standard deviation of each
-channel, `export.fold_statistics` puts them into conv1 and conv2.
+Exported latents are normalised: `statistics` measures mean and standard deviation of each channel, and
+`export.fold_statistics` folds them into conv1 and conv2.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ WEAK = 0.25
 
 @dataclass(frozen=True)
 class VAESettings:
-    """Clips are of 1 + 4k video frames, the first of them below `horizon` in longer clips. The second phase
-    begins at `whole_from` of the training. One chunk of `ring_videos` is made every `refresh_every` steps.
+    """Settings of the VAE. Clips have 1 + 4k video frames and start below frame `horizon` of longer videos.
+    The second phase starts at the share `whole_from` of the training. Every `refresh_every` steps the stage
+    makes one chunk of `ring_videos`.
     """
 
     rate: float = 6e-4
@@ -60,8 +62,8 @@ class VAESettings:
 
 @torch.no_grad()
 def encode_video(vae: WanVAE, frames: Tensor) -> Tensor:
-    """Normalised latents [B, 1 + k, 16, h, w] of frames [B, 1 + 4k, 3, H, W] in [0, 1]: `WanVAE.encode` in
-    one call.
+    """Normalised latents [B, 1 + k, 16, h, w] of frames [B, 1 + 4k, 3, H, W] in [0, 1], as by `WanVAE.encode`
+    but in one call.
     """
     mean, _ = moments(vae, frames.transpose(1, 2) * 2 - 1)
     centre, inverse_std = latent_statistics(mean.device, mean.dtype)
@@ -70,12 +72,12 @@ def encode_video(vae: WanVAE, frames: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_vae_(vae: WanVAE) -> None:
-    """Initial weights: activations keep their scale, every residual branch begins at zero (Fixup,
-    arXiv:1901.09321), and the posterior begins narrow, or the decoder would first learn to ignore it.
+    """Initialise the VAE. Activations keep their scale, and every residual branch starts at zero (Fixup,
+    arXiv:1901.09321). The posterior starts narrow, because the decoder would otherwise learn to ignore it.
 
-    What is left is a chain of plain convolutions. It begins by passing on each place, as the identity would
-    (a random mix of channels, arXiv:1806.05393), with weak taps around: random taps blur from layer to layer
-    what the network then has to sharpen again.
+    The remaining chain of plain convolutions starts by passing on each place with a random mix of channels
+    (arXiv:1806.05393) and weak taps around it. Fully random taps would blur the picture from layer to layer,
+    and the network would have to sharpen it again.
     """
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -87,7 +89,7 @@ def init_vae_(vae: WanVAE) -> None:
         elif isinstance(module, AttentionBlock):
             nn.init.zeros_(module.proj.weight)
         elif isinstance(module, Downsample):
-            _pass_on_(module.resample[1], (slice(2), slice(2)))  # what lies in the coarser place
+            _pass_on_(module.resample[1], (slice(2), slice(2)))  # the pixels of the coarser place
             if module.time_conv is not None:
                 _pass_on_(module.time_conv, (slice(1, None), 0, 0))
         elif isinstance(module, Upsample):
@@ -115,8 +117,8 @@ class VAEStage:
 
     def __init__(self, config: VAEConfig, size: int, device: torch.device, dtype: torch.dtype, seed: int,
                  settings: VAESettings = VAESettings(), workers: Executor | None = None):
-        """Args: size: of the whole picture, in pixels; the crop is at most that. workers: plan the videos
-        ahead (see `workers`).
+        """Args: size: of the whole picture in pixels; crops are at most as large. workers: processes that
+        plan the videos ahead (see `workers`).
         """
         self.config, self.settings, self.size, self.seed = config, settings, size, seed
         self.device, self.dtype = device, dtype
@@ -153,8 +155,8 @@ class VAEStage:
         return {"loss": loss, **losses}
 
     def video(self, index: int, batch: int, frames: int, crop: int) -> Tensor:
-        """Clips [batch, 3, frames, crop, crop] in [-1, 1] that are in no ring; every fourth with a change of
-        scene in it.
+        """Clips [batch, 3, frames, crop, crop] in [-1, 1] outside the ring. Every fourth has a change of
+        scene.
         """
         rng = np.random.default_rng([self.seed, 2, index])
         start = int(rng.integers(self.settings.horizon))
@@ -176,7 +178,7 @@ class VAEStage:
         return {}
 
     def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to do: the ring is made again."""
+        """Nothing to do, because `resume` refills the ring."""
 
     def averaged(self) -> WanVAE:
         """The averaged VAE in float32, for inference."""
@@ -187,8 +189,8 @@ class VAEStage:
 
 @compilable()
 def reconstruction_losses(made: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """L1 of pixels, of their differences to the right and below, and of those to the next frame; all [B, 3,
-    T, H, W].
+    """L1 of pixels, of their differences to the right and lower neighbour, and of those to the next frame.
+    Videos are [B, 3, T, H, W].
     """
     error = made.float() - target.float()
     return {"l1": error.abs().mean(),
@@ -198,7 +200,7 @@ def reconstruction_losses(made: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def statistics(vae: WanVAE, videos: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every latent channel, float32 [z] each, over videos as in `moments`."""
+    """Mean and standard deviation of each latent channel over videos (as in `moments`), float32 [z] each."""
     latents = torch.cat(
         [moments(vae, video)[0].float().transpose(0, 1).flatten(1) for video in videos], dim=1
     )

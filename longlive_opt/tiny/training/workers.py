@@ -1,8 +1,8 @@
-"""Other processes plan the data, so that Python here has only to launch kernels.
+"""Plan the data in other processes, so that this process only has to launch kernels.
 
-Scenes, prompts, motion and tokens of a chunk are a pure function of its number; `Planner` has the next few
-computed by spawned processes and hands them out in whatever order they are asked for. Where they were
-computed does not show. Arrays travel pickled through pipes, not through shared memory, which may be small.
+Scenes, prompts, motion and tokens of a chunk are a pure function of its number. `Planner` computes the next
+few chunks in spawned processes and returns them in any order. The result does not depend on the process.
+Arrays are pickled through pipes instead of shared memory, which may be small.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class Planner(Generic[T]):
-    """Results of `function(index)`, those after the last one asked for computed ahead."""
+    """Results of `function(index)`. Those after the last requested index are computed ahead."""
 
     def __init__(self, function: Callable[[int], T], workers: Executor | None = None, ahead: int = 8):
-        """Args: function: must be picklable if there are workers. workers: None computes when asked."""
+        """Args: function: must be picklable if there are workers. workers: None computes on request."""
         self.function, self.workers, self.ahead = function, workers, ahead
         self._coming: dict[int, Future[T]] = {}
 
@@ -33,7 +33,7 @@ class Planner(Generic[T]):
         return self._coming.pop(index).result()
 
     def expect(self, index: int) -> None:
-        """`index` is asked for next: begin with it and with those that follow."""
+        """Start to compute `index`, which is requested next, and those that follow."""
         if self.workers is None:
             return
         wanted = range(index, index + self.ahead + 1)
@@ -44,16 +44,17 @@ class Planner(Generic[T]):
                 self._coming[i] = self.workers.submit(self.function, i)
 
     def wait(self, index: int) -> None:
-        """Until an expected `index` is there."""
+        """Wait until an expected `index` is ready."""
         if index in self._coming:
             self._coming[index].exception()
 
 
 def start_workers(count: int) -> ProcessPoolExecutor | None:
-    """`count` spawned processes of one thread each, which end with this one however it ends; None for 0.
+    """`count` spawned processes with one thread each, or None for 0. They end with this process, even if it
+    is killed.
 
-    Spawned processes import the main module: a script that trains must guard its start with `if __name__ ==
-    "__main__"`.
+    Spawned processes import the main module, so a script that trains must guard its start with
+    `if __name__ == "__main__"`.
     """
     if not count:
         return None
@@ -65,13 +66,13 @@ def _prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot say so, and its pipes stay open among the workers."""
+    """A killed parent cannot notify its workers, and the workers keep its pipes open."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -1,10 +1,9 @@
-"""How the tiny model was trained and what it can do: tables and figures from the files that training leaves.
+"""Report how the tiny model was trained and how well it works, from the files that training writes.
 
-    training/log.jsonl   a line every so many steps: {stage, step, progress, ms_per_step, losses ...}
-    check.json           held-out prompts evaluated by the evaluator of the world; the same with parts taken
-    away
+    training/log.jsonl   one line per `log_steps` steps: {stage, step, progress, ms_per_step, losses ...}
+    check.json           metrics of videos of held-out prompts, also with parts of the model taken away
 
-Both lie in the folder of the weights. Reading them needs neither torch nor a GPU.
+Both files are in the weights folder. Reading them needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from IPython.display import HTML
 
 from ...files import project_path
 from ...report.charts import Chart
-from .compare import beside_conclusions, beside_table
+from .compare import compare_conclusions, compare_table
 from .curves import loss_chart, stage_table
 from .reader import CHECK, LOG, check_command, read_check, read_log, train_command
 from .scores import ablation_chart, ablation_table, check_table, conclusions, conditions
 
-__all__ = ["TrainingReport", "ablation_chart", "ablation_table", "beside_conclusions", "beside_table",
+__all__ = ["TrainingReport", "ablation_chart", "ablation_table", "compare_conclusions", "compare_table",
            "check_table", "conclusions", "conditions", "loss_chart", "read_check", "read_log", "stage_table"]
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What the notebook shows of one weights folder; what is not there becomes a sentence that says how to
-    make it.
+    """The content of the notebook for one weights folder. A missing file becomes a sentence on how to make
+    it.
     """
 
     folder: Path
-    name: str  # as it was given: what a command shall read
+    name: str  # the folder as given, for commands in messages
 
     @classmethod
     def open(cls, weights_dir: str) -> TrainingReport:
-        """Args: weights_dir: seen from the project's folder."""
+        """Args: weights_dir: relative to the project's folder."""
         pd.set_option("display.max_colwidth", None)
         return cls(project_path(weights_dir), str(weights_dir))
 
@@ -54,20 +53,20 @@ class TrainingReport:
         return loss_chart(rows)
 
     def stages(self) -> pd.DataFrame | HTML:
-        """Steps and minutes of every stage."""
+        """Steps and minutes of each stage."""
         there = (self.folder / LOG).is_file()
         return stage_table(read_log(self.folder, self.name)) if there else self._train_first()
 
     def about(self) -> HTML:
-        """On what the check was made."""
+        """The conditions of the check."""
         return self._of_check(lambda check: _sentence(conditions(check)))
 
     def check(self) -> pd.DataFrame | HTML:
-        """The figures against their targets."""
+        """The metrics against their targets."""
         return self._of_check(check_table)
 
     def ablation(self) -> pd.DataFrame | HTML:
-        """The model with parts taken away, beside the full one."""
+        """The full model compared with the model without single parts."""
         return self._of_check(ablation_table)
 
     def ablation_figure(self) -> Chart | HTML:
@@ -75,16 +74,16 @@ class TrainingReport:
         return self._of_check(ablation_chart)
 
     def conclusions(self) -> HTML:
-        """What the check says in the end."""
+        """The conclusions from the check."""
         return self._of_check(lambda check: _paragraphs(conclusions(check)))
 
-    def beside(self, other_dir: str) -> pd.DataFrame | HTML:
-        """Every figure beside that of another training."""
-        return self._of_two(other_dir, beside_table)
+    def compare(self, other_dir: str) -> pd.DataFrame | HTML:
+        """Every metric compared with that of another training."""
+        return self._of_two(other_dir, compare_table)
 
     def same(self, other_dir: str) -> HTML:
-        """Whether another training led to the same."""
-        return self._of_two(other_dir, lambda *checks: _paragraphs(beside_conclusions(*checks)))
+        """Whether another training confirms the conclusions."""
+        return self._of_two(other_dir, lambda *checks: _paragraphs(compare_conclusions(*checks)))
 
     def _of_two(self, other_dir: str, show: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
         other = project_path(other_dir)

@@ -1,4 +1,4 @@
-"""The check of two trainings side by side: which figures differ, and which effects of a part both found."""
+"""Compare the checks of two trainings: which metrics differ, and which effects of a part both found."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .scores import (
 )
 
 
-def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
-    """A check beside that of another training, figure by figure; the difference is counted in its own
-    standard errors. Variants too, but for those that were evaluated on fewer videos.
+def compare_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
+    """Two checks, metric by metric, with each difference in its own standard errors. Includes the variants,
+    except those that were evaluated on fewer videos.
     """
     table = {words: {"these weights": cell(ours, path), "the other training": cell(theirs, path),
                      "difference in errors": "" if distance is None else f"{distance:+.1f}"}
@@ -36,15 +36,16 @@ def beside_table(check: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataF
     return pd.DataFrame.from_dict(table, orient="index")
 
 
-def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """How many of the figures of MIN_VIDEOS and more differ by more than twice the error of the difference,
-    and which; whether what the variants changed is found in both; what the other check says by itself.
+def compare_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Conclusions from two checks: which metrics of at least MIN_VIDEOS videos differ by more than twice the
+    error of the difference, whether both found the effects of the variants, and the other check's
+    conclusions.
     """
     pairs = [pair for pair in _pairs(check, other)
              if pair[-1] is not None and not too_few(pair[3], *pair[1:3])]
     found = [f"{words} {cell(ours, path)} here, {cell(theirs, path)} there"
              for words, ours, theirs, path, distance in pairs if abs(distance) > 2]
-    return [f"Of {len(pairs)} figures {len(found)} differ from the other training's by more than twice the "
+    return [f"Of {len(pairs)} metrics {len(found)} differ from the other training's by more than twice the "
             f"error of the difference; by chance alone, one in twenty, {len(pairs) / 20:.1f} would: "
             f"{'; '.join(found) or 'none'}.",
             *_effects(check, other),
@@ -52,9 +53,7 @@ def beside_conclusions(check: Mapping[str, Any], other: Mapping[str, Any]) -> li
 
 
 def _effects(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """A sentence on each variant that either check found to differ from its full model, by what the two say
-    of it together.
-    """
+    """One sentence per variant that differs from its full model in either check, with a joint verdict."""
     lines = []
     for name in [name for name in variants_of(check) if name != "full" and name in variants_of(other)]:
         sides = [(compared_with(one, name), variants_of(one)[name]) for one in (check, other)]
@@ -67,15 +66,16 @@ def _effects(check: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
                          in zip(sides, ("here", "there"), (here, there)))
                 found.setdefault(_verdict(here, there), []).append(f"{column} {', '.join(words)}")
         if found:
-            told = (f"{verdict}: {'; '.join(changes)}." for verdict, changes in found.items())
+            verdicts = (f"{verdict}: {'; '.join(changes)}." for verdict, changes in found.items())
             lines.append(f"{variant_name(name).capitalize()}, here and in the other training. "
-                         f"{' '.join(told)}")
+                         f"{' '.join(verdicts)}")
     return lines
 
 
 def _verdict(here: tuple[float, float], there: tuple[float, float]) -> str:
-    """What two trainings say of an effect. It is confirmed if beyond twice its error in both, its size only
-    within one error of the difference: agreement is to be shown, not the lack of a contradiction.
+    """The joint verdict of two trainings on an effect. The effect is confirmed if it exceeds twice its error
+    in both. Its size is confirmed only if the two differ by at most one error of the difference, so that the
+    data show agreement and not only the lack of a contradiction.
     """
     if here[0] * there[0] <= 0:
         return "Direction not confirmed"
@@ -89,7 +89,7 @@ def _verdict(here: tuple[float, float], there: tuple[float, float]) -> str:
 
 def _pairs(check: Mapping[str, Any], other: Mapping[str, Any]
            ) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any], str, float | None]]:
-    """(words, part of the one, part of the other, path, difference in errors) of all that both evaluated."""
+    """(words, our part, their part, path, difference in errors) for each metric that both checks have."""
     pairs = [(words, check, other, path) for path, words in FIGURES.items()]
     for name, ours in variants_of(check).items():
         theirs = variants_of(other).get(name)

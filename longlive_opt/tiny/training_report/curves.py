@@ -1,5 +1,4 @@
-"""The log of a training: a table of its stages, the curves of one, and the style that all its charts share.
-"""
+"""Tables and curves from a training log, and the style shared by all charts of this report."""
 
 from __future__ import annotations
 
@@ -12,21 +11,21 @@ from typing import Any
 import pandas as pd
 
 from ...report.charts import Chart
-from .reader import BESIDE, Row
+from .reader import ROW_KEYS, Row
 
 _TITLES = {"vae": "VAE", "text": "text encoder alone", "teacher": "teacher", "student": "student"}
 _SERIES = {"loss": "weighted sum", "l1": "pixels, L1", "edges": "differences in space, L1",
            "change": "differences in time, L1", "kl": "KL", "flow": "flow",
            "opening_flow": "flow of openings", "switch_flow": "flow after a switch", "opening": "openings",
            "reading": "attributes of the prompt, cross entropy", "true": "true past", "stream": "own past",
-           "gradient": "norm of the gradient", "read_right": "share read rightly"}
+           "gradient": "norm of the gradient", "read_right": "share read correctly"}
 _NO_LOSS = ("gradient", "read_right")
-_LOG_FROM = 4.0  # a curve that falls by less shows more on a linear scale
+_LOG_FROM = 4.0  # least ratio of the largest to the smallest value for a logarithmic scale
 
 
 def stage_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """One row per stage: steps, minutes of training, progress (the share of the planned time that had passed
-    at the last line of the log, beyond which no step counts), and what became of each curve.
+    """One row per stage: steps, minutes of training, progress (the share of the planned time at the last line
+    of the log; later steps do not count), and the first and last values of each curve.
     """
     table = {}
     for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -40,7 +39,7 @@ def stage_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def _curves(rows: Sequence[Row]) -> list[str]:
-    """Of each curve of a stage that lasts to its end: the first value and the mean of the last tenth."""
+    """The first value and the mean of the last tenth, for each curve that lasts to the end of its stage."""
     last, curves = rows[-math.ceil(len(rows) / 10):], []
     for key in _series(rows):
         if all(key in row for row in last):
@@ -52,8 +51,9 @@ def _curves(rows: Sequence[Row]) -> list[str]:
 
 
 def _minutes(rows: Sequence[Row]) -> float:
-    """Of training up to the last of the rows of a stage. A line after a resumption is a mean over fewer steps
-    than lie between it and the line before, so time is counted by the progress, and only its scale by lines.
+    """Minutes of training up to the last row of a stage. After a resumption, a line averages fewer steps than
+    separate it from the previous line. So the time follows from the progress, and the lines only give its
+    scale.
     """
     scale = median((now["step"] - before["step"]) * now["ms_per_step"]
                    / max(now["progress"] - before["progress"], 1e-4)
@@ -62,8 +62,8 @@ def _minutes(rows: Sequence[Row]) -> float:
 
 
 def loss_chart(rows: Sequence[Row]) -> Chart:
-    """Curves of one stage over its steps: losses, and beside them each figure that is none. A panel whose
-    curves are positive and fall far is logarithmic.
+    """Curves of one stage over its steps: one panel with the losses and one per other metric. A panel with
+    positive curves of a large range is logarithmic.
     """
     series = _series(rows)
     panels = [[key for key in series if key not in _NO_LOSS], *([key] for key in _NO_LOSS if key in series)]
@@ -88,7 +88,7 @@ def loss_chart(rows: Sequence[Row]) -> Chart:
 
 
 def _series(rows: Sequence[Row]) -> list[str]:
-    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in BESIDE]
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ROW_KEYS]
 
 
 COLOURS = ("#3b75af", "#d1491b", "#5aa469", "#9467bd", "#8a8a8a", "#e0a100")

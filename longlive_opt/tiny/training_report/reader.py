@@ -1,4 +1,4 @@
-"""Reading what training leaves: its log and its check, damaged ones refused."""
+"""Read the log and the check that training writes, and refuse damaged ones."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ...measurement.result import lookup, number
 
 LOG = "training/log.jsonl"
 CHECK = "check.json"
-BESIDE = ("stage", "step", "progress", "ms_per_step")
-"""What a row of the log holds beside its curves."""
+ROW_KEYS = ("stage", "step", "progress", "ms_per_step")
+"""The keys of a log row that are not curves."""
 
 Row = dict[str, Any]
 
 
 def train_command(name: str) -> str:
-    """What makes a log."""
+    """The command that makes a log."""
     return f"python -m longlive_opt.tiny.training --out {name} --device cuda"
 
 
 def check_command(name: str) -> str:
-    """What makes a check."""
+    """The command that makes a check."""
     return f"{train_command(name)} --stage check"
 
 
 def read_log(folder: str | Path, name: str = "") -> list[Row]:
-    """The rows of a training log, without those that a resumed stage made again.
+    """The rows of a training log, without those that a resumed stage repeated.
 
     Args:
-        name: the folder as messages shall name it.
+        name: the name of the folder in messages.
 
     Raises:
-        UserError: no log there, or a line of it is damaged.
+        UserError: the log does not exist, or one of its lines is damaged.
     """
     path, name = Path(folder) / LOG, name or str(folder)
     text = _read(path, f"train the model first: {train_command(name)}")
@@ -44,7 +44,7 @@ def read_log(folder: str | Path, name: str = "") -> list[Row]:
     for line, content in enumerate(text.splitlines(), 1):
         row = _parse(content)
         if not isinstance(row, dict) or not isinstance(row.get("stage"), str) \
-                or not all(_is_number(row.get(key)) for key in BESIDE[1:]) \
+                or not all(_is_number(row.get(key)) for key in ROW_KEYS[1:]) \
                 or not all(_is_number(value) for key, value in row.items() if key != "stage"):
             raise UserError(f"{path}: line {line} is damaged; delete that line, or delete the folder "
                             f"{name}/training and train again: {train_command(name)}")
@@ -58,20 +58,20 @@ def read_log(folder: str | Path, name: str = "") -> list[Row]:
 
 
 def read_check(folder: str | Path, name: str = "") -> dict[str, Any]:
-    """The content of check.json, with `lost` added where a minute was evaluated.
+    """The content of check.json, with `lost` added if videos of a minute were evaluated.
 
     Args:
-        name: the folder as messages shall name it.
+        name: the name of the folder in messages.
 
     Raises:
-        UserError: no check there, or it is damaged.
+        UserError: the check does not exist, or is damaged.
     """
     path, name = Path(folder) / CHECK, name or str(folder)
     check = _parse(_read(path, f"check the weights first: {check_command(name)}"))
     parts = [check, *variants_of(check).values()] if isinstance(check, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts) or not lookup(check, "plain.videos") \
             and not lookup(check, "switch.videos") and not lookup(check, "long.videos"):
-        raise UserError(f"{path}: is damaged, or no check; make it again: {check_command(name)}")
+        raise UserError(f"{path}: is damaged, or not a check; make it again: {check_command(name)}")
     for part in parts:
         first, last = number(part, "long.first"), number(part, "long.last")
         if first is not None and last is not None:
@@ -80,7 +80,7 @@ def read_check(folder: str | Path, name: str = "") -> dict[str, Any]:
 
 
 def variants_of(check: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was evaluated with a part taken away, by name."""
+    """The evaluations without a part of the model, by name."""
     variants = check.get("variants")
     return variants if isinstance(variants, Mapping) else {}
 
@@ -89,12 +89,12 @@ def _read(path: Path, remedy: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
 
 def _parse(text: str) -> Any:
-    """JSON, or None for anything else, NaN and infinity included."""
+    """JSON, or None for anything else, including NaN and infinity."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):

@@ -1,4 +1,5 @@
-"""The check of trained weights: figures with their errors, the same with parts taken away, what follows."""
+"""The check of trained weights: metrics with their errors, also without parts of the model, and conclusions.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from .reader import variants_of
 
 DRIFT = "long.lost"
 TARGETS = {"plain.adherence": (">=", 0.90), "switch.adherence": (">=", 0.85), DRIFT: ("<=", 0.05)}
-"""What the tiny model is to reach: adherence to held-out prompts, in the second block after a switch, and
-what of it a minute may cost."""
+"""Targets of the tiny model: adherence to held-out prompts, adherence in the second block after a switch, and
+the loss of adherence over a minute."""
 MIN_VIDEOS = 10
-"""Of fewer nothing is concluded: three that happen to agree have next to no error."""
+"""The report draws no conclusion from fewer videos, because three that happen to agree have almost no error.
+"""
 
 FIGURES = {
     "plain.adherence": "prompt adherence, 5 s of one held-out prompt",
@@ -44,7 +46,7 @@ ABLATION = {"videos": "switch.videos", "second block after a switch": "switch.ad
             "videos of 60 s": "long.videos", "first 5 s": "long.first", "last 5 s": "long.last",
             "lost over 60 s": DRIFT, "in place": "long.in_place"}
 _NEVER = "switch.delay_blocks_never"
-_BARS = {"switch.adherence": ("", "adherence"),  # what the title says after the column, and what is counted
+_BARS = {"switch.adherence": ("", "adherence"),  # end of the title after the column, and the unit
          "switch.old_left": (" after a switch", "share of what changed"),
          "long.last": (" of 60 s", "adherence"),
          "long.in_place": (" after 60 s", "share of what is to stay")}
@@ -55,13 +57,13 @@ _MACHINE = ("gpu", "cpu", "cpu_threads", "torch", "git_commit", "git_dirty")
 
 
 def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
-    """Every figure of a check, those with a target first, with the number of videos that it is a mean of."""
+    """Every metric of a check with its number of videos. Metrics with a target come first."""
     rows = []
     for path, words in FIGURES.items():
         key = path.partition(".")[2]
         sign, target = TARGETS.get(path, ("", None))
         none_came = key == "delay_blocks" and (number(check, f"{path}_never") or 0) > 0
-        rows.append({"figure": words,
+        rows.append({"metric": words,
                      "value": cell(check, path) or ("none came" if none_came else "not measured"),
                      "target": "" if target is None else f"{sign} {target:.2f}",
                      "met": "" if target is None else _met(check, path),
@@ -70,13 +72,13 @@ def check_table(check: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _videos(part: Mapping[str, Any], path: str) -> int:
-    """How many videos a figure is a mean of."""
+    """The number of videos behind a metric."""
     videos = number(part, f"{path.partition('.')[0]}.videos") or 0
     return int(videos - (number(part, _NEVER) or 0) * path.endswith(".delay_blocks"))
 
 
 def too_few(path: str, *parts: Mapping[str, Any]) -> bool:
-    """Whether one of the parts is a mean of fewer than MIN_VIDEOS."""
+    """Whether the metric of one of the parts is a mean of fewer than MIN_VIDEOS videos."""
     return min(_videos(part, path) for part in parts) < MIN_VIDEOS
 
 
@@ -88,7 +90,7 @@ def _met(check: Mapping[str, Any], path: str) -> str:
 
 
 def cell(part: Mapping[str, Any], path: str) -> str:
-    """A figure with its error where it has one; empty if it was not measured."""
+    """A metric with its error if it has one. Empty if it was not measured."""
     if path == _NEVER:
         never = _share(part, path)
         videos = int(number(part, "switch.videos") or 0)
@@ -100,22 +102,24 @@ def cell(part: Mapping[str, Any], path: str) -> str:
 
 
 def figure(part: Mapping[str, Any], path: str) -> float | None:
-    """A figure as it is compared: of the switches whose scene never came their share."""
+    """A metric for comparison. Switches whose scene never came are compared by their share."""
     return _share(part, path) if path == _NEVER else number(part, path)
 
 
 def _share(part: Mapping[str, Any], path: str) -> float | None:
-    """A figure that is a share of each video; None if it is none, or was not measured."""
+    """A metric that is a share per video. None for other metrics and for one that was not measured."""
     videos = number(part, f"{path.partition('.')[0]}.videos")
     if not videos or path.endswith((".videos", ".delay_blocks")):
         return None
-    return (number(part, path) or 0.0) / videos if path == _NEVER else number(part, path)  # named if it was
+    return (number(part, path) or 0.0) / videos if path == _NEVER else number(part, path)  # absent: never 0
 
 
 def _error(part: Mapping[str, Any], path: str) -> float | None:
-    """Standard error of a figure. Where the check kept none, or all videos agree, that of a share from above:
-    between 0 and 1 nothing spreads more than videos that are wholly right or wholly wrong. One of each is
-    added, since 12 of 12 prove little.
+    """Standard error of a metric. If the check stored none or all videos agree, a conservative binomial
+    bound.
+
+    The bound takes every video as wholly right or wholly wrong, which is the largest spread between 0 and 1,
+    and adds one of each, since 12 of 12 prove little.
     """
     if recorded := number(part, f"{path}_se"):
         return recorded
@@ -130,16 +134,16 @@ def _error(part: Mapping[str, Any], path: str) -> float | None:
 
 
 def ablation_table(check: Mapping[str, Any]) -> pd.DataFrame:
-    """The full model and each variant, a row each; an empty cell was not measured."""
+    """The full model and each variant, one per row. An empty cell was not measured."""
     table = {variant_name(name): {column: cell(part, path) for column, path in ABLATION.items()}
              for name, part in {_FULL: check, **variants_of(check)}.items()}
     return pd.DataFrame.from_dict(table, orient="index", columns=list(ABLATION))
 
 
 def conclusions(check: Mapping[str, Any]) -> list[str]:
-    """A sentence on each target, and one on each variant: where it differs from the full model by more than
-    twice the error of the difference; where the check kept it, that of the same videos. What fewer than
-    MIN_VIDEOS showed is named as such.
+    """One sentence per target, and one per variant on the metrics that differ from the full model by more
+    than twice the error of the difference. The difference is that of the same videos if the check stored it.
+    Metrics of fewer than MIN_VIDEOS videos are named as such.
     """
     lines = []
     for path, (sign, target) in TARGETS.items():
@@ -167,7 +171,7 @@ def conclusions(check: Mapping[str, Any]) -> list[str]:
 
 
 def compared_with(check: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What a variant is compared with: windows are evaluated on fewer videos, and so is that."""
+    """The check to compare a variant with. For windows it is the full model on their fewer videos."""
     return variants_of(check).get("full", check) if name.startswith("window_") else check
 
 
@@ -176,12 +180,12 @@ def _differ(part: Mapping[str, Any], full: Mapping[str, Any], path: str) -> bool
 
 
 def beyond(effect: tuple[float, float] | None) -> bool:
-    """Whether an effect is there and more than twice its error."""
+    """Whether an effect exists and exceeds twice its error."""
     return effect is not None and abs(effect[0]) > 2 * effect[1]
 
 
 def effect_of(full: Mapping[str, Any], part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
-    """A variant's change against the full model and its error, of the same videos where the check kept it."""
+    """A variant's change against the full model and its error, on the same videos if the check stored it."""
     return _paired(part, path) or difference(full, part, path)
 
 
@@ -191,15 +195,15 @@ def _change(part: Mapping[str, Any], path: str) -> str:
 
 
 def _paired(part: Mapping[str, Any], path: str) -> tuple[float, float] | None:
-    """A variant's change against the full model on the same videos, and its error; None if the check kept
-    none, or all videos agree.
+    """A variant's change against the full model on the same videos, and its error. None if the check stored
+    none, or if all videos agree.
     """
     change, error = (number(part, f"{path}_{key}") for key in ("change", "change_se"))
     return None if change is None or not error else (change, error)
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> tuple[float, float] | None:
-    """How much more the second has, and the error of that."""
+    """The second value minus the first, and the error of this difference."""
     values, errors = ([of(one, path) for one in (ours, theirs)] for of in (figure, _error))
     if None in (*values, *errors):
         return None
@@ -207,24 +211,24 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) ->
 
 
 def conditions(check: Mapping[str, Any]) -> str:
-    """On what a check was made, in a sentence."""
-    beside = ("weights", "sizes", "variants", "plain", "switch", "long", "environment")
+    """The conditions of a check in one sentence."""
+    others = ("weights", "sizes", "variants", "plain", "switch", "long", "environment")
     machine = {key: lookup(check, f"environment.{key}") for key in _MACHINE}
-    facts = {key: value for key, value in check.items() if key not in beside} | machine
+    facts = {key: value for key, value in check.items() if key not in others} | machine
     words = (f"{key.replace('_', ' ')} {json.dumps(value).strip(chr(34))}" for key, value in facts.items()
              if value is not None)
     return f"Checked: {check.get('weights', 'weights')}; {', '.join(words)}."
 
 
 def variant_name(name: str) -> str:
-    """The name of a variant as the reader knows it."""
+    """The readable name of a variant."""
     if name.startswith("window_"):
         return f"window of {name.removeprefix('window_')} latent frames"
     return _VARIANTS.get(name, name)
 
 
 def ablation_chart(check: Mapping[str, Any]) -> Chart:
-    """The full model and each variant: what is there after a switch, and at the end of a minute."""
+    """Bars of the full model and each variant, after a switch and at the end of a minute."""
     parts = {variant_name(name): part for name, part in {_FULL: check, **variants_of(check)}.items()}
     chart = Chart(figsize=(11, 1.4 + 0.34 * len(parts)), dpi=110, layout="constrained")
     columns = [(column, path) for column, path in ABLATION.items() if path in _BARS]
@@ -244,10 +248,10 @@ def ablation_chart(check: Mapping[str, Any]) -> Chart:
         if path in TARGETS:
             ax.axvline(TARGETS[path][1], color="#c21f1f", lw=1.0, ls="--")
     chart.supxlabel("black: ± one standard error", fontsize=8)
-    told = ("; ".join(f"{name} {cell(part, path) or 'n/a'}" for name, part in parts.items())
-            for _, path in columns)
+    values = ("; ".join(f"{name} {cell(part, path) or 'n/a'}" for name, part in parts.items())
+              for _, path in columns)
     chart.alt = "Bars with one standard error. " + " ".join(
-        f"{column}{_BARS[path][0]}: {words}." for (column, path), words in zip(columns, told))
+        f"{column}{_BARS[path][0]}: {words}." for (column, path), words in zip(columns, values))
     return chart
 
 

@@ -1,0 +1,62 @@
+"""From the name of a preset to a session that a player can take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import STUDIES, ExperimentConfig
+from ..errors import UserError
+from ..files import load_yaml, project_path
+from ..models.specs import MODELS
+from ..models.weight_files import TINY_WEIGHTS
+from ..optimizations import build_pipeline
+from ..streaming.session import StreamingSession
+
+NOT_PLAYED = (*STUDIES, "compile_parts", "smoke")
+FETCHED = "checkpoints"
+"""The folder into which README fetches the official weights."""
+
+
+def preset_names() -> list[str]:
+    """The presets in `params/` that a player offers: all but those that take others apart."""
+    names = sorted(path.stem for path in project_path("params").glob("*.yaml"))
+    return [name for name in names if name not in NOT_PLAYED]
+
+
+def model_names(device: str) -> list[str]:
+    """The models that a player offers on `device`; on a CPU those that make video there in seconds."""
+    return [name for name in MODELS if name == "tiny" or device != "cpu"]
+
+
+def default_weights(model: str) -> str:
+    """The folder of the weights of `model`: the official ones where they were fetched, else random."""
+    if model == "tiny":
+        return str(TINY_WEIGHTS)
+    return FETCHED if project_path(FETCHED).is_dir() else "random"
+
+
+def live_config(preset: str, keys: Mapping[str, Any]) -> ExperimentConfig:
+    """The config of `preset` with `keys` on top. Without them: the tiny model on the CPU, in float32 there
+    unless the preset's attention has none, with relative positions, since a live stream has no end.
+
+    Raises:
+        UserError: an unknown preset, or keys that cannot be.
+    """
+    if preset not in preset_names():
+        raise UserError(f"preset: {preset!r} is unknown; choose one of {', '.join(preset_names())}.")
+    asked = load_yaml(project_path(f"params/{preset}.yaml"))
+    model, device = keys.get("model", "tiny"), keys.get("device", "cpu")
+    half = device != "cpu" or asked.get("attention_backend", "auto") not in ("auto", "math")
+    given = {"model": model, "weights": default_weights(model), "device": device, "relative_rope": True,
+             "model_dtype": "bfloat16" if half else "float32"}
+    return ExperimentConfig.from_mapping(asked | given | keys)
+
+
+def open_session(config: ExperimentConfig) -> StreamingSession:
+    """Build the pipeline of `config` and a session on it, whose frames come to host memory.
+
+    Raises:
+        UserError: weights or device are missing, or an optimization cannot be applied here.
+    """
+    return StreamingSession(build_pipeline(config), host_frames=True)

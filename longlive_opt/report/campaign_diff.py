@@ -1,0 +1,172 @@
+"""`longlive compare A B`: what changed from one campaign to another, preset by preset.
+
+The samples are those of the results: the interval of every steady-state block and the latency of every prompt
+switch, of all runs of a preset. The interval of confidence is a percentile bootstrap (Efron, 1979) in two
+stages: runs are drawn first and then samples within each, so that the spread between runs counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UserError
+from ..files import atomic_path
+from ..measurement.decision import NOISE_FLOOR, unfair
+from ..measurement.result import lookup, numbers
+from .campaign import Campaign, Result, load
+
+SAMPLES = {"SS mean, ms per frame": ("latency.ss_block_ms", True),
+           "PS mean, ms": ("latency.ps_ms_all", False)}
+"""Metric -> where its samples lie, and whether they are ms per block, to be divided by its frames."""
+DRAWS = 4000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one preset in two campaigns: the means, the relative change of the mean with its interval
+    of confidence, and what that says. `reason` says why there is no comparison; then the rest is None.
+    """
+
+    preset: str
+    metric: str
+    before: float | None = None
+    after: float | None = None
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """faster, slower or noise: a change counts where its interval leaves out 0 and it exceeds 2 %."""
+        if self.change is None:
+            return "n/a"
+        if self.low <= 0 <= self.high or abs(self.change) < NOISE_FLOOR:
+            return "noise"
+        return "faster" if self.change < 0 else "slower"
+
+
+def compare(before: Campaign, after: Campaign) -> list[Change]:
+    """Every metric of every preset that both campaigns have; `before` is what the change is relative to."""
+    theirs, ours = _by_preset(before), _by_preset(after)
+    return [change for preset, runs in theirs.items() if preset in ours
+            for change in _changes(preset, runs, ours[preset])]
+
+
+def _by_preset(campaign: Campaign) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for run in campaign.results:
+        found.setdefault(run["preset"], []).append(run)
+    return found
+
+
+def _changes(preset: str, before: Sequence[Result], after: Sequence[Result]) -> list[Change]:
+    # Two machines, commits or versions are what is compared; all else has to agree.
+    if reason := unfair(*({**runs[0], "environment": {}} for runs in (before, after))):
+        return [Change(preset, metric, reason=reason) for metric in SAMPLES]
+    changes = []
+    for metric, (path, per_frame) in SAMPLES.items():
+        samples = [[np.asarray(numbers(run, path)) / (lookup(run, "sizes.frames_per_block") if per_frame
+                                                      else 1)
+                    for run in runs if len(numbers(run, path))] for runs in (before, after)]
+        if not all(samples):
+            changes.append(Change(preset, metric, reason="one of the two has no samples"))
+            continue
+        theirs, ours = (float(np.mean([run.mean() for run in runs])) for runs in samples)
+        low, high = _interval(*samples)
+        changes.append(Change(preset, metric, theirs, ours, ours / theirs - 1, low, high))
+    return changes
+
+
+def _interval(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The interval of confidence of mean(after) / mean(before) - 1."""
+    generator = np.random.default_rng(0)
+    theirs, ours = (_means(runs, generator) for runs in (before, after))
+    low, high = np.quantile(ours / theirs - 1, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _means(runs: Sequence[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+    """[DRAWS] means of runs drawn with replacement, of samples drawn with replacement in each."""
+    drawn = np.stack([generator.choice(run, (DRAWS, len(run))).mean(axis=1) for run in runs])
+    chosen = generator.integers(len(runs), size=(len(runs), DRAWS))
+    return np.take_along_axis(drawn, chosen, axis=0).mean(axis=0)
+
+
+def table(changes: Sequence[Change]) -> pd.DataFrame:
+    """A row per change, as text."""
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:+.1%}"
+
+    rows = [(one.preset, one.metric, "" if one.before is None else f"{one.before:.2f}",
+             "" if one.after is None else f"{one.after:.2f}", percent(one.change),
+             "" if one.low is None else f"{percent(one.low)} to {percent(one.high)}",
+             one.verdict + (f": {one.reason}" if one.reason else "")) for one in changes]
+    return pd.DataFrame(rows, columns=["preset", "metric", "before", "after", "change",
+                                       f"{CONFIDENCE:.0%} interval", "verdict"])
+
+
+def where(campaign: Campaign) -> str:
+    """Machine, commit and versions of a campaign's first run."""
+    facts: Mapping[str, object] = campaign.results[0]["environment"]
+    commit = str(facts.get("git_commit") or "unknown")[:12]
+    machine = facts.get("gpu") or facts.get("cpu")
+    return f"{campaign.folder.name}: {machine}, commit {commit}, torch {facts['torch']}"
+
+
+def page(changes: Sequence[Change], before: Campaign, after: Campaign) -> str:
+    """The comparison as one HTML page without scripts."""
+    body = table(changes).to_html(index=False, border=0)
+    lines = "".join(f"<p>{html.escape(name)}: {html.escape(where(campaign))}</p>"
+                    for name, campaign in (("before", before), ("after", after)))
+    style = ("body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto }"
+             " td, th { text-align: left; padding: .2em .8em .2em 0 } @media (prefers-color-scheme: dark)"
+             " { body { background: #111; color: #eee } }")
+    head = f"<meta charset='utf-8'><title>Comparison</title><style>{style}</style>"
+    title = html.escape(summary(changes))
+    return f"<!doctype html><html lang='en'>{head}<h1>{title}</h1>{lines}{body}</html>\n"
+
+
+def summary(changes: Sequence[Change]) -> str:
+    """The result in one sentence."""
+    found = [one.verdict for one in changes]
+    return (f"{found.count('faster')} faster, {found.count('slower')} slower, {found.count('noise')} within "
+            f"the noise, {found.count('n/a')} not comparable")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 0, 1 where something got slower, or 2 for wrong input."""
+    parser = argparse.ArgumentParser(prog="longlive compare",
+                                     description="Compare two campaigns, preset by preset.")
+    parser.add_argument("before", type=Path, metavar="A", help="a campaign's folder, such as outputs/h100")
+    parser.add_argument("after", type=Path, metavar="B", help="another one; its change is shown")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page, too")
+    arguments = parser.parse_args(argv)
+    try:
+        before, after = load(arguments.before.resolve()), load(arguments.after.resolve())
+        for campaign in (before, after):
+            if not campaign.results:
+                raise UserError(f"{campaign.folder.name}: it has no finished run; measure presets first.")
+        changes = compare(before, after)
+        if not changes:
+            raise UserError(f"{after.folder.name}: it shares no preset with {before.folder.name}; measure "
+                            "one of its presets.")
+        if arguments.html:
+            with atomic_path(arguments.html) as temporary:
+                temporary.write_text(page(changes, before, after), encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"before: {where(before)}\nafter:  {where(after)}\n")
+    print(table(changes).to_string(index=False), end="\n\n")
+    print(summary(changes))
+    return 1 if any(one.verdict == "slower" for one in changes) else 0

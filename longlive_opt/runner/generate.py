@@ -1,0 +1,183 @@
+"""`longlive generate "a prompt" ...`: a video from prompts, written while it is made.
+
+Several prompts follow one another in one video; a prompt file gives a video for each of its lines. Frames go
+to an mp4, or to a folder as PNG files if the output has no suffix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import ExperimentConfig, check_switches, check_switches_fit
+from ..errors import UserError
+from ..files import atomic_path, load_yaml
+from ..live.opening import default_weights, live_config
+from ..models.specs import LONGLIVE, VAE_TEMPORAL_STRIDE
+from ..optimizations import build_pipeline
+from ..prompts import PromptSchedule, read_schedules, spread_evenly
+from ..report.video import write_pictures
+from ..streaming.session import StreamingSession
+from .plan import parse_settings
+
+BIG_ENOUGH_GB = 30
+"""Memory of a GPU for which the full-size model is chosen without being asked for."""
+
+
+def machine_keys() -> tuple[dict[str, Any], str]:
+    """Model, weights and device that fit this machine, and a sentence that says so."""
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+        model = LONGLIVE if memory >= BIG_ENOUGH_GB else "tiny"
+        name = f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB"
+    else:
+        model, name = "tiny", "no GPU"
+    keys = {"model": model, "weights": default_weights(model),
+            "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    noise = "; random weights make noise, 'longlive fetch checkpoints' gets the official ones" \
+        if keys["weights"] == "random" else ""
+    return keys, f"{name}: model {model}, weights {keys['weights']}{noise}"
+
+
+def blocks_of(config: ExperimentConfig, seconds: float | None, blocks: int | None) -> int:
+    """How many blocks the video has. The first has 3 frames fewer than the others; `seconds` is rounded up.
+
+    Raises:
+        UserError: a length that is not positive, or beyond what absolute positions allow.
+    """
+    per_block = VAE_TEMPORAL_STRIDE * config.block_frames
+    if seconds is not None:
+        if seconds <= 0:
+            raise UserError(f"--seconds: {seconds} must be greater than 0.")
+        frames = seconds * config.model_config().fps + VAE_TEMPORAL_STRIDE - 1
+        blocks = max(1, int(-(-frames // per_block)))
+    elif blocks is None:
+        blocks = config.video_blocks
+    if blocks < 1:
+        raise UserError(f"--blocks: {blocks} is too small; it must be at least 1.")
+    if config.max_blocks is not None and blocks > config.max_blocks:
+        raise UserError(f"--blocks: {blocks} is more than the {config.max_blocks} that absolute positions "
+                        "allow; add --set relative_rope=true.")
+    return blocks
+
+
+def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | None,
+                 switch_at: Sequence[float] | None, blocks: int) -> list[PromptSchedule]:
+    """One schedule per video: of a prompt file one for each line, else one of all `prompts`. `switch_at` are
+    seconds into the video, rounded up to a block's edge; without them prompts are spread evenly.
+
+    Raises:
+        UserError: no prompt or two sources of them, or switches that do not rise or do not fit.
+    """
+    if bool(prompts) == (file is not None):
+        raise UserError("prompt: give one or more, or --prompts-file, and not both.")
+    frames = None if switch_at is None else [round(second * config.model_config().fps / VAE_TEMPORAL_STRIDE)
+                                             for second in switch_at]
+    if file is not None:
+        schedules = read_schedules(file, frames)
+    elif frames is None:
+        schedules = [spread_evenly(prompts, blocks, config.block_frames)]
+        if len(schedules[0].prompts) < len(prompts):
+            raise UserError(f"prompt: {len(prompts)} prompts do not fit into {blocks} blocks; make the video "
+                            "longer (--seconds).")
+    else:
+        check_switches(tuple(frames), len(prompts), "--switch-at")
+        schedules = [PromptSchedule(tuple(prompts), tuple(frames))]
+    for schedule in schedules:
+        check_switches_fit(schedule.switch_frames, blocks, config.block_frames)
+    return schedules
+
+
+def pictures(session: StreamingSession, schedule: PromptSchedule, blocks: int) -> Iterator[np.ndarray]:
+    """The frames of one video, uint8 [H, W, 3] each; says after each block how far it is."""
+    started = time.perf_counter()
+    for chunk in session.play(schedule, blocks):
+        yield from chunk.frames[0].permute(0, 2, 3, 1).cpu().numpy()
+        done = chunk.block + 1
+        left = (time.perf_counter() - started) / done * (blocks - done)
+        print(f"\rblock {done} of {blocks}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def write(output: Path, frames: Iterator[np.ndarray], fps: int) -> None:
+    """Write an mp4, or into a folder one PNG per frame.
+
+    Raises:
+        UserError: the output cannot be written.
+    """
+    if output.suffix:
+        write_pictures(output, frames, fps)
+        return
+    from PIL import Image
+
+    for number, frame in enumerate(frames):
+        with atomic_path(output / f"{number:05}.png") as temporary:
+            Image.fromarray(frame).save(temporary)
+
+
+def config_of(preset: str, profile: Path | None, given: Mapping[str, Any]) -> tuple[ExperimentConfig, str]:
+    """The preset on the profile, or on what fits this machine, and a sentence about that choice."""
+    if profile is not None:
+        return live_config(preset, load_yaml(profile) | given), f"profile {profile.name}"
+    keys, words = machine_keys()
+    return live_config(preset, keys | given), words
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longlive generate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show, one after the other")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=".txt or .jsonl, a video per line")
+    parser.add_argument("-o", "--output", type=Path, default=Path("video.mp4"), metavar="FILE",
+                        help="an mp4, or a folder for frames (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, metavar="N", help="length of the video")
+    parser.add_argument("--blocks", type=int, metavar="N", help="length in blocks of 12 frames")
+    parser.add_argument("--switch-at", type=float, nargs="+", metavar="SECOND",
+                        help="when each prompt but the first takes over (default: evenly spread)")
+    parser.add_argument("--preset", default="static_kv", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="model and machine (default: what fits)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="over both")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 0, 2 for wrong input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        given = {"seed": arguments.seed, **parse_settings(arguments.set)}
+        config, words = config_of(arguments.preset, arguments.profile, given)
+        blocks = blocks_of(config, arguments.seconds, arguments.blocks)
+        schedules = schedules_of(config, arguments.prompts, arguments.prompts_file, arguments.switch_at,
+                                 blocks)
+        if arguments.output.suffix not in ("", ".mp4"):
+            raise UserError(f"--output: {arguments.output} is neither an mp4 nor a folder; end it in .mp4 or "
+                            "leave the suffix out.")
+        print(words, file=sys.stderr)
+        session = StreamingSession(build_pipeline(config), host_frames=True)
+        for number, schedule in enumerate(schedules):
+            output = arguments.output
+            if len(schedules) > 1:
+                output = output.with_name(f"{output.stem}_{number:03}{output.suffix}")
+            write(output, pictures(session, schedule, blocks), config.model_config().fps)
+            session.reset()
+            print(output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; no half video was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
