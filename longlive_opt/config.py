@@ -158,6 +158,8 @@ class ExperimentConfig:
     use_prompt_cache: bool = key(False, "encode a prompt once and remember it", group="optimizations")
     use_fused_kernels: bool = key(False, "one kernel between two matrix products; needs a static or "
                                   "quantized cache", group="optimizations")
+    use_fused_vae: bool = key(False, "our own kernels for the VAE's convolutions and norms; of GPUs Hopper "
+                              "only", group="optimizations")
     use_quantized_linears: bool = key(False, "8-bit linear layers behind a norm or GELU; needs fused kernels",
                                       group="optimizations")
     linear_quantization: str = key("int8", "format of the 8-bit linear layers", group="optimizations",
@@ -171,12 +173,14 @@ class ExperimentConfig:
                                   group="optimizations")
     use_early_decode: bool = key(False, "decode a block before its clean pass; skip that pass before a "
                                  "recache", group="optimizations")
-    vae_chunk_latents: int | None = key(None, "latent frames per VAE call; None: 1, or a block if compiled",
+    vae_chunk_latents: int | None = key(None, "latent frames per VAE call; None: 1, or a block if compiled "
+                                        "or fused",
                                         group="optimizations", least=1)
-    vae_channels_last: bool | None = key(None, "the VAE's memory layout; None: if compiled, and on the CPU",
+    vae_channels_last: bool | None = key(None, "the VAE's memory layout; None: if compiled or fused, and on "
+                                         "the CPU",
                                          group="optimizations")
     cudnn_benchmark: bool | None = key(None, "cuDNN times its convolutions and takes the fastest; None: if "
-                                       "compiled", group="optimizations")
+                                       "compiled or fused", group="optimizations")
     prompt_cache_mb: int = key(1024, "MiB of remembered prompts", group="optimizations", least=0)
     prompt_cache_dir: str | None = key(None, "folder of prompts that outlives the run; None: memory only",
                                        group="optimizations")
@@ -258,14 +262,15 @@ class ExperimentConfig:
     @property
     def latents_per_vae_call(self) -> int:
         """Latent frames per VAE call."""
-        return self.vae_chunk_latents or (self.block_frames if self.use_torch_compile else 1)
+        whole = self.use_torch_compile or self.use_fused_vae
+        return self.vae_chunk_latents or (self.block_frames if whole else 1)
 
     @property
     def vae_is_channels_last(self) -> bool:
         """Whether the VAE's weights and activations are channels last."""
         if self.vae_channels_last is not None:
             return self.vae_channels_last
-        return self.use_torch_compile or self.device == "cpu"
+        return self.use_torch_compile or self.use_fused_vae or self.device == "cpu"
 
     @property
     def times_convolutions(self) -> bool:
@@ -274,7 +279,7 @@ class ExperimentConfig:
         """
         if self.cudnn_benchmark is not None:
             return self.cudnn_benchmark
-        return self.use_torch_compile and self.device != "cpu"
+        return (self.use_torch_compile or self.use_fused_vae) and self.device != "cpu"
 
     @property
     def vae_switches(self) -> tuple[str, ...]:
@@ -382,6 +387,12 @@ class ExperimentConfig:
         if self.use_quantized_kv and self.kv_read_path == "fused" and not (on_cpu or half):
             raise UserError("kv_read_path: 'fused' attends in bfloat16 on CUDA, but model_dtype is float32; "
                             "use model_dtype: bfloat16 or kv_read_path: dequantize.")
+        if self.use_fused_vae and not self.vae_is_channels_last:
+            raise UserError("vae_channels_last: the kernels of use_fused_vae have their channels last; leave "
+                            "it out or switch use_fused_vae off.")
+        if self.use_fused_vae and not (on_cpu or half):
+            raise UserError("use_fused_vae: its convolutions are in bfloat16 on CUDA, and model_dtype is "
+                            "float32; use model_dtype: bfloat16.")
         if self.use_quantized_linears and not (on_cpu or half):
             raise UserError("use_quantized_linears: its linear layers return bfloat16 on CUDA, but "
                             "model_dtype is float32; use model_dtype: bfloat16.")

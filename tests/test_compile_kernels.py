@@ -24,6 +24,10 @@ from longlive_opt.kernels import (
     attention8_triton,
     attention_bf16,
     attention_gluon,
+    conv3d,
+    conv3d_gluon,
+    conv3d_head_gluon,
+    conv3d_triton,
     fused_triton,
     gemm8,
     gemm8_gluon,
@@ -36,7 +40,8 @@ from longlive_opt.kernels.quantize import MODES, QuantizedKV, allocate_kv
 from longlive_opt.optimizations import quantized_kv_cache
 
 # A block and a full window of LongLive-1.3B at 832x480: latent frames of 1560 tokens, 12 heads of 128.
-MODULES = (attention8_triton, fused_triton, gemm8_gluon, gemm8_triton, attention_gluon, linear8_triton)
+MODULES = (attention8_triton, fused_triton, gemm8_gluon, gemm8_triton, attention_gluon, linear8_triton,
+           conv3d_gluon, conv3d_head_gluon, conv3d_triton)
 FRAME, FRAMES, WINDOW = 1560, 3, 12
 TOKENS, SLOTS, HEADS, DIM, CHANNELS, FFN = FRAME * FRAMES, FRAME * WINDOW, 12, 128, 1536, 8960
 
@@ -120,6 +125,50 @@ def multiply(tile: gemm8.Tile) -> None:
             gemm8_triton.launch(*arguments, tile.block_k, tile.stages, tile.group, tile.num_warps)
 
 
+def frames(channels: int, count: int, height: int, width: int) -> torch.Tensor:
+    """Frames of the VAE's decoder, channels last."""
+    return meta(1, count, height, width, channels).permute(0, 4, 1, 2, 3)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    return x[0].permute(1, 2, 3, 0)
+
+
+def convolve(inputs: int, outputs: int, *size: int, residual: bool = False, shortcut: bool = False) -> None:
+    with torch.device("meta"):
+        plan = conv3d.causal_plan(torch.zeros(outputs, inputs, 3, 3, 3), torch.zeros(outputs), residual,
+                                  torch.zeros(outputs, inputs) if shortcut else None)
+    x, past, out = (rows_of(frames(channels, count, *size[1:])) for channels, count in
+                    ((inputs, size[0]), (inputs, 2), (outputs, size[0])))
+    other = out if residual else x if shortcut else None
+    conv3d_gluon.launch(plan, x, past, other, [out])
+
+
+def convolve_frames() -> None:
+    with torch.device("meta"):
+        plan = conv3d.frames_plan(torch.zeros(768, 384, 3, 1, 1), torch.zeros(768))
+    x, past, out = (rows_of(frames(384, count, 120, 208)) for count in (6, 2, 12))
+    conv3d_gluon.launch(plan, x, past, None, [out[0::2], out[1::2]])
+
+
+def convolve_picture(inputs: int, outputs: int, height: int, width: int) -> None:
+    with torch.device("meta"):
+        plan = conv3d.picture_plan(torch.zeros(outputs, inputs, 3, 3), torch.zeros(outputs))
+    x, out = rows_of(frames(inputs, 12, height, width)), rows_of(frames(outputs, 12, 2 * height, 2 * width))
+    conv3d_gluon.launch(plan, x, None, None, [out[:, y::2, x::2] for y in range(2) for x in range(2)])
+
+
+def convolve_head() -> None:
+    with torch.device("meta"):
+        plan = conv3d.head_plan(torch.zeros(3, 96, 3, 3, 3), torch.zeros(3))
+    x, past = (rows_of(frames(96, count, 480, 832)) for count in (12, 2))
+    conv3d_head_gluon.launch(plan, x, past, meta(12, 3, 480, 832))
+
+
+def norm_silu(channels: int, count: int) -> None:
+    conv3d_triton.norm_silu(frames(channels, count, 120, 208), meta(channels), frames(channels, 2, 120, 208))
+
+
 ALL, HAS_FP8, QUANTIZED, HOPPER = (80, 89, 90, 100, 120), (89, 90, 100, 120), (90, 100, 120), (90,)
 CASES = {
     "attention, Gluon, int8_fp8": Case(partial(attend_gluon, "int8_fp8"), HOPPER, 2),
@@ -146,6 +195,17 @@ CASES = {
     "rows, int8, a power of two": Case(partial(rows, 4096, "int8", False), HOPPER),
     **{f"product, int8, {tile.block_m}x{tile.block_n}": Case(partial(multiply, tile), HOPPER, 2)
        for tile in {gemm8.choose_tile(TOKENS, columns, True) for columns in (CHANNELS, FFN)}},
+    "convolution, 96": Case(partial(convolve, 96, 96, 12, 480, 832), HOPPER),
+    "convolution, 96, residual": Case(partial(convolve, 96, 96, 12, 480, 832, residual=True), HOPPER),
+    "convolution, 192, residual": Case(partial(convolve, 192, 192, 12, 240, 416, residual=True), HOPPER),
+    "convolution, shortcut": Case(partial(convolve, 192, 384, 6, 120, 208, shortcut=True), HOPPER),
+    "convolution, frames": Case(convolve_frames, HOPPER),
+    "convolution, picture, 384 to 192": Case(partial(convolve_picture, 384, 192, 120, 208), HOPPER),
+    "convolution, picture, 192 to 96": Case(partial(convolve_picture, 192, 96, 240, 416), HOPPER),
+    "convolution, colours": Case(convolve_head, HOPPER),
+    **{f"norm and SiLU, {channels}": Case(partial(norm_silu, channels, 6), ALL)
+       for channels in (96, 192, 384)},
+    "norm and SiLU, one frame": Case(partial(norm_silu, 384, 1), ALL),
     "product, int8, other GPUs": Case(partial(multiply, gemm8.PLAIN), (80, 89, 120), 2),
 }
 

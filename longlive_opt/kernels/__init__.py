@@ -3,8 +3,9 @@
 quantize     8-bit cache formats: `allocate_kv`, `QuantizedKV`, the reference writer
 attention8   `attention8(q, cache, num_keys)`, attention over those caches; `Tile`, `default_tile`
 fused        LayerNorm + modulation, gated residuals, RMS norm + RoPE + cache write, cache write alone
+conv3d       convolutions of the VAE's decoder, RMS norm + SiLU
 attention8_reference   the arithmetic of the attention kernels, and float32 attention
 
-The kernels are in `attention8_triton`, `attention_gluon` and `fused_triton`. These modules need Triton and
-are imported at the first call on a CUDA tensor, so everything else loads without it.
+The kernels are in the `_triton` and `_gluon` modules. These modules need Triton and are imported at the first
+call on a CUDA tensor, so everything else loads without it.
 """

@@ -12,6 +12,7 @@ from .base import Optimization
 from .cuda_graphs import CudaGraphs
 from .early_decode import EarlyDecode
 from .fused_kernels import FusedKernels
+from .fused_vae import FusedVAE
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
@@ -36,6 +37,7 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
         (config.use_quantized_linears, QuantizedLinears(config.linear_quantization, config.linear_layers)),
         ("vae_channels_last" in switches, VAEChannelsLast(config.vae_is_channels_last)),
         ("vae_chunk_latents" in switches, VAEChunk(config.latents_per_vae_call)),
+        (config.use_fused_vae, FusedVAE()),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         ("cudnn_benchmark" in switches, CudnnBenchmark()),
         (config.use_cuda_graphs, CudaGraphs()),

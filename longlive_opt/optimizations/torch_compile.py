@@ -19,7 +19,7 @@ is excluded too: there cuDNN wins, after more minutes. The graphs are those of t
 (one per kind of pass) instead of Inductor's trees, which would keep one recording per block and address.
 
 With `use_fused_kernels`, the transformer's passes are that optimization's. The VAE is compiled, and the
-modes' graphs capture the fused passes.
+modes' graphs capture the fused passes. With `use_fused_vae`, the VAE is that optimization's and not compiled.
 
 Replaces: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported separately. Equal within
 rounding: fused kernels keep float32 where eager PyTorch rounds to bf16 between operations.
@@ -64,7 +64,6 @@ class TorchCompile(Optimization):
         else:
             check_triton("use_torch_compile")
         options = AUTOTUNE if self.mode == "max-autotune" else {}
-        stages = compiled_stages(pipeline)
         fused = config.use_fused_kernels
         forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, options)
         facts: dict[str, Any] = {"inductor_options": options}
@@ -72,13 +71,15 @@ class TorchCompile(Optimization):
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
             forward = graphed(pipeline, forward)
             facts["stats"] = forward.stats
-        vae, (_, height, width) = pipeline.vae, pipeline.latent_shape
-        pipeline = dataclasses.replace(
-            pipeline, sampler=pipeline.sampler.with_forward(forward),
-            make_vae_decoder=lambda: CompiledDecoder(stages, vae, 1, height, width,
-                                                     config.latents_per_vae_call))
-        blocks = "" if fused else f"{len(pipeline.dit.blocks)} transformer blocks and "
-        done = f"{blocks}the VAE decoder's stages are compiled"
+        pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
+        compiled = [] if fused else [f"{len(pipeline.dit.blocks)} transformer blocks"]
+        if not config.use_fused_vae:
+            stages, vae, (_, height, width) = compiled_stages(pipeline), pipeline.vae, pipeline.latent_shape
+            pipeline = dataclasses.replace(
+                pipeline, make_vae_decoder=lambda: CompiledDecoder(stages, vae, 1, height, width,
+                                                                   config.latents_per_vae_call))
+            compiled.append("the VAE decoder's stages")
+        done = f"{' and '.join(compiled)} are compiled" if compiled else "nothing is left to compile"
         if self.mode != "default" and pipeline.device.type != "cuda":
             done += "; no CUDA graphs on the CPU"
         return self.report(pipeline, done, **facts)
