@@ -145,7 +145,7 @@ def test_parameters_cell_is_the_presets(preset: str) -> None:
     expected = {key: default for key, (default, _) in RUN_KEYS.items()}
     expected |= {key: ExperimentConfig().to_dict()[key] for key in parameters.READER_KEYS}
     expected |= {key: laptop.get(key, value) for key, value in own.items() if key != "hypothesis"}
-    if preset == "cuda_graphs":
+    if own.get("use_cuda_graphs"):
         expected["device"] = "cuda"
     assert found == expected
     comments = {name: comment for name, (_, comment) in RUN_KEYS.items()}
