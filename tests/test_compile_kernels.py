@@ -7,7 +7,11 @@ capabilities that it claims.
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import subprocess
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
@@ -16,6 +20,7 @@ import torch
 
 pytest.importorskip("triton")  # there is none on macOS
 
+import triton
 from cross_compile import absent_gpu, check_binary, compiling_for, meta
 from triton.runtime.jit import JITFunction
 
@@ -221,6 +226,22 @@ def test_kernel_compiles(monkeypatch: pytest.MonkeyPatch, name: str, capability:
     assert len(kernels) == CASES[name].kernels
     for kernel in kernels:
         check_binary(kernel, capability)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("convolution")])
+def test_convolutions_are_asynchronous_and_keep_sums_in_registers(monkeypatch: pytest.MonkeyPatch, name: str,
+                                                                  tmp_path: Path) -> None:
+    """Matrix products that the compiler serialises (its notes C7510, C7515), or sums that spill to memory."""
+    with compiling_for(monkeypatch, 90) as kernels:
+        CASES[name].launch()
+    (tmp_path / "kernel.ptx").write_text(kernels[0].asm["ptx"])
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    done = subprocess.run([assembler, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", os.devnull],
+                          capture_output=True, text=True, check=True)
+    notes = done.stdout + done.stderr
+    assert not re.search(r"C75\d\d|serializ", notes), notes
+    assert "0 bytes spill stores, 0 bytes spill loads" in notes, notes
+    assert "wgmma.mma_async.sync.aligned.m64n128k16" in kernels[0].asm["ptx"]
 
 
 def test_every_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
