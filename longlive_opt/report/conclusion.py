@@ -81,13 +81,12 @@ def _card_rows(result: Result, baseline: Result | None) -> list[tuple[str, str, 
 
 def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str]],
           words: Sequence[str]) -> str:
-    cells = "".join(f'<td style="padding:0 1.4em 0 0;text-align:left">{html.escape(label)}<br>'
-                    f"<b>{html.escape(value)}</b><br>{html.escape(change)}&nbsp;</td>"
-                    for label, value, change in rows)
-    row = f'<tr style="background:none">{cells}</tr>'
-    table = f'<table style="margin:0.4em 0;border:0">{row}</table>' if rows else ""
+    cells = "".join(f"<div>{html.escape(label)}<br><b>{html.escape(value)}</b><br>{html.escape(change)}&nbsp;"
+                    "</div>" for label, value, change in rows)
+    table = f'<div style="display:flex;flex-wrap:wrap;gap:0.4em 1.4em;margin:0.4em 0">{cells}</div>' \
+        if rows else ""
     paragraphs = "".join(f'<p style="margin:0.3em 0">{html.escape(text)}</p>' for text in words)
-    return (f'<section id="{name}" style="margin:1em 2em;padding:0.6em 1em;border-left:6px solid '
+    return (f'<section id="{name}" style="margin:1em;padding:0.6em 1em;border-left:6px solid '
             f'{_COLOURS.get(verdict, _GREY)};background:#f6f6f6;font-family:sans-serif;font-size:14px">'
             f'<p style="margin:0.3em 0;font-size:18px"><b>{html.escape(head)}</b></p>{table}{paragraphs}'
             "</section>")

@@ -93,7 +93,9 @@ def _settle(layout: Layout, campaign: Path, record_noise: bool) -> dict[str, str
     if record_noise:
         log.info("noise: %d presets recorded in %s", report.record_noise(report.load(campaign)),
                  report.NOISE_FILE)
-    return export_reports(layout.root, campaign, report.cards(campaign))
+    failed = export_reports(layout.root, campaign, report.cards(campaign))
+    report.write_index(report.load(campaign))
+    return failed
 
 
 def run_summary(layout: Layout, arguments: argparse.Namespace) -> int:
