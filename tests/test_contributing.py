@@ -17,8 +17,9 @@ BLOCKS = re.findall(r"```python\n# ([^\n]+)\n(.*?)```", PAGE, re.DOTALL)
 TRY = """
 from longlive_opt.config import KEYS, ExperimentConfig
 from longlive_opt.measurement.catalogue import METRICS, glossary
-from longlive_opt.measurement.metrics import slowest_share
+from longlive_opt.measurement.metrics import latency_metrics, slowest_share
 from longlive_opt.optimizations import build_pipeline
+from longlive_opt.streaming.timeline import Event
 
 assert KEYS["use_strip_prompts"].group == "optimizations"
 pipeline = build_pipeline(ExperimentConfig(use_strip_prompts=True, model_dtype="float32"))
@@ -26,8 +27,14 @@ pipeline = build_pipeline(ExperimentConfig(use_strip_prompts=True, model_dtype="
 assert (entry["name"], entry["applied"], entry["exactness"]) == ("strip_prompts", True, "bitwise")
 one, other = (pipeline.encode_prompt(text) for text in ("a red square", "  a red square "))
 assert all((a == b).all() for a, b in zip(one.keys + one.values, other.keys + other.values))
+every = dict(use_text_offload=True, use_prompt_cache=True, model_dtype="float32")
+stripped = build_pipeline(ExperimentConfig(use_strip_prompts=True, **every)).encode_prompt("  a red square ")
+assert all((a == b).all() for a, b in zip(one.keys + one.values, stripped.keys + stripped.values))
 assert METRICS[-1].key == "slowest_share" and METRICS[-1].label in "; ".join(glossary())
 assert slowest_share([1.0, 3.0]) == 0.75
+blocks = enumerate([0.0, 100.0, 400.0])
+events = [Event("chunk_ready", ready, 0.0, block, "host") for block, ready in blocks]
+assert METRICS[-1].value({"latency": latency_metrics(events, first_measured_block=1)}) == 0.75
 """
 
 
