@@ -862,7 +862,7 @@ def test_every_preset_keeps_its_colour():
     their own, and colours of presets that are gone."""
     presets = [path.stem for path in (ROOT / "params").glob("*.yaml") if path.stem != "smoke"]
     assert set(charts.PRESET_COLOURS) == set(presets)
-    results = [make(preset, scale=1 - 0.08 * index) for index, preset in enumerate(presets)]
+    results = [make(preset, scale=0.94**index) for index, preset in enumerate(presets)]
     for draw in (charts.latency_ecdf, charts.pareto, charts.latency_by_block):
         picture = Image.open(io.BytesIO(draw(results)._repr_png_()[0]))
         found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}

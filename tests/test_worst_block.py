@@ -62,8 +62,8 @@ def test_the_report_says_what_interrupted_the_streams():
     """Would catch: a collection of 272 ms that only the events know; silence taken for none."""
     found = {"garbage_collections": 1, "garbage_ms_max": 272.3, "allocator_retries": 3}
     assert interruptions({"interruptions": found}) == (
-        "Interruptions of both streams: garbage collections 1 (the longest 272.3 ms), allocator retries 3.")
+        "Interruptions: garbage collections 1 (the longest 272.3 ms), allocator retries 3.")
     assert interruptions({"interruptions": {"garbage_collections": 0, "garbage_ms_max": 0.0}}) == (
-        "Interruptions of both streams: garbage collections 0.")
+        "Interruptions: garbage collections 0.")
     assert interruptions({}) == ""
     assert "Slowest block: 7" in conclusion_html(result_of(500.0, 499.0), None)

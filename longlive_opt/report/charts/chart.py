@@ -128,7 +128,8 @@ PRESET_COLOURS = {  # distinguishable with red-green colour blindness
     "baseline": "#4d4d4d", "cuda_graphs": "#d98b00", "static_kv": "#3d9ad1", "async_vae": "#009e73",
     "quality": "#0a5c9c", "balanced": "#b4508f", "speed": "#d1491b", "low_memory": "#662200",
     "realtime": "#2318f0", "ablation": "#8866ff", "realtime_8gb": "#6e7f00",
-    "compile_parts": "#e377c2"}
+    "compile_parts": "#e377c2",
+    "exact": "#00a39b", "faithful": "#a0522d", "record": "#e6007e"}
 DARK, GREY, RED = "#222222", "#8a8a8a", "#c21f1f"
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
 _ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white digits

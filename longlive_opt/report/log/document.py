@@ -42,6 +42,7 @@ from .recommendation import (
     closing,
     definitions,
     fill_summary,
+    headline,
     observations,
     recommend,
     rules,
@@ -140,6 +141,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
                 *_other_target(runs), *everywhere, *troubles(failures, problems), *rules(runs),
                 *caveats(runs), closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n\n{definitions(results)}".rstrip() + "\n"
+    head = head.replace("\n\n## ", f"\n\n{result}\n\n## ", 1) if (result := headline(runs)) else head
     return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
 
 

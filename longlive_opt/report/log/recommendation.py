@@ -63,6 +63,17 @@ def _summary_row(line: str, run: Run) -> str:
     return table_row(line, [*map(run.cell, ("ss_max", "fps", "peak_allocated")), quality_short(run)])
 
 
+def headline(runs: Mapping[str, Run]) -> str:
+    """The result in one line for the top of the log; empty without a recommended preset or a baseline."""
+    best, _ = recommend(runs)
+    if best is None or best.preset == BASELINE or BASELINE not in runs or runs[BASELINE].failure:
+        return ""
+    base = runs[BASELINE]
+    return (f"**Result**: {best.name} is recommended, with SS max {best.value('ss_max')} ms per frame and "
+            f"{best.value('fps')} FPS. The baseline has {base.value('ss_max')} ms and "
+            f"{base.value('fps')} FPS.")
+
+
 def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     """The recommended run or None, and the reasons. Studies, dropped and undecided presets do not qualify."""
     measured = [run for run in runs.values() if not run.failure]
