@@ -116,8 +116,8 @@ def _schedule(where: str, line: str, shared: tuple[int, ...] | None) -> PromptSc
     if switches is None:
         if len(prompts) > 1:
             raise UserError(
-                f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; give "
-                f"{len(prompts) - 1} latent frames in the preset or on the line."
+                f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; add "
+                f"{len(prompts) - 1} of them, in latent frames, to the line or the preset."
             )
         switches = ()
     check_switches(switches, len(prompts), f"{where}, switch_frame_indices")

@@ -92,6 +92,7 @@ def test_a_prompt_file_gives_a_video_per_line(micro: None, tmp_path: Path) -> No
     (["a", "b", "c", "--blocks", "2"], "3 prompts do not fit into 2 blocks"),
     (["a", "--blocks", "999"], "add --set relative_rope=true"), (["a", "--set", "sed=1"],
                                                                  "did you mean 'seed'"),
+    (["a", "--set", "prompts=[b]"], "--set prompts: prompts and switches are arguments"),
 ])
 def test_wrong_input_is_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture,
                                      monkeypatch: pytest.MonkeyPatch) -> None:

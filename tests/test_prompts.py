@@ -66,7 +66,7 @@ def test_single_prompt_needs_no_switches(tmp_path):
     ('{"prompts": []}\n', "no list 'prompts'"), ('{"prompts": ["a", ""]}\n', "no list 'prompts'"),
     ('{"prompts": ["a", 3]}\n', "no list 'prompts'"), ('{"prompts": [["a"]]}\n', "no list 'prompts'"),
     ('\n{"prompts": ["a"]}\n{"prompts": [" "]}\n', "line 3 has no list"),
-    ('{"prompts": ["a", "b"]}\n', "has 2 prompts and no switch_frame_indices; give 1"),
+    ('{"prompts": ["a", "b"]}\n', "has 2 prompts and no switch_frame_indices; add 1"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": [1, 2]}\n', "2 switch frames for 2 prompts"),
     ('{"prompts": ["a"], "switch_frame_indices": [1]}\n', "1 switch frames for 1 prompts"),
     ('{"prompts": ["a", "b", "c"], "switch_frame_indices": [5, 5]}\n', "must be strictly increasing"),

@@ -245,6 +245,13 @@ def test_full_size_adapter_matches(tmp_path):
     assert len(targets) == 300 and {rank for _, _, rank in targets.values()} == {256}
 
 
+def test_another_model_on_the_projects_weights_is_told_where_its_own_come_from():
+    """'git checkout weights/tiny' for somebody who asked for Self-Forcing and left the folder as it was."""
+    with pytest.raises(UserError, match="name the folder of self-forcing-1.3b's weights, such as one that "
+                                        "'.* --model self-forcing-1.3b' filled"):
+        check_weights(TINY_WEIGHTS, MODELS["self-forcing-1.3b"])
+
+
 def test_every_misfit_is_named_before_anything_is_read(dit_state):
     """One error for all problems, from the headers alone: 17 GB are not read to find a missing bias."""
     headers = {k: Header(tuple(v.shape), "float32") for k, v in dit_state.items()}

@@ -211,6 +211,9 @@ def remedy(path: Path, folder: Path | str = "DIR", model: ModelSpec | None = Non
     not fit in the folder of a small model.
     """
     if is_tiny(path):
+        if model is not None and model.checkpoint.sources:
+            fetch = f"{FETCH_COMMAND} DIR --model {model.name}"
+            return f"name the folder of {model.name}'s weights, such as one that '{fetch}' filled"
         return f"run 'git checkout {TINY_WEIGHTS}'"
     deepest = max(len(Path(place).parts) for place in _PLACES)
     around = (path, *path.parents[:deepest + 1])

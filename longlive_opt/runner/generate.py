@@ -154,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         given = {"seed": arguments.seed, **parse_settings(arguments.set)}
+        if twice := sorted({"prompts", "prompts_file", "switch_frame_indices"} & given.keys()):
+            raise UserError(f"--set {twice[0]}: prompts and switches are arguments here; use PROMPT, "
+                            "--prompts-file and --switch-at.")
         config, words = config_of(arguments.preset, arguments.profile, given)
         blocks = blocks_of(config, arguments.seconds, arguments.blocks)
         schedules = schedules_of(config, arguments.prompts, arguments.prompts_file, arguments.switch_at,
