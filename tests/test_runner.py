@@ -483,7 +483,8 @@ def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.Monkey
     assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 0
     assert json.loads(result.read_text())["mark"] == "new"
     assert not (result.parent / "leftover.png").exists()
-    assert sorted(p.name for p in (project / "outputs/c").iterdir()) == [".locks", "baseline", "summary"]
+    assert sorted(p.name for p in (project / "outputs/c").iterdir()) == [
+        ".locks", "baseline", "index.html", "summary"]
 
 
 def test_failed_overwrite_keeps_the_old_result(project: Path, monkeypatch: pytest.MonkeyPatch,

@@ -16,12 +16,13 @@ Exit status: 0 all finished, 1 something failed (see failed.json), 2 wrong input
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,20 @@ def keep_interrupts() -> None:
     sys.unraisablehook = again
 
 
+@contextlib.contextmanager
+def _home_of_kernels(root: Path) -> Iterator[None]:
+    """Tell the notebooks' kernels, which inherit the environment, where outputs/ is without a clone."""
+    before = os.environ.get(HOME_VARIABLE)
+    os.environ[HOME_VARIABLE] = str(root)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HOME_VARIABLE]
+        else:
+            os.environ[HOME_VARIABLE] = before
+
+
 def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
     """Entry point. `root` is the project's folder (default: the folder that holds this package)."""
     arguments = _parser().parse_args(argv)
@@ -215,8 +230,8 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         root = root or project_root()
-        os.environ.setdefault(HOME_VARIABLE, str(root))  # for the notebooks' kernels
-        return arguments.command(Layout(root), arguments)
+        with _home_of_kernels(root):
+            return arguments.command(Layout(root), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
