@@ -8,7 +8,6 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import atomic_path
 from ..measurement.catalogue import Metric, metric_of
-from ..measurement.result import lookup, number
 from .campaign import BASELINE, Campaign, Result
 from .verdicts import read_decisions
 
@@ -25,7 +24,7 @@ def results_table(campaign: Campaign) -> str:
     metrics = [metric_of(key) for key in KEYS]
     gpus = [run["environment"]["gpu"] for run in campaign.results if run["environment"]["gpu"]]
     head = [f"on one {gpus[0] if gpus else 'CPU'}",
-            *(", ".join(filter(None, (metric.label, metric.unit))) for metric in metrics)]
+            *(metric.heading for metric in metrics)]
     best = read_decisions(campaign.folder)["recommended"]["preset"]
     rows = [head, ["---"] * len(head)]
     for preset in PRESETS:
@@ -38,15 +37,10 @@ def results_table(campaign: Campaign) -> str:
 
 
 def _cell(metric: Metric, first: Result, runs: list[Result]) -> str:
-    value = number(first, metric.path)
-    if value is None:
-        return "n/a" if lookup(first, metric.path) is not None else ""
-    values = [found for run in runs if (found := number(run, metric.path)) is not None]
-    text = f"{value * metric.scale:.{metric.digits}f}"
-    if metric.key == "ss_max" and len(values) > 1:
-        low, high = (f"{found:.{metric.digits}f}" for found in (min(values), max(values)))
-        return f"{low} to {high} ({len(values)} runs)"
-    return text
+    if metric.key != "ss_max" or len(runs) == 1:
+        return metric.shown(first)
+    values = [metric.value(run) for run in runs]
+    return f"{metric.text(min(values))} to {metric.text(max(values))} ({len(runs)} runs)"
 
 
 def page_with_results(text: str, campaign: Campaign) -> str:

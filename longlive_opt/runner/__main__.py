@@ -16,19 +16,17 @@ Exit status: 0 all finished, 1 something failed (see failed.json), 2 wrong input
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import BASELINE
 from ..errors import UserError
-from ..files import HOME_VARIABLE, load_yaml, project_root
+from ..files import load_yaml, project_root
 from ..models.weight_files import TINY_WEIGHTS
 from .execute import export_report, export_reports, locked, run_jobs
 from .parameters import refresh
@@ -91,11 +89,11 @@ def _settle(layout: Layout, campaign: Path, record_noise: bool) -> dict[str, str
     """
     from .. import report
 
+    loaded = report.load(campaign)
     if record_noise:
-        log.info("noise: %d presets recorded in %s", report.record_noise(report.load(campaign)),
-                 report.NOISE_FILE)
+        log.info("noise: %d presets recorded in %s", report.record_noise(loaded), report.NOISE_FILE)
     failed = export_reports(layout.root, campaign, report.cards(campaign))
-    report.write_index(report.load(campaign))
+    report.write_index(loaded)
     return failed
 
 
@@ -207,20 +205,6 @@ def keep_interrupts() -> None:
     sys.unraisablehook = again
 
 
-@contextlib.contextmanager
-def _home_of_kernels(root: Path) -> Iterator[None]:
-    """Tell the notebooks' kernels, which inherit the environment, where outputs/ is without a clone."""
-    before = os.environ.get(HOME_VARIABLE)
-    os.environ[HOME_VARIABLE] = str(root)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[HOME_VARIABLE]
-        else:
-            os.environ[HOME_VARIABLE] = before
-
-
 def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
     """Entry point. `root` is the project's folder (default: the folder that holds this package)."""
     arguments = _parser().parse_args(argv)
@@ -229,9 +213,7 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        root = root or project_root()
-        with _home_of_kernels(root):
-            return arguments.command(Layout(root), arguments)
+        return arguments.command(Layout(root or project_root()), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

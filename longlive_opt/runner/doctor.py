@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -17,13 +18,14 @@ from ..config import ExperimentConfig
 from ..errors import UserError
 from ..files import load_yaml, project_root
 from ..kernels.compilers import check_cpp, check_triton
+from ..live.opening import FETCHED
 from ..measurement import environment
 from ..measurement.quality import perceptual_metrics
+from ..models.specs import LONGLIVE, MODELS
 from ..models.weight_files import TINY_WEIGHTS, check_weights
 from ..optimizations import build_pipeline
+from ..streaming.pipeline import check_device
 from .plan import Layout
-
-OFFICIAL = "checkpoints"
 
 
 def examine(layout: Layout, device: str) -> list[tuple[str, str]]:
@@ -34,13 +36,13 @@ def examine(layout: Layout, device: str) -> list[tuple[str, str]]:
         major, minor = torch.cuda.get_device_capability(device)
         rows.append(("compute capability", f"{major}.{minor}"))
     for name, check in (("C++ compiler", check_cpp), ("Triton", check_triton)):
-        rows.append((name, _outcome(lambda check=check: check("doctor"), "doctor: ")))
+        rows.append((name, _outcome(partial(check, "doctor"), "doctor: ")))
     free = shutil.disk_usage(layout.root).free / 1e9
     rows.append(("free disk", f"{free:.0f} GB"))
-    model = ExperimentConfig().model_config()
-    rows.append(("tiny model's weights", _outcome(lambda: check_weights(TINY_WEIGHTS, model), "weights: ")))
-    official = ExperimentConfig(model="longlive-1.3b").model_config()
-    rows.append(("official weights", _outcome(lambda: check_weights(OFFICIAL, official), "weights: ")))
+    for name, folder, model in (("tiny model's weights", TINY_WEIGHTS, "tiny"),
+                                ("official weights", FETCHED, LONGLIVE)):
+        check = partial(check_weights, folder, MODELS[model])
+        rows.append((name, _outcome(check, "weights: ")))
     return rows + [(name, reason or "ready") for name, reason in perceptual_metrics().items()]
 
 
@@ -54,7 +56,7 @@ def try_presets(layout: Layout, device: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _outcome(check: object, prefix: str = "") -> str:
+def _outcome(check: Callable[[], object], prefix: str = "") -> str:
     """`ready`, or the reason for which `check` refuses."""
     try:
         check()
@@ -73,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = Layout(project_root())
     try:
         ExperimentConfig.from_mapping({"device": arguments.device})
-        if arguments.device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"device: {arguments.device!r} was asked for, and PyTorch sees no GPU; use cpu.")
+        check_device(arguments.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -33,14 +33,14 @@ BIG_ENOUGH_GB = 30
 
 def machine_keys() -> tuple[dict[str, Any], str]:
     """Model, weights and device that fit this machine, and a sentence that says so."""
-    if torch.cuda.is_available():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
         model = LONGLIVE if memory >= BIG_ENOUGH_GB else "tiny"
         name = f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB"
     else:
         model, name = "tiny", "no GPU"
-    keys = {"model": model, "weights": default_weights(model),
-            "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    keys = {"model": model, "weights": default_weights(model), "device": device}
     noise = "; random weights make noise, 'longlive fetch checkpoints' gets the official ones" \
         if keys["weights"] == "random" else ""
     return keys, f"{name}: model {model}, weights {keys['weights']}{noise}"

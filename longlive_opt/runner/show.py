@@ -49,9 +49,8 @@ def _measured(layout: Layout, preset: str) -> list[str]:
         for run in results:
             if run["preset"] == preset and run["run"] == 1:
                 machine = run["environment"]["gpu"] or run["environment"].get("cpu") or "unknown machine"
-                found = [(metric_of(key), metric_of(key).value(run)) for key in SHOWN]
-                text = ", ".join(f"{metric.label} {metric.text(value)} {metric.unit}".rstrip()
-                                 for metric, value in found if value is not None)
+                text = ", ".join(f"{metric.label} {metric.with_unit(run)}" for metric in map(metric_of, SHOWN)
+                                 if metric.value(run) is not None)
                 lines.append(f"  outputs/{campaign.name}, {run['model']['name']} on {machine}: {text}")
     return lines
 
