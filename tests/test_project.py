@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
+from longlive_opt.measurement.result import read_result
 from longlive_opt.report.campaign import load
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
 from longlive_opt.report.readme import page_with_results
@@ -603,6 +604,25 @@ def test_readme_shows_the_campaigns_results():
     assert page_with_results(text, campaign) == text, "run make readme"
     with pytest.raises(UserError, match="end of results"):
         page_with_results("no marks", campaign)
+
+
+def test_readme_states_what_the_committed_runs_say():
+    """A figure that was typed once and outlived its run."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    long = read_result(ROOT / "outputs/h200_long/realtime/result.json")
+    blocks = [ms / long["sizes"]["frames_per_block"] for ms in long["latency"]["ss_block_ms"]]
+    fifth = len(blocks) // 5
+    first, last = (sum(part) / fifth for part in (blocks[:fifth], blocks[-fifth:]))
+    assert (f"{first:.2f} ms per frame in the first fifth of {len(blocks)} blocks, {last:.2f} in the last, "
+            f"worst {max(blocks):.2f}") in readme
+    worst = {preset: read_result(ROOT / f"outputs/h200_fused_vae/{preset}/result.json")["latency"][
+        "ss_ms_per_frame"]["max"] for preset in ("exact", "faithful", "record")}
+    assert ", ".join(f"{preset} {ms:.1f}" for preset, ms in worst.items()) in readme
+    nulls = read_result(ROOT / "outputs/h100/baseline/result.json")["quality"]["nulls"]
+    no_sink = next(null["worst_ratio"] for null in nulls if null["name"] == "no_sink")
+    assert f"without\nthe attention sink the ratio is {no_sink:.0f}" in readme
+    passed = re.search(r"(\d+) passed", (ROOT / "outputs/h100/gpu_tests.txt").read_text(encoding="utf-8"))[1]
+    assert f"(outputs/h100/gpu_tests.txt): {passed} passed" in readme
 
 
 def test_page_lists_every_key_preset_and_profile() -> None:
