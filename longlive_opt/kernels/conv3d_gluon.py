@@ -47,6 +47,7 @@ from .gluon_api import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .gluon_columns import halves
 
 CONSUMERS = 3
 CONSUMER_ROWS = 64
@@ -63,14 +64,6 @@ def _place(box, frames, boxes_across, TIME: gl.constexpr):
     """
     spot = box // frames
     return box % frames * TIME, spot // boxes_across * 8, spot % boxes_across * 16
-
-
-@gluon.jit
-def _halves(x):
-    """Left and right half of x's columns; nothing moves between threads."""
-    ROWS: gl.constexpr = x.shape[0]
-    COLUMNS: gl.constexpr = x.shape[1]
-    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
 @gluon.jit
@@ -162,14 +155,14 @@ def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_p
         at += steps
         low = gl.load(pieces_ptr + (block * 3 + INDEX) * 2)
         high = gl.load(pieces_ptr + (block * 3 + INDEX) * 2 + 1)
-        left, right = _halves(acc)
-        a, b = _halves(left)
+        left, right = halves(acc)
+        a, b = halves(left)
         frame, row, column = _place(pair * 2, frames, boxes_across, TIME)
         _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column,
                OUTPUTS)
         _store(b, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX + 1, frame, row + 4, column,
                OUTPUTS)
-        a, b = _halves(right)
+        a, b = halves(right)
         frame, row, column = _place(pair * 2 + 1, frames, boxes_across, TIME)
         _store(a, out_a, out_b, out_c, out_d, low, high, turned, boxes, 2 * INDEX, frame, row, column,
                OUTPUTS)

@@ -30,17 +30,10 @@ from .gluon_api import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .gluon_columns import halves
 
 STAGES = 4
 BOX_HEIGHT, BOX_WIDTH = 4, 64
-
-
-@gluon.jit
-def _halves(x):
-    """Left and right half of x's columns; nothing moves between threads."""
-    ROWS: gl.constexpr = x.shape[0]
-    COLUMNS: gl.constexpr = x.shape[1]
-    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
 @gluon.jit
@@ -85,13 +78,13 @@ def _consume(INDEX: gl.constexpr, out_ptr, bias_ptr, tiles, steps, frames, heigh
         mbarrier.arrive(empty.index((at + STAGES - 1) % STAGES), count=1)
         bias = gl.load(bias_ptr + gl.arange(0, 64, gl.SliceLayout(1, piece)) % 3)
         frame, row, column = _place(tile * 3 + INDEX, groups, boxes_across)
-        left, right = _halves(acc)
-        a, b = _halves(left)
+        left, right = halves(acc)
+        a, b = halves(left)
         _store(gl.convert_layout(a, piece, assert_trivial=True), out_ptr, bias, frames, height, width, frame,
                row, column)
         _store(gl.convert_layout(b, piece, assert_trivial=True), out_ptr, bias, frames, height, width, frame,
                row + 1, column)
-        a, b = _halves(right)
+        a, b = halves(right)
         _store(gl.convert_layout(a, piece, assert_trivial=True), out_ptr, bias, frames, height, width, frame,
                row + 2, column)
         _store(gl.convert_layout(b, piece, assert_trivial=True), out_ptr, bias, frames, height, width, frame,

@@ -29,6 +29,7 @@ from .gluon_api import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .gluon_columns import halves
 
 STEP = 128
 """Channels per stage: one row of them is one 128-byte line of shared memory."""
@@ -55,14 +56,6 @@ def _tile(index, row_tiles, column_tiles, GROUP: gl.constexpr):
     rows = gl.minimum(row_tiles - first, GROUP)
     inside = index % per_group
     return first + inside % rows, inside // rows
-
-
-@gluon.jit
-def _halves(x):
-    """Left and right half of x's columns; no data moves between threads."""
-    ROWS: gl.constexpr = x.shape[0]
-    COLUMNS: gl.constexpr = x.shape[1]
-    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
 @gluon.jit
@@ -124,26 +117,26 @@ def _consume(INDEX: gl.constexpr, out_desc, row_scale_ptr, column_scale_ptr, bia
         sums = warpgroup_mma_wait(0, deps=[sums])
         at += steps
         mbarrier.arrive(empty.index((at + STAGES - 1) % STAGES), count=1)
-        left, right = _halves(sums)
+        left, right = halves(sums)
         if CONSUMERS == 3:  # too few registers to load the next piece's vectors early
             gl.static_assert(COLUMNS == 4 * PIECE)
-            a, b = _halves(left)
+            a, b = halves(left)
             scale, bias = _vectors(column_scale_ptr, bias_ptr, column, columns, PIECE)
             _store(a, row_scale, scale, bias, out_desc, even, row, column, PIECE, GELU)
             scale, bias = _vectors(column_scale_ptr, bias_ptr, column + PIECE, columns, PIECE)
             _store(b, row_scale, scale, bias, out_desc, odd, row, column + PIECE, PIECE, GELU)
-            a, b = _halves(right)
+            a, b = halves(right)
             scale, bias = _vectors(column_scale_ptr, bias_ptr, column + 2 * PIECE, columns, PIECE)
             _store(a, row_scale, scale, bias, out_desc, even, row, column + 2 * PIECE, PIECE, GELU)
             scale, bias = _vectors(column_scale_ptr, bias_ptr, column + 3 * PIECE, columns, PIECE)
             _store(b, row_scale, scale, bias, out_desc, odd, row, column + 3 * PIECE, PIECE, GELU)
         elif COLUMNS == 4 * PIECE:
-            a, b = _halves(left)
+            a, b = halves(left)
             next_scale, next_bias = _vectors(column_scale_ptr, bias_ptr, column + PIECE, columns, PIECE)
             _store(a, row_scale, scale, bias, out_desc, even, row, column, PIECE, GELU)
             scale, bias = _vectors(column_scale_ptr, bias_ptr, column + 2 * PIECE, columns, PIECE)
             _store(b, row_scale, next_scale, next_bias, out_desc, odd, row, column + PIECE, PIECE, GELU)
-            a, b = _halves(right)
+            a, b = halves(right)
             next_scale, next_bias = _vectors(column_scale_ptr, bias_ptr, column + 3 * PIECE, columns, PIECE)
             _store(a, row_scale, scale, bias, out_desc, even, row, column + 2 * PIECE, PIECE, GELU)
             _store(b, row_scale, next_scale, next_bias, out_desc, odd, row, column + 3 * PIECE, PIECE, GELU)
