@@ -1,13 +1,12 @@
 """Fused VAE: the decoder's stages on our own convolution kernels for Hopper, with one kernel per norm.
 
 Idea: for a causal convolution, cuDNN needs the two frames of history and the input in one tensor, a copy of
-1.1 GB at 480x832. At 96 channels it reaches half the speed of a large matrix product, and another kernel has
-to read its result to add the residual. `kernels.conv3d` reads the history in place and adds bias and residual
-before the result is rounded. Its upsampling convolution reads the small image and sums the weights of taps
-that read the same pixel, so 4 multiplications replace 9. RMS norm and SiLU are one pass, which also writes
-the new history. (We estimate that a norm in the convolution's epilogue would save at most 4 ms of memory
-traffic per block and cost half of that: three warpgroups would have to synchronize, and the exponentials
-would delay the tensor core.)
+1.1 GB at 480x832, and another kernel has to read its result to add the residual. `kernels.conv3d` reads the
+history in place and adds bias and residual before the result is rounded. Its upsampling convolution reads the
+small image and sums the weights of taps that read the same pixel, so 4 multiplications replace 9. RMS norm
+and SiLU are one pass, which also writes the new history. (A norm in the convolution's epilogue would save
+memory traffic, but three warpgroups would have to synchronize, and the exponentials would delay the tensor
+core.)
 
 A residual block is norm + SiLU | convolution | norm + SiLU | convolution + input. Convolutions with too few
 tiles for the multiprocessors, those at the latents' own size, stay on cuDNN. The first convolution and the
@@ -17,14 +16,10 @@ Replaces: `make_vae_decoder`. Needs a Hopper GPU and bf16. By default it also se
 per call, channels last and cuDNN's search (`vae_switches`). With `use_torch_compile`, the transformer is
 compiled and the VAE is not. On the CPU each kernel is plain PyTorch. Costs: packed weights, about the size of
 the decoder's own. Equal within rounding: norm, SiLU and residual keep float32 where eager PyTorch rounds
-between operations; the summed weights of upsampling are rounded to bf16 again. RMS error of pixels in [0, 1]
-against float32 (full size, random weights): 2.6e-3; compiled cuDNN 3.5e-3, eager 3.8e-3.
+between operations; the summed weights of upsampling are rounded to bf16 again.
 
-Measured on an H200 at 480x832 with random weights, medians of 40 to 60 calls: 68 to 69 ms for three latents
-(67 as a CUDA graph; the compiled decoder takes 103), 25 ms for one. Memory peaks at 5.4 GB instead of 10.5,
-weights included. Both decoders run at the power limit, 690 W, with clocks of 1.5 to 1.6 GHz. The host needs
-13 to 18 ms to launch the kernels of a call, during which the GPU is busy. In one profiled call of 60 ms,
-after a pause that let the clocks rise, convolutions took 52 ms, norms 5.4 and attention 1.6.
+Measured on an H200 at 480x832 with random weights: the decode stage takes 61 to 64 ms per block in the runs
+of outputs/h200_fused_vae, where the compiled decoder of outputs/h200_long takes 97.
 """
 
 from __future__ import annotations
