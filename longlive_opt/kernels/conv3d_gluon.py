@@ -20,10 +20,6 @@ rows needs. The middle consumer has rows of both and multiplies the unneeded hal
 There is one persistent program per multiprocessor. While consumers store their results, the producer loads
 the next tile's steps, as many as fit. Each consumer transposes its results to [pixels, channels] in shared
 memory, and the TMA unit writes them and omits pixels outside the image.
-
-Measured on an H200: the tensor core is busy 93 to 94 % of the time, and power limits the clock. 614 TFLOP/s
-at 96 channels (without the multiplications by zero), 707 at 192 and 703 at 384; cuDNN reaches 348, 508 and
-643, and a cuBLAS product of 8192^3 686.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ zero weights.
 
 Three consumer warpgroups each have their own pixels, 4 x 64 of them on every fourth image row, and share the
 weights. The TMA unit sees the image as [T, H / 4, 4, W, C] and writes zeros for pixels outside.
-
-0.85 ms for 12 frames at 480x832 on an H200; cuDNN takes 3.1 ms.
 """
 
 from __future__ import annotations
