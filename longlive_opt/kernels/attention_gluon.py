@@ -22,6 +22,9 @@ Lessons from the generated code (ptxas 12.8):
 
 * P passes to the next iteration in float32; as e4m3 it would be unpacked and packed byte by byte.
 * No matrix product may be pending across a loop's end, or ptxas serialises all of them (note C7514).
+* Each thread adds up its own columns of P and meets the other three of its row once, at the end: no tile waits
+  for shuffles of its sums. Maxima as a tree, scores issued a tile ahead, and a fixed order of the two
+  warpgroups were slower or equal.
 * Result addresses are computed after the loop from a program index that is opaque to the compiler; otherwise
   they occupy registers throughout.
 * q is in shared memory, and the scales of K arrive there with K.
@@ -69,9 +72,23 @@ ROUND = gl.constexpr(12582912.0)
 
 
 @gluon.jit
+def _rows(factor, x):
+    """One factor per row, in the layout that multiplies the accumulator x."""
+    return gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _own_sum(p):
+    """Sum of each thread's own columns of P, [rows, 4]: four threads share a row of the accumulator."""
+    ROWS: gl.constexpr = p.shape[0]
+    KEYS: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(gl.reshape(p, [ROWS, KEYS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _softmax(s, k_scale, q_scale, running, total, limit, K_INT8: gl.constexpr, SHIFT: gl.constexpr,
              MASK: gl.constexpr):
-    """Scores -> (P in float32, new maximum, new sum, factor for the earlier sums)."""
+    """Scores -> (P in float32, new maximum, new sums by thread, factor for the earlier sums)."""
     s = s.to(gl.float32)
     if K_INT8:
         s = s * k_scale.reshape([s.shape[1]]).load(gl.SliceLayout(0, s.type.layout))[None, :]
@@ -81,7 +98,8 @@ def _softmax(s, k_scale, q_scale, running, total, limit, K_INT8: gl.constexpr, S
     maximum = gl.maximum(running, gl.max(s, 1) * q_scale - SHIFT)
     factor = gl.exp2(running - maximum)
     p = gl.exp2(s * q_scale[:, None] - maximum[:, None])
-    return p, maximum, total * factor + gl.sum(p, 1), factor
+    own = gl.convert_layout(_own_sum(p), total.type.layout, assert_trivial=True)
+    return p, maximum, total * _rows(factor, total) + own, factor
 
 
 @gluon.jit
@@ -103,12 +121,6 @@ def _values(v_smem, slot, V_FP8: gl.constexpr):
         return v_smem.index(slot).permute((1, 0))
     else:
         return v_smem.index(slot)
-
-
-@gluon.jit
-def _rows(factor, x):
-    """One factor per row, in the layout that multiplies the accumulator x."""
-    return gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -216,7 +228,10 @@ def _consume(INDEX: gl.constexpr, q_ptr, out_ptr, part_ptr, lse_ptr, k_scale_ptr
         barrier()
         q_scale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, scores)) * qk_scale
     running = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, scores))
-    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, scores))
+    # Four threads hold a row's sums until the end; [ROWS, 4] in the threads of the accumulator.
+    shared: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [ROWS, 4])
+    total = gl.full([ROWS, 4], 0.0, gl.float32, shared)
     acc = gl.full([ROWS, D], 0.0, gl.float32, outputs)
     no_values = gl.full([ROWS, D], 0.0, gl.float32, outputs)
     limit = num_keys - first * KEYS
@@ -240,6 +255,7 @@ def _consume(INDEX: gl.constexpr, q_ptr, out_ptr, part_ptr, lse_ptr, k_scale_ptr
             V_FP8, SHIFT, True)
     weights = _operand(p, operand, V_FP8)
     mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, scores), assert_trivial=True)
     divisor = total
     if V_FP8:
         part = warpgroup_mma(weights, _values(v_smem, last % STAGES, V_FP8), no_values, use_acc=False,
