@@ -37,6 +37,7 @@ History = tuple[Tensor, ...]
 
 HISTORY_FRAMES = 2
 IMAGE_CHANNELS = 3
+ONEDNN = torch.backends.mkldnn.is_available()
 LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -80,7 +81,34 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, history: History, first: bool = False) -> tuple[Tensor, History]:
         x = torch.cat([*history, x], dim=2)
-        return super().forward(x), _last_frames(x, history)
+        return self.convolve(x), _last_frames(x, history)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone, of x [B, C, T + 2, H, W] -> [B, O, T, H, W]."""
+        if x.device.type == "cpu" and ONEDNN and not torch.is_grad_enabled():
+            return _convolve_on_cpu(x, self.weight, self.bias, self.padding[1])
+        return super().forward(x)
+
+
+@torch.library.custom_op("longlive::convolve_on_cpu", mutates_args=())
+def _convolve_on_cpu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """As `F.conv3d` with `padding` pixels around each image, by oneDNN and with sums in float32.
+
+    Without AVX-512, PyTorch chooses its own loops instead, which are several times slower in float32 and far
+    slower in bfloat16.
+    """
+    inputs = (t.float() for t in (x, weight, bias))
+    y = torch.mkldnn_convolution(*inputs, [0, padding, padding], [1] * 3, [1] * 3, 1)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+@_convolve_on_cpu.register_fake
+def _convolve_on_cpu_fake(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    batch, _, frames, height, width = x.shape
+    taps, rows, columns = weight.shape[2:]
+    size = (batch, len(weight), frames - taps + 1, height + 2 * padding - rows + 1,
+            width + 2 * padding - columns + 1)
+    return x.new_empty(size).to(memory_format=torch.channels_last_3d)
 
 
 class ResidualBlock(nn.Module):

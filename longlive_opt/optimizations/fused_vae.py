@@ -149,7 +149,7 @@ class Convolution(nn.Module):
         return _channels_last(y if shortcut is None else y + shortcut(other))
 
     def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return nn.Conv3d.forward(layer, x)  # the `forward` of a causal one takes a history
+        return layer.convolve(x)
 
 
 def filled(plan: conv3d.Plan, x: Tensor) -> float:
@@ -214,7 +214,7 @@ class FrameDoubling(Convolution):
     """A convolution over time that makes two frames of each."""
 
     def _convolve(self, layer: nn.Module, x: Tensor) -> Tensor:
-        halves = nn.Conv3d.forward(layer, x).chunk(2, dim=1)
+        halves = layer.convolve(x).chunk(2, dim=1)
         return torch.cat([half[:, :, t:t + 1] for t in range(x.shape[2] - 2) for half in halves], dim=2)
 
 
@@ -239,7 +239,7 @@ class FusedHead(nn.Module):
     def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
         y, new_history = _norm(self._norm[0], x, history[0])
         if self.plan is None:
-            y = nn.Conv3d.forward(self._conv[0], torch.cat([history[0], y], 2))
+            y = self._conv[0].convolve(torch.cat([history[0], y], 2))
         else:
             y = conv3d.convolve_head(self.plan, y, history[0])
         return y, (new_history,)
