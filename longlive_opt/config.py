@@ -173,6 +173,8 @@ class ExperimentConfig:
                                   group="optimizations")
     use_early_decode: bool = key(False, "decode a block before its clean pass; skip that pass before a "
                                  "recache", group="optimizations")
+    use_early_frames: bool = key(False, "hand out the frames of a new prompt's first latent before "
+                                 "the others are decoded", group="optimizations")
     vae_chunk_latents: int | None = key(None, "latent frames per VAE call; None: 1, or a block if compiled "
                                         "or fused",
                                         group="optimizations", least=1)

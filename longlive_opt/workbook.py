@@ -180,12 +180,13 @@ class Experiment:
         self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
         shown = video.shrink(self.frames, self.config.video_width)
         video.write_mp4(self.folder / "video.mp4", shown, self.pipeline.model.fps, crf=self.config.video_crf)
-        labels = [
-            f"block {chunk.block}" + (": new prompt" if chunk.switched else "") for chunk in self.chunks
-        ]
+        switched = {chunk.block for chunk in self.chunks if chunk.switched}
+        last = [chunk for chunk in self.chunks if chunk.ends_block]
+        labels = [f"block {chunk.block}" + (": new prompt" if chunk.block in switched else "")
+                  for chunk in last]
         video.contact_sheet(
             self.folder / "frames.png",
-            torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
+            torch.stack([chunk.frames[0, -1] for chunk in last]),
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )

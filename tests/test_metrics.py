@@ -62,6 +62,19 @@ def test_a_switch_during_warm_up_does_not_count():
     assert latency["ps_ms_all"] == [30] and latency["ss_blocks"] == [2, 4]
 
 
+def test_early_frames_end_a_switch_and_not_its_block():
+    """Would catch: a switch latency that ignores the frames handed out first, a block interval that ends with
+    them, or a breakdown that counts the decoding of frames that came later.
+    """
+    events = stream([240, 240, 300, 240], switches=[2])
+    events += [Event("decode", 480 + 180, 25.0, 2, "host"), Event("decode", 480 + 205, 45.0, 2, "host"),
+               Event("first_frames", 480 + 206, 0.0, 2, "host"), Event("first_frames", 90, 0.0, 0, "host")]
+    latency = metrics.latency_metrics(events, first_measured_block=1)
+    assert latency["ps_ms_all"] == [206] and latency["first_frame_ms"] == 90
+    assert latency["ps_breakdown_ms"]["decode"] == 25 and latency["ps_breakdown_ms"]["other"] == 181
+    assert latency["ss_blocks"] == [1, 3] and latency["ss_with_switches"]["max"] == 25
+
+
 def test_switch_stream_can_be_separate():
     """Would catch: switches that eat up the 299 samples of p99, SS samples from the switch stream."""
     latency = metrics.latency_metrics(stream([10, 12, 12, 12]), first_measured_block=1,

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from longlive_opt.config import NEEDS, ExperimentConfig
 from longlive_opt.errors import NotAvailable, UserError
+from longlive_opt.measurement.metrics import marks
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import TextContext
 from longlive_opt.models.vae import StreamingDecoder
@@ -39,6 +40,7 @@ from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.kv_cache import CacheGeometry, RollingKVCache
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import Chunk, StreamingSession
+from longlive_opt.streaming.timeline import Timeline
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -647,6 +649,31 @@ def test_early_decode_leaves_out_only_what_a_recache_replaces(size, cache):
     for switches in ((1, 2), (3, 5, 6, 9)):
         schedule = PromptSchedule(tuple("abcde"[:len(switches) + 1]), tuple(block * at for at in switches))
         assert same_video(*(list(StreamingSession(p).play(schedule, 12)) for p in (plain, early)))
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_early_decode": True, "use_async_vae": True}], ids=str)
+def test_early_frames_are_the_first_latents_of_a_new_prompt(keys):
+    """Frames in the wrong order or of the wrong latents, a block whose end nobody sees, a steady block that
+    is torn, parts that claim a switch twice.
+    """
+    schedule, options = PromptSchedule(("a", "b"), (6,)), {**SMALL, **keys}
+    plain = list(StreamingSession(micro_pipeline(**options)).play(schedule, 4))
+    pipeline = micro_pipeline(**options, use_early_frames=True)
+    timeline = Timeline(pipeline.device)
+    parts = list(StreamingSession(pipeline, timeline=timeline).play(schedule, 4))
+    shape = [(part.block, part.start_frame, part.latents.shape[1], part.frames.shape[1], part.switched,
+              part.ends_block) for part in parts]
+    assert shape == [(0, 0, 1, 1, False, False), (0, 1, 2, 8, False, True), (1, 3, 3, 12, False, True),
+                     (2, 6, 1, 4, True, False), (2, 7, 2, 8, False, True), (3, 9, 3, 12, False, True)]
+    assert [part.prompt for part in parts] == ["a", "a", "a", "b", "b", "b"]
+    for name, axis in (("latents", 1), ("frames", 1)):
+        whole, joined = (torch.cat([getattr(chunk, name) for chunk in chunks], axis)
+                         for chunks in (plain, parts))
+        assert torch.equal(whole, joined)
+    events = timeline.resolve()
+    first, ready = marks(events, "first_frames"), marks(events, "chunk_ready")
+    assert list(first) == [0, 2] and list(ready) == [0, 1, 2, 3]
+    assert all(first[block] < ready[block] for block in first)
 
 
 def test_early_decode_comes_before_the_clean_pass():

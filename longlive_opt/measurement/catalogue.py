@@ -110,15 +110,15 @@ _TARGET = ("Share of the steady-state blocks that took longer per video frame th
 _STAGE = ("Mean time of the stage per steady-state block, summed over its spans: CUDA events on a GPU, else "
           "the host clock. With early decode, denoising contains the clean pass of the block before.")
 _PS = ("Prompt-switch (PS) latency: from the mark `switch_request`, at a block's edge, to the mark "
-       "`chunk_ready` of the first block under the new prompt. Host clock. Stream in which every second "
-       "block is a switch.")
+       "`chunk_ready` of the first block under the new prompt or, with early frames, to `first_frames`, when "
+       "the first of its frames are there. Host clock. Stream in which every second block is a switch.")
 _PS_RANDOM = ("PS latency of a request at a random moment, which also waits for the end of the current "
               "block. Derived from the measured switches: each request is spread evenly over the block "
               "before it. Mean: PS plus half of that block. p95: of the mixture of all switches, exact.")
 _PS_PART = ("Mean time of the stage in the switch blocks: CUDA events on a GPU, else the host clock. What no "
             "stage explains is `other`; it is negative where stages overlap.")
-_FIRST = ("From the first event of the stream to the mark `chunk_ready` of its first block. Host clock. It "
-          "contains compilation if nothing was warmed up before.")
+_FIRST = ("From the first event of the stream to the mark `chunk_ready` of its first block or, with early "
+          "frames, to `first_frames`. Host clock. It contains compilation if nothing was warmed up before.")
 _FPS = ("Video frames of the measured blocks divided by their wall-clock time, from `block_start` of the "
         "first (with asynchronous decoding, from the chunk before) to the last `chunk_ready`. Host clock, "
         "stream without switches: 1000 / SS mean but for rounding.")

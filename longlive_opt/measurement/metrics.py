@@ -1,15 +1,16 @@
 """Pure functions from events to metrics. `catalogue` describes each metric.
 
 On the host clock, the session records the marks "block_start", "switch_request" and, after a synchronise at
-the block edge, CHUNK_READY (the block's frames are complete; in a measurement, in host memory). It also
-records spans for the stages.
+the block edge, CHUNK_READY (the block's frames are complete; in a measurement, in host memory). Where the
+first frames of a block are handed out before the others, FIRST_FRAMES says when. It also records spans for
+the stages.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -23,6 +24,7 @@ CLOCK_THRESHOLD = 0.05
 COPY = "copy_to_host"  # a stage on devices that frames must be copied from
 STAGES = ("text_encode", "recache", "denoise", "decode", COPY)
 CHUNK_READY = "chunk_ready"
+FIRST_FRAMES = "first_frames"
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -136,7 +138,7 @@ def latency_metrics(events: Sequence[Event], *, first_measured_block: int, frame
         "ss_over_target": {"target_ms": target_ms, "share": over_target / len(per_frame)},
         "ss_with_switches": with_switches(last, **section),
         **_switch_metrics(last, first_measured_block),
-        "first_frame_ms": ready[first] - begin,
+        "first_frame_ms": (ready | marks(events, FIRST_FRAMES))[first] - begin,
         "stages_ms": {
             name: distribution([totals.get(block, 0.0) for block in steady]) | {"clock": clocks[name]}
             for name, totals in stages.items() if steady.keys() & totals.keys()},
@@ -152,7 +154,8 @@ def with_switches(events: Iterable[Event], *, first_measured_block: int,
 
 
 def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[str, Any]:
-    ready = marks(events, CHUNK_READY)
+    early = marks(events, FIRST_FRAMES)
+    ready = marks(events, CHUNK_READY) | early
     latencies = {block: ready[block] - request for block, request in marks(events, "switch_request").items()
                  if block >= first_measured_block and block in ready}
     if not latencies:
@@ -163,13 +166,26 @@ def _switch_metrics(events: Sequence[Event], first_measured_block: int) -> dict[
     values, started = list(latencies.values()), marks(events, "block_start")
     before = [started[block] - started[block - 1] for block in latencies]
     summary = distribution(values)
-    stages, _ = stage_totals(events)
+    stages, _ = stage_totals(_until_first_frames(events, early))
     parts = {name: math.fsum(stages.get(name, {}).get(block, 0.0) for block in latencies) / len(latencies)
              for name in STAGES if name in stages or name != COPY}
     return {"ps_ms": {key: summary[key] for key in ("n", "mean", "p50", "p99", "max")}, "ps_ms_all": values,
             "ps_random_ms": at_random_moments(values, before), "ps_before_ms_all": before,
             "ps_blocks": list(latencies),
             "ps_breakdown_ms": parts | {"other": summary["mean"] - math.fsum(parts.values())}}
+
+
+def _until_first_frames(events: Sequence[Event], early: Mapping[int, float]) -> list[Event]:
+    """`events` without the spans of later frames in blocks that handed out their first frames early: of each
+    stage and clock the first span counts.
+    """
+    kept, seen = [], set()
+    for event in sorted(events, key=lambda event: event.start_ms):
+        key = (event.name, event.clock, event.block)
+        if event.block not in early or key not in seen:
+            kept.append(event)
+        seen.add(key)
+    return kept
 
 
 def at_random_moments(latencies: Sequence[float], before: Sequence[float]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class Measurement:
         prompts, pending, last_shown = self._prompts, list(switches), time.perf_counter()
         for chunk in self.session.stream(prompts[0], blocks):
             yield chunk
-            if pending and self.session.next_block >= pending[0]:
+            if pending and chunk.ends_block and self.session.next_block >= pending[0]:
                 number = len(switches) - len(pending) + 1
                 pending.pop(0)
                 prompt = prompts[number % len(prompts)]

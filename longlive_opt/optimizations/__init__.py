@@ -11,6 +11,7 @@ from .attention_backend import GluonAttention
 from .base import Optimization
 from .cuda_graphs import CudaGraphs
 from .early_decode import EarlyDecode
+from .early_frames import EarlyFrames
 from .fused_kernels import FusedKernels
 from .fused_vae import FusedVAE
 from .prompt_cache import PromptCache
@@ -45,6 +46,7 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
         (config.use_text_offload, TextOffload()),
         (config.use_prompt_cache, PromptCache(config.prompt_cache_mb, config.prompt_cache_dir)),
         (config.use_early_decode, EarlyDecode()),
+        (config.use_early_frames, EarlyFrames()),
         (config.use_async_vae, AsyncVAE()),
     ]
     return [optimization for wanted, optimization in table if wanted]

@@ -34,11 +34,11 @@ class AsyncVAE(Optimization):
     exactness: ClassVar[Exactness] = "bitwise"
 
     def apply(self, pipeline: Pipeline) -> Pipeline:
-        device = pipeline.device
+        device, make_inline = pipeline.device, pipeline.make_decoder
 
         def make_decoder(vae: StreamingDecoder, timeline: Timeline | NullTimeline,
                          delivery: Delivery) -> Decoder:
-            inner = InlineDecoder(vae, timeline, delivery)
+            inner = make_inline(vae, timeline, delivery)
             return StreamDecoder(inner, device) if device.type == "cuda" else ThreadDecoder(inner)
 
         pipeline = dataclasses.replace(pipeline, make_decoder=make_decoder)
@@ -59,8 +59,8 @@ class ThreadDecoder:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._pending: deque[Future[list[Tensor]]] = deque()
 
-    def push(self, latents: Tensor) -> list[Tensor]:
-        self._pending.append(self._worker.submit(self._inner.push, latents))
+    def push(self, latents: Tensor, urgent: bool = False) -> list[Tensor]:
+        self._pending.append(self._worker.submit(lambda: list(self._inner.push(latents, urgent))))
         return self._collect(lambda: len(self._pending) > IN_FLIGHT or self._pending[0].done())
 
     def flush(self) -> list[Tensor]:
@@ -86,20 +86,19 @@ class StreamDecoder:
         self._device = device
         # Frames that are almost done take priority over a block that has just begun.
         self._stream = torch.cuda.Stream(device, priority=-1)
-        self._pending: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
-    def push(self, latents: Tensor) -> list[Tensor]:
+    def push(self, latents: Tensor, urgent: bool = False) -> list[Tensor]:
         denoising = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(denoising)
         # The allocator must not reuse the latents' memory before this stream has read them.
         latents.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            frames, done = self._inner.enqueue(latents), torch.cuda.Event()
-            done.record()
-        for part in frames:
-            if part.is_cuda:
-                part.record_stream(denoising)
-        self._pending.append((frames, done))
+            launched = self._inner.enqueue(latents, urgent)
+        for frames, _ in launched:
+            if frames.is_cuda:
+                frames.record_stream(denoising)
+        self._pending += launched
         return self._collect(lambda: len(self._pending) > IN_FLIGHT or self._pending[0][1].query())
 
     def flush(self) -> list[Tensor]:
@@ -115,5 +114,5 @@ class StreamDecoder:
         while self._pending and due():
             frames, done = self._pending.popleft()
             done.synchronize()
-            ready += frames
+            ready.append(frames)
         return ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -21,9 +22,10 @@ class Decoder(Protocol):
     to the host, they have arrived there.
     """
 
-    def push(self, latents: Tensor) -> list[Tensor]:
-        """Take one block of latents [B, F, C, h, w]. Return the blocks of frames that are due, uint8
-        [B, T, 3, H, W], oldest first.
+    def push(self, latents: Tensor, urgent: bool = False) -> Iterable[Tensor]:
+        """Take one block of latents [B, F, C, h, w]. Give the frames that are due, uint8 [B, T, 3, H, W],
+        oldest first: whole blocks, or of an `urgent` block (one that a viewer waits for) the first frames
+        before the others, as `use_early_frames` has it.
         """
 
     def flush(self) -> list[Tensor]:
@@ -79,31 +81,49 @@ class Delivery:
 
 
 class InlineDecoder:
-    """The reference: decodes on the stream that denoises, waits, and returns. Records one `decode` span per
-    block, and `copy_to_host` where frames are copied.
+    """The reference: decodes on the stream that denoises, waits, and gives the frames. Records one `decode`
+    span per call of the VAE's decoder, and `copy_to_host` where frames are copied.
     """
 
-    def __init__(self, decoder: StreamingDecoder, timeline: Timeline | NullTimeline, delivery: Delivery):
+    def __init__(self, decoder: StreamingDecoder, timeline: Timeline | NullTimeline, delivery: Delivery, *,
+                 first_alone: bool = False):
+        """Args: first_alone: decode the first latent of an urgent block before the others, and give its
+        frames before theirs.
+        """
         self._decoder = decoder
         self._timeline = timeline
         self._delivery = delivery
+        self._first_alone = first_alone
         self._block = 0
 
-    def push(self, latents: Tensor) -> list[Tensor]:
-        frames = self.enqueue(latents)
-        if latents.is_cuda:
-            torch.cuda.synchronize(latents.device)
-        return frames
+    def push(self, latents: Tensor, urgent: bool = False) -> Iterator[Tensor]:
+        for frames, done in self.enqueue(latents, urgent):
+            if done is not None:
+                done.synchronize()
+            yield frames
 
-    def enqueue(self, latents: Tensor) -> list[Tensor]:
-        """Do the same as `push` without waiting: frames are complete when the current stream gets here."""
+    def enqueue(self, latents: Tensor, urgent: bool = False) -> list[tuple[Tensor, torch.cuda.Event | None]]:
+        """Launch what `push` does without waiting: each tensor of frames with the event after which it is
+        complete (None on the CPU: it is).
+        """
+        alone = self._first_alone and urgent and latents.shape[1] > 1
+        parts = (latents[:, :1], latents[:, 1:]) if alone else (latents,)
+        launched = [self._launch(part) for part in parts]
+        self._block += 1
+        return launched
+
+    def _launch(self, latents: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         with self._timeline.span("decode", self._block):
-            frames = [frames_to_uint8(part) for part in self._decoder.push(latents)]
+            (frames,) = self._decoder.push(latents)
+            frames = frames_to_uint8(frames)
         if self._delivery.copies:
             with self._timeline.span("copy_to_host", self._block):
-                frames = [self._delivery(part) for part in frames]
-        self._block += 1
-        return frames
+                frames = self._delivery(frames)
+        if not latents.is_cuda:
+            return frames, None
+        done = torch.cuda.Event()
+        done.record()
+        return frames, done
 
     def flush(self) -> list[Tensor]:
         return []

@@ -16,8 +16,8 @@ import contextlib
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,11 +42,11 @@ BUSY = ("session: another thread is using it; a stream, reset() and warm_up() be
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """One block of video.
+    """One block of video, or with `use_early_frames` a part of one that begins a prompt.
 
     `frames` is uint8 [B, T, 3, H, W] on the session's device or, with `host_frames`, in host memory.
     `latents` is [B, F, C, h, w]. `start_frame` is the first latent frame. `switched` is true if `prompt` took
-    over with this block.
+    over with these frames, and `ends_block` unless more frames of the block follow.
     """
 
     block: int
@@ -55,6 +55,7 @@ class Chunk:
     prompt: str
     switched: bool
     frames: Tensor
+    ends_block: bool = True
 
     def __repr__(self) -> str:
         _, count, _, height, width = self.frames.shape
@@ -162,7 +163,7 @@ class StreamingSession:
         try:
             for first, switching in ((0, False), (blocks, True)):
                 for chunk in self.stream("warm-up", blocks):
-                    if switching:
+                    if switching and chunk.ends_block:
                         self.switch_prompt(f"warm-up {chunk.block}")
                     if on_block is not None:
                         on_block(first + chunk.block + 1, 2 * blocks)
@@ -178,7 +179,7 @@ class StreamingSession:
         self._block = 0
         self._requests: deque[str] = deque()
         self._history: deque[Tensor] = deque(maxlen=-(-self.plan.window // self.plan.block_frames))
-        self._undelivered: deque[Callable[[Tensor], Chunk]] = deque()
+        self._undelivered: deque[Chunk] = deque()
         self._streaming = False
 
     @property
@@ -296,14 +297,22 @@ class StreamingSession:
                     latents = sampler.denoise_block(self.cache, text, start, noise, step_noise)
             self._history.append(latents)
             self._block += 1
-            self._undelivered.append(partial(Chunk, block, start, latents, prompt, switched))
-            yield from self._deliver(self._decoder.push(latents))
+            self._undelivered.append(Chunk(block, start, latents, prompt, switched, latents[:, :0]))
+            yield from self._deliver(self._decoder.push(latents, urgent=switched or not block))
         yield from self._deliver(self._decoder.flush())
 
-    def _deliver(self, ready: list[Tensor]) -> Iterator[Chunk]:
+    def _deliver(self, ready: Iterable[Tensor]) -> Iterator[Chunk]:
+        """Give the frames with their latents, the oldest undelivered ones."""
         for frames in ready:
-            chunk = self._undelivered.popleft()(frames)
-            self.timeline.mark("chunk_ready", chunk.block)
+            rest = self._undelivered.popleft()
+            count = -(-frames.shape[1] // VAE_TEMPORAL_STRIDE)
+            chunk = replace(rest, latents=rest.latents[:, :count], frames=frames,
+                            ends_block=count == rest.latents.shape[1])
+            if not chunk.ends_block:
+                self._undelivered.appendleft(replace(
+                    rest, start_frame=rest.start_frame + count, latents=rest.latents[:, count:],
+                    switched=False))
+            self.timeline.mark("chunk_ready" if chunk.ends_block else "first_frames", chunk.block)
             yield chunk
 
 
