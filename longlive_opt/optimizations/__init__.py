@@ -18,6 +18,7 @@ from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
+from .tiny_vae import TinyVAE
 from .torch_compile import TorchCompile
 from .vae_offload import VAEOffload
 from .vae_switches import CudnnBenchmark, VAEChannelsLast, VAEChunk
@@ -38,6 +39,7 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
         ("vae_channels_last" in switches, VAEChannelsLast(config.vae_is_channels_last)),
         ("vae_chunk_latents" in switches, VAEChunk(config.latents_per_vae_call)),
         (config.use_fused_vae, FusedVAE()),
+        (config.has_tiny_vae, TinyVAE(config.vae)),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         ("cudnn_benchmark" in switches, CudnnBenchmark()),
         (config.use_cuda_graphs, CudaGraphs()),
