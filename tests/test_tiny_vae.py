@@ -5,6 +5,7 @@ files, and the presets that may use it.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longlive_opt.config import ExperimentConfig, check_baseline
 from longlive_opt.errors import UserError
 from longlive_opt.fetch import fetch, main, plan
+from longlive_opt.files import load_yaml
 from longlive_opt.measurement import decision, fidelity
 from longlive_opt.measurement.fidelity import FidelitySchedule
 from longlive_opt.models.specs import TINY_VAES
@@ -324,6 +326,25 @@ def test_a_session_with_it(keys, cheap_compile):
     entry, = (entry for entry in pipeline.optimizations if entry["name"] == TinyVAE.name)
     assert entry["exactness"] == "lossy" and "random weights, seed 0" in entry["report"]["done"]
     assert entry["report"]["weights"]["kind"] == "random" and isinstance(pipeline.vae, TAEHV)
+
+
+def test_the_preset_works_without_graphs():
+    """A key of the preset that another one of it undoes, up to a prompt switch past the first window."""
+    own = load_yaml(Path(__file__).parents[1] / "params" / "tiny_vae.yaml")
+    record = load_yaml(Path(__file__).parents[1] / "params" / "record.yaml")
+    named = {"name", "title", "hypothesis"}
+    assert {key for key in own.keys() | record.keys() if own.get(key) != record.get(key)} - named == {
+        "vae", "use_fused_vae"}
+    keys = {key: value for key, value in own.items() if key.startswith(("use_", "kv_", "linear_", "vae"))}
+    pipeline = micro_pipeline(**keys | {"use_cuda_graphs": False, "height": 16, "width": 16})
+    session, chunks = StreamingSession(pipeline), []
+    for chunk in session.stream("a red fox", 6):
+        chunks.append(chunk)
+        if chunk.block == 4:
+            session.switch_prompt("a blue whale")
+    expected = published(pipeline.vae.state_dict(), torch.cat([chunk.latents for chunk in chunks], 1))
+    found = torch.cat([chunk.frames for chunk in chunks], 1)
+    assert chunks[-1].switched and (found.float() - (255 * expected).floor()).abs().max() <= 1
 
 
 def test_latents_and_frames_have_errors_of_their_own(monkeypatch):
