@@ -19,7 +19,7 @@ from typing import Any
 
 from .errors import UserError
 from .files import whole_text
-from .models.specs import MODELS, ROPE_POSITIONS, ModelSpec
+from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
 
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
@@ -160,6 +160,10 @@ class ExperimentConfig:
                                   "quantized cache", group="optimizations")
     use_fused_vae: bool = key(False, "our own kernels for the VAE's convolutions and norms; of GPUs Hopper "
                               "only", group="optimizations")
+    vae: str = key(WAN_VAE, "decoder of the latents; the tiny ones are lossy", group="optimizations",
+                   choices=(WAN_VAE, *TINY_VAES))
+    vae_weights: str | None = key(None, "the tiny VAE's file, or random; None: in the folder weights, "
+                                  "random for random and weights/tiny", group="optimizations")
     use_quantized_linears: bool = key(False, "8-bit linear layers behind a norm or GELU; needs fused kernels",
                                       group="optimizations")
     linear_quantization: str = key("int8", "format of the 8-bit linear layers", group="optimizations",
@@ -173,16 +177,16 @@ class ExperimentConfig:
                                   group="optimizations")
     use_early_decode: bool = key(False, "decode a block before its clean pass; skip that pass before a "
                                  "recache", group="optimizations")
-    use_early_frames: bool = key(False, "hand out the frames of a new prompt's first latent before "
-                                 "the others are decoded", group="optimizations")
-    vae_chunk_latents: int | None = key(None, "latent frames per VAE call; None: 1, or a block if compiled "
-                                        "or fused",
+    use_early_frames: bool = key(False, "hand out the first frames of a new prompt before decoding the rest",
+                                 group="optimizations")
+    vae_chunk_latents: int | None = key(None, "latent frames per VAE call; None: 1, or a block if compiled, "
+                                        "fused or tiny",
                                         group="optimizations", least=1)
-    vae_channels_last: bool | None = key(None, "the VAE's memory layout; None: if compiled or fused, and on "
-                                         "the CPU",
+    vae_channels_last: bool | None = key(None, "the VAE's memory layout; None: if compiled, fused or tiny, "
+                                         "and on the CPU",
                                          group="optimizations")
     cudnn_benchmark: bool | None = key(None, "cuDNN times its convolutions and takes the fastest; None: if "
-                                       "compiled or fused", group="optimizations")
+                                       "compiled, fused or tiny", group="optimizations")
     prompt_cache_mb: int = key(1024, "MiB of remembered prompts", group="optimizations", least=0)
     prompt_cache_dir: str | None = key(None, "folder of prompts that outlives the run; None: memory only",
                                        group="optimizations")
@@ -262,17 +266,25 @@ class ExperimentConfig:
         return -(-self.local_attn_size // self.block_frames)
 
     @property
+    def has_tiny_vae(self) -> bool:
+        """Whether a tiny VAE decodes the latents."""
+        return self.vae != WAN_VAE
+
+    @property
+    def _vae_is_fast(self) -> bool:
+        return self.use_torch_compile or self.use_fused_vae or self.has_tiny_vae
+
+    @property
     def latents_per_vae_call(self) -> int:
         """Latent frames per VAE call."""
-        whole = self.use_torch_compile or self.use_fused_vae
-        return self.vae_chunk_latents or (self.block_frames if whole else 1)
+        return self.vae_chunk_latents or (self.block_frames if self._vae_is_fast else 1)
 
     @property
     def vae_is_channels_last(self) -> bool:
         """Whether the VAE's weights and activations are channels last."""
         if self.vae_channels_last is not None:
             return self.vae_channels_last
-        return self.use_torch_compile or self.use_fused_vae or self.device == "cpu"
+        return self._vae_is_fast or self.device == "cpu"
 
     @property
     def times_convolutions(self) -> bool:
@@ -281,7 +293,7 @@ class ExperimentConfig:
         """
         if self.cudnn_benchmark is not None:
             return self.cudnn_benchmark
-        return (self.use_torch_compile or self.use_fused_vae) and self.device != "cpu"
+        return self._vae_is_fast and self.device != "cpu"
 
     @property
     def vae_switches(self) -> tuple[str, ...]:
@@ -395,9 +407,24 @@ class ExperimentConfig:
         if self.use_fused_vae and not (on_cpu or half):
             raise UserError("use_fused_vae: its convolutions are in bfloat16 on CUDA, and model_dtype is "
                             "float32; use model_dtype: bfloat16.")
+        if self.has_tiny_vae:
+            self._validate_tiny_vae()
         if self.use_quantized_linears and not (on_cpu or half):
             raise UserError("use_quantized_linears: its linear layers return bfloat16 on CUDA, but "
                             "model_dtype is float32; use model_dtype: bfloat16.")
+
+    def _validate_tiny_vae(self) -> None:
+        tiny = f"vae: {self.vae!r}"
+        if self.use_fused_vae:
+            raise UserError(f"use_fused_vae: its kernels are those of the Wan VAE, and {tiny} decodes "
+                            f"instead; switch it off or set vae: {WAN_VAE}.")
+        if self.use_vae_offload:
+            raise UserError(f"use_vae_offload: it moves the Wan VAE's history (1.9 GB at 480x832), and that "
+                            f"of {tiny} (67 MB) stays at its addresses; switch it off or set vae: "
+                            f"{WAN_VAE}.")
+        if not self.vae_is_channels_last:
+            raise UserError(f"vae_channels_last: {tiny} has its channels last; leave it out or set vae: "
+                            f"{WAN_VAE}.")
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:
@@ -433,6 +460,7 @@ def check_baseline(config: ExperimentConfig) -> None:
     switched_on = [key for key in SWITCHES if getattr(config, key)]
     switched_on += [key for key in config.vae_switches if getattr(config, key) is not None]
     switched_on += ["attention_backend"] if config.attention_backend == "gluon" else []
+    switched_on += ["vae"] if config.has_tiny_vae else []
     if config.name == BASELINE and switched_on:
         given = sorted({json.dumps(getattr(config, key)) for key in switched_on})
         raise UserError(f"{', '.join(switched_on)}: {' and '.join(given)} under the name {BASELINE!r}, with "

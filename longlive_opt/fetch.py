@@ -1,5 +1,5 @@
 """Download official weights:
-`python -m longlive_opt.fetch DIR [--model NAME] [--what all|dit|vae|text] [--dry-run]`.
+`python -m longlive_opt.fetch DIR [--model NAME] [--what all|dit|vae|text|tiny_vae] [--dry-run]`.
 
 Creates the layout that `longlive_opt.models.weight_files.resolve_weights(DIR, model)` reads. For
 LongLive-1.3B:
@@ -8,7 +8,8 @@ LongLive-1.3B:
     DIR/Wan2.1-T2V-1.3B/  config.json  Wan2.1_VAE.pth  models_t5_umt5-xxl-enc-bf16.pth  google/umt5-xxl/
 
 Other models have their own transformer and share the Wan 2.1 folder. `longlive_opt.models.specs` names their
-files and sources.
+files and sources. The tiny VAEs, which the key `vae` chooses, fit all of these models. `--what tiny_vae`
+fetches them, `all` does not: DIR/taew2_1.pth and DIR/lighttaew2_1.pth.
 
 Files are downloaded to DIR/.fetch, where an interrupted run resumes. They are moved into place after their
 size and SHA-256 match the hub's. Existing files are checked and never overwritten. Needs no torch.
@@ -27,14 +28,14 @@ from typing import Protocol, Sequence
 
 from .errors import UserError
 from .files import file_sha256
-from .models.specs import FETCH_COMMAND, LONGLIVE, MODELS, Source
+from .models.specs import FETCH_COMMAND, LONGLIVE, MODELS, TINY_VAES, Source
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".fetch"
 SPARE_BYTES = 1 << 30
 FETCHED = tuple(name for name, spec in MODELS.items() if spec.checkpoint.sources)
-PARTS = ("all", "dit", "vae", "text")
+PARTS = ("all", "dit", "vae", "text", "tiny_vae")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def _hub_error(what: str, error: Exception) -> UserError:
 
 
 def _sources(what: str, model: str) -> list[Source]:
+    if what == "tiny_vae":
+        return [spec.source for spec in TINY_VAES.values()]
     return [source for source in MODELS[model].checkpoint.sources if what in ("all", source.part)]
 
 
@@ -207,7 +210,8 @@ def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", type=Path, help="destination folder")
     parser.add_argument("--model", choices=FETCHED, default=LONGLIVE,
                         help="model to fetch (default: %(default)s)")
-    parser.add_argument("--what", choices=PARTS, default="all", help="part to fetch (default: %(default)s)")
+    parser.add_argument("--what", choices=PARTS, default="all",
+                        help="part to fetch; all leaves out the tiny VAEs (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only show sizes and check free space")
     args = parser.parse_args(argv)
     folder = args.folder.expanduser()

@@ -34,6 +34,7 @@ def complete() -> dict:
     result = example_result(steady=12, switches=2)
     result["memory_gb"] |= {"device_used": 12.0}
     result["latency"]["stages_ms"]["copy_to_host"] = {"mean": 0.1}
+    result["quality"]["decoder"] = {"name": "taew2_1", "reference": "wan", "psnr_db": {"mean": 30.0}}
     return result | {"adherence": ADHERENCE}
 
 

@@ -143,6 +143,8 @@ _RATIO = ("Error of the latents against the baseline in float32, divided by that
 _LATENT = ("Root mean square of the difference of the latents to those of the baseline in float32, divided "
            "by that of the latter, over a stream with one prompt switch.")
 _FRAMES = "of the uint8 frames to the truth's, teacher-forced, mean over the frames (see Fidelity)."
+_DECODER = ("Peak signal-to-noise ratio of a tiny VAE's frames to the Wan VAE's for the same latents, the "
+            "truth's: the part of the frames' error that no error ratio contains.")
 _CLIP = "Change of the CLIP score of frame and prompt against the baseline. n/a with random weights."
 _SAMPLES = "How many steady-state blocks, and how many prompt switches, were measured."
 _ADHERENCE = ("Read from the frames of the video by geometry, only for prompts of Moving Shapes: share of "
@@ -216,6 +218,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("psnr", "PSNR", "dB", "quality.psnr_db.mean", "higher", 1,
            "csv summary comparison card ablation fidelity",
            f"Peak signal-to-noise ratio {_FRAMES}", "psnr_db", "PSNR"),
+    Metric("psnr_decoder", "PSNR of the decoder alone", "dB", "quality.decoder.psnr_db.mean", "higher", 1,
+           "comparison log", _DECODER),
     Metric("ssim", "SSIM", "", "quality.ssim.mean", "higher", 4, "csv comparison fidelity",
            f"Structural similarity {_FRAMES}", template="SSIM"),
     Metric("ms_ssim", "MS-SSIM", "", "quality.ms_ssim.mean", "higher", 4, "fidelity log",

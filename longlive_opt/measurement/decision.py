@@ -400,6 +400,8 @@ def _passes(quality: Mapping[str, Any], limit: float | None,
         return None, (f"undecided: the gate, {limit:g}, would pass a stream with {null[1]} (error ratio "
                       f"{null[0]:.3g}); set a lower {_LIMIT}")
     found = f"error ratio {ratio:.3g}, limit {limit:g}, mildest null row {null[0]:.3g} ({null[1]})"
+    if decoder := quality.get("decoder"):
+        found += f"; of the latents only, since {decoder['name']} makes other frames of them"
     if ratio > limit:
         return False, f"the quality gate is missed: {found}"
     parts = [("teacher-forced", quality)]

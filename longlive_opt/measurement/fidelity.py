@@ -24,6 +24,10 @@ The *null rows* show what a ratio is worth. They are streams of the baseline wit
 a smaller window, no recache or no switch), and one with the noise of another seed. A gate must be below the
 mildest of them (`decision`).
 
+A preset with a tiny VAE makes other frames from the same latents. Errors of latents are measured as ever;
+errors of frames then contain the difference of the decoders. `decoder` in the result names both and has the
+errors of the decoder alone: the run's decoder on the truth's latents against the truth's frames.
+
 The campaign's first baseline run makes the truth, its own rows and the null rows once, and stores the data
 that other presets need in `reference.safetensors`. All of this happens after the measurement.
 """
@@ -50,6 +54,7 @@ from ..errors import UserError
 from ..files import atomic_path
 from ..models.attention import make_attention
 from ..models.dit import TextContext
+from ..models.specs import WAN_VAE
 from ..models.vae import StreamingDecoder, frames_to_uint8
 from ..prompts import PromptSchedule
 from ..streaming.kv_cache import KVCache, RollingKVCache
@@ -283,8 +288,9 @@ def measure(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySch
     session.reset()
     forced = _forced(pipeline, session.cache, truth)
     session.reset()
+    section = _section(pipeline, truth, free, forced) | _decoder_alone(pipeline, truth)
     release(pipeline.device)
-    return _section(pipeline, truth, free, forced)
+    return section
 
 
 def ablation_fidelity(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySchedule,
@@ -493,6 +499,19 @@ def _frames_section(pipeline: Pipeline, truth: Truth, made: Stream, metrics: Seq
     return section | {"latent_error": error,
                       "error_ratio": error_ratios(error, truth.facts["baseline"][kind]),
                       "psnr_by_block": _by_block(section["psnr_db"]["per_frame"], counts)}
+
+
+@torch.no_grad()
+def _decoder_alone(pipeline: Pipeline, truth: Truth) -> dict[str, Any]:
+    """The entry `decoder` of a run whose decoder is not the truth's; empty for every other run."""
+    if not pipeline.config.has_tiny_vae:
+        return {}
+    decoder, own = pipeline.make_vae_decoder(), pipeline.config.vae
+    frames = torch.cat([_decoded(decoder, latents)
+                        for latents in truth.latents.to(pipeline.device, pipeline.dtype)])
+    section = quality.compare(truth.frames, frames, weights_kind=pipeline.weights["kind"],
+                              reference_name=WAN_VAE, metrics=FREE_METRICS, device=pipeline.device)
+    return {"decoder": {"name": own, **{key: section[key] for key in ("reference", *FREE_METRICS)}}}
 
 
 def _by_block(per_frame: Sequence[float | None], counts: Sequence[int]) -> list[float | None]:

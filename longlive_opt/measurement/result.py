@@ -64,7 +64,9 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     psnr_by_block [], worst_ratio: METRIC, the greater `all` of the two error ratios or, where
                     free_running_counts is false, the teacher-forced one,
                     free_running {psnr_db, ssim, lpips, identical, latent_error, error_ratio, psnr_by_block,
-                    ...}}, and of the campaign's first baseline nulls [{name, title, first_block,
+                    ...}}, with another decoder than the truth's decoder {name, reference, psnr_db, ssim,
+                    lpips}: its frames of the truth's latents against the truth's frames, and of the
+                    campaign's first baseline nulls [{name, title, first_block,
                     free_running {...}, latent_error, error_ratio, worst_ratio: METRIC}]; a null that this
                     baseline cannot have is {name, title, latent_error: n/a}. Without a protocol, or with one
                     in words, the metrics are against the baseline's own frames, and identical frames have

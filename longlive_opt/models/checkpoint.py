@@ -79,12 +79,14 @@ def open_checkpoint(path: Path, containers: tuple[str | None, ...] = (None,)) ->
                       lambda plain: read(stored[plain]))
 
 
-def raise_problems(path: Path, problems: Mapping[str, list[str]]) -> None:
-    """Raise one UserError that lists the names for each kind of problem; do nothing if there are none."""
+def raise_problems(path: Path, problems: Mapping[str, list[str]],
+                   advice: str = "Choose `model` and `weights` that belong together.") -> None:
+    """Raise one UserError that lists the names for each kind of problem and ends with `advice`; do nothing if
+    there are none.
+    """
     found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
-        raise UserError(f"{path}: does not fit the model; {'; '.join(found)}. Choose `model` and `weights` "
-                        "that belong together.")
+        raise UserError(f"{path}: does not fit the model; {'; '.join(found)}. {advice}")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -73,7 +73,7 @@ class Source:
     """One file, or one folder (path ending in "/"), in a repository of a model hub.
 
     Args:
-        part: the part of a checkpoint: `dit`, `vae` or `text`.
+        part: the part of a checkpoint, `dit`, `vae` or `text`, or `tiny_vae`.
         target: its path in a weights folder.
         approx_bytes: its recorded size, shown when the hub cannot be reached; None means unknown.
     """
@@ -83,6 +83,33 @@ class Source:
     path: str
     target: str
     approx_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class TinyVAESpec:
+    """A decoder with the structure of TAEHV (`taehv`) for Wan 2.1's latents.
+
+    Args:
+        title: its name in reports.
+        unscaled: whether it reads latents with the VAE's mean and standard deviation, as the Wan VAE does,
+            instead of the normalised ones that the transformer makes.
+        source: where it is published.
+    """
+
+    name: str
+    title: str
+    unscaled: bool
+    source: Source
+
+
+WAN_VAE = "wan"
+TINY_VAES: Mapping[str, TinyVAESpec] = MappingProxyType({spec.name: spec for spec in (
+    TinyVAESpec("taew2_1", "TAEHV (taew2_1)", False, Source(
+        "tiny_vae", "lightx2v/Autoencoders", "taew2_1.pth", "taew2_1.pth")),
+    TinyVAESpec("lighttaew2_1", "LightTAE (lighttaew2_1)", True, Source(
+        "tiny_vae", "lightx2v/Autoencoders", "lighttaew2_1.pth", "lighttaew2_1.pth", 45_301_802)),
+)})
+"""Every tiny VAE that a preset can choose by its key `vae`."""
 
 
 @dataclass(frozen=True)

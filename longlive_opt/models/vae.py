@@ -415,7 +415,7 @@ class StreamingDecoder:
                  chunk_latents: int = 1):
         if chunk_latents < 1:
             raise UserError(f"chunk_latents: {chunk_latents} latents per call is impossible; use 1 or more.")
-        weight = vae.conv2.weight
+        weight = next(vae.decoder.parameters())  # of the convolution that reads the latents
         self.vae = vae
         self.shape = (batch, weight.shape[1], latent_height, latent_width)
         self.device, self.dtype = weight.device, weight.dtype

@@ -14,7 +14,7 @@ from typing import Any, Iterable
 
 from ..errors import UserError
 from ..files import atomic_path, file_sha256, project_path
-from .specs import FETCH_COMMAND, LONGLIVE, MODELS, ModelSpec
+from .specs import FETCH_COMMAND, LONGLIVE, MODELS, TINY_VAES, ModelSpec
 
 TINY_WEIGHTS = "weights/tiny"
 PARTS = ("dit", "lora", "vae", "text", "tokenizer")
@@ -135,6 +135,37 @@ def check_weights(weights: str | Path, model: ModelSpec) -> WeightFiles:
     return files
 
 
+def tiny_vae_file(name: str, vae_weights: str | None, weights: str | Path) -> Path | None:
+    """Find the file of the tiny VAE `name`; None if its weights are random.
+
+    Args:
+        vae_weights: "random", the file, or a folder that holds it. None looks in `weights`; a model of random
+            weights, and the project's tiny model, whose latents no published decoder knows, get a random one.
+
+    Raises:
+        UserError: the file does not exist, is another tiny VAE's, or its first bytes are not those of
+            weights.
+    """
+    place = str(weights if vae_weights is None else vae_weights)
+    path, wanted = project_path(Path(place).expanduser()), TINY_VAES[name].source.target
+    if place == "random" or vae_weights is None and is_tiny(path):
+        return None
+    found = _find(path, wanted) if path.is_dir() else path
+    if found is None or not found.exists():
+        raise UserError(f"vae: {name!r} needs {wanted}, and {place!r} is no such file or folder that "
+                        f"holds it; run '{_tiny_vae_command('DIR')}' and set vae_weights: DIR, or set "
+                        "vae_weights: random.")
+    if found.stem in TINY_VAES.keys() - {name}:
+        raise UserError(f"vae: {name!r} with {found}, which expects latents of another scale; set vae: "
+                        f"{found.stem}, or name another file as vae_weights.")
+    check_start(found)
+    return found
+
+
+def _tiny_vae_command(folder: Path | str) -> str:
+    return f"{FETCH_COMMAND} {folder} --what tiny_vae"
+
+
 def _check_size(weights: str | Path, model: ModelSpec) -> None:
     """Refuse a transformer of another size. Torch files are not checked: reading their shapes needs torch."""
     path = _find(project_path(Path(weights).expanduser()), model.checkpoint.files["dit"])
@@ -210,6 +241,8 @@ def remedy(path: Path, folder: Path | str = "DIR", model: ModelSpec | None = Non
     Fetching an official model brings torch files. These are ignored where a safetensors file exists, and do
     not fit in the folder of a small model.
     """
+    if path.stem in TINY_VAES:
+        return f"run '{_tiny_vae_command(folder)}'"
     if is_tiny(path):
         if model is not None and model.checkpoint.sources:
             fetch = f"{FETCH_COMMAND} DIR --model {model.name}"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
 from .dit import CausalDiT
-from .specs import DiTConfig, TextEncoderConfig, VAEConfig
+from .specs import DiTConfig, TextEncoderConfig, TinyVAESpec, VAEConfig
+from .taehv import TAEHV, Grow, encoder_shapes
 from .text import TextEncoder, UMT5Encoder, load_tokenizer
 from .vae import WanVAE
 from .weight_files import WeightFiles, remedy
@@ -115,7 +116,7 @@ def fill_(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str,
         UserError: names, shapes or dtypes do not fit (before anything is read), or a value is NaN or
         infinite.
     """
-    _check_headers(checkpoint, module)
+    check_headers(checkpoint, module)
     tensors, sums = {}, []
     for name in checkpoint.headers:
         stored = checkpoint.read(name)
@@ -133,7 +134,10 @@ def fill_(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str,
     _assign(module, tensors, device)
 
 
-def _check_headers(checkpoint: Checkpoint, module: nn.Module) -> None:
+def check_headers(checkpoint: Checkpoint, module: nn.Module, **advice: str) -> None:
+    """Refuse a checkpoint whose names, shapes or dtypes are not those of `module`; `advice` as in
+    `raise_problems`.
+    """
     shapes, headers = _shapes(module), checkpoint.headers
     common = [name for name in shapes if name in headers]
     raise_problems(checkpoint.path, {
@@ -142,7 +146,7 @@ def _check_headers(checkpoint: Checkpoint, module: nn.Module) -> None:
         "of the wrong shape": [f"{name} {list(headers[name].shape)} instead of {list(shapes[name])}"
                                for name in common if headers[name].shape != shapes[name]],
         "of an unusable dtype": [f"{name} ({headers[name].dtype})"
-                                 for name in common if not headers[name].is_float]})
+                                 for name in common if not headers[name].is_float]}, **advice)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -266,6 +270,48 @@ def load_vae(config: VAEConfig, files: WeightFiles, device: torch.device | str, 
     return module, _load(module, "vae", files, device, dtype, seed)
 
 
+def load_tiny_vae(spec: TinyVAESpec, path: Path | None, device: torch.device | str, dtype: torch.dtype,
+                  seed: int = 0) -> tuple[TAEHV, WeightsReport]:
+    """Load a tiny VAE's decoder, channels last, from its published file or, without one, random from `seed`.
+
+    Raises:
+        UserError: the file is unreadable, unsafe, or not one of this structure.
+    """
+    started = time.perf_counter()
+    with torch.device("meta"):
+        module = TAEHV(spec)
+    if path is None:
+        random_init_(module, seed, device, dtype)
+    else:
+        checkpoint = _without_encoder(open_checkpoint(path), module)
+        check_headers(checkpoint, module, advice=f"Name {spec.source.target} as `vae_weights`, or choose "
+                                                 "another `vae`.")
+        fill_(module, checkpoint, device, dtype)
+    used = {} if path is None else {"tiny_vae": path}
+    return module.use_channels_last(), _report("tiny_vae", module, used, seed, dtype, started)
+
+
+def _without_encoder(checkpoint: Checkpoint, module: TAEHV) -> Checkpoint:
+    """The decoder's tensors of a tiny VAE's file. Of a layer that was trained to make more frames than the
+    model wants, the last ones, as published.
+    """
+    headers = {name: header for name, header in checkpoint.headers.items()
+               if header.shape != encoder_shapes().get(name)}
+    kept = {}
+    for index, layer in module.decoder.items():
+        name = f"decoder.{index}.conv.weight"
+        if isinstance(layer, Grow) and name in headers:
+            stored, (outputs, *rest) = headers[name].shape, layer.conv.weight.shape
+            if stored[1:] == (*rest,) and stored[0] > outputs and not stored[0] % rest[0]:
+                headers[name], kept[name] = headers[name]._replace(shape=(outputs, *rest)), outputs
+
+    def read(name: str) -> Tensor:
+        tensor = checkpoint.read(name)
+        return tensor[-kept[name]:] if name in kept else tensor
+
+    return Checkpoint(checkpoint.path, headers, read)
+
+
 def open_text_encoder(config: TextEncoderConfig, files: WeightFiles, device: torch.device | str,
                       dtype: torch.dtype, seed: int = 0, sha256: str | None = None) -> TextEncoder:
     """Open the text encoder and its tokenizer (for random weights, the byte-level stand-in); the weights are
@@ -309,16 +355,23 @@ def _load(module: nn.Module, part: str, files: WeightFiles, device: torch.device
         fill_(module, open_checkpoint(path, containers), keep_on or device, dtype, lora)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+    return _report(part, module, used, seed, dtype, started, lora)
+
+
+def _report(part: str, module: nn.Module, used: Mapping[str, Path], seed: int, dtype: torch.dtype,
+            started: float, lora: LoRA | None = None) -> WeightsReport:
+    """Describe weights that are loaded; without `used` files they are random."""
+    kind = "files" if used else "random"
     report = WeightsReport(
-        kind=files.kind,
-        seed=seed if files.root is None else None,
+        kind=kind,
+        seed=None if used else seed,
         files={key: {"name": path.name, "bytes": path.stat().st_size} for key, path in used.items()},
         tensors=len(module.state_dict()),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         lora_targets=len(lora.targets) if lora else 0,
         lora_ranks=sorted({rank for _, _, rank in lora.targets.values()}) if lora else [],
-        lora_alpha=lora_alpha if lora else None,
+        lora_alpha=lora.alpha if lora else None,
         seconds=time.perf_counter() - started)
-    logger.info("%s: %s weights in %.1f s", part, files.kind, report["seconds"])
+    logger.info("%s: %s weights in %.1f s", part, kind, report["seconds"])
     return report

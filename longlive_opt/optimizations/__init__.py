@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from ..config import ExperimentConfig
+from ..models.weight_files import tiny_vae_file
 from ..streaming.pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .attention_backend import GluonAttention
@@ -19,6 +20,7 @@ from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
+from .tiny_vae import TinyVAE
 from .torch_compile import TorchCompile
 from .vae_offload import VAEOffload
 from .vae_switches import CudnnBenchmark, VAEChannelsLast, VAEChunk
@@ -39,6 +41,7 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
         ("vae_channels_last" in switches, VAEChannelsLast(config.vae_is_channels_last)),
         ("vae_chunk_latents" in switches, VAEChunk(config.latents_per_vae_call)),
         (config.use_fused_vae, FusedVAE()),
+        (config.has_tiny_vae, TinyVAE(config.vae)),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         ("cudnn_benchmark" in switches, CudnnBenchmark()),
         (config.use_cuda_graphs, CudaGraphs()),
@@ -60,6 +63,9 @@ def build_pipeline(config: ExperimentConfig) -> Pipeline:
     Raises:
         UserError: weights or the device are missing, or an optimization cannot be applied here.
     """
+    config.validate()
+    if config.has_tiny_vae:  # refuse a missing file before minutes of loading
+        tiny_vae_file(config.vae, config.vae_weights, config.weights)
     pipeline = build_reference(config)
     for optimization in optimizations_of(config):
         pipeline = optimization.apply(pipeline)

@@ -20,6 +20,7 @@ is excluded too: there cuDNN wins, after more minutes. The graphs are those of t
 
 With `use_fused_kernels`, the transformer's passes are that optimization's. The VAE is compiled, and the
 modes' graphs capture the fused passes. With `use_fused_vae`, the VAE is that optimization's and not compiled.
+A tiny VAE is compiled as one piece.
 
 Replaces: `sampler.forward`, `make_vae_decoder`. Costs: compilation, reported separately. Equal within
 rounding: fused kernels keep float32 where eager PyTorch rounds to bf16 between operations.
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from ..kernels import torch_internals
 from ..kernels.compilers import check_cpp, check_triton
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
+from ..models.taehv import TAEHV, TAEHVDecoder
 from ..models.vae import History, StageHistory, StreamingDecoder
 from ..streaming.kv_cache import KVCache
 from ..streaming.pipeline import Pipeline
@@ -73,8 +75,15 @@ class TorchCompile(Optimization):
             facts["stats"] = forward.stats
         pipeline = dataclasses.replace(pipeline, sampler=pipeline.sampler.with_forward(forward))
         compiled = [] if fused else [f"{len(pipeline.dit.blocks)} transformer blocks"]
-        if not config.use_fused_vae:
-            stages, vae, (_, height, width) = compiled_stages(pipeline), pipeline.vae, pipeline.latent_shape
+        vae, (_, height, width) = pipeline.vae, pipeline.latent_shape
+        if isinstance(vae, TAEHV):
+            network = torch.compile(vae, fullgraph=True, dynamic=False)
+            pipeline = dataclasses.replace(
+                pipeline, make_vae_decoder=lambda: CompiledTAEHVDecoder(network, vae, 1, height, width,
+                                                                        config.latents_per_vae_call))
+            compiled.append("the tiny VAE's decoder")
+        elif not config.use_fused_vae:
+            stages = compiled_stages(pipeline)
             pipeline = dataclasses.replace(
                 pipeline, make_vae_decoder=lambda: CompiledDecoder(stages, vae, 1, height, width,
                                                                    config.latents_per_vae_call))
@@ -110,6 +119,20 @@ class CompiledDecoder(StreamingDecoder):
             return super().decode(z, history, first)
         with many_recompiles():
             return self.vae.decode(z, history, first, self._stages)
+
+
+class CompiledTAEHVDecoder(TAEHVDecoder):
+    """A tiny VAE's decoder that is compiled for full chunks of latents, as in `CompiledDecoder`."""
+
+    def __init__(self, network: nn.Module, *arguments: Any):
+        super().__init__(*arguments)
+        self._network = network
+
+    def run(self, z: Tensor, memory: History) -> Tensor:
+        if z.shape[2] != self.chunk_latents:
+            return super().run(z, memory)
+        with many_recompiles():
+            return self._network(z, *memory)
 
 
 class CompiledForward:

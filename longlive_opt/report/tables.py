@@ -198,6 +198,8 @@ def fidelity_table(quality: Mapping[str, Any], facts: Mapping[str, Any] | None) 
     free = quality.get("free_running") or {}
     rows = {"this run, free-running": _fidelity_row(free or quality),
             "this run, teacher-forced": _fidelity_row(quality)}
+    if (decoder := quality.get("decoder")) and not is_na(decoder):
+        rows[f"decoder differs: {decoder['name']} on the truth's latents"] = _fidelity_row(decoder)
     if facts is not None:
         for name, title in (("free_running", "free-running"), ("forced", "teacher-forced")):
             error = facts["baseline"][name]

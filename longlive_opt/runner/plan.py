@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..files import check_texts, load_yaml, project_path, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
-from ..models.weight_files import TINY_WEIGHTS, check_weights
+from ..models.weight_files import TINY_WEIGHTS, check_weights, tiny_vae_file
 from ..prompts import schedule_of
 from .execute import SUMMARY, Job, finished_result
 
@@ -249,6 +249,8 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
         check_baseline(config)
         schedule = schedule_of(config)
         weights = check_weights(config.weights, config.model_config())
+        if config.has_tiny_vae:
+            tiny_vae_file(config.vae, config.vae_weights, config.weights)
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
     if config.name != preset:

@@ -17,6 +17,7 @@ from ..kernels.torch_internals import expand_segments
 from ..models.attention import make_attention, resolve_backend
 from ..models.dit import CausalDiT, TextContext
 from ..models.specs import ModelSpec
+from ..models.taehv import TAEHV
 from ..models.text import TextEncoder
 from ..models.vae import StreamingDecoder, WanVAE
 from ..models.weight_files import WeightFiles, check_weights
@@ -43,7 +44,7 @@ class Pipeline:
     dtype: torch.dtype
     attention_backend: str
     dit: CausalDiT
-    vae: WanVAE
+    vae: WanVAE | TAEHV
     text_encoder: TextEncoder
     embed_text: Callable[[Tensor], TextContext]
     encode_prompt: Callable[[str], TextContext]

@@ -129,7 +129,8 @@ PRESET_COLOURS = {  # distinguishable with red-green colour blindness
     "quality": "#0a5c9c", "balanced": "#b4508f", "speed": "#d1491b", "low_memory": "#662200",
     "realtime": "#2318f0", "ablation": "#8866ff", "realtime_8gb": "#6e7f00",
     "compile_parts": "#e377c2",
-    "exact": "#00a39b", "faithful": "#a0522d", "record": "#e6007e"}
+    "exact": "#00a39b", "faithful": "#a0522d", "record": "#e6007e",
+    "tiny_vae": "#b8860b"}
 DARK, GREY, RED = "#222222", "#8a8a8a", "#c21f1f"
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
 _ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white digits

@@ -66,12 +66,23 @@ def _quality(result: Result) -> str:
         where = "without a prompt switch" if switch is None else f"with a prompt switch at block {switch}"
         blocks = lookup(quality, "prompt_schedule.blocks")
         return (f"{ratio_text(result)}. Measured over {blocks} blocks {where}, against "
-                f"{escape(quality['reference'])}.")
+                f"{escape(quality['reference'])}.{decoder_text(quality)}")
     text = (f"One-block protocol: {quality.get('frames_compared')} of {quality.get('frames_total')} frames "
             f"against those of {escape(quality['reference'])}.")
     if within is not None:
         text += f" PSNR goes from {within[0]:.1f} dB in a block's first frame to {within[1]:.1f} in its last."
     return text
+
+
+def decoder_text(quality: Mapping[str, Any]) -> str:
+    """A sentence about a decoder that is not the truth's; empty if there is none."""
+    decoder = quality.get("decoder")
+    if not decoder or is_na(decoder):
+        return ""
+    psnr = number(decoder, "psnr_db.mean")
+    shown = "n/a" if psnr is None else f"{psnr:.1f} dB"
+    return (f" The decoder differs: frames of {escape(decoder['name'])} are compared with those of the Wan "
+            f"VAE. On the same latents their PSNR is {shown}; the error ratio is that of the latents.")
 
 
 def missing_notes(run: Run) -> list[str]:
