@@ -162,8 +162,8 @@ class ExperimentConfig:
                               "only", group="optimizations")
     vae: str = key(WAN_VAE, "decoder of the latents; the tiny ones are lossy", group="optimizations",
                    choices=(WAN_VAE, *TINY_VAES))
-    vae_weights: str | None = key(None, "the tiny VAE's file, or random; None: in the folder weights, "
-                                  "random for random and weights/tiny", group="optimizations")
+    vae_weights: str | None = key(None, "the tiny VAE's file, or random; None: in `weights`, or random "
+                                  "as they are", group="optimizations")
     use_quantized_linears: bool = key(False, "8-bit linear layers behind a norm or GELU; needs fused kernels",
                                       group="optimizations")
     linear_quantization: str = key("int8", "format of the 8-bit linear layers", group="optimizations",

@@ -60,6 +60,7 @@ from .report.tables import (
     parameters_table,
     plain,
 )
+from .streaming.session import whole_blocks
 from .tiny.shapes import adherence
 
 # torchmetrics imports a progress bar that warns without ipywidgets. The notebooks show no progress bar.
@@ -176,17 +177,16 @@ class Experiment:
         self.session.reset()
         self.adherence = None  # belongs to the previous video
         self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
-                       for chunk in self.session.play(self.schedule, self.config.video_blocks)]
+                       for chunk in whole_blocks(self.session.play(self.schedule, self.config.video_blocks))]
         self.frames = torch.cat([chunk.frames[0] for chunk in self.chunks])
         shown = video.shrink(self.frames, self.config.video_width)
         video.write_mp4(self.folder / "video.mp4", shown, self.pipeline.model.fps, crf=self.config.video_crf)
-        switched = {chunk.block for chunk in self.chunks if chunk.switched}
-        last = [chunk for chunk in self.chunks if chunk.ends_block]
-        labels = [f"block {chunk.block}" + (": new prompt" if chunk.block in switched else "")
-                  for chunk in last]
+        labels = [
+            f"block {chunk.block}" + (": new prompt" if chunk.switched else "") for chunk in self.chunks
+        ]
         video.contact_sheet(
             self.folder / "frames.png",
-            torch.stack([chunk.frames[0, -1] for chunk in last]),
+            torch.stack([chunk.frames[0, -1] for chunk in self.chunks]),
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )

@@ -208,7 +208,7 @@ def test_wrong_order_names_the_missing_step(screen, pipeline):
     (UserError("absolute positions ended"), "absolute positions ended")])
 def test_failure_is_said_and_leaves_the_player_usable(engine, screen, monkeypatch, error, words):
     """A thread that dies without a word: a picture that is still, and buttons that do nothing."""
-    def broken(self: object, latents: object) -> None:
+    def broken(self: object, latents: object, urgent: bool) -> None:
         raise error
 
     with monkeypatch.context() as patch:

@@ -113,10 +113,10 @@ class RecordedNoise:
 
 
 class NoPixels:
-    """A decoder whose frames are the latents."""
+    """A decoder whose frames are the latents, each four times."""
 
-    def push(self, latents: Tensor) -> list[Tensor]:
-        return [latents]
+    def push(self, latents: Tensor, urgent: bool = False) -> list[Tensor]:
+        return [latents.repeat_interleave(4, dim=1)]
 
     def flush(self) -> list[Tensor]:
         return []
@@ -472,12 +472,12 @@ def test_second_thread_is_refused_in_the_middle_of_a_step(point, monkeypatch):
             refused.append(kind)
         return call
 
-    def push(latents: Tensor) -> list[Tensor]:
+    def push(latents: Tensor, urgent: bool) -> list[Tensor]:
         for kind in ("reset", "stream"):
             thread = threading.Thread(target=interrupt(kind))
             thread.start()
             thread.join()
-        return decode(latents)
+        return decode(latents, urgent)
 
     decode = session._decoder.push
     monkeypatch.setattr(session._decoder, "push", push)

@@ -344,7 +344,8 @@ def test_the_preset_works_without_graphs():
             session.switch_prompt("a blue whale")
     expected = published(pipeline.vae.state_dict(), torch.cat([chunk.latents for chunk in chunks], 1))
     found = torch.cat([chunk.frames for chunk in chunks], 1)
-    assert chunks[-1].switched and (found.float() - (255 * expected).floor()).abs().max() <= 1
+    assert any(chunk.switched for chunk in chunks[-2:])
+    assert (found.float() - (255 * expected).floor()).abs().max() <= 1
 
 
 def test_latents_and_frames_have_errors_of_their_own(monkeypatch):

@@ -60,7 +60,7 @@ from ..prompts import PromptSchedule
 from ..streaming.kv_cache import KVCache, RollingKVCache
 from ..streaming.pipeline import Pipeline, cache_geometry, float32_twin
 from ..streaming.sampler import Sampler, StreamNoise
-from ..streaming.session import StreamingSession
+from ..streaming.session import StreamingSession, whole_blocks
 from . import quality
 from .result import is_na, na, plain_json
 
@@ -282,7 +282,7 @@ def measure(pipeline: Pipeline, session: StreamingSession, schedule: FidelitySch
         return quality.not_compared(f"the campaign's baseline has {different}",
                                     "run both with the same, in one campaign", pipeline.weights["kind"])
     session.reset()
-    played = session.play(schedule.played(pipeline.config.block_frames), schedule.blocks)
+    played = whole_blocks(session.play(schedule.played(pipeline.config.block_frames), schedule.blocks))
     latents, frames = zip(*((chunk.latents.cpu(), chunk.frames[0].cpu()) for chunk in played))
     free = Stream(torch.stack(latents), torch.cat(frames), tuple(map(len, frames)))
     session.reset()

@@ -316,6 +316,21 @@ class StreamingSession:
             yield chunk
 
 
+def whole_blocks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Join the parts of blocks that `use_early_frames` hands out in parts; other chunks stay as they are."""
+    parts: list[Chunk] = []
+    for chunk in chunks:
+        parts.append(chunk)
+        if not chunk.ends_block:
+            continue
+        if len(parts) > 1:
+            latents, frames = (torch.cat([getattr(part, name) for part in parts], dim=1)
+                               for name in ("latents", "frames"))
+            chunk = replace(parts[0], latents=latents, frames=frames, ends_block=True)
+        parts = []
+        yield chunk
+
+
 def _checked_prompt(prompt: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"prompt: {prompt!r} is empty; describe the video in words.")
