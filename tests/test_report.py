@@ -787,6 +787,14 @@ def test_campaign_lists_failures_and_problems(tmp_path):
     assert list(report.runs_table(campaign)["status"]) == ["ok"] * 2 + ["failed"] * 2 + ["not usable"] * 2
 
 
+def test_a_campaign_shows_its_table(tmp_path):
+    """Pages of raw JSON where a notebook shows a campaign."""
+    campaign = report.load(campaign_of(tmp_path / "c"))
+    assert repr(campaign) == "Campaign(c: baseline, balanced; 2 failed; 2 not usable)"
+    html = campaign._repr_html_()
+    assert "SS mean" in html and "out of memory &lt;b&gt;" in html and len(html) < 6000
+
+
 def test_command_line_writes_log_table_and_figures(tmp_path, capsys):
     """Would catch a command that needs the notebook, and a log that differs from run to run."""
     folder = campaign_of(tmp_path / "c")
