@@ -25,6 +25,8 @@ _ENV_NAMES = ("NVIDIA_TF32_OVERRIDE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
 THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
                   0x40: "hw_thermal", 0x80: "hw_power_brake"}
+FULL_MODEL_GB = 30
+"""Memory of a GPU, in 1e9 bytes, for which the full-size model is chosen where nobody chose."""
 _CROWDED_CORES = 0.5  # cores kept busy by other processes; above this, a CPU run was not alone
 _NOT_WATCHED = {"other_cpu_cores": None, "co_scheduled": None, "reasons": dict.fromkeys(
     ("other_cpu_cores", "co_scheduled"), "not watched in this run")}
@@ -79,6 +81,24 @@ def machine(device: "torch.device | str") -> dict[str, str | None]:
     device = torch.device(device)
     return {"gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "cpu": _cpu_model(), "torch": str(torch.__version__)}
+
+
+def fitting_profile() -> tuple[str, str]:
+    """The name of the profile in params/profiles that fits this machine, and a sentence that says so. Asks
+    nvidia-smi, so that nothing has to load torch.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    found = None if hidden else _run("nvidia-smi", "--query-gpu=name,memory.total",
+                                     "--format=csv,noheader,nounits")
+    name, _, memory = (found or "").partition("\n")[0].rpartition(",")
+    mebibytes = _number(memory)
+    if mebibytes is None:
+        return "laptop", "no GPU here: profile laptop, the tiny model on the CPU, a few blocks"
+    gigabytes = mebibytes * 2**20 / 1e9
+    if gigabytes < FULL_MODEL_GB:
+        return "h100_tiny", (f"{name} with {gigabytes:.0f} GB, {FULL_MODEL_GB} suffice for the full-size "
+                             "model: profile h100_tiny, the tiny model on the GPU")
+    return "h100", f"{name} with {gigabytes:.0f} GB: profile h100, LongLive-1.3B with random weights"
 
 
 def clocks(device: "torch.device | str") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..config import ExperimentConfig, check_switches, check_switches_fit
 from ..errors import UserError
 from ..files import atomic_path, load_yaml
 from ..live.opening import default_weights, live_config
+from ..measurement.environment import FULL_MODEL_GB
 from ..models.specs import LONGLIVE, VAE_TEMPORAL_STRIDE
 from ..optimizations import build_pipeline
 from ..prompts import PromptSchedule, read_schedules, spread_evenly
@@ -27,16 +28,13 @@ from ..report.video import write_pictures
 from ..streaming.session import StreamingSession
 from .plan import parse_settings
 
-BIG_ENOUGH_GB = 30
-"""Memory of a GPU for which the full-size model is chosen without being asked for."""
-
 
 def machine_keys() -> tuple[dict[str, Any], str]:
     """Model, weights and device that fit this machine, and a sentence that says so."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-        model = LONGLIVE if memory >= BIG_ENOUGH_GB else "tiny"
+        model = LONGLIVE if memory >= FULL_MODEL_GB else "tiny"
         name = f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB"
     else:
         model, name = "tiny", "no GPU"
