@@ -44,7 +44,7 @@ from .config import (
 from .errors import UserError
 from .files import check_texts, load_yaml, project_path
 from .measurement import decision, environment, fidelity, quality
-from .measurement.catalogue import shown_in
+from .measurement.catalogue import shown_for
 from .measurement.fidelity import FidelitySchedule, Truth, ablation_fidelity
 from .measurement.protocol import Measurement
 from .measurement.result import (
@@ -122,7 +122,8 @@ class Experiment:
                 ("results", f"{self.campaign}, run {self.number}: folder {self.folder.name}"),
                 ("compared with", f"the baseline of {self.compared_with.name}"), ("done", done)]
         if "measured" in self.__dict__:
-            rows += [(metric.label, metric.with_unit(self.measured)) for metric in shown_in("card")
+            rows += [(metric.label, metric.with_unit(self.measured))
+                     for metric in shown_for("card", self.measured)
                      if metric.value(self.measured) is not None]
         return facts_html(f"{self.config.title} (preset {self.config.name})", rows)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _ENV_PREFIXES = ("TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "CUBLAS_", "CUDNN_", "OMP_",
-                 "MKL_", "LONGLIVE_OPT_")
+                 "GOMP_", "KMP_", "MKL_", "LONGLIVE_OPT_")
 _ENV_NAMES = ("NVIDIA_TF32_OVERRIDE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
 THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
@@ -163,8 +163,9 @@ def company_of(device: "torch.device | str", before: tuple[float, float, float] 
 
 
 def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -> dict[str, Any]:
-    """The `memory_gb` section in 1e9 bytes: allocator peaks since `torch.cuda.reset_peak_memory_stats`, and
-    GPU memory in use now by this process, its CUDA context and all other processes.
+    """The `memory_gb` section in 1e9 bytes. On a GPU: allocator peaks since `reset_peak_memory`, and GPU
+    memory in use now by this process, its CUDA context and all other processes. On the CPU: the peak of the
+    process's resident memory since then.
     """
     import torch
 
@@ -175,11 +176,35 @@ def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -
     if device.type != "cuda":
         missing = na(f"the allocator is watched on CUDA only; the run was on {device.type}", "run on a GPU")
         figures = ("peak_allocated", "peak_reserved", "device_used")
-        return dict.fromkeys(figures, missing) | {"kv_cache": cache}
+        return dict.fromkeys(figures, missing) | {"peak_resident": _peak_resident_gb(), "kv_cache": cache}
     free, total = torch.cuda.mem_get_info(device)
     return {"peak_allocated": torch.cuda.max_memory_allocated(device) / 1e9,
             "peak_reserved": torch.cuda.max_memory_reserved(device) / 1e9,
             "device_used": (total - free) / 1e9, "kv_cache": cache}
+
+
+def reset_peak_memory(device: "torch.device | str") -> None:
+    """Let the peaks of `memory_gb` begin now. On the CPU this needs Linux's /proc; without it the peak of the
+    process's resident memory keeps what came before.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+
+
+def _peak_resident_gb() -> Any:
+    """The process's largest resident set since `reset_peak_memory`, or n/a."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", text, flags=re.MULTILINE)
+    return int(found[1]) * 1024 / 1e9 if found else na("the system does not report it", "run on Linux")
 
 
 def allocator_counts(device: "torch.device | str") -> dict[str, int]:

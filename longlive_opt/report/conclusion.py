@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..config import BASELINE
 from ..measurement import decision, worst_block
-from ..measurement.catalogue import Metric, glossary, shown_in
+from ..measurement.catalogue import Metric, glossary, shown_for, shown_in
 from ..measurement.result import block_ms, lookup
 from ..models.specs import LONGLIVE
 from .tables import AS_IS, name_of
@@ -73,7 +73,7 @@ def _card_rows(result: Result, baseline: Result | None) -> list[tuple[str, str, 
     ours, theirs = pair or (result, {})
     same = lookup(result, "quality.identical") is True
     rows = []
-    for metric in shown_in("card"):
+    for metric in shown_for("card", ours):
         value = "identical" if same and metric.key == "error_ratio" else metric.with_unit(ours)
         rows.append((metric.label, value, metric.change(metric.value(ours), metric.value(theirs))))
     return rows
@@ -144,7 +144,7 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
     pair = decision.compared(result, baseline)
     result, baseline = pair or (result, {})
     rows = {"block interval, SS mean, ms": _compared(block_ms(result), block_ms(baseline))}
-    for metric in shown_in("comparison"):
+    for metric in shown_for("comparison", result):
         if metric.path.startswith("quality.") or not metric.is_recorded(result):
             continue
         rows[metric.heading] = _compared(metric.value(result), metric.value(baseline), metric)
