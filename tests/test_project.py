@@ -401,6 +401,38 @@ def test_fresh_machine_gets_the_tested_versions(bootstrap: ModuleType, monkeypat
     assert held({"torch": "2.15.0", "torchvision": "0.30.0"}, None, False) == pins
 
 
+def test_without_cuda_torch_comes_from_its_own_index(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture) -> None:
+    """15 wheels of CUDA on a laptop without a GPU; or pip that takes them all the same; or a choice that the
+    next make forgets.
+    """
+    calls, pins = [], bootstrap.tested_versions()
+
+    def popen(command: list[str], **kwargs: object) -> SimpleNamespace:
+        calls.append(command)
+        return SimpleNamespace(stdout=[], wait=lambda: 0)
+
+    monkeypatch.setattr(bootstrap.subprocess, "Popen", popen)
+    monkeypatch.setattr(bootstrap, "brought_packages", lambda python: {})
+    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: None)
+    monkeypatch.setattr(bootstrap, "choose_environment", lambda offline: sys.executable)
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
+    assert bootstrap.main() == 0
+    assert calls[0][calls[0].index("--extra-index-url") + 1] == bootstrap.CPU_INDEX
+    held = (bootstrap.STATE / "constraints.txt").read_text().splitlines()
+    assert f"torch=={pins['torch']}+cpu" in held and f"torchvision=={pins['torchvision']}+cpu" in held
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py"])
+    assert bootstrap.main() == 0 and len(calls) == 1, "it is set up, and stays without CUDA"
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--no-cpu"])
+    assert bootstrap.main() == 0 and len(calls) == 2 and "--extra-index-url" not in calls[1]
+    assert f"torch=={pins['torch']}\n" in (bootstrap.STATE / "constraints.txt").read_text()
+    # A torch of the environment stays as it is.
+    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: "2.11.0")
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
+    assert bootstrap.main() == 0 and "--extra-index-url" not in calls[2]
+    assert "torch 2.11.0 stays" in capsys.readouterr().err
+
+
 def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
                                                    tmp_path: Path) -> None:
     """A changed constraints file, or NEWEST=1, that leaves the old environment as it is."""
@@ -415,6 +447,7 @@ def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkey
     ("NewConnectionError: [Errno 101] Network is unreachable", "PIP_INDEX_URL"),
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "TMPDIR"),
     ("python: No module named pip", "ensurepip"),
+    ("ERROR: Cannot install torch==2.11.0+cpu because of conflicts", "LONGLIVE_OPT_CPU_INDEX"),
     ("ERROR: No matching distribution found for nonsense", "nonsense"),
 ])
 def test_pip_failures_in_one_sentence(bootstrap: ModuleType, line: str, words: str) -> None:
