@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,20 @@ def test_the_command_starts_without_torch() -> None:
     """Help that takes seconds to appear."""
     code = "import sys; from longlive_opt.__main__ import usage; usage(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("given, wanted", [({}, "OMP_WAIT_POLICY = 'PASSIVE'"),
+                                           ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+                                           ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'")], ids=str)
+def test_waiting_threads_do_not_spin(given: dict[str, str], wanted: str) -> None:
+    """A machine that is also used for something else: blocks take several times as long. Or a setting of the
+    user that is replaced. OpenMP itself says what it took, when torch loads it.
+    """
+    unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run([sys.executable, "-c", "import longlive_opt.config, torch"], capture_output=True,
+                          text=True, env={**kept, **given, "OMP_DISPLAY_ENV": "VERBOSE"})
+    assert wanted in done.stderr
 
 
 # ---- generate
