@@ -57,12 +57,13 @@ from .measurement.result import (
     read_result,
     write_result,
 )
+from .models.specs import VAE_TEMPORAL_STRIDE
 from .models.weight_files import check_weights
 from .optimizations import build_pipeline
 from .optimizations.base import Stats
 from .prompts import schedule_of
 from .report import charts, video
-from .report.conclusion import conclusion_html, definitions_html
+from .report.conclusion import NOISE_BY_DESIGN, conclusion_html, definitions_html
 from .report.tables import (
     ablation_summary,
     ablations_table,
@@ -300,7 +301,15 @@ class Experiment:
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )
-        return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.schedule.prompts)))
+        fps, times = self.pipeline.model.fps, [0, *self.schedule.switch_frames]
+        spoken = [f"{VAE_TEMPORAL_STRIDE * frame / fps:.1f} s: {prompt}"
+                  for frame, prompt in zip(times, self.schedule.prompts)]
+        return HTML(video.video_html(self.folder / "video.mp4", self._captioned("; ".join(spoken)),
+                                     sheet=self.folder / "frames.png"))
+
+    def _captioned(self, words: str) -> str:
+        """The caption of a video, which says first that random weights show noise."""
+        return f"{NOISE_BY_DESIGN} {words}" if self.pipeline.weights["kind"] == "random" else words
 
     def check_adherence(self) -> pd.DataFrame:
         """Whether the video of `generate_video` shows its prompts, one row per prompt. n/a for prompts that
@@ -374,7 +383,8 @@ class Experiment:
 
     def difference(self) -> HTML:
         """Show a frame of this video and of the baseline's, and a heat map of their mean absolute difference.
-        Returns a player of both videos, or a sentence if the campaign has no baseline video.
+        Returns a player of both videos and their amplified difference, or a sentence if the campaign has no
+        baseline video.
         """
         reference = self.reference
         if reference is None:
@@ -386,14 +396,10 @@ class Experiment:
             return HTML("<p>n/a: the baseline's video has another length or size; run both with the same."
                         "</p>")
         display(video.difference_chart(reference.video, self.frames))
-        # Together 1.5 times as wide as the video alone, which keeps reports small.
-        width = self.config.video_width and self.config.video_width * 3 // 4
         path = self.folder / "side_by_side.mp4"
-        video.write_mp4(path, video.side_by_side(video.shrink(reference.video, width),
-                                                 video.shrink(self.frames, width)),
-                        self.pipeline.model.fps, crf=self.config.video_crf)
-        caption = f"left: baseline, right: {self.config.title}"
-        return HTML(video.video_html(path, caption, min_width=512))
+        third = video.side_by_side_mp4(path, reference.video, self.frames, self.pipeline.model.fps)
+        caption = f"left: baseline, middle: {self.config.title}, right: {third}"
+        return HTML(video.video_html(path, self._captioned(caption), min_width=512))
 
     def charts(self) -> None:
         """Show every chart of this run, compared with the campaign's baseline if there is one."""

@@ -22,8 +22,10 @@ from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
 from longlive_opt.measurement.result import read_result
 from longlive_opt.report.campaign import load
+from longlive_opt.report.conclusion import provenance_html
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
 from longlive_opt.report.readme import page_with_results
+from longlive_opt.report.stylesheet import REPORT
 from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
 from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
@@ -585,6 +587,34 @@ def test_parameters_and_code_are_folded(tmp_path: Path) -> None:
     folded = re.findall(r"(?s)<details.*?</details>", report.read_text(encoding="utf-8"))
     assert len(folded) == 5 and "Parameters of this run" in folded[1]
     assert "parameters_cell" in folded[0] and "Code" in folded[2] and "own_cell" in folded[2]
+
+
+def test_what_came_out_is_first_and_where_it_comes_from_last(tmp_path: Path) -> None:
+    """An answer eight screens down; a page that cannot be traced to its machine and commit."""
+    v4 = nbformat.v4
+    names = ["question", "parameters", "build", "measure", "looking", "video", "conclusion", "charts", "foot"]
+    cells = [(v4.new_markdown_cell if name in ("question", "looking", "foot") else v4.new_code_cell)(
+        f"cell_{name}_", id=name) for name in names]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "notebook.ipynb")
+    export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x", card="the_card",
+                foot=provenance_html([read_result(ROOT / "outputs/h200_long/realtime/result.json")]))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = [f"cell_{name}_" for name in ("question", "looking", "video", "conclusion", "charts",
+                                          "parameters", "build", "measure", "foot")]
+    order = [page.index(words) for words in ("the_card", *shown, "on NVIDIA H200", "torch 2.11")]
+    assert order == sorted(order)
+    assert re.search(r"Commit [0-9a-f]{12}", page) and "run of 2026-" in page
+    assert "In&nbsp;[" not in page
+
+
+def test_a_report_has_styles_for_paper_phone_and_the_dark(tmp_path: Path) -> None:
+    """Rules that the export takes for unused and drops: tests/browser looks at what they do."""
+    write_notebook(tmp_path / "notebook.ipynb", "# Title")
+    export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for rule in ("@media (prefers-color-scheme: dark)", "@media print", "size: A4", "(max-width: 600px)",
+                 "--jp-layout-color0: #16181c", ".on-paper"):
+        assert rule in page and rule in REPORT, rule
 
 
 def test_only_styles_that_nothing_asks_for_are_dropped() -> None:

@@ -157,10 +157,14 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     assert table.loc["this run, free-running", "error ratio"] == 1
     assert table.loc["null: no switch, free-running", "error ratio"] > 2
     run.charts()
-    assert shown and "left: baseline, right: Baseline" in (player := run.difference().data)
+    assert shown and "left: baseline, middle: Baseline, right: 8 times" in (player := run.difference().data)
     with av.open(str(run.folder / "side_by_side.mp4")) as container:
-        width = 2 * run.frames.shape[3] + 4
+        width = 3 * run.frames.shape[3] + 8
         assert "data:video/mp4" in player and container.streams.video[0].width == width
+    assert "random, so the video is noise by design" in player
+    clip = run.generate_video().data
+    assert "noise by design" in clip and "0.0 s: a fox; 0.8 s: a whale" in clip
+    assert 'poster="data:image/jpeg' in clip and 'class="on-paper"' in clip and "data:image/png" in clip
     assert "Hypothesis" in (text := run.conclusion().data) and "error ratio, free-running" in text
     assert "SS mean; SS p50" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"

@@ -22,6 +22,7 @@ from ..files import atomic_path
 from ..measurement.decision import NOISE_FLOOR, unfair
 from ..measurement.result import lookup, numbers
 from .campaign import Campaign, Result, load
+from .stylesheet import PAGE
 
 SAMPLES = {"SS mean, ms per frame": ("latency.ss_block_ms", True),
            "PS mean, ms": ("latency.ps_ms_all", False)}
@@ -128,12 +129,11 @@ def page(changes: Sequence[Change], before: Campaign, after: Campaign) -> str:
     body = table(changes).to_html(index=False, border=0)
     lines = "".join(f"<p>{html.escape(name)}: {html.escape(where(campaign))}</p>"
                     for name, campaign in (("before", before), ("after", after)))
-    style = ("body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto }"
-             " td, th { text-align: left; padding: .2em .8em .2em 0 } @media (prefers-color-scheme: dark)"
-             " { body { background: #111; color: #eee } }")
-    head = f"<meta charset='utf-8'><title>Comparison</title><style>{style}</style>"
+    head = ("<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>Comparison</title><style>{PAGE}</style>")
     title = html.escape(summary(changes))
-    return f"<!doctype html><html lang='en'>{head}<h1>{title}</h1>{lines}{body}</html>\n"
+    return (f"<!doctype html><html lang='en'>{head}<body><h1>{title}</h1>{lines}"
+            f"<div class='wide'>{body}</div></body></html>\n")
 
 
 def summary(changes: Sequence[Change]) -> str:
