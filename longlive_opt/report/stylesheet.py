@@ -51,8 +51,9 @@ footer, main > section, .jp-Cell { max-width: 72em }
   details.code, .jp-InputPrompt, .jp-OutputPrompt, video { display: none !important }
   body.jp-Notebook { padding: 0; background: #fff; color: #000; --jp-content-font-color1: #000 }
   .jp-Cell { padding: 2px 0 } .jp-OutputArea-output { overflow: visible !important }
+  .jp-Cell-outputArea, .jp-OutputArea-child, .jp-OutputArea-output { display: block !important }
   h1, h2, h3, h4 { break-after: avoid } figure, tr, section, .jp-RenderedImage { break-inside: avoid }
-  .jp-RenderedHTMLCommon table { font-size: 8px; width: 100%; table-layout: auto }
+  .jp-RenderedHTMLCommon table { font-size: 7px; width: 100%; table-layout: auto }
   .jp-RenderedHTMLCommon :is(td, th) { white-space: normal; padding: 2px 3px; overflow-wrap: anywhere }
   .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
   .jp-RenderedImage img { max-width: 100%; max-height: 240mm }
