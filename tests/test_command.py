@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +89,20 @@ def test_a_video_in_one_line(micro: None, tmp_path: Path, capsys: pytest.Capture
     assert "block 3 of 3" in shown.err and shown.out.strip() == str(path)
     assert generate.main(["a fox", "--blocks", "1", "-o", str(tmp_path / "frames")]) == 0
     assert len(list((tmp_path / "frames").glob("*.png"))) == 9
+
+
+def test_a_prompt_beyond_the_tiny_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture) -> None:
+    """A red fox asked for, a red square drawn, and no word on it."""
+    monkeypatch.setattr(generate, "config_of", lambda *asked: (ExperimentConfig(), "tiny"))
+    monkeypatch.setattr(generate, "build_pipeline", lambda config: None)
+    monkeypatch.setattr(generate, "StreamingSession", lambda *_, **__: SimpleNamespace(reset=lambda: None))
+    monkeypatch.setattr(generate, "write", lambda *_: None)
+    known = "a large red square spins, on a dotted grey ground"
+    assert generate.main([known, "a red fox", "--blocks", "4"]) == 0
+    assert capsys.readouterr().err.count("knows only its small world") == 1
+    assert generate.main([known, "--blocks", "1"]) == 0
+    assert "small world" not in capsys.readouterr().err
 
 
 def test_a_prompt_file_gives_a_video_per_line(micro: None, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ..optimizations import build_pipeline
 from ..prompts import PromptSchedule, read_schedules, spread_evenly
 from ..report.video import write_pictures
 from ..streaming.session import StreamingSession
+from ..tiny.shapes.captions import strange
 from .plan import parse_settings
 
 
@@ -163,6 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--output: {arguments.output} is neither an mp4 nor a folder; end it in .mp4 or "
                             "leave the suffix out.")
         print(words, file=sys.stderr)
+        if config.model == "tiny":
+            asked = dict.fromkeys(prompt for schedule in schedules for prompt in schedule.prompts)
+            for sentence in filter(None, map(strange, asked)):
+                print(f"{sentence} weights/tiny/README.md has its words.", file=sys.stderr)
         session = StreamingSession(build_pipeline(config), host_frames=True)
         for number, schedule in enumerate(schedules):
             output = arguments.output
