@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import project_path
 from ..measurement.catalogue import METRICS
 from ..measurement.result import lookup, run_label
 from .campaign import Campaign, Result, load, verdict_of
+from .campaign_diff import campaign_folder
 from .tables import to_csv
 
 ARTIFACTS = ("report.html", "result.json", "notebook.ipynb", "video.mp4", "frames.png")
@@ -127,12 +127,6 @@ def _milliseconds(created_utc: str) -> int:
         return 1000 * calendar.timegm(time.strptime(created_utc, "%Y-%m-%dT%H:%M:%SZ"))
     except ValueError:
         return int(1000 * time.time())
-
-
-def campaign_folder(asked: str) -> Path:
-    """The folder of a campaign: a name in outputs/, or a path."""
-    named = project_path(f"outputs/{asked}")
-    return named if "/" not in asked and named.is_dir() else Path(asked).resolve()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
