@@ -17,6 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import longlive_opt
 from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
@@ -686,6 +687,29 @@ def test_readme_states_what_the_committed_runs_say():
     assert f"without\nthe attention sink the ratio is {no_sink:.0f}" in readme
     passed = re.search(r"(\d+) passed", (ROOT / "outputs/h100/gpu_tests.txt").read_text(encoding="utf-8"))[1]
     assert f"(outputs/h100/gpu_tests.txt): {passed} passed" in readme
+
+
+def test_readme_is_in_the_order_of_a_visitor() -> None:
+    """An explanation of sinks before the command that makes a video; a section that was lost in a merge."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    order = ["# longlive_opt", "notebooks/pictures/switch.webp", "<!-- results:", "## Two commands",
+             "## A video in one line", "## Live", "## On an H100", "## With official weights",
+             "## Run your own", "CONTRIBUTING.md", "## How it works", "## Supported systems", "## Questions",
+             "## Licence and citation"]
+    places = [readme.index(words) for words in order]
+    assert places == sorted(places)
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_citation_is_that_of_this_version() -> None:
+    """A file that no reference manager reads, or that names another release."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == longlive_opt.__version__
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for source in citation["references"]:
+        assert source["identifiers"][0]["value"] in readme and source["authors"]
 
 
 def test_page_lists_every_key_preset_and_profile() -> None:
