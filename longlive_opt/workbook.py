@@ -185,6 +185,9 @@ class Experiment:
                 f"output_dir: cannot make {output_dir}: {error.strerror}; choose another folder."
             ) from error
         pd.set_option("display.max_colwidth", None)
+        if (folder / RESULT_FILE).is_file():
+            place = f"{folder.parent.name}/{folder.name}"
+            print(f"{place} holds a result; save() replaces it (another campaign keeps it)")
         print(f"{config.title}: preset {config.name}, {config.model}, {config.device}, {config.model_dtype}")
         return experiment
 

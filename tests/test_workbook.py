@@ -580,6 +580,9 @@ def test_a_preset_in_two_lines_with_a_baseline_on_demand(tmp_path, smallest, cap
     run.compare()
     run.save()
     assert run.result["quality"]["worst_ratio"] < 1.3 and run.result["decision"]["gate"]
+    capsys.readouterr()
+    one_line(tmp_path / "mine", smallest)
+    assert "mine/static_kv holds a result; save() replaces it" in capsys.readouterr().out
     with pytest.raises(UserError, match="this run is the baseline"):
         one_line(tmp_path / "other", smallest, "baseline").measure_baseline()
 
