@@ -4,6 +4,8 @@
 # CAMPAIGN the folder of the results, below outputs/   make campaign-h100 CAMPAIGN=mine
 # NEWEST   1: install the newest versions that pyproject.toml allows instead of the tested ones of
 #          constraints.txt; give it with every command, or export it   make test NEWEST=1
+# CPU      1: install a torch without CUDA, which is 3 GB less; later commands keep it, CPU=0 ends it
+#                                                                      make install CPU=1
 
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +18,8 @@ NOISE = $(if $(filter h100 h100_extras,$(CAMPAIGN)),--record-noise)
 # Presets of a second campaign with its own baseline. One campaign for all would exceed many GPU time limits.
 EXTRAS = realtime_8gb ablation compile_parts
 
-SETUP = py="$$($(PYTHON) scripts/bootstrap.py $(if $(filter-out 0,$(NEWEST)),--newest))" || exit 1
+MODE = $(if $(filter-out 0,$(NEWEST)),--newest,$(if $(filter 0,$(CPU)),--no-cpu,$(if $(CPU),--cpu)))
+SETUP = py="$$($(PYTHON) scripts/bootstrap.py $(MODE))" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help

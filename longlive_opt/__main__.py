@@ -19,6 +19,7 @@ COMMANDS = {
     "run": ("measure presets, then compare them", "runner.__main__", True),
     "summary": ("compare the finished runs of a campaign again", "runner.__main__", True),
     "compare": ("compare two campaigns, preset by preset", "report.campaign_diff", False),
+    "export": ("write a campaign's results for MLflow or as CSV", "report.run_export", False),
     "show": ("show a preset: its keys, what it does, what it ran at", "runner.show", False),
     "list": ("list the presets", "runner.__main__", True),
     "doctor": ("say what this machine can run, and why not the rest", "runner.doctor", False),

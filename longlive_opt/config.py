@@ -8,6 +8,7 @@ preset at once.
 """
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -36,6 +37,7 @@ NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "vae_offload_ahead": (("use_vae_offload",), "it only changes how the offloaded history moves"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
+_INJECTED = "# Parameters"  # papermill's first line of the cell that it injects
 # Notebook parameters in addition to the preset's keys: name -> default and meaning.
 RUN_KEYS: Mapping[str, tuple[Any, str]] = MappingProxyType({
     "campaign": ("manual", "results go to outputs/<campaign>/<name>"),
@@ -560,10 +562,36 @@ def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -
 
 
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a notebook's parameters: every public global with a plain value.
+    """Return a notebook's parameters from its `globals()`: what the parameters cell assigns, the one that
+    assigns every name of `RUN_KEYS`, and what papermill's injected cell assigns. Other variables of the
+    notebook are not read. Without such a cell (a script, a plain mapping) every public global with a plain
+    value is a parameter.
 
     papermill injects unknown names and only warns about them. They reach the config here, which refuses them.
     """
-    shell = {"In", "Out"}
-    return {name: value for name, value in namespace.items() if not name.startswith("_") and name not in shell
-            and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
+    plain = {name: value for name, value in namespace.items()
+             if not name.startswith("_") and name not in ("In", "Out")
+             and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
+    declared = _declared_names(namespace.get("In", ()))
+    return plain if declared is None else {name: value for name, value in plain.items() if name in declared}
+
+
+def _declared_names(cells: Any) -> set[str] | None:
+    """The names that the last parameters cell and the last injected one assign, from the sources of the cells
+    that IPython has run; None without a parameters cell.
+    """
+    declared: set[str] | None = None
+    injected: set[str] = set()
+    for source in cells if isinstance(cells, list) else ():
+        try:
+            nodes = ast.parse(source).body
+        except (SyntaxError, TypeError, ValueError):  # a magic command
+            continue
+        targets = [target for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))
+                   for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        if source.startswith(_INJECTED):
+            injected = names
+        elif names >= RUN_KEYS.keys():
+            declared = names
+    return None if declared is None else declared | injected

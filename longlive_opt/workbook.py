@@ -9,6 +9,9 @@
     run.save()                                 # write result.json, the only sign of success
     run.ablate({"local_attn_size": [9]})       # measure again with one key changed; added to result.json
     run.conclusion()                           # expectation, measurement and rule
+
+Outside of a preset's own notebook, `Experiment.preset("balanced", profile="laptop")` is the first line, and
+`run.measure_baseline()` the second where the campaign has no baseline yet.
 """
 
 from __future__ import annotations
@@ -29,10 +32,19 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
-from .config import RUN_KEYS, ExperimentConfig, check_baseline, notebook_parameters
+from .config import (
+    BASELINE,
+    KEYS,
+    RUN_KEYS,
+    ExperimentConfig,
+    check_baseline,
+    keys_of,
+    notebook_parameters,
+)
 from .errors import UserError
-from .files import check_texts, project_path
+from .files import check_texts, load_yaml, project_path
 from .measurement import decision, environment, fidelity, quality
+from .measurement.catalogue import shown_for
 from .measurement.fidelity import FidelitySchedule, Truth, ablation_fidelity
 from .measurement.protocol import Measurement
 from .measurement.result import (
@@ -45,12 +57,13 @@ from .measurement.result import (
     read_result,
     write_result,
 )
+from .models.specs import VAE_TEMPORAL_STRIDE
 from .models.weight_files import check_weights
 from .optimizations import build_pipeline
 from .optimizations.base import Stats
 from .prompts import schedule_of
 from .report import charts, video
-from .report.conclusion import conclusion_html, definitions_html
+from .report.conclusion import NOISE_BY_DESIGN, conclusion_html, definitions_html
 from .report.tables import (
     ablation_summary,
     ablations_table,
@@ -60,6 +73,8 @@ from .report.tables import (
     parameters_table,
     plain,
 )
+from .streaming.pipeline import check_device
+from .streaming.preview import facts_html
 from .streaming.session import whole_blocks
 from .tiny.shapes import adherence
 
@@ -78,11 +93,16 @@ MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "mea
 class Experiment:
     """One run of one preset. It prints its progress into the notebook."""
 
-    def __init__(self, config: ExperimentConfig, campaign: str, run: int, folder: Path):
+    def __init__(self, config: ExperimentConfig, campaign: str, run: int, folder: Path,
+                 compared_with: Path | None = None):
+        """Args: compared_with: the campaign's folder whose baseline this run is compared with, by default its
+        own.
+        """
         self.config = config
         self.campaign = campaign
         self.number = run
         self.folder = folder
+        self.compared_with = compared_with or folder.parent
         self.schedule = schedule_of(config)
         self.adherence: dict[str, Any] | None = None
 
@@ -97,15 +117,59 @@ class Experiment:
         return (f"Experiment({self.config.name}, run {self.number} of campaign {self.campaign}, "
                 f"{self.config.model} on {self.config.device}; done: {', '.join(done) or 'nothing yet'})")
 
+    def _repr_html_(self) -> str:
+        """What the experiment is, what was done, and the main metrics once they are measured."""
+        done = repr(self).rpartition("done: ")[2].removesuffix(")")
+        rows = [("model", f"{self.config.model} on {self.config.device}, {self.config.model_dtype}"),
+                ("results", f"{self.campaign}, run {self.number}: folder {self.folder.name}"),
+                ("compared with", f"the baseline of {self.compared_with.name}"), ("done", done)]
+        if "measured" in self.__dict__:
+            rows += [(metric.label, metric.with_unit(self.measured))
+                     for metric in shown_for("card", self.measured)
+                     if metric.value(self.measured) is not None]
+        return facts_html(f"{self.config.title} (preset {self.config.name})", rows)
+
     @classmethod
-    def from_notebook(cls, namespace: Mapping[str, Any]) -> Experiment:
-        """Check the notebook's parameters (`globals()` after its first cells) before building anything.
+    def preset(cls, name: str, *, profile: str | None = None, campaign: str = "manual",
+               compare_with: str = "", **keys: Any) -> Experiment:
+        """An experiment of `params/<name>.yaml`, for a notebook of one's own.
+
+        Args:
+            profile: a name in `params/profiles`, or the path of such a file; None: the one that fits this
+                machine.
+            campaign: results go to outputs/<campaign>/<name> and are compared with its baseline.
+            compare_with: see `from_notebook`.
+            keys: over the preset and the profile.
+
+        Raises:
+            UserError: the preset or the profile is unknown, or as `from_notebook` does.
+        """
+        if profile is None:
+            profile, words = environment.fitting_profile()
+            print(words)
+        path = profile if profile.endswith(".yaml") else f"params/profiles/{profile}.yaml"
+        known = {file.stem: file for file in sorted(project_path("params").glob("*.yaml"))}
+        if name not in known:
+            raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(known)}.")
+        given = load_yaml(known[name]) | load_yaml(project_path(path)) | keys
+        return cls.from_notebook(given | {"campaign": campaign}, compare_with=compare_with)
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any], *, compare_with: str = "") -> Experiment:
+        """Check the notebook's parameters (`globals()` after its first cells) before building anything. Only
+        the parameters cell counts (`notebook_parameters`).
+
+        Args:
+            compare_with: another campaign, by its name or its folder, whose finished baseline this run is
+                compared with.
 
         Raises:
             UserError: an unknown parameter, a wrong type or value, a baseline with optimizations, settings
                 that are not comparable with the campaign's baseline, or a folder that cannot be written.
         """
         given = notebook_parameters(namespace)
+        if outside := [key for key in KEYS if key in namespace and key not in given]:
+            print(f"not read, since it is no plain value of the parameters cell: {', '.join(outside)}")
         campaign, run, output_dir = (given.pop(key, default) for key, (default, _) in RUN_KEYS.items())
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
@@ -113,7 +177,7 @@ class Experiment:
         if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is not a run number; write 1, or 2 for a repetition.")
         folder = project_path(output_dir or f"outputs/{campaign}/{config.name}")
-        experiment = cls(config, campaign, run, folder)
+        experiment = cls(config, campaign, run, folder, _campaign_folder(compare_with, config.name))
         experiment.require_comparable()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,11 +186,15 @@ class Experiment:
                 f"output_dir: cannot make {output_dir}: {error.strerror}; choose another folder."
             ) from error
         pd.set_option("display.max_colwidth", None)
+        if (folder / RESULT_FILE).is_file():
+            place = f"{folder.parent.name}/{folder.name}"
+            print(f"{place} holds a result; save() replaces it (another campaign keeps it)")
         print(f"{config.title}: preset {config.name}, {config.model}, {config.device}, {config.model_dtype}")
         return experiment
 
     def require_comparable(self) -> None:
-        """Refuse settings that are not comparable with the campaign's finished baseline.
+        """Refuse settings that are not comparable with the campaign's finished baseline. Another campaign's
+        baseline, which was asked for, must also be of this machine and this torch.
 
         Raises:
             UserError: naming the first difference.
@@ -136,8 +204,14 @@ class Experiment:
         digests = None
         if lookup(baseline, "weights.sha256"):
             digests = check_weights(self.config.weights, self.config.model_config()).sha256()
-        if reason := decision.fidelity_reason(decision.planned(self.config, self.schedule, digests),
-                                              baseline):
+        known = decision.planned(self.config, self.schedule, digests)
+        if self.compared_with != self.folder.parent:
+            known["environment"] = environment.machine(check_device(self.config.device))
+            if reason := decision.fidelity_reason(known, baseline):
+                raise UserError(f"compare_with: this run could not be compared with the baseline of "
+                                f"{self.compared_with.name}, since {reason}; name a campaign of equal "
+                                "conditions, or leave compare_with out and call measure_baseline().")
+        if reason := decision.fidelity_reason(known, baseline):
             raise UserError(f"campaign: this run could not be compared with the baseline of {self.campaign}, "
                             f"since {reason}; run the baseline with the same settings, or choose another "
                             "campaign (papermill: -p campaign mine).")
@@ -146,8 +220,47 @@ class Experiment:
         """A table of the parameters that differ from the baseline's on the laptop."""
         return parameters_table(self.config)
 
+    def measure_baseline(self) -> pd.DataFrame:
+        """Measure the baseline under the conditions of this run and save it into the campaign, unless it is
+        there. Returns its main metrics. Call it before `build`, since both models may not fit into memory.
+
+        Raises:
+            UserError: this run is the baseline, is already built, or is compared with another campaign.
+        """
+        if self.config.name == BASELINE:
+            raise UserError("measure_baseline: this run is the baseline; go on with build().")
+        if "pipeline" in self.__dict__:
+            raise UserError("measure_baseline: the pipeline is already built; call it before build(), on a "
+                            "new Experiment.")
+        if self.compared_with != self.folder.parent:
+            raise UserError(f"measure_baseline: this run is compared with the baseline of "
+                            f"{self.compared_with.name}; leave compare_with out.")
+        if (found := self.baseline()) is None:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="baseline") as thread:
+                # In a thread of its own, because cuDNN remembers its choice of kernels per thread.
+                thread.submit(contextvars.copy_context().run, self._run_baseline).result()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            found = self.baseline()
+        else:
+            print(f"the baseline of {self.campaign} is there, of {found['created_utc']}")
+        return headline_table(found)
+
+    def _run_baseline(self) -> None:
+        own, defaults = self.config.to_dict(), ExperimentConfig().to_dict()
+        plain_keys = {key: defaults[key]
+                      for key in ("objective", "max_error_ratio", *keys_of("optimizations"))}
+        identity = {key: value for key, value in load_yaml(project_path(f"params/{BASELINE}.yaml")).items()
+                    if key in keys_of("identity")}
+        config = ExperimentConfig.from_mapping(own | plain_keys | identity)
+        run = Experiment(config, self.campaign, 1, self.folder.parent / BASELINE)
+        for verb in (run.build, run.measure, run.generate_video, run.compare, run.save):
+            verb()
+
     def build(self) -> pd.DataFrame:
         """Load the model and apply the optimizations. Returns a table of what each one did."""
+        self._forget_result()
         self.pipeline = build_pipeline(self.config)
         self.measurement = Measurement(self.pipeline, self.schedule)
         self.session = self.measurement.session
@@ -161,6 +274,7 @@ class Experiment:
         """Measure one stream without and one with prompt switches (see `measurement.protocol`). Returns the
         main metrics. A rehearsal first keeps compilation and graph capture out of the latencies.
         """
+        self._forget_result()
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
         self._optimization_reports()  # read the counters in the caches before the next reset
@@ -174,6 +288,7 @@ class Experiment:
 
     def generate_video(self) -> HTML:
         """Generate the video of the prompt schedule and return a player. Not measured."""
+        self._forget_result()
         self.session.reset()
         self.adherence = None  # belongs to the previous video
         self.chunks = [dataclasses.replace(chunk, frames=chunk.frames.cpu(), latents=chunk.latents.cpu())
@@ -190,7 +305,15 @@ class Experiment:
             labels=labels,
             max_width=2 * (self.config.video_width or 800),
         )
-        return HTML(video.video_html(self.folder / "video.mp4", caption=" -> ".join(self.schedule.prompts)))
+        fps, times = self.pipeline.model.fps, [0, *self.schedule.switch_frames]
+        spoken = [f"{VAE_TEMPORAL_STRIDE * frame / fps:.1f} s: {prompt}"
+                  for frame, prompt in zip(times, self.schedule.prompts)]
+        return HTML(video.video_html(self.folder / "video.mp4", self._captioned("; ".join(spoken)),
+                                     sheet=self.folder / "frames.png"))
+
+    def _captioned(self, words: str) -> str:
+        """The caption of a video, which says first that random weights show noise."""
+        return f"{NOISE_BY_DESIGN} {words}" if self.pipeline.weights["kind"] == "random" else words
 
     def check_adherence(self) -> pd.DataFrame:
         """Whether the video of `generate_video` shows its prompts, one row per prompt. n/a for prompts that
@@ -213,6 +336,7 @@ class Experiment:
         is n/a with the reason.
         """
         schedule, kind = FidelitySchedule.of(self.config, self.schedule), self.pipeline.weights["kind"]
+        self._forget_result()
         if self.is_reference:
             truth, self.quality = fidelity.establish(self.pipeline, schedule, self.frames)
             truth.save(self.folder / REFERENCE_FILE)
@@ -249,12 +373,12 @@ class Experiment:
     @property
     def is_reference(self) -> bool:
         """Whether the campaign's other runs are compared with this run."""
-        return self.config.name == "baseline" and self.number == 1
+        return self.config.name == BASELINE and self.number == 1
 
     @functools.cached_property
     def reference(self) -> Truth | None:
         """The truth that the campaign's baseline stored for other runs, None if there is none."""
-        path = self.folder.parent / "baseline" / REFERENCE_FILE
+        path = self.compared_with / BASELINE / REFERENCE_FILE
         return Truth.load(path) if path.is_file() else None
 
     def definitions(self) -> HTML:
@@ -263,7 +387,8 @@ class Experiment:
 
     def difference(self) -> HTML:
         """Show a frame of this video and of the baseline's, and a heat map of their mean absolute difference.
-        Returns a player of both videos, or a sentence if the campaign has no baseline video.
+        Returns a player of both videos and their amplified difference, or a sentence if the campaign has no
+        baseline video.
         """
         reference = self.reference
         if reference is None:
@@ -275,14 +400,10 @@ class Experiment:
             return HTML("<p>n/a: the baseline's video has another length or size; run both with the same."
                         "</p>")
         display(video.difference_chart(reference.video, self.frames))
-        # Together 1.5 times as wide as the video alone, which keeps reports small.
-        width = self.config.video_width and self.config.video_width * 3 // 4
         path = self.folder / "side_by_side.mp4"
-        video.write_mp4(path, video.side_by_side(video.shrink(reference.video, width),
-                                                 video.shrink(self.frames, width)),
-                        self.pipeline.model.fps, crf=self.config.video_crf)
-        caption = f"left: baseline, right: {self.config.title}"
-        return HTML(video.video_html(path, caption, min_width=512))
+        third = video.side_by_side_mp4(path, reference.video, self.frames, self.pipeline.model.fps)
+        caption = f"left: baseline, middle: {self.config.title}, right: {third}"
+        return HTML(video.video_html(path, self._captioned(caption), min_width=512))
 
     def charts(self) -> None:
         """Show every chart of this run, compared with the campaign's baseline if there is one."""
@@ -328,7 +449,7 @@ class Experiment:
     def _ablation(self, changed: Mapping[str, Any]) -> dict[str, Any]:
         try:
             config = ExperimentConfig.from_mapping(self.config.to_dict() | dict(changed))
-            variant = Experiment(config, self.campaign, self.number, self.folder)
+            variant = Experiment(config, self.campaign, self.number, self.folder, self.compared_with)
             variant.build()
             variant.measure()
             schedule = FidelitySchedule.of(config, variant.schedule)
@@ -379,17 +500,42 @@ class Experiment:
         return result
 
     def baseline(self) -> dict[str, Any] | None:
-        """The finished baseline of this campaign, None if there is none."""
-        path = self.folder.parent / "baseline" / RESULT_FILE
+        """The finished baseline of the campaign that this run is compared with, None if there is none."""
+        path = self.compared_with / BASELINE / RESULT_FILE
         return read_result(path) if path.is_file() else None
 
     @functools.cached_property
     def _noise(self) -> dict[str, dict[str, Any]]:
-        """The noise by preset, from repetitions in this campaign that were saved before this run."""
-        campaign, _ = read_campaign(self.folder.parent)
+        """The noise by preset, from repetitions in the compared campaign that were saved before this run."""
+        campaign, _ = read_campaign(self.compared_with)
         return decision.campaign_noise(campaign)
+
+    def _forget_result(self) -> None:
+        """Drop the result that an earlier `charts` or `save` put together, since a part of it changes."""
+        self.__dict__.pop("result", None)
 
     def _optimization_reports(self) -> list[dict[str, Any]]:
         return [optimization | {"report": {key: value.summary() if isinstance(value, Stats) else value
                                    for key, value in optimization["report"].items()}}
                 for optimization in self.pipeline.optimizations]
+
+
+def _campaign_folder(asked: str, preset: str) -> Path | None:
+    """The folder of the campaign `asked`, a name in outputs/ or a path; None for an empty one.
+
+    Raises:
+        UserError: it has no finished baseline, or the run is the baseline itself.
+    """
+    if not asked:
+        return None
+    check_texts(asked, "compare_with")
+    if preset == BASELINE:
+        raise UserError("compare_with: this run is the baseline, which is compared with nothing; leave it "
+                        "out.")
+    places = [project_path(asked)] if "/" in asked or asked in (".", "..") else [
+        project_path(f"outputs/{asked}"), project_path(asked)]
+    for place in places:
+        if (place / BASELINE / RESULT_FILE).is_file():
+            return place.resolve()
+    raise UserError(f"compare_with: {asked} has no finished baseline ({BASELINE}/{RESULT_FILE}); name a "
+                    "campaign in outputs/, or a folder, that has one.")

@@ -1,4 +1,4 @@
-"""Set up the environment once and print its Python: python3 scripts/bootstrap.py [--newest]
+"""Set up the environment once and print its Python: python3 scripts/bootstrap.py [--newest | --cpu]
 
 Uses only the standard library. Messages go to stderr, so that `py="$(python3 scripts/bootstrap.py)"` works.
 The place of the installation:
@@ -11,6 +11,9 @@ The versions are those of constraints.txt, or with --newest the newest that pypr
 the existing environment keep their allowed versions. Its torch never changes, because pip gets the constraint
 torch==<its version>. (Without it `pip install lpips` upgrades torch, because the newest torchvision needs the
 newest torch.) Packages that the set-up itself installed into .venv follow constraints.txt.
+
+With --cpu torch comes from PyTorch's own index of CPU-only wheels: 0.2 GB instead of 3 GB with the CUDA
+libraries. Later calls keep this choice; --no-cpu ends it.
 
 A second call finds .bootstrap/stamp.json and does nothing until the dependencies in pyproject.toml, the
 constraints or the mode change. The syntax is that of Python 3.6, so that an old Python can read this file and
@@ -36,8 +39,11 @@ MIN_PYTHON = (3, 11)
 # Packages that must fit the existing torch. Their tested versions do not apply if it is another version.
 WITH_TORCH = ("torch", "torchvision", "triton", "cuda-bindings", "cuda-pathfinder")
 GIB = 2**30
-# Required free disk space: with torch and its CUDA libraries to install, and without.
-NEED_FULL, NEED_REST = 8 * GIB, 1 * GIB
+# Required free disk space: with torch and its CUDA libraries to install, with torch alone, and without.
+NEED_FULL, NEED_CPU, NEED_REST = 8 * GIB, 3 * GIB, 1 * GIB
+CPU_INDEX = os.environ.get("LONGLIVE_OPT_CPU_INDEX") or "https://download.pytorch.org/whl/cpu"
+# Packages of that index; their versions end in +cpu there, which keeps pip from taking those with CUDA.
+ON_CPU_INDEX = ("torch", "torchvision")
 NETWORK_SIGNS = (
     "NewConnectionError", "NameResolutionError", "ConnectTimeout", "ReadTimeout", "ProxyError",
     "getaddrinfo failed", "Name or service not known", "nodename nor servname", "Network is unreachable",
@@ -62,12 +68,12 @@ def read_project() -> Dict[str, Any]:
         return tomllib.load(file)
 
 
-def dependency_digest(newest: bool) -> str:
+def dependency_digest(newest: bool, cpu: bool = False) -> str:
     """A hash of the requested installation. It changes whenever the environment must change."""
     content = read_project()
     project = content["project"]
     wanted = [content["build-system"], project["dependencies"], project["optional-dependencies"],
-              "newest" if newest else CONSTRAINTS.read_text(encoding="utf-8")]
+              "newest" if newest else CONSTRAINTS.read_text(encoding="utf-8")] + ["cpu"] * cpu
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
@@ -101,6 +107,14 @@ def finished_python(digest: str) -> Optional[str]:
         return stamp["python"] if current and os.access(stamp["python"], os.X_OK) else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def chose_cpu() -> bool:
+    """Whether the last set-up was told to do without CUDA."""
+    try:
+        return bool(json.loads((STATE / "stamp.json").read_text(encoding="utf-8")).get("cpu"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def brought_packages(python: str) -> Dict[str, str]:
@@ -196,9 +210,10 @@ def check_disk(need: int) -> None:
              "project elsewhere" % (free / GIB, ROOT.name, need // GIB))
 
 
-def write_constraints(path: Path, brought: Dict[str, str], torch: Optional[str], newest: bool) -> None:
+def write_constraints(path: Path, brought: Dict[str, str], torch: Optional[str], newest: bool,
+                      cpu: bool = False) -> None:
     """Write pip's constraints: the existing torch and, unless `newest`, the tested version of every package
-    that the environment does not bring.
+    that the environment does not bring; of a new torch the one without CUDA if `cpu`.
     """
     pins = {} if newest else tested_versions()
     fits = not torch or torch.split("+")[0] == pins.get("torch")
@@ -207,20 +222,26 @@ def write_constraints(path: Path, brought: Dict[str, str], torch: Optional[str],
             if name not in there and (fits or name not in WITH_TORCH)}
     if torch:
         kept["torch"] = torch
+    elif cpu:
+        kept.update({name: kept[name] + "+cpu" for name in ON_CPU_INDEX})
     path.write_text("".join("%s==%s\n" % pair for pair in sorted(kept.items())), encoding="utf-8")
 
 
-def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: bool = False) -> None:
+def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: bool = False,
+            cpu: bool = False) -> None:
     """Install the project and its dependencies with pip, under one constraints file.
 
     Args:
         torch: version of the environment's own torch, which stays.
+        cpu: install a new torch without CUDA.
     """
     constraints = STATE / "constraints.txt"
-    write_constraints(constraints, brought_packages(python), torch, newest)
+    write_constraints(constraints, brought_packages(python), torch, newest, cpu)
     # An offline host runs and tests the project. JupyterLab and ruff would add half the size again.
     extras = "test" if wheels else "lab,test,lint"
     options = ["--no-index", "--find-links", str(wheels)] if wheels else []
+    if cpu and not torch:
+        options += ["--extra-index-url", CPU_INDEX]
     if newest and not torch:
         options += ["--upgrade", "--upgrade-strategy", "eager"]
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
@@ -251,6 +272,9 @@ def explain(tail: List[str], wheels: Optional[Path]) -> str:
     if wheels:
         return "pip could not install from %s (%s); collect the wheels again for this host's Python, see " \
                "'make wheelhouse'" % (wheels.name, error)
+    if "+cpu" in text or CPU_INDEX in text:
+        return "PyTorch's index of wheels without CUDA has no such wheel or is not reachable (%s); name a " \
+               "mirror of it in LONGLIVE_OPT_CPU_INDEX, or set up with CPU=0" % error
     if any(sign in text for sign in NETWORK_SIGNS):
         return "no package index reachable; set a proxy (HTTPS_PROXY) or a mirror (PIP_INDEX_URL), or " \
                "copy the wheels here: 'make wheelhouse' on another machine, then 'make install-offline'"
@@ -266,9 +290,16 @@ def main() -> int:
     which.add_argument("--offline", type=Path, metavar="WHEELS", help="install from these wheels")
     which.add_argument("--newest", action="store_true",
                        help="install the newest versions that pyproject.toml allows")
+    which.add_argument("--cpu", action="store_true",
+                       help="install a torch without CUDA, for a machine without a GPU")
+    which.add_argument("--no-cpu", action="store_true", help="no longer, after an earlier --cpu")
     arguments = parser.parse_args()
     wheels, newest = arguments.offline, arguments.newest
-    digest = dependency_digest(newest)
+    cpu = arguments.cpu or not (wheels or newest or arguments.no_cpu) and chose_cpu()
+    if cpu and sys.platform != "linux":
+        say("only Linux has a torch with CUDA; CPU=1 changes nothing here")
+        cpu = False
+    digest = dependency_digest(newest, cpu)
     python = finished_python(digest)
     if python is None:
         if wheels and not list(wheels.glob("*.whl")):
@@ -278,12 +309,17 @@ def main() -> int:
         torch = brought_torch(python)
         if torch and not is_allowed(torch):
             torch = None
-        check_disk(NEED_REST if torch else NEED_FULL)
-        if not torch:
-            say("if .venv lacks torch, this downloads 3 GB and takes 6 GB of disk and 2 to 3 minutes")
+        check_disk(NEED_REST if torch else NEED_CPU if cpu else NEED_FULL)
+        if torch and cpu:
+            say("torch %s stays, whether it has CUDA or not" % torch)
+        elif cpu:
+            say("torch comes without CUDA")
+        elif not torch:
+            say("if .venv lacks torch, this downloads 3 GB and takes 6 GB of disk and 2 to 3 minutes (CPU=1 "
+                "leaves the CUDA libraries out)")
         STATE.mkdir(exist_ok=True)
-        install(python, torch, wheels.resolve() if wheels else None, newest)
-        stamp = json.dumps({"digest": digest, "root": str(ROOT), "python": python})
+        install(python, torch, wheels.resolve() if wheels else None, newest, cpu)
+        stamp = json.dumps({"digest": digest, "root": str(ROOT), "python": python, "cpu": cpu})
         (STATE / "stamp.json").write_text(stamp, encoding="utf-8")
         say("done")
     print(python)

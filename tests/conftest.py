@@ -13,6 +13,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "2",
     "MKL_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "PASSIVE",  # workers of pytest share the cores
     "HF_HUB_OFFLINE": "1",
     **{name: os.path.join(_HOME.name, name.lower())
        for name in ("HF_HOME", "TORCH_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")},

@@ -10,10 +10,18 @@ from example_results import example_result
 
 from longlive_opt import report
 from longlive_opt.measurement import catalogue, decision, metrics
-from longlive_opt.measurement.catalogue import METRICS, PLACES, Metric, glossary, metric_of, shown_in
+from longlive_opt.measurement.catalogue import (
+    METRICS,
+    PLACES,
+    Metric,
+    glossary,
+    metric_of,
+    shown_for,
+    shown_in,
+)
 from longlive_opt.measurement.result import _SCHEMA, lookup
 from longlive_opt.report.conclusion import card_html, definitions_html, measured
-from longlive_opt.report.tables import ablations_table, headline_table
+from longlive_opt.report.tables import ablations_table, headline_table, numbers_table, summary_table
 
 TEMPLATE = (Path(report.__file__).parent / "log" / "template.md").read_text(encoding="utf-8")
 # Numbers of the schema that are no metric: settings, and what a verdict rests on.
@@ -32,7 +40,7 @@ def section_of(text: str, heading: str) -> str:
 def complete() -> dict:
     """An example result with every optional section."""
     result = example_result(steady=12, switches=2)
-    result["memory_gb"] |= {"device_used": 12.0}
+    result["memory_gb"] |= {"device_used": 12.0, "peak_resident": 2.0}
     result["latency"]["stages_ms"]["copy_to_host"] = {"mean": 0.1}
     result["quality"]["decoder"] = {"name": "taew2_1", "reference": "wan", "psnr_db": {"mean": 30.0}}
     return result | {"adherence": ADHERENCE}
@@ -114,3 +122,19 @@ def test_one_row_brings_a_metric_everywhere(tmp_path: Path, monkeypatch: pytest.
     entry = {"verdict": "keep", "rationale": "why", "rule": "r"}
     assert "toy score<br><b>7.2 bits</b><br>+45.0%" in card_html(speed, baseline, entry, "c")
     assert "toy score" in definitions_html() and glossary()["toy score"] == toy.definition
+
+
+def test_a_cpu_run_shows_its_own_memory() -> None:
+    """Would catch: n/a as the memory of every run on a laptop, or an empty column next to the right one."""
+    on_gpu, on_cpu = example_result("baseline"), example_result("baseline", gpu=None)
+    on_cpu["memory_gb"]["peak_resident"] = 1.25
+    for place in ("headline", "summary", "comparison", "card", "ablation"):
+        gpu, cpu, both = ([metric.key for metric in shown_for(place, *runs)]
+                          for runs in ((on_gpu,), (on_cpu,), (on_gpu, on_cpu)))
+        assert "peak_allocated" in gpu and "peak_resident" not in gpu and gpu == both
+        assert "peak_resident" in cpu and "peak_allocated" not in cpu and len(cpu) == len(gpu)
+    assert numbers_table([on_cpu])["peak resident memory, GB"].tolist() == ["1.25"]
+    assert summary_table([on_cpu])["peak_resident_gb"].tolist() == [1.25]
+    assert "peak_resident_gb" not in summary_table([on_gpu]).columns
+    del on_cpu["memory_gb"]["peak_resident"]  # a result from before
+    assert "peak_allocated" in [metric.key for metric in shown_for("card", on_cpu)]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 from example_results import example_result
@@ -19,7 +23,7 @@ from longlive_opt.errors import UserError
 from longlive_opt.measurement.result import write_result
 from longlive_opt.report import campaign_diff
 from longlive_opt.report.campaign import load
-from longlive_opt.runner import doctor, generate, show
+from longlive_opt.runner import doctor, generate, plan, show
 from longlive_opt.runner.plan import Layout
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +49,20 @@ def test_the_command_starts_without_torch() -> None:
     """Help that takes seconds to appear."""
     code = "import sys; from longlive_opt.__main__ import usage; usage(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("given, wanted", [({}, "OMP_WAIT_POLICY = 'PASSIVE'"),
+                                           ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+                                           ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'")], ids=str)
+def test_waiting_threads_do_not_spin(given: dict[str, str], wanted: str) -> None:
+    """A machine that is also used for something else: blocks take several times as long. Or a setting of the
+    user that is replaced. OpenMP itself says what it took, when torch loads it.
+    """
+    unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run([sys.executable, "-c", "import longlive_opt.config, torch"], capture_output=True,
+                          text=True, env={**kept, **given, "OMP_DISPLAY_ENV": "VERBOSE"})
+    assert wanted in done.stderr
 
 
 # ---- generate
@@ -73,6 +91,20 @@ def test_a_video_in_one_line(micro: None, tmp_path: Path, capsys: pytest.Capture
     assert "block 3 of 3" in shown.err and shown.out.strip() == str(path)
     assert generate.main(["a fox", "--blocks", "1", "-o", str(tmp_path / "frames")]) == 0
     assert len(list((tmp_path / "frames").glob("*.png"))) == 9
+
+
+def test_a_prompt_beyond_the_tiny_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture) -> None:
+    """A red fox asked for, a red square drawn, and no word on it."""
+    monkeypatch.setattr(generate, "config_of", lambda *asked: (ExperimentConfig(), "tiny"))
+    monkeypatch.setattr(generate, "build_pipeline", lambda config: None)
+    monkeypatch.setattr(generate, "StreamingSession", lambda *_, **__: SimpleNamespace(reset=lambda: None))
+    monkeypatch.setattr(generate, "write", lambda *_: None)
+    known = "a large red square spins, on a dotted grey ground"
+    assert generate.main([known, "a red fox", "--blocks", "4"]) == 0
+    assert capsys.readouterr().err.count("knows only its small world") == 1
+    assert generate.main([known, "--blocks", "1"]) == 0
+    assert "small world" not in capsys.readouterr().err
 
 
 def test_a_prompt_file_gives_a_video_per_line(micro: None, tmp_path: Path) -> None:
@@ -202,6 +234,40 @@ def test_compare_ends_with_a_status_and_a_page(tmp_path: Path, capsys: pytest.Ca
     assert "no finished run" in capsys.readouterr().err
     with pytest.raises(UserError):
         load(tmp_path / "nowhere")
+
+
+def test_the_notebook_of_a_comparison_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A cell that calls what the library does not have; a campaign that would run the notebook as a preset.
+    The cells run without a kernel, first on the committed campaigns that they name.
+    """
+    path = ROOT / "notebooks" / plan.COMPARE_NOTEBOOK
+    assert path not in Layout(ROOT).presets().values()
+    make = [example_result(preset, 1.0, steady=40, switches=4) for preset in ("baseline", "speed")]
+    campaign(tmp_path / "a", *make)
+    campaign(tmp_path / "b", scaled(make[0], 1.0, seed=1), scaled(make[1], 1.3, seed=2))
+    for given in ({}, {"campaign_a": str(tmp_path / "a"), "campaign_b": str(tmp_path / "b")}):
+        names: dict[str, Any] = {}
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                if "parameters" in cell.metadata.get("tags", []):
+                    names.update(given)
+        chart = names["comparison"].chart()
+        assert chart._repr_png_()[0].startswith(b"\x89PNG") and "95% interval" in chart.alt
+        shown = capsys.readouterr().out
+        assert "before: " in shown and "commit " in shown
+    assert "speed, SS mean, ms per frame: +" in chart.alt and "Slower: speed (SS mean +" in shown
+    assert "The machines differ" not in shown
+
+
+def test_campaigns_are_named_or_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that has to be typed for what is in outputs/, or a folder of the user that is not found."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert campaign_diff.campaign_folder("h100") == ROOT / "outputs" / "h100"
+    assert campaign_diff.campaign_folder("outputs/h100") == ROOT / "outputs" / "h100"
+    assert campaign_diff.campaign_folder("mine") == tmp_path / "mine"
+    assert campaign_diff.campaign_folder(str(tmp_path / "mine")) == tmp_path / "mine"
 
 
 # ---- outside of a clone

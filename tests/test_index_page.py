@@ -37,6 +37,9 @@ def test_page_has_every_run_video_and_its_recommendation(campaign: Path) -> None
     assert "Speed &lt;b&gt;&amp;&lt;/b&gt;" in text and "<b>&</b>" not in text
     assert text.index("Which preset to take") < text.index("Results") < text.index("Videos")
     assert network_references(text) == [] and "NVIDIA H100" in text
+    assert "on-paper" not in text.partition("</style>")[2]
+    (campaign / "speed" / "frames.png").write_bytes(b"png")
+    assert "<img class='on-paper' src='speed/frames.png'" in write_index(load(campaign)).read_text()
 
 
 def test_page_of_a_clone_without_videos(campaign: Path) -> None:

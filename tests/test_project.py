@@ -17,13 +17,16 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import longlive_opt
 from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
 from longlive_opt.measurement.result import read_result
 from longlive_opt.report.campaign import load
+from longlive_opt.report.conclusion import provenance_html
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
 from longlive_opt.report.readme import page_with_results
+from longlive_opt.report.stylesheet import REPORT
 from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
 from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
@@ -39,13 +42,13 @@ CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib
          "ipywidgets", "anywidget", "traitlets", "playwright"}
 
 # Import name -> package, where they differ.
-PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py"}
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py", "mlflow": "mlflow-skinny"}
 # Declared, but not imported: torchvision is for lpips, ipykernel for papermill, ipywidgets for anywidget,
 # playwright for tests, the rest are commands.
 NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff",
                 "ipywidgets", "playwright"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
-NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow"}
+NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}>-])/(?:home|root|work|farm|Users|mnt)/[\w.]")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs|conda\.anaconda|deb\.debian", re.I)
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
@@ -63,7 +66,7 @@ def test_conda_and_pip_ask_for_the_same() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     pip = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    extras = ",".join(PROJECT["optional-dependencies"])
+    extras = ",".join(name for name in PROJECT["optional-dependencies"] if name != "mlflow")  # a choice
     assert pip == [["-c constraints.txt", f"-e .[{extras}]"]]
     assert conda == ["python" + PROJECT["requires-python"], "pip"]
 
@@ -401,6 +404,38 @@ def test_fresh_machine_gets_the_tested_versions(bootstrap: ModuleType, monkeypat
     assert held({"torch": "2.15.0", "torchvision": "0.30.0"}, None, False) == pins
 
 
+def test_without_cuda_torch_comes_from_its_own_index(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture) -> None:
+    """15 wheels of CUDA on a laptop without a GPU; or pip that takes them all the same; or a choice that the
+    next make forgets.
+    """
+    calls, pins = [], bootstrap.tested_versions()
+
+    def popen(command: list[str], **kwargs: object) -> SimpleNamespace:
+        calls.append(command)
+        return SimpleNamespace(stdout=[], wait=lambda: 0)
+
+    monkeypatch.setattr(bootstrap.subprocess, "Popen", popen)
+    monkeypatch.setattr(bootstrap, "brought_packages", lambda python: {})
+    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: None)
+    monkeypatch.setattr(bootstrap, "choose_environment", lambda offline: sys.executable)
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
+    assert bootstrap.main() == 0
+    assert calls[0][calls[0].index("--extra-index-url") + 1] == bootstrap.CPU_INDEX
+    held = (bootstrap.STATE / "constraints.txt").read_text().splitlines()
+    assert f"torch=={pins['torch']}+cpu" in held and f"torchvision=={pins['torchvision']}+cpu" in held
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py"])
+    assert bootstrap.main() == 0 and len(calls) == 1, "it is set up, and stays without CUDA"
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--no-cpu"])
+    assert bootstrap.main() == 0 and len(calls) == 2 and "--extra-index-url" not in calls[1]
+    assert f"torch=={pins['torch']}\n" in (bootstrap.STATE / "constraints.txt").read_text()
+    # A torch of the environment stays as it is.
+    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: "2.11.0")
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
+    assert bootstrap.main() == 0 and "--extra-index-url" not in calls[2]
+    assert "torch 2.11.0 stays" in capsys.readouterr().err
+
+
 def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,
                                                    tmp_path: Path) -> None:
     """A changed constraints file, or NEWEST=1, that leaves the old environment as it is."""
@@ -415,6 +450,7 @@ def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkey
     ("NewConnectionError: [Errno 101] Network is unreachable", "PIP_INDEX_URL"),
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "TMPDIR"),
     ("python: No module named pip", "ensurepip"),
+    ("ERROR: Cannot install torch==2.11.0+cpu because of conflicts", "LONGLIVE_OPT_CPU_INDEX"),
     ("ERROR: No matching distribution found for nonsense", "nonsense"),
 ])
 def test_pip_failures_in_one_sentence(bootstrap: ModuleType, line: str, words: str) -> None:
@@ -554,6 +590,34 @@ def test_parameters_and_code_are_folded(tmp_path: Path) -> None:
     assert "parameters_cell" in folded[0] and "Code" in folded[2] and "own_cell" in folded[2]
 
 
+def test_what_came_out_is_first_and_where_it_comes_from_last(tmp_path: Path) -> None:
+    """An answer eight screens down; a page that cannot be traced to its machine and commit."""
+    v4 = nbformat.v4
+    names = ["question", "parameters", "build", "measure", "looking", "video", "conclusion", "charts", "foot"]
+    cells = [(v4.new_markdown_cell if name in ("question", "looking", "foot") else v4.new_code_cell)(
+        f"cell_{name}_", id=name) for name in names]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "notebook.ipynb")
+    export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x", card="the_card",
+                foot=provenance_html([read_result(ROOT / "outputs/h200_long/realtime/result.json")]))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = [f"cell_{name}_" for name in ("question", "looking", "video", "conclusion", "charts",
+                                          "parameters", "build", "measure", "foot")]
+    order = [page.index(words) for words in ("the_card", *shown, "on NVIDIA H200", "torch 2.11")]
+    assert order == sorted(order)
+    assert re.search(r"Commit [0-9a-f]{12}", page) and "run of 2026-" in page
+    assert "In&nbsp;[" not in page
+
+
+def test_a_report_has_styles_for_paper_phone_and_the_dark(tmp_path: Path) -> None:
+    """Rules that the export takes for unused and drops: tests/browser looks at what they do."""
+    write_notebook(tmp_path / "notebook.ipynb", "# Title")
+    export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for rule in ("@media (prefers-color-scheme: dark)", "@media print", "size: A4", "(max-width: 600px)",
+                 "--jp-layout-color0: #16181c", ".on-paper"):
+        assert rule in page and rule in REPORT, rule
+
+
 def test_only_styles_that_nothing_asks_for_are_dropped() -> None:
     """A report that looks different, or carries 240 KB of JupyterLab's icons."""
     html = """<style>:root { --seen: red; --by-seen: 1px; --seen2: var(--by-seen); --icon: url(data:x) }
@@ -623,6 +687,29 @@ def test_readme_states_what_the_committed_runs_say():
     assert f"without\nthe attention sink the ratio is {no_sink:.0f}" in readme
     passed = re.search(r"(\d+) passed", (ROOT / "outputs/h100/gpu_tests.txt").read_text(encoding="utf-8"))[1]
     assert f"(outputs/h100/gpu_tests.txt): {passed} passed" in readme
+
+
+def test_readme_is_in_the_order_of_a_visitor() -> None:
+    """An explanation of sinks before the command that makes a video; a section that was lost in a merge."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    order = ["# longlive_opt", "notebooks/pictures/switch.webp", "<!-- results:", "## Two commands",
+             "## A video in one line", "## Live", "## On an H100", "## With official weights",
+             "## Run your own", "CONTRIBUTING.md", "## How it works", "## Supported systems", "## Questions",
+             "## Licence and citation"]
+    places = [readme.index(words) for words in order]
+    assert places == sorted(places)
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_citation_is_that_of_this_version() -> None:
+    """A file that no reference manager reads, or that names another release."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == longlive_opt.__version__
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for source in citation["references"]:
+        assert source["identifiers"][0]["value"] in readme and source["authors"]
 
 
 def test_page_lists_every_key_preset_and_profile() -> None:

@@ -308,6 +308,7 @@ def test_pictures_show_where_clips_differ(clip):
     assert (video.difference_heatmap(clip, clip) == video.difference_heatmap(clip, clip)[0, 0]).all()
     assert video.difference_heatmap(clip, variant, full_scale=100.0).sum() < heat.sum()
     pair = video.side_by_side(clip, variant)
-    assert pair.shape == (5, 40, 100, 3) and (pair[:, :, :48] == clip.permute(0, 2, 3, 1).numpy()).all()
+    assert pair.shape == (5, 40, 152, 3) and (pair[:, :, :48] == clip.permute(0, 2, 3, 1).numpy()).all()
+    assert (pair[:, 25:, 104:] == 128).all() and pair[:, 10:20, 114:124].std() > 50
     with pytest.raises(UserError, match="differ"):
         video.side_by_side(clip, clip[:3])

@@ -23,6 +23,7 @@ from longlive_opt.measurement import decision
 from longlive_opt.measurement.result import na, write_result
 from longlive_opt.report import charts
 from longlive_opt.report.__main__ import main
+from longlive_opt.report.charts.chart import STAGE_COLOURS
 from longlive_opt.report.charts.labels import along, spread
 from longlive_opt.report.conclusion import conclusion_html
 from longlive_opt.report.log import outside
@@ -274,6 +275,11 @@ def test_a_report_opens_with_its_numbers(tmp_path):
     change = ours["latency"]["ss_ms_per_frame"]["max"] / theirs["latency"]["ss_ms_per_frame"]["max"] - 1
     worst = ours["latency"]["ss_ms_per_frame"]["max"]
     assert f"SS max<br><b>{worst:.2f} ms per frame</b><br>{change:+.1%}" in cards["speed"]
+    faster = theirs["latency"]["ss_ms_per_frame"]["mean"] / ours["latency"]["ss_ms_per_frame"]["mean"]
+    assert f"speed-up<br><b>{faster:.2f}x</b><br>by SS mean" in cards["speed"]
+    order = [cards["speed"].index(f"{label}<br>") for label in ("SS max", "speed-up", "FPS", "PS mean",
+                                                                "peak memory", "error ratio")]
+    assert order == sorted(order) and "speed-up" not in cards["baseline"]
     for label in ("SS mean", "PS mean", "FPS", "peak memory", "error ratio", "PSNR"):
         assert f"{label}<br>" in cards["speed"], label
     assert "error ratio<br><b>identical</b>" in cards["quality"]
@@ -787,6 +793,14 @@ def test_campaign_lists_failures_and_problems(tmp_path):
     assert list(report.runs_table(campaign)["status"]) == ["ok"] * 2 + ["failed"] * 2 + ["not usable"] * 2
 
 
+def test_a_campaign_shows_its_table(tmp_path):
+    """Pages of raw JSON where a notebook shows a campaign."""
+    campaign = report.load(campaign_of(tmp_path / "c"))
+    assert repr(campaign) == "Campaign(c: baseline, balanced; 2 failed; 2 not usable)"
+    html = campaign._repr_html_()
+    assert "SS mean" in html and "out of memory &lt;b&gt;" in html and len(html) < 6000
+
+
 def test_command_line_writes_log_table_and_figures(tmp_path, capsys):
     """Would catch a command that needs the notebook, and a log that differs from run to run."""
     folder = campaign_of(tmp_path / "c")
@@ -867,6 +881,45 @@ def test_every_preset_keeps_its_colour():
         picture = Image.open(io.BytesIO(draw(results)._repr_png_()[0]))
         found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
         assert {tuple(bytes.fromhex(colour[1:])) for colour in charts.PRESET_COLOURS.values()} <= found
+
+
+# Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency"
+# (2009), severity 1, in linear sRGB; the last is normal sight.
+SIGHT = {"deuteranopia": [[.367322, .860646, -.227968], [.280085, .672501, .047413],
+                          [-.011820, .042940, .968881]],
+         "protanopia": [[.152286, 1.052583, -.204868], [.114503, .786281, .099216],
+                        [-.003882, -.048116, 1.051998]],
+         "normal": np.eye(3).tolist()}
+
+
+def cielab(colour: str, sight: str) -> np.ndarray:
+    """(L, a, b) under D65 of a colour as the eye of `sight` has it."""
+    srgb = np.array(list(bytes.fromhex(colour[1:]))) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055)**2.4)
+    seen = np.clip(np.array(SIGHT[sight]) @ linear, 0, 1)
+    xyz = np.array([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750],
+                    [.0193339, .1191920, .9503041]]) @ seen / (0.95047, 1, 1.08883)
+    f = np.where(xyz > (6 / 29)**3, np.cbrt(xyz), xyz / (3 * (6 / 29)**2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("palette", [charts.PRESET_COLOURS, STAGE_COLOURS], ids=["presets", "stages"])
+def test_colours_differ_for_every_eye(palette, sight):
+    """Would catch two presets, or two stages of a bar, that one reader in twenty cannot tell from each other.
+    A difference of 2.3 (CIE 1976) is just noticeable; 12 is five times that."""
+    seen = {name: cielab(colour, sight) for name, colour in palette.items()}
+    near = {(a, b): round(float(np.linalg.norm(seen[a] - seen[b])), 1)
+            for a, b in itertools.combinations(seen, 2)}
+    assert {pair: distance for pair, distance in near.items() if distance < 12} == {}
+
+
+def test_presets_names_can_be_read_on_white():
+    """Would catch a name in the colour of its line that fades into the paper (WCAG: 3 to 1)."""
+    for preset, colour in charts.PRESET_COLOURS.items():
+        lightness = cielab(colour, "normal")[0]
+        luminance = ((lightness + 16) / 116)**3
+        assert 1.05 / (luminance + 0.05) >= 3, preset
 
 
 def test_stages_that_overlap_stay_within_the_interval():

@@ -388,9 +388,15 @@ def test_without_readings_both_sections_say_why(nvml, monkeypatch, kind, says):
         assert is_na(metric) and says in metric["reason"] + metric["how_to_fix"]
 
 
-def test_memory_is_na_on_a_cpu():
-    """Would catch: 0 GB peak memory in the table of a CPU run."""
+def test_memory_of_a_cpu_is_its_resident_set():
+    """Would catch: 0 GB or n/a as the memory of a CPU run, and a peak that is that of the loading."""
+    before = bytearray(300_000_000)
+    before[::4096] = bytes(len(before[::4096]))
+    high = environment.memory_gb("cpu")["peak_resident"]
+    del before
+    environment.reset_peak_memory("cpu")
     memory = environment.memory_gb("cpu", 3_450_000_000)
+    assert 0 < memory["peak_resident"] < high - 0.2
     assert is_na(memory["peak_allocated"]) and memory["kv_cache"] == 3.45
     assert is_na(environment.memory_gb("cpu")["kv_cache"])
 

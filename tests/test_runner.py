@@ -5,6 +5,7 @@ several tests.
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -227,7 +228,8 @@ def test_reports_are_made_once_the_verdicts_are_there(project: Path, monkeypatch
     stub_kernel(monkeypatch, write_run)
     exported: list[tuple[str, str]] = []
 
-    def export(notebook: Path, html: Path, *, title: str, hide_code: bool, card: str) -> None:
+    def export(notebook: Path, html: Path, *, title: str, hide_code: bool, card: str, foot: str) -> None:
+        assert "Commit " in foot and "torch " in foot
         exported.append((notebook.parent.name, card))
         html.write_text(f"<main>{card}")
 
@@ -622,6 +624,26 @@ def test_notebook_needs_one_parameters_cell(project: Path, capsys: pytest.Captur
     """Without the tag papermill injects on top, and the notebook's defaults overwrite what was asked for."""
     write_notebook(project / "notebooks/01_baseline.ipynb", PARAMETERS, [FINISH], tags)
     assert f"{tags} cells are tagged" in error_of(project, capsys)
+
+
+def test_without_a_profile_the_one_that_fits_is_taken_and_said(
+        project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """300 blocks of the large model on a laptop, without a word."""
+    taken = []
+    monkeypatch.setattr(runner, "plan", lambda *arguments: taken.append(arguments[3]) or [])
+    monkeypatch.setattr(runner, "run_jobs", lambda *_: {})
+    monkeypatch.setattr(runner, "_settle", lambda *_: {})
+    monkeypatch.setattr(runner, "fitting_profile", lambda: ("pocket", "no GPU here: profile pocket"))
+    own = project / "params" / "profiles" / "pocket.yaml"
+    with caplog.at_level(logging.INFO):
+        assert runner.main(["run", "--campaign", "a"], root=project) == 0
+        assert taken == [None] and "pocket" not in caplog.text
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("seed: 3\n")
+        assert runner.main(["run", "--campaign", "a"], root=project) == 0
+        assert "no GPU here: profile pocket (--profile takes another)" in caplog.text
+        assert runner.main(["run", "--campaign", "a", "--profile", "x.yaml"], root=project) == 0
+    assert taken == [None, own, Path("x.yaml")]
 
 
 def test_order_of_precedence(project: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 from pathlib import Path
@@ -568,3 +569,8 @@ def test_reprs_are_short(pipeline):
     assert repr(chunks[0]).startswith("Chunk(block 0, 9 frames 48x32 on cpu")
     html = chunks[0]._repr_html_()
     assert "data:image/webp;base64," in html and "<b>" not in html
+    for thing in (pipeline, session):
+        html = thing._repr_html_()
+        assert len(html) < 2000 and "micro" in html and "<b>fox" not in html
+    assert "12 latent frames, 3 of them the sink" in session._repr_html_()
+    assert re.search(r"transformer 0\.000\d+ GB, VAE", pipeline._repr_html_())

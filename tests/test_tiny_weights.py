@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.files import project_path
@@ -12,9 +17,11 @@ from longlive_opt.models.weight_files import resolve_weights
 from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.pipeline import build_reference
 from longlive_opt.streaming.session import StreamingSession
-from longlive_opt.tiny.shapes.captions import describe, parse
+from longlive_opt.tiny.shapes.captions import MAX_BYTES, describe, parse
 from longlive_opt.tiny.shapes.evaluator import check
-from longlive_opt.tiny.shapes.scene import change_scene, sample_scene
+from longlive_opt.tiny.shapes.scene import COLOURS, GROUNDS, LETTERS, change_scene, sample_scene
+from longlive_opt.tiny.training_report import TrainingReport
+from longlive_opt.tiny.training_report.scores import FIGURES, TARGETS, cell
 
 BLOCKS, SWITCH = 6, 3
 
@@ -58,3 +65,33 @@ def test_videos_show_their_prompts_before_and_after_a_switch(pipeline):
         before.append(check(last, scene).adherence)
     assert np.mean(own) > 0.7 and np.mean(own) > np.mean(other) + 0.4, (own, other)
     assert np.mean(later) > 0.65 and np.mean(later) > np.mean(before) + 0.3, (later, before)
+
+
+def test_the_model_card_says_what_was_recorded():
+    """Figures of an earlier training on the card, or a colour that the model does not know."""
+    folder = project_path("weights/tiny")
+    card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    ours, again = (json.loads((folder / name).read_text()) for name in ("check.json", "again/check.json"))
+    shown = [path for path, words in FIGURES.items() if f"| {words} |" in card]
+    assert len(shown) == 8 and set(TARGETS) <= set(shown)
+    for path in shown:
+        sign, target = TARGETS.get(path, ("", 0.0))
+        wanted = f"{sign} {target:.2f} |" if sign else "|"
+        assert f"| {FIGURES[path]} | {cell(ours, path)} | {cell(again, path)} | {wanted}" in card
+    files = resolve_weights("weights/tiny", ExperimentConfig().model_config())
+    for part in ("dit", "vae", "text"):
+        path = getattr(files, part)
+        with safe_open(path, "pt") as tensors:
+            count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+        assert f"| {count:,} | `{path.relative_to(folder).as_posix()}` |" in card
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")
+               and "check" not in path.name)
+    assert f"in {size / 1e6:.1f} MB" in card
+    minutes = TrainingReport.open("weights/tiny").stages()["minutes"].tolist()
+    assert f"{sum(minutes):.1f} minutes in all: VAE {minutes[0]:.1f}, text encoder alone {minutes[1]:.1f}, " \
+        f"teacher {minutes[2]:.1f}, student {minutes[3]:.1f}" in card
+    for words in (COLOURS, LETTERS):
+        assert f"| {', '.join(words)} |" in card
+    assert all(ground in card for ground in GROUNDS) and f"at most {MAX_BYTES} bytes" in card
+    example = re.search(r"a small red circle moves .*? grey ground", card)[0]
+    assert describe(parse(example)) == example

@@ -3,7 +3,10 @@
 import base64
 import builtins
 import errno
+import io
 import os
+import re
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,7 +15,11 @@ import torch
 from PIL import Image
 
 from longlive_opt.errors import UserError
+from longlive_opt.files import load_yaml
 from longlive_opt.report import video
+from longlive_opt.report.html_export import MAX_BYTES
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -123,7 +130,56 @@ def test_video_html_survives_an_untrusted_notebook(frames, tmp_path):
     text = video.video_html(tmp_path / "video.mp4", 'A <script>alert("x")</script> & fox')
     assert "<source" not in text and "<script>" not in text and "http" not in text
     assert "&lt;script&gt;" in text and "&amp; fox" in text
-    data = text.split("base64,")[1].split('"')[0]
+    data = text.split("video/mp4;base64,")[1].split('"')[0]
     assert base64.b64decode(data) == (tmp_path / "video.mp4").read_bytes()
     with pytest.raises(UserError, match="cannot read"):
         video.video_html(tmp_path / "missing.mp4")
+
+
+def test_paper_shows_a_picture_instead_of_a_video(frames, tmp_path):
+    """Would catch: black boxes in a printed report."""
+    video.write_mp4(tmp_path / "video.mp4", frames, 16)
+    video.contact_sheet(tmp_path / "frames.png", frames)
+    alone = video.video_html(tmp_path / "video.mp4")
+    poster = alone.split('poster="')[1].split('"')[0]
+    picture = Image.open(io.BytesIO(base64.b64decode(poster.partition(",")[2])))
+    assert picture.size == (64, 48) and alone.count(poster) == 2
+    sheet = video.video_html(tmp_path / "video.mp4", sheet=tmp_path / "frames.png")
+    shown = sheet.split('class="on-paper"')[1].split("base64,")[1].split('"')[0]
+    assert base64.b64decode(shown) == (tmp_path / "frames.png").read_bytes()
+
+
+def test_side_by_side_shows_the_difference_within_its_size(tmp_path, monkeypatch):
+    """Would catch: a difference that compression hides, a crop where nothing differs, a report of 20 MB."""
+    assert video.SIDE_CRF <= 18
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.randint(0, 256, (12, 3, 64, 300), generator=generator, dtype=torch.uint8)
+    variant = clip.clone()
+    variant[:, :, 20:30, 280:290] = clip[:, :, 20:30, 280:290] // 2 + 60
+    words = video.side_by_side_mp4(tmp_path / "a.mp4", clip, variant, 16)
+    stream, pictures = decoded(tmp_path / "a.mp4")
+    assert pictures.shape == (12, 64, 3 * 240 + 8, 3) and "12 frames" not in words
+    first = int(re.search(r"pixels (\d+) to (\d+) of 300 across and 0 to 64 of 64 down", words)[1])
+    assert 50 <= first <= 60
+    third = pictures[:, :, 488:].astype(int)
+    assert abs(third[:, 40:, :200] - 128).max() < 40, "grey where nothing differs"
+    assert third[:, 20:30, 280 - first:290 - first].std() > 40
+    size = (tmp_path / "a.mp4").stat().st_size
+    monkeypatch.setattr(video, "SIDE_BYTES", size // 2)
+    words = video.side_by_side_mp4(tmp_path / "b.mp4", clip, variant, 16)
+    assert (tmp_path / "b.mp4").stat().st_size <= size // 2
+    count = int(re.search(r"the last (\d+) of 12 frames", words)[1])
+    assert 1 < count < 7 and len(decoded(tmp_path / "b.mp4")[1]) == count
+
+
+def test_a_report_of_noise_can_be_mailed(tmp_path):
+    """Would catch: a report of more than 8 MB from random weights, whose video compresses worst."""
+    profile = load_yaml(ROOT / "params/profiles/h100.yaml")
+    count, measured = 4 * profile["video_latent_frames"] - 3, 8
+    noise = torch.randint(0, 256, (measured, 3, 480, 832), generator=torch.Generator().manual_seed(0),
+                          dtype=torch.uint8)
+    small = video.shrink(noise, profile["video_width"])
+    one = video.write_mp4(tmp_path / "v.mp4", small, 16, crf=profile["video_crf"])["bytes"] * count / measured
+    charts = 15 * 100_000  # outputs/h100: 0.05 to 0.09 MB each
+    styles_and_tables = 300_000
+    assert 4 / 3 * (one + video.SIDE_BYTES + charts) + styles_and_tables < MAX_BYTES == 8_000_000

@@ -157,10 +157,14 @@ def test_charts_and_difference_use_the_campaigns_baseline(campaign, monkeypatch)
     assert table.loc["this run, free-running", "error ratio"] == 1
     assert table.loc["null: no switch, free-running", "error ratio"] > 2
     run.charts()
-    assert shown and "left: baseline, right: Baseline" in (player := run.difference().data)
+    assert shown and "left: baseline, middle: Baseline, right: 8 times" in (player := run.difference().data)
     with av.open(str(run.folder / "side_by_side.mp4")) as container:
-        width = 2 * run.frames.shape[3] + 4
+        width = 3 * run.frames.shape[3] + 8
         assert "data:video/mp4" in player and container.streams.video[0].width == width
+    assert "random, so the video is noise by design" in player
+    clip = run.generate_video().data
+    assert "noise by design" in clip and "0.0 s: a fox; 0.8 s: a whale" in clip
+    assert 'poster="data:image/jpeg' in clip and 'class="on-paper"' in clip and "data:image/png" in clip
     assert "Hypothesis" in (text := run.conclusion().data) and "error ratio, free-running" in text
     assert "SS mean; SS p50" in run.definitions().data
     assert not (run.folder / RESULT_FILE).exists(), "only save() may write it"
@@ -541,3 +545,127 @@ def test_wrong_order_names_the_missing_step(tmp_path):
     assert "done: build" in repr(experiment)
     with pytest.raises(UserError, match=r"call measure\(\) first"):
         experiment.save()
+
+
+# ---- a preset in one line
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory) -> Path:
+    """A profile with the smallest sizes."""
+    path = tmp_path_factory.mktemp("profile") / "micro.yaml"
+    path.write_text(json.dumps(SMALLEST))
+    return path
+
+
+def one_line(folder: Path, profile: Path, preset: str = "static_kv", **keys: Any) -> Experiment:
+    return Experiment.preset(preset, profile=str(profile), output_dir=str(folder / preset), **keys)
+
+
+def test_a_preset_in_two_lines_with_a_baseline_on_demand(tmp_path, smallest, capsys):
+    """Opening a preset's notebook is not running the preset: without a baseline it says n/a all over."""
+    run = one_line(tmp_path / "mine", smallest)
+    assert run.config.use_static_kv and run.config.model == "micro" and run.config.measure_blocks == 2
+    table = run.measure_baseline()
+    assert table.loc["SS mean, ms per frame", "value"] > 0
+    saved = read_result(tmp_path / "mine" / "baseline" / RESULT_FILE)
+    assert saved["optimizations"] == [] and saved["parameters"]["prompts"] == ["a fox", "a whale"]
+    capsys.readouterr()
+    assert run.measure_baseline().equals(table) and "is there, of" in capsys.readouterr().out
+    run.build()
+    with pytest.raises(UserError, match=r"call it before build\(\)"):
+        run.measure_baseline()
+    run.measure()
+    run.generate_video()
+    run.compare()
+    run.save()
+    assert run.result["quality"]["worst_ratio"] < 1.3 and run.result["decision"]["gate"]
+    capsys.readouterr()
+    one_line(tmp_path / "mine", smallest)
+    assert "mine/static_kv holds a result; save() replaces it" in capsys.readouterr().out
+    with pytest.raises(UserError, match="this run is the baseline"):
+        one_line(tmp_path / "other", smallest, "baseline").measure_baseline()
+
+
+def test_a_preset_or_a_profile_that_is_not_there(tmp_path, smallest):
+    """A traceback about a file where the names of the presets would help."""
+    with pytest.raises(UserError, match="preset: 'balancd' is unknown; choose one of .*balanced"):
+        Experiment.preset("balancd")
+    with pytest.raises(UserError, match="profiles/gameboy.yaml: No such file"):
+        Experiment.preset("static_kv", profile="gameboy")
+    with pytest.raises(UserError, match="did you mean 'seed'"):
+        one_line(tmp_path, smallest, sed=1)
+
+
+def test_without_a_profile_the_machine_chooses(monkeypatch, capsys):
+    """300 blocks of a 1.3B model on a laptop, because nobody said otherwise."""
+    opened = {}
+    monkeypatch.setattr(Experiment, "from_notebook",
+                        classmethod(lambda cls, given, **more: opened.update(given)))
+    monkeypatch.setattr(environment, "_run", lambda *command: None)
+    Experiment.preset("static_kv")
+    assert (opened["model"], opened["device"], opened["measure_blocks"]) == ("tiny", "cpu", 4)
+    assert "no GPU here: profile laptop" in capsys.readouterr().out
+    for memory, profile in (("24564", "h100_tiny"), ("81559", "h100")):
+        monkeypatch.setattr(environment, "_run", lambda *command, memory=memory: f"NVIDIA X, {memory}\nB, 1")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert environment.fitting_profile()[0] == profile
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert environment.fitting_profile()[0] == "laptop"
+
+
+def test_a_baseline_of_another_campaign(campaign, tmp_path, smallest):
+    """A comparison with last week's campaign needs a copy of its folder, or is made between unequal runs."""
+    run = one_line(tmp_path / "mine", smallest, compare_with=str(campaign))
+    assert run.baseline()["campaign"] == "test" and run.reference is not None
+    run.build()
+    run.measure()
+    run.generate_video()
+    run.compare()
+    assert run.quality["worst_ratio"] < 1.3
+    assert "SS mean" in run._repr_html_() and campaign.name in run._repr_html_()
+    with pytest.raises(UserError, match="is compared with the baseline of"):
+        one_line(tmp_path / "mine", smallest, compare_with=str(campaign)).measure_baseline()
+    with pytest.raises(UserError, match=r"compare_with: .* since seed is 1 against 0"):
+        one_line(tmp_path / "mine", smallest, compare_with=str(campaign), seed=1)
+    with pytest.raises(UserError, match="has no finished baseline"):
+        one_line(tmp_path / "mine", smallest, compare_with="last_week")
+    with pytest.raises(UserError, match="compared with nothing"):
+        one_line(tmp_path / "mine", smallest, "baseline", compare_with=str(campaign))
+
+
+def test_a_baseline_of_another_machine_is_refused(campaign, tmp_path, smallest, monkeypatch):
+    """A gain that is another CPU's."""
+    monkeypatch.setattr(environment, "machine", lambda device: {"gpu": None, "cpu": "Abacus", "torch": "2"})
+    with pytest.raises(UserError, match="compare_with: .* since environment.cpu is 'Abacus' against"):
+        one_line(tmp_path / "mine", smallest, compare_with=str(campaign))
+
+
+def test_only_the_parameters_cell_is_read(tmp_path, capsys):
+    """`my_note = 3` in a notebook that was made for exploring, and nothing works any more."""
+    parameters = "campaign: str = 'test'\nrun = 1\noutput_dir = ''\nseed = 4"
+    cells = ["", parameters, "%matplotlib inline", "# Parameters\nwarmup_blocks = 5\n",
+             "my_note = 3\nmeasure_blocks = 9", "from longlive_opt.workbook import Experiment"]
+    values = {"campaign": "test", "run": 1, "output_dir": str(tmp_path), "seed": 4, "warmup_blocks": 5,
+              "my_note": 3, "measure_blocks": 9}
+    read = {name: values[name] for name in ("campaign", "run", "output_dir", "seed", "warmup_blocks")}
+    assert notebook_parameters({"In": cells, **values}) == read
+    run = Experiment.from_notebook({"In": cells, **values})
+    assert run.config.seed == 4 and run.config.measure_blocks == 4
+    assert "not read, since it is no plain value of the parameters cell: measure_blocks" in \
+        capsys.readouterr().out
+    cells[1] = parameters.replace("seed", "sed")
+    with pytest.raises(UserError, match="did you mean 'seed'"):
+        Experiment.from_notebook({"In": cells, **values, "sed": 4})
+
+
+def test_a_repeated_step_is_in_the_result(campaign):
+    """A video or a measurement that was made again, and a result.json that still has the old one."""
+    run = open_run(campaign / "again", name="again", use_static_kv=True)
+    run.build()
+    run.measure()
+    run.generate_video()
+    run.compare()
+    first = run.result["latency"]["ss_block_ms"]
+    run.measure()
+    assert run.result["latency"]["ss_block_ms"] != first

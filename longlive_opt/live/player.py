@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..files import project_path
 from ..prompts import schedule_of
 from ..streaming.session import StreamingSession
-from ..tiny.shapes.captions import parse
+from ..tiny.shapes.captions import strange
 from .engine import Engine, Frame, Request
 from .opening import default_weights, live_config, model_names, open_session, preset_names
 from .recording import Recording, save
@@ -246,11 +246,8 @@ class Player(anywidget.AnyWidget):
 
     def _warn(self, prompt: str) -> None:
         """The tiny model draws something for every prompt, and knows few."""
-        if self.choices.get("model") == "tiny":
-            try:
-                parse(prompt)
-            except UserError as error:
-                self._notice = f"The tiny model knows only its small world, and draws something else: {error}"
+        if self.choices.get("model") == "tiny" and (words := strange(prompt)):
+            self._notice = words
 
 
 def _whole(value: Any, key: str) -> int | None:

@@ -44,6 +44,7 @@ class Metric:
         column: its name in summary.csv, by default the key.
         template: its name in the log's template; empty if the template does not use it.
         scale: the shown value is `scale` times the stored one.
+        instead: the key of the metric that a table shows where no run has a value of this one.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Metric:
     column: str = ""
     template: str = ""
     scale: float = 1.0
+    instead: str = ""
 
     @property
     def heading(self) -> str:
@@ -129,6 +131,8 @@ _ENERGY = ("Energy by the GPU's own counter (NVML) over the measured part of the
            "memory and fans do not.")
 _PEAK = ("Peak of the CUDA caching allocator in 1e9 bytes over the two measured streams, without loading and "
          "compiling: tensors (peak memory) or what is held from the driver (reserved memory).")
+_RESIDENT = ("Of a run on the CPU: peak resident set size of the process in 1e9 bytes over the two measured "
+             "streams: weights, tensors, code and all else that the process holds in the host's memory.")
 _IN_USE = "All memory of the GPU that is taken at the end, in 1e9 bytes, other processes included."
 _KV = "Bytes of the key and value caches, in 1e9 bytes."
 _BUFFER = ("Smallest delay after the first chunk with which playback never stalls. A viewer shows frame i at "
@@ -194,7 +198,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("mean_power", "mean power", "W", "energy.mean_power_w", "lower", 0, "csv log", _ENERGY,
            "mean_power_w"),
     Metric("peak_allocated", "peak memory", "GB", "memory_gb.peak_allocated", "lower", 2,
-           "noise csv summary headline comparison card ablation", _PEAK, "peak_gb", "Memory"),
+           "noise csv summary headline comparison card ablation", _PEAK, "peak_gb", "Memory",
+           instead="peak_resident"),
+    Metric("peak_resident", "peak resident memory", "GB", "memory_gb.peak_resident", "lower", 2, "csv log",
+           _RESIDENT, "peak_resident_gb"),
     Metric("peak_reserved", "reserved memory", "GB", "memory_gb.peak_reserved", "lower", 2, "log", _PEAK),
     Metric("device_used", "memory in use on the GPU", "GB", "memory_gb.device_used", "lower", 2, "log",
            _IN_USE),
@@ -285,6 +292,23 @@ TERMS = {
 def shown_in(place: str) -> list[Metric]:
     """The metrics of one of `PLACES`, in the catalogue's order."""
     return [metric for metric in METRICS if place in metric.shown_in.split()]
+
+
+def shown_for(place: str, *results: Mapping[str, Any]) -> list[Metric]:
+    """`shown_in` for a table of these results, each metric replaced by its `instead` where only that has
+    values.
+    """
+    return [recorded(metric, *results) for metric in shown_in(place)]
+
+
+def recorded(metric: Metric, *results: Mapping[str, Any]) -> Metric:
+    """The metric, or its `instead` if some of the results has a value of that and none of the metric."""
+    def has_values(of: Metric) -> bool:
+        return any(of.value(result) is not None for result in results)
+
+    if metric.instead and not has_values(metric) and has_values(other := metric_of(metric.instead)):
+        return other
+    return metric
 
 
 def metric_of(key: str) -> Metric:

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     import torch
 
 _ENV_PREFIXES = ("TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "CUBLAS_", "CUDNN_", "OMP_",
-                 "MKL_", "LONGLIVE_OPT_")
+                 "GOMP_", "KMP_", "MKL_", "LONGLIVE_OPT_")
 _ENV_NAMES = ("NVIDIA_TF32_OVERRIDE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY$|URL")
 THROTTLE_BITS = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x10: "sync_boost", 0x20: "sw_thermal",
                   0x40: "hw_thermal", 0x80: "hw_power_brake"}
+FULL_MODEL_GB = 30
+"""Memory of a GPU, in 1e9 bytes, for which the full-size model is chosen where nobody chose."""
 _CROWDED_CORES = 0.5  # cores kept busy by other processes; above this, a CPU run was not alone
 _NOT_WATCHED = {"other_cpu_cores": None, "co_scheduled": None, "reasons": dict.fromkeys(
     ("other_cpu_cores", "co_scheduled"), "not watched in this run")}
@@ -79,6 +81,24 @@ def machine(device: "torch.device | str") -> dict[str, str | None]:
     device = torch.device(device)
     return {"gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "cpu": _cpu_model(), "torch": str(torch.__version__)}
+
+
+def fitting_profile() -> tuple[str, str]:
+    """The name of the profile in params/profiles that fits this machine, and a sentence that says so. Asks
+    nvidia-smi, so that nothing has to load torch.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    found = None if hidden else _run("nvidia-smi", "--query-gpu=name,memory.total",
+                                     "--format=csv,noheader,nounits")
+    name, _, memory = (found or "").partition("\n")[0].rpartition(",")
+    mebibytes = _number(memory)
+    if mebibytes is None:
+        return "laptop", "no GPU here: profile laptop, the tiny model on the CPU, a few blocks"
+    gigabytes = mebibytes * 2**20 / 1e9
+    if gigabytes < FULL_MODEL_GB:
+        return "h100_tiny", (f"{name} with {gigabytes:.0f} GB, {FULL_MODEL_GB} suffice for the full-size "
+                             "model: profile h100_tiny, the tiny model on the GPU")
+    return "h100", f"{name} with {gigabytes:.0f} GB: profile h100, LongLive-1.3B with random weights"
 
 
 def clocks(device: "torch.device | str") -> dict[str, Any]:
@@ -143,8 +163,9 @@ def company_of(device: "torch.device | str", before: tuple[float, float, float] 
 
 
 def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -> dict[str, Any]:
-    """The `memory_gb` section in 1e9 bytes: allocator peaks since `torch.cuda.reset_peak_memory_stats`, and
-    GPU memory in use now by this process, its CUDA context and all other processes.
+    """The `memory_gb` section in 1e9 bytes. On a GPU: allocator peaks since `reset_peak_memory`, and GPU
+    memory in use now by this process, its CUDA context and all other processes. On the CPU: the peak of the
+    process's resident memory since then.
     """
     import torch
 
@@ -155,11 +176,35 @@ def memory_gb(device: "torch.device | str", kv_cache_bytes: int | None = None) -
     if device.type != "cuda":
         missing = na(f"the allocator is watched on CUDA only; the run was on {device.type}", "run on a GPU")
         figures = ("peak_allocated", "peak_reserved", "device_used")
-        return dict.fromkeys(figures, missing) | {"kv_cache": cache}
+        return dict.fromkeys(figures, missing) | {"peak_resident": _peak_resident_gb(), "kv_cache": cache}
     free, total = torch.cuda.mem_get_info(device)
     return {"peak_allocated": torch.cuda.max_memory_allocated(device) / 1e9,
             "peak_reserved": torch.cuda.max_memory_reserved(device) / 1e9,
             "device_used": (total - free) / 1e9, "kv_cache": cache}
+
+
+def reset_peak_memory(device: "torch.device | str") -> None:
+    """Let the peaks of `memory_gb` begin now. On the CPU this needs Linux's /proc; without it the peak of the
+    process's resident memory keeps what came before.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+
+
+def _peak_resident_gb() -> Any:
+    """The process's largest resident set since `reset_peak_memory`, or n/a."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", text, flags=re.MULTILINE)
+    return int(found[1]) * 1024 / 1e9 if found else na("the system does not report it", "run on Linux")
 
 
 def allocator_counts(device: "torch.device | str") -> dict[str, int]:

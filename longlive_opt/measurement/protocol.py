@@ -19,8 +19,6 @@ import itertools
 import time
 from typing import Any, Iterator
 
-import torch
-
 from ..config import REHEARSED_BLOCKS, ExperimentConfig
 from ..kernels.torch_internals import compile_seconds, compiled_graphs
 from ..models.specs import VAE_TEMPORAL_STRIDE
@@ -80,8 +78,7 @@ class Measurement:
             processes during the streams (`environment.company_of`), and the clocks before and after.
         """
         device, config = self.pipeline.device, self.config
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        environment.reset_peak_memory(device)
         clocks_before, built_before = environment.clocks(device), self._built()
         cpu_before, asked_driver = environment.cpu_seconds(), environment.allocator_counts(device)
         steady, gpu_steady = self._record(config.warmup_blocks + config.measure_blocks, [])

@@ -42,7 +42,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     playback        {fps, startup_buffer_ms, stalls_at_zero_buffer, stall_ms_at_zero_buffer, deadline_ms,
                     deadline_miss_share, sustained: bool, chunks, frames, note} of the SS stream;
                     switch_stream, optional, {the same of a separate switch stream}
-    memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC}
+    memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC; peak_resident: METRIC of
+                    runs on the CPU, missing in old results}
     built_while_measured {captured, compiled}, optional: CUDA graphs and regions built during the measured
                     streams; 0 if the rehearsal built all of them
     interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of at

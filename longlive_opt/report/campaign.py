@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
@@ -16,7 +17,7 @@ from ..config import BASELINE
 from ..files import project_path
 from ..measurement import decision
 from ..measurement.catalogue import Metric, metric_of
-from ..measurement.result import is_na, lookup, read_campaign
+from ..measurement.result import is_na, lookup, read_campaign, run_label
 from .charts import target_of
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,22 @@ class Campaign:
     results: list[dict[str, Any]]
     failures: list[Failure]
     problems: list[tuple[str, str]]
+
+    def __repr__(self) -> str:
+        runs = ", ".join(run_label(run["preset"], run["run"]) for run in self.results) or "no finished run"
+        more = [f"{len(self.failures)} failed"] * bool(self.failures)
+        more += [f"{len(self.problems)} not usable"] * bool(self.problems)
+        return f"Campaign({'; '.join([f'{self.folder.name}: {runs}', *more])})"
+
+    def _repr_html_(self) -> str:
+        """The results table, and a line per run that has no result."""
+        from .tables import numbers_table  # which reads campaigns
+
+        lines = [f"{failure.label}: {failure.outcome}, {failure.reason}" for failure in self.failures]
+        lines += [f"{place}: {reason}" for place, reason in self.problems]
+        rest = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+        return (f"<b>{html.escape(f'Campaign {self.folder.name}')}</b>"
+                f"{numbers_table(self.results).to_html(index=False, border=0)}{rest}")
 
 
 def load(campaign_dir: str | Path) -> Campaign:

@@ -8,6 +8,7 @@ stages: runs are drawn first and then samples within each, so that the spread be
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import atomic_path, project_path
 from ..measurement.decision import NOISE_FLOOR, unfair
 from ..measurement.result import lookup, numbers
+from . import charts
 from .campaign import Campaign, Result, load
+from .stylesheet import PAGE
 
 SAMPLES = {"SS mean, ms per frame": ("latency.ss_block_ms", True),
            "PS mean, ms": ("latency.ps_ms_all", False)}
@@ -53,6 +56,58 @@ class Change:
         if self.low <= 0 <= self.high or abs(self.change) < NOISE_FLOOR:
             return "noise"
         return "faster" if self.change < 0 else "slower"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two campaigns and what changed from `before` to `after`; the verbs of notebooks/92_compare.ipynb."""
+
+    before: Campaign
+    after: Campaign
+    changes: list[Change]
+
+    @classmethod
+    def open(cls, before: str | Path, after: str | Path) -> Comparison:
+        """Load both campaigns, each a name in outputs/ or a folder, and compare them.
+
+        Raises:
+            UserError: one has no finished run, or they share no preset.
+        """
+        campaigns = [load(campaign_folder(str(asked))) for asked in (before, after)]
+        for campaign in campaigns:
+            if not campaign.results:
+                raise UserError(f"{campaign.folder.name}: it has no finished run; measure presets first.")
+        changes = compare(*campaigns)
+        if not changes:
+            first, second = (campaign.folder.name for campaign in campaigns)
+            raise UserError(f"{second}: it shares no preset with {first}; measure one of its presets.")
+        return cls(*campaigns, changes)
+
+    def table(self) -> pd.DataFrame:
+        return table(self.changes)
+
+    def chart(self) -> charts.Chart:
+        return charts.change_intervals(self.changes, NOISE_FLOOR, CONFIDENCE)
+
+    def conclusion(self) -> str:
+        """What changed in one sentence, then where each campaign was measured."""
+        slower = [f"{one.preset} ({one.metric.partition(',')[0]} {one.change:+.1%})" for one in self.changes
+                  if one.verdict == "slower"]
+        regressions = f"Slower: {', '.join(slower)}." if slower else "Nothing got slower."
+        machines = {campaign.results[0]["environment"]["gpu"] or campaign.results[0]["environment"].get("cpu")
+                    for campaign in (self.before, self.after)}
+        other = "" if len(machines) == 1 else " The machines differ, so the code alone explains none of it."
+        return (f"{summary(self.changes)}. {regressions}{other}\nbefore: {where(self.before)}\nafter:  "
+                f"{where(self.after)}")
+
+
+def campaign_folder(asked: str) -> Path:
+    """The folder of a campaign: a name in outputs/, or a path from the current or the project's folder."""
+    named = project_path(f"outputs/{asked}")
+    if "/" not in asked and named.is_dir():
+        return named
+    own = Path(asked).resolve()
+    return own if own.is_dir() else project_path(asked)
 
 
 def compare(before: Campaign, after: Campaign) -> list[Change]:
@@ -126,14 +181,16 @@ def where(campaign: Campaign) -> str:
 def page(changes: Sequence[Change], before: Campaign, after: Campaign) -> str:
     """The comparison as one HTML page without scripts."""
     body = table(changes).to_html(index=False, border=0)
+    png, metadata = charts.change_intervals(changes, NOISE_FLOOR, CONFIDENCE)._repr_png_()
+    chart = (f"<figure class='wide'><img src='data:image/png;base64,{base64.b64encode(png).decode('ascii')}' "
+             f"alt='{html.escape(metadata['alt'])}'></figure>")
     lines = "".join(f"<p>{html.escape(name)}: {html.escape(where(campaign))}</p>"
                     for name, campaign in (("before", before), ("after", after)))
-    style = ("body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto }"
-             " td, th { text-align: left; padding: .2em .8em .2em 0 } @media (prefers-color-scheme: dark)"
-             " { body { background: #111; color: #eee } }")
-    head = f"<meta charset='utf-8'><title>Comparison</title><style>{style}</style>"
+    head = ("<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>Comparison</title><style>{PAGE}</style>")
     title = html.escape(summary(changes))
-    return f"<!doctype html><html lang='en'>{head}<h1>{title}</h1>{lines}{body}</html>\n"
+    return (f"<!doctype html><html lang='en'>{head}<body><h1>{title}</h1>{lines}"
+            f"<div class='wide'>{body}</div>{chart}</body></html>\n")
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -147,19 +204,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0, 1 where something got slower, or 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="longlive compare",
                                      description="Compare two campaigns, preset by preset.")
-    parser.add_argument("before", type=Path, metavar="A", help="a campaign's folder, such as outputs/h100")
-    parser.add_argument("after", type=Path, metavar="B", help="another one; its change is shown")
+    parser.add_argument("before", metavar="A", help="a campaign: a name in outputs/, or a folder")
+    parser.add_argument("after", metavar="B", help="another one; its change is shown")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page, too")
     arguments = parser.parse_args(argv)
     try:
-        before, after = load(arguments.before.resolve()), load(arguments.after.resolve())
-        for campaign in (before, after):
-            if not campaign.results:
-                raise UserError(f"{campaign.folder.name}: it has no finished run; measure presets first.")
-        changes = compare(before, after)
-        if not changes:
-            raise UserError(f"{after.folder.name}: it shares no preset with {before.folder.name}; measure "
-                            "one of its presets.")
+        found = Comparison.open(arguments.before, arguments.after)
+        before, after, changes = found.before, found.after, found.changes
         if arguments.html:
             with atomic_path(arguments.html) as temporary:
                 temporary.write_text(page(changes, before, after), encoding="utf-8")

@@ -12,17 +12,20 @@ import pandas as pd
 
 from ..config import BASELINE
 from ..measurement import decision, worst_block
-from ..measurement.catalogue import Metric, glossary, shown_in
+from ..measurement.catalogue import Metric, glossary, metric_of, shown_for, shown_in
 from ..measurement.result import block_ms, lookup
 from ..models.specs import LONGLIVE
 from .tables import AS_IS, name_of
 
 Result = Mapping[str, Any]
 
-_COLOURS = {"keep": "#1b7f3b", "drop": "#b3261e"}
-_GREY = "#5f6368"
+_COLOURS = {"keep": "#0072b2", "drop": "#d55e00"}  # blue and vermilion, which nobody mixes up
+_GREY = "#7f8388"
 _DECIDES = ("The campaign's summary decides once every run has finished. It writes decisions.json and puts "
             "the verdict on top of this report.")
+
+NOISE_BY_DESIGN = ("The weights are random, so the video is noise by design: it shows no prompt. Latency and "
+                   "memory are those of the real model.")
 
 _COLUMNS = ["this run", "baseline", "difference", "change"]
 
@@ -67,15 +70,22 @@ def recommendation_html(best: Result | None, baseline: Result | None, reasons: S
 
 
 def _card_rows(result: Result, baseline: Result | None) -> list[tuple[str, str, str]]:
-    """(metric, value, change against the baseline) for each metric that the catalogue shows in a card."""
+    """(metric, value, change against the baseline) for each metric that the catalogue shows in a card, the
+    slowest block and the speed-up first.
+    """
     alone = result["preset"] == BASELINE and result["run"] == 1
     pair = None if alone else decision.compared(result, baseline)
     ours, theirs = pair or (result, {})
     same = lookup(result, "quality.identical") is True
     rows = []
-    for metric in shown_in("card"):
+    metrics = shown_for("card", ours)
+    order = {key: place for place, key in enumerate(("ss_max", "fps", "ps_mean"))}
+    for metric in sorted(metrics, key=lambda metric: order.get(metric.key, len(order))):
         value = "identical" if same and metric.key == "error_ratio" else metric.with_unit(ours)
         rows.append((metric.label, value, metric.change(metric.value(ours), metric.value(theirs))))
+    means = [metric_of("ss_mean").value(run) for run in (ours, theirs)]
+    if all(means):
+        rows.insert(1, ("speed-up", f"{means[1] / means[0]:.2f}x", "by SS mean"))
     return rows
 
 
@@ -87,9 +97,27 @@ def _card(name: str, head: str, verdict: str, rows: Sequence[tuple[str, str, str
         if rows else ""
     paragraphs = "".join(f'<p style="margin:0.3em 0">{html.escape(text)}</p>' for text in words)
     return (f'<section id="{name}" style="margin:1em;padding:0.6em 1em;border-left:6px solid '
-            f'{_COLOURS.get(verdict, _GREY)};background:#f6f6f6;font-family:sans-serif;font-size:14px">'
+            f'{_COLOURS.get(verdict, _GREY)};background:rgba(127,127,127,0.1);font-family:sans-serif;'
+            'font-size:14px">'
             f'<p style="margin:0.3em 0;font-size:18px"><b>{html.escape(head)}</b></p>{table}{paragraphs}'
             "</section>")
+
+
+def provenance_html(runs: Sequence[Result]) -> str:
+    """The foot of a page, as escaped HTML: model, machine, commit, versions and dates of the runs."""
+    def all_of(path: str) -> str:
+        values = dict.fromkeys(str(value)[:12] if path.endswith("commit") else str(value)
+                               for run in runs if (value := lookup(run, path)) is not None)
+        return html.escape(", ".join(values)) or "unknown"
+
+    dates = sorted(date for run in runs if (date := lookup(run, "created_utc")))
+    span = "no run" if not dates else f"run of {html.escape(dates[0])}" if len(runs) == 1 else \
+        f"runs from {html.escape(dates[0])} to {html.escape(dates[-1])}"
+    machine = all_of("environment.gpu") if any(lookup(run, "environment.gpu") for run in runs) else \
+        all_of("environment.cpu")
+    changed = " with uncommitted changes" if any(lookup(run, "environment.git_dirty") for run in runs) else ""
+    return (f"Model {all_of('model.name')}, weights: {all_of('weights.kind')}, on {machine}. Commit "
+            f"{all_of('environment.git_commit')}{changed}, torch {all_of('environment.torch')}, {span}.")
 
 
 def conclusion_html(result: Result, baseline: Result | None) -> str:
@@ -144,7 +172,7 @@ def measured(result: Result, baseline: Result | None) -> pd.DataFrame:
     pair = decision.compared(result, baseline)
     result, baseline = pair or (result, {})
     rows = {"block interval, SS mean, ms": _compared(block_ms(result), block_ms(baseline))}
-    for metric in shown_in("comparison"):
+    for metric in shown_for("comparison", result):
         if metric.path.startswith("quality.") or not metric.is_recorded(result):
             continue
         rows[metric.heading] = _compared(metric.value(result), metric.value(baseline), metric)

@@ -4,7 +4,8 @@ nbconvert's own templates load require.js, MathJax, Mermaid and the widget manag
 with `embed_images`. The template below leaves these blocks out, so a report has no LaTeX and no live widgets.
 It keeps the alternative text of pictures, which the original drops, and folds parameters and code. HTML
 outputs pass through unchanged, so the caller must escape strings such as prompts. Style sheets keep only the
-rules that the page uses: a report needs a tenth of JupyterLab's 260 KB.
+rules that the page uses: a report needs a tenth of JupyterLab's 260 KB. The cells of an experiment are in the
+reader's order: what came out first, how it was made below.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import tinycss2
 from tinycss2.ast import Declaration, Node, QualifiedRule
 
 from ..errors import UserError
+from .stylesheet import REPORT
+
+FIRST = ("looking", "video", "concluding", "conclusion", "difference", "charts-text", "charts")
+"""Ids of the cells that follow the question in a report, in their order."""
+MAX_BYTES = 8_000_000
+"""A report that can be mailed. `workbook` and the presets' video keys keep it."""
 
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block body_header -%}{{ super() }}<style>details.code { margin-left: var(--jp-cell-prompt-width);
- font-family: var(--jp-content-font-family); color: #5f6368 }</style>{{ resources.card }}{%- endblock -%}
+{%- block body_header -%}{{ super() }}<style>{{ resources.style }}</style>{{ resources.card }}{%- endblock -%}
+{%- block body_footer -%}<footer>{{ resources.foot }}</footer>{{ super() }}{%- endblock -%}
 {%- block input_group -%}
 {%- set tags = cell.metadata.get('tags', []) -%}
 <details class="code"><summary>
@@ -54,12 +62,13 @@ _REMOTE_IN_JS = re.compile(r"""\b(?:import|from|fetch|src|href)\b[^'"`;\n]*['"`]
 
 
 def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: bool = False,
-                card: str = "") -> None:
+                card: str = "", foot: str = "") -> None:
     """Write an executed notebook as one self-contained HTML file.
 
     Args:
         hide_code: leave the code out.
         card: HTML to show above the notebook.
+        foot: HTML to show below it.
 
     Raises:
         UserError: the notebook cannot be read, or the report would load something from the network.
@@ -74,11 +83,13 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
         raise UserError(f"{notebook_path}: this is not a readable notebook ({error}); run it") from error
     # The template reads the title from here first.
     notebook.metadata["title"] = title
+    notebook.cells = readers_order(notebook.cells)
     exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": _TEMPLATE})],
                             template_file="offline.html.j2", embed_images=True, exclude_input=hide_code,
-                            exclude_input_prompt=hide_code, exclude_output_prompt=hide_code)
+                            exclude_input_prompt=True, exclude_output_prompt=True)
     # nbconvert resolves relative picture paths in Markdown against this path.
-    resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}, "card": card}
+    resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}, "card": card,
+                 "foot": foot, "style": REPORT}
     html, _ = exporter.from_notebook_node(notebook, resources=resources)
     html = drop_unused_styles(html)
     references = network_references(html)
@@ -88,6 +99,19 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
     temporary = html_path.with_name(html_path.name + ".tmp")
     temporary.write_text(html, encoding="utf-8")
     os.replace(temporary, html_path)
+
+
+def readers_order(cells: list[Any]) -> list[Any]:
+    """The cells of an executed notebook as a report shows them: the question, then those of `FIRST`, then the
+    rest. Only if the notebook has a conclusion.
+    """
+    named = {cell.get("id"): cell for cell in cells}
+    if "conclusion" not in named:
+        return cells
+    start = 1 + next((index for index, cell in enumerate(cells) if cell.cell_type == "markdown"), -1)
+    first = [named[name] for name in FIRST if name in named]
+    rest = [cell for cell in cells[start:] if cell.get("id") not in FIRST]
+    return [*(cell for cell in cells[:start] if cell.get("id") not in FIRST), *first, *rest]
 
 
 def network_references(html: str) -> list[str]:

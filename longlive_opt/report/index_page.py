@@ -14,27 +14,17 @@ from pathlib import Path
 from ..files import atomic_path
 from ..measurement.result import lookup, run_label
 from .campaign import SUMMARY, Campaign, Result, by_ladder
+from .conclusion import NOISE_BY_DESIGN, provenance_html
 from .log.document import LOG_NAME
+from .stylesheet import PAGE
 from .tables import numbers_table
 from .verdicts import recommendation
 
 INDEX_NAME = "index.html"
 _CHARTS = (("pareto", "Latency against fidelity"), ("latency_boxes", "Steady-state latency"))
-_STYLE = """
-:root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 1.5em auto; padding: 0 1em }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-td, th { text-align: right; padding: .25em .7em; border-bottom: 1px solid #8884; white-space: nowrap }
-th { white-space: normal; vertical-align: bottom }
-td:first-child, th:first-child { text-align: left }
+_STYLE = PAGE + """
 .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(14em, 1fr)); gap: 1em }
-figure { margin: 0 } video, img { width: 100% } img { background: #fff }
-section { color: #222 }
-footer { font-size: 13px; margin-top: 2em }
-@media print { @page { size: A4; margin: 12mm } button { display: none }
-  table { font-size: 9px } td, th { white-space: normal; padding: .15em .3em } figure { break-inside: avoid }
-  }
+.videos video, .videos img { width: 100% }
 """
 _PLAY = "document.querySelectorAll('video').forEach(v => { v.currentTime = 0; v.play() })"
 
@@ -46,10 +36,10 @@ def page(campaign: Campaign) -> str:
     return "".join((
         f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{title}</title>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<style>{_STYLE}</style><h1>{title}</h1>{recommendation(campaign)}",
+        f"<style>{_STYLE}</style><body><h1>{title}</h1>{recommendation(campaign)}",
         f"<h2>Results</h2><div class='wide'>{_table(campaign, runs)}</div>{_failures(campaign)}",
         _videos(campaign.folder,
-                runs), _charts(campaign.folder), f"<footer>{_provenance(runs)}</footer></html>\n"))
+                runs), _charts(campaign.folder), f"<footer>{provenance_html(runs)}</footer></body></html>\n"))
 
 
 def write_index(campaign: Campaign) -> Path:
@@ -91,34 +81,26 @@ def _videos(folder: Path, runs: Sequence[Result]) -> str:
     if not shown:
         return ""
     random = any(lookup(run, "weights.kind") == "random" for run in shown)
-    note = "<p>The weights are random, so the videos are noise by design.</p>" if random else ""
+    note = f"<p>{NOISE_BY_DESIGN}</p>" if random else ""
     figures = "".join(
         "<figure><video controls loop muted playsinline preload='metadata' "
-        f"src='{html.escape(run['preset'])}/video.mp4'></video>"
+        f"src='{html.escape(run['preset'])}/video.mp4'></video>{_sheet(folder, run['preset'])}"
         f"<figcaption>{html.escape(run['title'])}</figcaption></figure>" for run in shown)
     return (f"<h2>Videos</h2>{note}<p><button onclick=\"{_PLAY}\">Play all from the start</button></p>"
             f"<div class='videos'>{figures}</div>")
+
+
+def _sheet(folder: Path, preset: str) -> str:
+    """The contact sheet of a video, which takes its place on paper."""
+    if not (folder / preset / "frames.png").is_file():
+        return ""
+    return f"<img class='on-paper' src='{html.escape(preset)}/frames.png' alt='frames of the video'>"
 
 
 def _charts(folder: Path) -> str:
     found = [(name, words) for name, words in _CHARTS if (folder / SUMMARY / f"{name}.png").is_file()]
     links = [f"<a href='{SUMMARY}/report.html'>all charts</a>"] * (folder / SUMMARY / "report.html").is_file()
     links += [f"<a href='{LOG_NAME}'>the log</a>"] * (folder / LOG_NAME).is_file()
-    pictures = "".join(f"<figure><img src='{SUMMARY}/{name}.png' alt='{words}'>"
+    pictures = "".join(f"<figure class='wide'><img src='{SUMMARY}/{name}.png' alt='{words}'>"
                        f"<figcaption>{words}</figcaption></figure>" for name, words in found)
     return f"<h2>Charts</h2><p>See {' and '.join(links)}.</p>{pictures}" if links or found else ""
-
-
-def _provenance(runs: Sequence[Result]) -> str:
-    """Machine, commit, versions and dates of the runs, each once."""
-    def all_of(path: str) -> str:
-        values = dict.fromkeys(str(value)[:12] if path.endswith("commit") else str(value)
-                               for run in runs if (value := lookup(run, path)) is not None)
-        return html.escape(", ".join(values)) or "unknown"
-
-    dates = sorted(run["created_utc"] for run in runs)
-    span = f"{dates[0]} to {dates[-1]}" if dates else "none"
-    machine = all_of("environment.gpu") if any(lookup(run, "environment.gpu") for run in runs) else \
-        all_of("environment.cpu")
-    return (f"Model {all_of('model.name')}, weights {all_of('weights.kind')}, on {machine}. Commit "
-            f"{all_of('environment.git_commit')}, torch {all_of('environment.torch')}. Runs from {span}.")

@@ -14,7 +14,7 @@ import pandas as pd
 from ..config import ExperimentConfig
 from ..files import atomic_path
 from ..measurement import decision
-from ..measurement.catalogue import Metric, metric_of, shown_in
+from ..measurement.catalogue import Metric, metric_of, shown_for, shown_in
 from ..measurement.result import is_na, lookup, na, number, numbers
 from . import charts
 from .campaign import (
@@ -37,10 +37,13 @@ def summary_table(results: Sequence[Result]) -> pd.DataFrame:
     """One row per result, numbers only (NaN for n/a), with the change against the first run of the baseline.
 
     A stream that is not `sustained` has no start-up buffer, since the buffer would only reflect the length of
-    the stream. The columns `adherence_...` exist if some run evaluated a video of Moving Shapes.
+    the stream. The columns `adherence_...` exist if some run evaluated a video of Moving Shapes, and
+    `peak_resident_gb` if one was on the CPU.
     """
     evaluated = any(map(is_judged, results))
     metrics = [metric for metric in shown_in("csv") if evaluated or not metric.path.startswith(_ADHERENCE)]
+    metrics = [metric for metric in metrics if metric.key != "peak_resident"
+               or any(metric.is_recorded(result) for result in results)]
     baseline, rows = baseline_of(results), []
     for result in results:
         row = {"preset": result["preset"], "run": result.get("run", 1)}
@@ -70,7 +73,7 @@ def numbers_table(results: Sequence[Result]) -> pd.DataFrame:
     baseline, rows, mean = baseline_of(results), [], metric_of("ss_mean")
     for result in by_ladder(results):
         cells = {_summary_heading(metric): _summary_cell(metric, result, baseline)
-                 for metric in shown_in("summary")}
+                 for metric in shown_for("summary", *results)}
         change = percent(change_of(result, baseline, mean))
         changes = {mean.heading: cells.pop(mean.heading), "change": change}
         rows.append({"preset": result["preset"], "run": result.get("run", 1), **changes, **cells,
@@ -180,7 +183,7 @@ def optimizations_table(optimizations: Sequence[Mapping[str, Any]]) -> pd.DataFr
 def headline_table(measured: Mapping[str, Any]) -> pd.DataFrame:
     """The main metrics of the sections that `measurement.protocol` makes."""
     rows = {}
-    for metric in shown_in("headline"):
+    for metric in shown_for("headline", measured):
         value = metric.value(measured)
         rows[metric.heading] = plain(lookup(measured, metric.path)) if value is None else \
             round(value, metric.digits)
@@ -256,7 +259,7 @@ def ablation_summary(measured: Mapping[str, Any], fidelity: Mapping[str, Any], s
 def ablations_table(result: Mapping[str, Any]) -> pd.DataFrame:
     """One row for the unchanged preset and one per ablation. A cell is a number, or n/a with the reason."""
     rows = {AS_IS: result} | {name_of(row): row for row in result.get("ablations", [])}
-    metrics = shown_in("ablation")
+    metrics = shown_for("ablation", *rows.values())
     return pd.DataFrame.from_dict({name: {metric.heading: _cell(row, metric) for metric in metrics}
                                    for name, row in rows.items()}, orient="index",
                                   columns=[metric.heading for metric in metrics])

@@ -5,6 +5,7 @@ numpy, PIL and PyAV are imported where they are needed. PyAV brings its own x264
 
 import base64
 import html
+import io
 import itertools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 _LABEL_HEIGHT = 14
+SIDE_CRF, SIDE_PIXELS, SIDE_BYTES = 18, 240, 3_000_000
+"""Of the comparison of two videos: its quality, the most pixels a side, and the most bytes of the file."""
+AMPLIFIED = 8
 
 
 def as_images(frames: "torch.Tensor | np.ndarray") -> "np.ndarray":
@@ -139,8 +143,11 @@ def _fit(draw: Any, label: str, width: int) -> str:
     return text
 
 
-def video_html(path: str | Path, caption: str = "", min_width: int = 256) -> str:
+def video_html(path: str | Path, caption: str = "", min_width: int = 256,
+               sheet: str | Path | None = None) -> str:
     """HTML with the mp4 embedded, for `IPython.display.HTML` and for reports. The caption is escaped.
+
+    On paper a report shows a picture instead: `sheet`, a PNG such as the contact sheet, or the first frame.
 
     In a player narrower than `min_width` pixels the controls would hide the tiny model's pictures. `src` is
     on <video> itself because JupyterLab strips it from <source> in untrusted notebooks, such as those that
@@ -149,11 +156,34 @@ def video_html(path: str | Path, caption: str = "", min_width: int = 256) -> str
     path = Path(path)
     try:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
+        paper = "" if sheet is None else base64.b64encode(Path(sheet).read_bytes()).decode("ascii")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; write the video first.") from error
     style = f"min-width:min({min_width}px,100%);max-width:100%"
-    player = f'<video controls loop muted src="data:video/mp4;base64,{data}" style="{style}"></video>'
-    return f"<figure>{player}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    first = _first_frame(path)
+    poster = f' poster="{first}"' if first else ""
+    source = f"data:video/mp4;base64,{data}"
+    player = f'<video controls loop muted{poster} src="{source}" style="{style}"></video>'
+    if paper:
+        first = f"data:image/png;base64,{paper}"
+    # Hidden here and not by a style sheet, since JupyterLab has none for it.
+    picture = f'<img class="on-paper" style="display:none" alt="frames of the video" src="{first}">'
+    words = f"<figcaption>{html.escape(caption)}</figcaption>"
+    return f"<figure>{player}{picture if first else ''}{words}</figure>"
+
+
+def _first_frame(path: Path) -> str:
+    """The first frame of an mp4 as the address of a JPEG; empty if it has none."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            picture = next(container.decode(video=0)).to_image()
+    except (av.FFmpegError, StopIteration):
+        return ""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def difference_heatmap(reference: "torch.Tensor | np.ndarray", variant: "torch.Tensor | np.ndarray",
@@ -174,12 +204,56 @@ def difference_heatmap(reference: "torch.Tensor | np.ndarray", variant: "torch.T
 
 def side_by_side(reference: "torch.Tensor | np.ndarray",
                  variant: "torch.Tensor | np.ndarray") -> "np.ndarray":
-    """uint8 [T,H,2W+4,3] from two uint8 clips: reference left, variant right, a white gap between."""
+    """uint8 [T,H,3W+8,3] from two uint8 clips: the reference, the variant, and `AMPLIFIED` times their
+    difference, grey where there is none; white gaps between.
+    """
     import numpy as np
 
     left, right = _pair(reference, variant)
+    difference = np.stack([b.astype(np.int16) - a for a, b in zip(left, right)])
+    amplified = (128 + AMPLIFIED * difference).clip(0, 255).astype(np.uint8)
     gap = np.full((*left.shape[:2], 4, 3), 255, np.uint8)
-    return np.concatenate([left, gap, right], axis=2)
+    return np.concatenate([left, gap, right, gap, amplified], axis=2)
+
+
+def side_by_side_mp4(path: str | Path, reference: "torch.Tensor | np.ndarray",
+                     variant: "torch.Tensor | np.ndarray", fps: float) -> str:
+    """Write two uint8 clips [T,3,H,W] next to each other and their amplified difference, unscaled and at
+    `SIDE_CRF`, so that compression hides nothing. Returns what it shows, for a caption.
+
+    Large pictures are cut to `SIDE_PIXELS` around the place where the clips differ most, long or noisy clips
+    to their last frames, so that the file has at most `SIDE_BYTES`.
+    """
+    left, right = _pair(reference, variant)
+    total, height, width = left.shape[:3]
+    rows, columns = _where_most(left, right)
+    left, right = left[:, rows, columns], right[:, rows, columns]
+    shown = total
+    while True:
+        written = write_mp4(path, side_by_side(left[-shown:], right[-shown:]), fps, crf=SIDE_CRF)
+        if written["bytes"] <= SIDE_BYTES or shown == 1:
+            break
+        shown = max(1, int(0.9 * shown * SIDE_BYTES / written["bytes"]))
+    words = [f"{AMPLIFIED} times the difference, grey where there is none"]
+    if left.shape[1:3] != (height, width):
+        words.append(f"pixels {columns.start} to {columns.stop} of {width} across and {rows.start} to "
+                     f"{rows.stop} of {height} down, where they differ most")
+    if shown < total:
+        words.append(f"the last {shown} of {total} frames")
+    return "; ".join(words)
+
+
+def _where_most(left: "np.ndarray", right: "np.ndarray") -> tuple[slice, slice]:
+    """Rows and columns of the window of at most `SIDE_PIXELS` pixels a side with the largest difference."""
+    import numpy as np
+
+    total = sum(np.abs(a.astype(np.int16) - b).sum(-1) for a, b in zip(left, right)).astype(np.int64)
+    size = [min(SIDE_PIXELS, side) for side in total.shape]
+    sums = np.pad(total, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    windows = sums[size[0]:, size[1]:] - sums[:-size[0], size[1]:] - sums[size[0]:, :-size[1]] \
+        + sums[:-size[0], :-size[1]]
+    row, column = (int(at) for at in np.unravel_index(windows.argmax(), windows.shape))
+    return slice(row, row + size[0]), slice(column, column + size[1])
 
 
 def difference_chart(reference: "torch.Tensor | np.ndarray",

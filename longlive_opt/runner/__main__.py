@@ -1,9 +1,10 @@
 """Run presets as notebooks, one after the other: python -m longlive_opt.runner run --campaign NAME
 
 A preset is params/<preset>.yaml with its notebook, notebooks/NN_<preset>.ipynb. A profile and `--set
-key=value` override its values. Everything is checked before the first notebook starts. A run writes to
-outputs/<campaign>/<label>/. The label is the preset, or for example baseline.repeat2 for a repetition that
-measures the noise. Repetitions are spread over the campaign.
+key=value` override its values; without --profile the one that fits this machine is taken. Everything is
+checked before the first notebook starts. A run writes to outputs/<campaign>/<label>/. The label is the
+preset, or for example baseline.repeat2 for a repetition that measures the noise. Repetitions are spread over
+the campaign.
 
 A finished run is skipped, so a campaign continues where it stopped. If a finished run has other parameters,
 prompts or weights than requested, the command runs nothing; use `--overwrite` or another campaign. With
@@ -27,6 +28,7 @@ from typing import Any
 from ..config import BASELINE
 from ..errors import UserError
 from ..files import load_yaml, project_root
+from ..measurement.environment import fitting_profile
 from ..models.weight_files import TINY_WEIGHTS
 from .execute import export_report, export_reports, locked, run_jobs
 from .parameters import refresh
@@ -52,7 +54,7 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
     """The command `run`: run presets, then the summary, then export the reports."""
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
     campaign = layout.campaign(arguments.campaign)
-    jobs = plan(layout, arguments.campaign, arguments.presets, arguments.profile, settings,
+    jobs = plan(layout, arguments.campaign, arguments.presets, _profile(layout, arguments.profile), settings,
                 _repeats(arguments), arguments.skip)
     summary = plan_summary(layout, arguments.campaign, arguments.log)
     check_machine(campaign, jobs)
@@ -68,6 +70,20 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
         reasons = "; ".join(f"{label} ({reason})" for label, reason in failed.items())
         log.error("%d of %d failed: %s", len(failed), len(todo) + 1, reasons)
     return 1 if failed else 0
+
+
+def _profile(layout: Layout, asked: Path | None) -> Path | None:
+    """The profile that was asked for, else the one that fits this machine, which is said; None if the project
+    has no such profile.
+    """
+    if asked is not None:
+        return asked
+    name, words = fitting_profile()
+    path = layout.params / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        return None
+    log.info("%s (--profile takes another)", words)
+    return path
 
 
 def _repeats(arguments: argparse.Namespace) -> dict[str, int]:
@@ -152,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
                                      "| parameters")
     run = commands.add_parser("run", help="run presets, then the summary")
     run.add_argument("--campaign", required=True, metavar="NAME", help="results go to outputs/NAME")
-    run.add_argument("--profile", type=Path, metavar="FILE", help="overrides each preset's values")
+    run.add_argument("--profile", type=Path, metavar="FILE", help="overrides each preset's values (default: "
+                     "the one in params/profiles that fits this machine)")
     run.add_argument("--presets", nargs="+", default=["all"], metavar="NAME", help="all (default) or names")
     run.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="presets to exclude from all")
     run.add_argument("--repeat", nargs="+", default=[], metavar="NAME", help="presets to run again, at "

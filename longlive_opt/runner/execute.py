@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import NotAvailable, UserError
 from ..models.weight_files import WeightFiles
-from ..report.html_export import export_html
+from ..report.html_export import MAX_BYTES, export_html
 
 log = logging.getLogger(__name__)
 
@@ -152,20 +152,34 @@ def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[s
             continue
         title = f"{(result or {}).get('title', label.capitalize())} ({folder.name})"
         # Readers of a run's report may want to check its code, readers of the summary do not.
-        if not export_report(root, notebook.parent, title, hide_code=label == SUMMARY, card=card):
+        runs = [result] if result is not None else \
+            list(filter(None, map(finished_result, sorted(folder.glob("*")))))
+        hide_code = label == SUMMARY
+        if not export_report(root, notebook.parent, title, hide_code=hide_code, card=card, runs=runs):
             failed[label] = "no report"
     return failed
 
 
-def export_report(root: Path, folder: Path, title: str, *, hide_code: bool, card: str = "") -> bool:
-    """Export the HTML report of a finished run. A failure is logged and leaves the result unchanged."""
+def export_report(root: Path, folder: Path, title: str, *, hide_code: bool, card: str = "",
+                  runs: Sequence[Mapping[str, Any]] = ()) -> bool:
+    """Export the HTML report of a finished run. A failure is logged and leaves the result unchanged.
+
+    Args:
+        runs: the results that the report shows; its foot says where they come from.
+    """
+    from ..report.conclusion import provenance_html
+
     report = folder / "report.html"
     try:
-        export_html(folder / "notebook.ipynb", report, title=title, hide_code=hide_code, card=card)
+        export_html(folder / "notebook.ipynb", report, title=title, hide_code=hide_code, card=card,
+                    foot=provenance_html(runs) if runs else "")
     except Exception as error:
         log.error("[%s] the run is finished, but its report is not: %s", folder.name, error)
         return False
     log.info("[%s] report: %s", folder.name, report.relative_to(root))
+    if (size := report.stat().st_size) > MAX_BYTES:
+        log.warning("[%s] the report has %.1f MB, more than %.0f; a smaller video_width or a larger "
+                    "video_crf makes it smaller", folder.name, size / 1e6, MAX_BYTES / 1e6)
     return True
 
 

@@ -20,15 +20,14 @@ from ..config import ExperimentConfig, check_switches, check_switches_fit
 from ..errors import UserError
 from ..files import atomic_path, load_yaml
 from ..live.opening import default_weights, live_config
+from ..measurement.environment import FULL_MODEL_GB
 from ..models.specs import LONGLIVE, VAE_TEMPORAL_STRIDE
 from ..optimizations import build_pipeline
 from ..prompts import PromptSchedule, read_schedules, spread_evenly
 from ..report.video import write_pictures
 from ..streaming.session import StreamingSession
+from ..tiny.shapes.captions import strange
 from .plan import parse_settings
-
-BIG_ENOUGH_GB = 30
-"""Memory of a GPU for which the full-size model is chosen without being asked for."""
 
 
 def machine_keys() -> tuple[dict[str, Any], str]:
@@ -36,7 +35,7 @@ def machine_keys() -> tuple[dict[str, Any], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-        model = LONGLIVE if memory >= BIG_ENOUGH_GB else "tiny"
+        model = LONGLIVE if memory >= FULL_MODEL_GB else "tiny"
         name = f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB"
     else:
         model, name = "tiny", "no GPU"
@@ -165,6 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--output: {arguments.output} is neither an mp4 nor a folder; end it in .mp4 or "
                             "leave the suffix out.")
         print(words, file=sys.stderr)
+        if config.model == "tiny":
+            asked = dict.fromkeys(prompt for schedule in schedules for prompt in schedule.prompts)
+            for sentence in filter(None, map(strange, asked)):
+                print(f"{sentence} weights/tiny/README.md has its words.", file=sys.stderr)
         session = StreamingSession(build_pipeline(config), host_frames=True)
         for number, schedule in enumerate(schedules):
             output = arguments.output

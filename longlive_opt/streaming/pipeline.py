@@ -24,6 +24,7 @@ from ..models.weight_files import WeightFiles, check_weights
 from ..models.weights import WeightsReport, load_dit, load_vae, open_text_encoder
 from .decoder import Decoder, Delivery, InlineDecoder
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
+from .preview import facts_html
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
 
@@ -63,10 +64,24 @@ class Pipeline:
         return (f"Pipeline({self.model.name} {size}, {self.device}, {dtype}, "
                 f"weights: {self.weights['kind']}, attention: {self.attention_backend}, {done})")
 
+    def _repr_html_(self) -> str:
+        """What runs on what, the memory of the weights, and what each optimization did."""
+        sizes = f"transformer {_gigabytes(self.dit)}, VAE {_gigabytes(self.vae)}"
+        rows = [("model", f"{self.model.name}, {self.model.width}x{self.model.height}"),
+                ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}, attention: "
+                           f"{self.attention_backend}"),
+                ("weights", f"{self.weights['kind']}; {sizes}")]
+        rows += [(one["name"], f"{one['exactness']}: {one['report']['done']}") for one in self.optimizations]
+        return facts_html("Pipeline" + ("" if self.optimizations else " without optimizations"), rows)
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent frame."""
         return self.model.vae.z_dim, self.model.latent_height, self.model.latent_width
+
+
+def _gigabytes(module: torch.nn.Module) -> str:
+    return f"{sum(tensor.nbytes for tensor in module.state_dict().values()) / 1e9:.3g} GB"
 
 
 def sampling_plan(config: ExperimentConfig) -> SamplingPlan:

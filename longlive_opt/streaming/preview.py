@@ -1,15 +1,25 @@
-"""A block's frames as a small HTML clip for the reprs in a notebook. PIL is imported at its first use."""
+"""Small HTML for the reprs in a notebook: facts as a table, a block's frames as a clip. PIL is imported at
+its first use.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+from collections.abc import Iterable
 
 from torch import Tensor
 
 PREVIEW_FPS = 16
 MAX_WIDTH = 320
+
+
+def facts_html(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A table of (name, value) under a title, all escaped."""
+    cells = "".join(f'<tr><td style="text-align:left">{html.escape(name)}</td>'
+                    f'<td style="text-align:left">{html.escape(value)}</td></tr>' for name, value in rows)
+    return f"<b>{html.escape(title)}</b><table>{cells}</table>"
 
 
 def clip_html(frames: Tensor, caption: str = "") -> str:

@@ -31,7 +31,7 @@ from ..models.vae import IMAGE_CHANNELS
 from ..prompts import PromptSchedule
 from .decoder import Delivery
 from .pipeline import Pipeline
-from .preview import clip_html
+from .preview import clip_html, facts_html
 from .sampler import NoiseSource, StreamNoise
 from .timeline import NullTimeline, Timeline
 
@@ -102,6 +102,19 @@ class StreamingSession:
         window = f"a window of {plan.window} latent frames with a sink of {plan.sink}"
         now = f"at block {self._block}, prompt {self._prompt!r}" if self._streaming else "holds no video"
         return f"StreamingSession({self.pipeline!r}, {window}, seed {self._seed}, {now})"
+
+    def _repr_html_(self) -> str:
+        """Where the stream is: its block, its prompt, the window, the noise and the cache's memory."""
+        plan, model = self.plan, self.pipeline.model
+        shown = self._block * plan.block_frames * VAE_TEMPORAL_STRIDE / model.fps
+        now = f"{self._block} is next, about {shown:.1f} s of video so far"
+        rows = [("block", now if self._streaming else "holds no video"),
+                ("prompt", self._prompt or "none yet"),
+                ("requested", "; ".join(tuple(self._requests)) or "no other prompt"),
+                ("window", f"{plan.window} latent frames, {plan.sink} of them the sink"),
+                ("seed", str(self._seed)), ("KV cache", f"{self.cache.nbytes / 1e9:.3g} GB"),
+                ("pipeline", repr(self.pipeline))]
+        return facts_html("StreamingSession", rows)
 
     def _noise_of(self, seed: int) -> StreamNoise:
         pipeline = self.pipeline

@@ -8,13 +8,14 @@ of its line, and n is printed. No function uses pyplot, so neither a backend nor
 
 from collections.abc import Sequence
 
+from .changes import change_intervals
 from .chart import PRESET_COLOURS, Chart, Result, colour_of, first_runs, preset_of, target_of, targets_of
 from .clocks import gpu_load
 from .deviation import error_by_block, pareto, quality_by_frame
 from .latency import buffer_words, latency_boxes, latency_by_block, latency_ecdf, playback_buffer
 from .stages import block_timeline, stage_bars, stage_blocks, switch_bars, switch_timeline, waterfall
 
-__all__ = ["Chart", "PRESET_COLOURS", "buffer_words", "campaign_figures", "colour_of",
+__all__ = ["Chart", "PRESET_COLOURS", "buffer_words", "campaign_figures", "change_intervals", "colour_of",
            "first_runs", "latency_boxes", "latency_by_block", "latency_ecdf", "pareto", "run_figures",
            "stage_bars", "target_of", "targets_of", "waterfall"]
 

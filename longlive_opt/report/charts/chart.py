@@ -121,16 +121,15 @@ def in_ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f}" if abs(milliseconds) >= 10 else f"{round(milliseconds, 1) + 0.0:.1f}"
 
 
-STAGE_COLOURS = {"text_encode": "#9467bd", "recache": "#e0a100", "denoise": "#3b75af", "decode": "#5aa469",
+STAGE_COLOURS = {"text_encode": "#5a2d82", "recache": "#e0a100", "denoise": "#3b75af", "decode": "#5aa469",
                  "copy_to_host": "#c06a9b", "other": "#b8b8b8"}
 STAGES = tuple(STAGE_COLOURS)
-PRESET_COLOURS = {  # distinguishable with red-green colour blindness
-    "baseline": "#4d4d4d", "cuda_graphs": "#d98b00", "static_kv": "#3d9ad1", "async_vae": "#009e73",
-    "quality": "#0a5c9c", "balanced": "#b4508f", "speed": "#d1491b", "low_memory": "#662200",
-    "realtime": "#2318f0", "ablation": "#8866ff", "realtime_8gb": "#6e7f00",
-    "compile_parts": "#e377c2",
-    "exact": "#00a39b", "faithful": "#a0522d", "record": "#e6007e",
-    "tiny_vae": "#b8860b"}
+PRESET_COLOURS = {  # distinguishable in pairs, also with red-green colour blindness
+    "baseline": "#4d4d4d", "cuda_graphs": "#d97c10", "static_kv": "#0998ca", "async_vae": "#9176a0",
+    "quality": "#7c32a3", "balanced": "#4a6e77", "speed": "#c35301", "low_memory": "#7a1413",
+    "realtime": "#2c1bf1", "ablation": "#9856ff", "realtime_8gb": "#b32313",
+    "compile_parts": "#34a598", "exact": "#08a47d", "faithful": "#3d983c", "record": "#437a5b",
+    "tiny_vae": "#6403b9"}
 DARK, GREY, RED = "#222222", "#8a8a8a", "#c21f1f"
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
 _ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white digits

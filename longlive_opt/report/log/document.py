@@ -14,7 +14,7 @@ import yaml
 from ...config import keys_of
 from ...files import atomic_path, project_path
 from ...measurement import decision, environment
-from ...measurement.catalogue import of_template, shown_in
+from ...measurement.catalogue import Metric, of_template, recorded, shown_in
 from ...measurement.result import lookup, number
 from ...models.specs import MODELS
 from .. import charts
@@ -188,7 +188,7 @@ def _fill_baseline(section: str, run: Run) -> str:
             line = f"{line}\n\n{bullets(findings(run, None))}"
         if label in settings:
             line = f"| {label} | {settings[label]} |"
-        elif metric := of_template(label):
+        elif metric := _of_template(label, run):
             text = run.cell(metric.key)
             if label in run.missing and metric.key == "ss_p99":
                 n = lookup(run.result, "latency.ss_ms_per_frame.n")
@@ -264,7 +264,7 @@ def _fill_experiment(section: str, run: Run, base: Run | None,
     against = _regressions(run, base, noise)
     for line in section.replace("\n**Notes**:\n", "\n").rstrip("\n").split("\n"):
         blank = re.match(rf"- (.+): {BLANK}", line)
-        if metric := of_template(first_cell(line)):
+        if metric := _of_template(first_cell(line), run):
             reference = base.cell(metric.key) if base else "n/a (no baseline)"
             change = percent(change_of(run.result, base.result if base else None, metric))
             line = table_row(line, [reference, run.cell(metric.key), change.rstrip("%")])
@@ -282,6 +282,12 @@ def _fill_experiment(section: str, run: Run, base: Run | None,
     heading, form = re.fullmatch(r"(?s)(.*### Experiment \d+: [^\n]*\n)(.*)", "\n".join(lines)).groups()
     details = f"{form.strip()}\n\n**Notes**:\n{bullets(notes)}\n\n{details_table(run, base)}"
     return f"{heading}\n{bullets(findings(whole, before, against))}\n\n{folded(details)}"
+
+
+def _of_template(label: str, run: Run) -> Metric | None:
+    """The metric of a row of the template, or the one that the run has instead."""
+    metric = of_template(label)
+    return metric and recorded(metric, run.result)
 
 
 def _regressions(run: Run, base: Run | None, noise: Mapping[str, Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...measurement import decision
-from ...measurement.catalogue import Metric, shown_in
+from ...measurement.catalogue import Metric, shown_for
 from ...measurement.result import block_ms, lookup, number
 from ..campaign import verdict_of, within_target
 from ..charts import target_of
@@ -34,7 +34,8 @@ def findings(run: Run, base: Run | None, against: str = "") -> list[str]:
 def _measured(whole: Run, base: Run | None) -> str:
     """The metrics of the conclusion card with their changes. The target applies to the whole run."""
     run, other = matched_runs(whole, base)
-    parts = [_part(run, other, metric) for metric in shown_in("card") if metric.is_recorded(run.result)]
+    parts = [_part(run, other, metric) for metric in shown_for("card", run.result)
+             if metric.is_recorded(run.result)]
     if is_large(whole.result):
         verb = "meets" if within_target(whole.result) else "misses"
         parts.append(f"the slowest block ({whole.value('ss_max')} ms per frame) {verb} the "

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...measurement import decision, metrics, worst_block
-from ...measurement.catalogue import Metric, metric_of, shown_in
+from ...measurement.catalogue import Metric, metric_of, shown_for, shown_in
 from ...measurement.result import is_na, lookup, number, numbers
 from ...streaming.timeline import Event
 from ..campaign import Result
@@ -117,8 +117,9 @@ def _variations(result: Result) -> list[str]:
     if not result.get("ablations"):
         return []
     lines = ["Ablations: the preset with one key changed, measured with the same two streams."]
+    metrics = shown_for("ablation", result, *result["ablations"])
     for name, row in ablations_table(result).iterrows():
-        cells = (f"{metric.label} {_cell(row[metric.heading], metric)}" for metric in shown_in("ablation"))
+        cells = (f"{metric.label} {_cell(row[metric.heading], metric)}" for metric in metrics)
         lines.append(f"  - {escape(name)}: {'; '.join(cells)}")
     return ["\n".join(lines)]
 

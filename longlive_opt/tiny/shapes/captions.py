@@ -57,6 +57,17 @@ def describe(scene: SceneSpec, rng: np.random.Generator | None = None) -> str:
     return _write(scene, rng, short=True)
 
 
+def strange(prompt: str) -> str:
+    """A sentence on a prompt that is not of Moving Shapes, which the tiny model draws all the same; empty for
+    one that is.
+    """
+    try:
+        parse(prompt)
+    except UserError as error:
+        return f"The tiny model knows only its small world, and draws something else: {error}"
+    return ""
+
+
 def parse(prompt: str) -> SceneSpec:
     """The scene that a prompt describes, in any of the known phrases. Ignores case and punctuation.
 
