@@ -418,7 +418,7 @@ def trace_link(result: Mapping[str, Any]) -> str:
         return ""
     if is_na(trace):
         return f"<p><b>Trace:</b> n/a: {html.escape(trace['reason'])}.</p>"
-    blocks = f"blocks {trace['blocks'][0]} to {trace['blocks'][-1]} in the steady state"
-    return (f'<p><b>Trace:</b> <a href="{html.escape(trace["file"])}">{html.escape(trace["file"])}</a>, {blocks}'
-            f" and a prompt switch in block {trace['switch_block']}. Open the file in ui.perfetto.dev. The "
-            "profiler was on, so times are longer than those of the report.</p>")
+    file, blocks = html.escape(trace["file"]), trace["blocks"]
+    return (f'<p><b>Trace:</b> <a href="{file}">{file}</a>, blocks {blocks[0]} to {blocks[-1]} in the steady '
+            f"state and a prompt switch in block {trace['switch_block']}. Open the file in ui.perfetto.dev. "
+            "The profiler was on, so times are longer than those of the report.</p>")
