@@ -4,8 +4,8 @@ The truth is the reference pipeline in float32 with the preset's weights. It str
 All pipelines then get the same inputs, rounded once to the preset's dtype: the past latents, from which a
 clean pass per block fills their caches, the noisy latents of each step, and the encoded prompt. A layer's
 error is the root mean square of the difference of its output, the residual stream, divided by that of the
-truth's output. It contains the errors of the layers before it. The reference in the preset's own dtype goes through
-the same, so that the plot shows what its rounding alone costs.
+truth's output. It contains the errors of the layers before it. The reference in the preset's own dtype goes
+through the same, so that the plot shows what its rounding alone costs.
 """
 
 from __future__ import annotations
