@@ -19,14 +19,18 @@ from longlive_opt.measurement.block_trace import BlockTrace, Kernel
 from longlive_opt.measurement.ceilings import Ceiling, measure_ceilings
 from longlive_opt.measurement.roofline import Roofline, kind_of, kind_rows, own_times, stages_of
 from longlive_opt.measurement.work import block_work
-from longlive_opt.optimizations import build_pipeline
+from longlive_opt.models.attention import make_attention
+from longlive_opt.models.dit import CausalDiT, TextContext
+from longlive_opt.models.vae import WanVAE
 from longlive_opt.report.charts import waterfall
 from longlive_opt.report.charts.floors import (
     distance_to_floor,
     kernels_against_floor,
     speed_against_intensity,
 )
-from longlive_opt.streaming.session import StreamingSession
+from longlive_opt.streaming.kv_cache import RollingKVCache
+from longlive_opt.streaming.pipeline import cache_geometry
+from longlive_opt.streaming.sampler import EagerForward
 from longlive_opt.streaming.timeline import Event
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,22 +77,33 @@ def test_8_bit_formats_move_fewer_bytes_and_have_their_own_ceilings():
     assert not any(one.stored for one in converted)
 
 
-@pytest.mark.parametrize("keys", [{}, {"use_static_kv": True, "use_fused_kernels": True,
-                                       "vae_chunk_latents": 3}, {"vae_chunk_latents": 2}], ids=str)
-def test_work_of_the_tiny_model_is_what_pytorch_counts(keys):
-    """Operators that a preset does not run, or others that it does."""
-    config = ExperimentConfig(height=32, width=32, model_dtype="float32", attention_backend="math", **keys)
-    session = StreamingSession(build_pipeline(config))
-    chunks = session.stream("a red circle", config.window_blocks + 2)
-    for _ in range(config.window_blocks + 1):
-        next(chunks)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        next(chunks)
-    fused = "use_fused_kernels" in keys
-    dit, passes, rows = config.model_config().dit, 5, config.block_frames
-    # The fused passes embed a timestep once; the reference does it in every pass.
-    embedding = 0 if fused else passes * 2 * rows * dit.dim * (dit.freq_dim + dit.dim + 6 * dit.dim)
-    counted = sum(one.count * one.flops for one in block_work(config, keys_only=fused))
+@pytest.mark.parametrize("model, chunk", [("tiny", 1), ("tiny", 2), ("longlive-1.3b", 3)])
+def test_work_is_what_pytorch_counts(model, chunk):
+    """An operator that does not run, or one that is not counted. On the meta device nothing is computed."""
+    config = ExperimentConfig(model=model, weights="random", vae_chunk_latents=chunk,
+                              denoising_steps=(1000,))
+    spec, meta = config.model_config(), torch.device("meta")
+    with meta:
+        dit, vae = CausalDiT(spec.dit).to(torch.bfloat16), WanVAE(spec.vae).to(torch.bfloat16)
+    cache = RollingKVCache(cache_geometry(config, spec), make_attention("cpu"), 1, meta, torch.bfloat16)
+    frames = config.block_frames
+    latents = torch.empty(1, frames, 16, spec.latent_height, spec.latent_width, device=meta).bfloat16()
+    heads = torch.empty(1, spec.dit.text_len, spec.dit.num_heads, spec.dit.head_dim, device=meta).bfloat16()
+    text, forward = TextContext(*[(heads,) * spec.dit.num_layers] * 2), EagerForward(dit)
+
+    cache.begin(0, config.local_attn_size)  # the window is full: nothing has to be in it
+    cache.end()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for _ in range(len(config.denoising_steps) + 1):
+            cache.begin(config.local_attn_size, frames)
+            forward(latents, 500.0, text, cache)
+            cache.end()
+        history = vae.init_history(1, spec.latent_height, spec.latent_width, meta, torch.bfloat16)
+        for part in latents.transpose(1, 2).split(chunk, dim=2):
+            _, history = vae.decode(part, history, False)
+    dim, freq = spec.dit.dim, spec.dit.freq_dim  # the reference embeds the timestep in every pass
+    embedding = 2 * 2 * frames * dim * (freq + dim + 6 * dim)
+    counted = sum(one.count * one.flops for one in block_work(config, keys_only=False))
     assert counter.get_total_flops() == counted + embedding
 
 
@@ -98,11 +113,13 @@ def test_work_of_the_tiny_model_is_what_pytorch_counts(keys):
     ("linear_kernel", "denoise", "linear layers"), ("aten::addmm", "denoise", "linear layers"),
     ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6", "denoise", "attention"),
     ("attention_kernel", "denoise", "attention"), ("merge_kernel", "denoise", "attention"),
-    ("attention8_kernel", "denoise", "attention"), ("qk_norm_rope_write_kernel", "denoise", "norms and the rest"),
+    ("attention8_kernel", "denoise", "attention"),
+    ("qk_norm_rope_write_kernel", "denoise", "norms and the rest"),
     ("triton_poi_fused__scaled_dot_product_cudnn_attention_clone_3", "denoise", "norms and the rest"),
     ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc", "decode", "convolutions"),
     ("conv_kernel", "decode", "convolutions"), ("head_kernel", "decode", "convolutions"),
-    ("norm_silu_kernel", "decode", "norms and the rest"), ("aten::slow_conv3d_forward", "decode", "convolutions"),
+    ("norm_silu_kernel", "decode", "norms and the rest"),
+    ("aten::slow_conv3d_forward", "decode", "convolutions"),
     ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "decode", "VAE attention"),
     ("Memcpy DtoH (Device -> Pinned)", "copy_to_host", "copies"), ("aten::copy_", "decode", "copies"),
     ("void at::native::vectorized_elementwise_kernel<4>", "denoise", "norms and the rest")])

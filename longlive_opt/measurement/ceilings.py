@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NotAvailable
+from ..errors import NotAvailable, UserError
 from ..kernels import conv3d, linear8
 from ..kernels.attention8 import attention8, default_tile
 from ..kernels.quantize import allocate_kv, write_kv
@@ -45,12 +45,26 @@ class Ceiling:
 
 def measure_ceilings(operators: Sequence[Operator], device: torch.device, dtype: torch.dtype
                      ) -> dict[tuple[str, tuple[int, ...], str], Ceiling]:
-    """The ceiling of each distinct operator, by `Operator.key`. Norms have none (`copy_gb_per_s`)."""
+    """The ceiling of each distinct operator, by `Operator.key`. Norms have none (`copy_gb_per_s`). A kernel
+    that cannot run a shape is named and left out.
+
+    Raises:
+        UserError: no kernel can run an operator.
+    """
     found: dict[tuple[str, tuple[int, ...], str], Ceiling] = {}
     for operator in operators:
         if operator.kind == "norm" or operator.key in found:
             continue
-        timed = [Ceiling(name, _ms(call, device)) for name, call in _candidates(operator, device, dtype)]
+        timed = []
+        for name, call in _candidates(operator, device, dtype):
+            try:
+                timed.append(Ceiling(name, _ms(call, device)))
+            except (RuntimeError, ValueError) as error:
+                why = (str(error).splitlines() or [""])[0]
+                print(f"ceilings: {name} cannot run {operator.kind} {operator.shape}: {why}")
+        if not timed:
+            raise UserError(f"ceilings: no kernel of this machine can run {operator.kind} {operator.shape}; "
+                            "choose another model, size or dtype.")
         found[operator.key] = min(timed, key=lambda ceiling: ceiling.ms)
     return found
 
