@@ -2,8 +2,9 @@
 
 Each shape is timed with every kernel that this machine has for it: cuBLAS, cuDNN's convolutions with its
 search and PyTorch's attention back ends, and the project's own kernels where they run. The fastest one is the
-ceiling. On a GPU the calls are replayed from a CUDA graph, so launching costs nothing. Inputs are random
-normal numbers. Norms only move bytes: their ceiling is the speed of a copy.
+ceiling. On a GPU the calls are replayed from a CUDA graph, so launching costs nothing. On a CPU that other
+processes use as well, a ceiling may come out too low. Inputs are random normal numbers. Norms only move
+bytes: their ceiling is the speed of a copy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .work import Operator
 
 COPIED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 _IN_A_GRAPH = 10
-_LEAST_CALLS, _MOST_CALLS, _LONG_ENOUGH_MS = 3, 20, 30.0
+_LEAST_CALLS, _MOST_CALLS, _LONG_ENOUGH_MS = 5, 30, 60.0
 Candidates = Iterator[tuple[str, Callable[[], object]]]
 """(name of the kernel, call) of everything that computes one operator."""
 

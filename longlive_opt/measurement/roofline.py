@@ -230,8 +230,8 @@ class Roofline:
                          "ms": _digits(ceiling.ms),
                          "TFLOP/s": _digits(operator.flops / ceiling.ms / 1e9),
                          "GB/s": _digits(operator.bytes / ceiling.ms / 1e6)})
-        rows.append({"kind": "copy", "operator": "copy", "shape": "", "kernel": "PyTorch", "ms": None,
-                     "TFLOP/s": None, "GB/s": _digits(self.copy)})
+        rows.append({"kind": "copy", "operator": "copy", "shape": "", "kernel": "PyTorch", "ms": "",
+                     "TFLOP/s": "", "GB/s": _digits(self.copy)})
         return pd.DataFrame(rows)
 
     def points(self) -> list[dict[str, Any]]:
@@ -277,9 +277,9 @@ class Roofline:
         return ""
 
 
-def _digits(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")
+def _digits(value: float) -> str:
+    """Four significant digits; empty for NaN."""
+    return "" if value != value else f"{value:.4g}"
 
 
 def _block_ms(session: StreamingSession, prompt: str, first: int) -> float:
