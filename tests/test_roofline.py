@@ -36,6 +36,12 @@ from longlive_opt.streaming.timeline import Event
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def micro():
+    with micro_model():
+        yield
+
+
 def total(work, kind: str, stage: str = "denoise") -> float:
     return sum(one.count * one.flops for one in work if one.kind == kind and one.stage == stage)
 
@@ -179,12 +185,11 @@ def test_the_fastest_kernel_is_the_ceiling(monkeypatch):
 
 def test_wrong_order_and_unknown_presets_are_refused():
     """An AttributeError where a sentence would name the missing call."""
-    with micro_model():
-        study = Roofline(micro_config())
-        with pytest.raises(UserError, match=r"pipeline: there is none yet; call build\(\) first"):
-            study.measure()
-        with pytest.raises(UserError, match=r"call measure\(\) first"):
-            study.kernels_table()
+    study = Roofline(micro_config())
+    with pytest.raises(UserError, match=r"pipeline: there is none yet; call build\(\) first"):
+        study.measure()
+    with pytest.raises(UserError, match=r"call measure\(\) first"):
+        study.kernels_table()
     with pytest.raises(UserError, match="preset: 'nonsense' is unknown; choose one of .*realtime"):
         Roofline.from_notebook({"preset": "nonsense"})
 
@@ -193,11 +198,10 @@ def test_notebook_from_ceilings_to_provenance(capsys):
     """A cell that fails; a floor that is held against a campaign of another machine."""
     cells = nbformat.read(ROOT / "notebooks/90_roofline.ipynb", as_version=4).cells
     names: dict[str, object] = {}
-    with micro_model():
-        for cell in (cell for cell in cells if cell.cell_type == "code"):
-            exec(cell.source, names)
-            if "parameters" in cell.metadata.get("tags", []):
-                names |= {"model": "micro", "weights": "random", "height": 32, "width": 32}
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
+        exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= {"model": "micro", "weights": "random", "height": 32, "width": 32}
     study = names["study"]
     shown = capsys.readouterr().out
     assert "The block takes" in shown and f"torch: {torch.__version__}" in shown and "git_commit: " in shown
