@@ -214,8 +214,8 @@ class ExperimentConfig:
                                         group="measurement", above=0)
     target_ms_per_frame: float = key(40.0, "the line to stay under, ms per video frame", group="measurement",
                                      above=0)
-    trace: bool = key(False, "after the measurement, trace three steady blocks and a switch to "
-                      "trace.json.gz, linked from the report, for ui.perfetto.dev", group="measurement")
+    trace: bool = key(False, "afterwards, trace three steady blocks to trace.json.gz, for ui.perfetto.dev",
+                      group="measurement")
 
     def __post_init__(self) -> None:
         spec = MODELS.get(self.model)
