@@ -28,6 +28,8 @@ STUDIES = ("ablation", "quantization")
 LINEAR_LAYERS = ("qkv", "query", "up", "down")
 REHEARSED_BLOCKS = 4
 """Rehearsed blocks after warm-up: two prompt switches, each followed by one block."""
+TRACED_BLOCKS = 3
+"""Steady blocks in a run's trace; a block with a prompt switch follows them."""
 _FIXED_CACHES = ("use_static_kv", "use_quantized_kv")
 # Key -> the keys of which at least one must be on as well, and why.
 NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
@@ -220,6 +222,8 @@ class ExperimentConfig:
                                         group="measurement", above=0)
     target_ms_per_frame: float = key(40.0, "the line to stay under, ms per video frame", group="measurement",
                                      above=0)
+    trace: bool = key(False, "afterwards, trace three steady blocks to trace.json.gz, for ui.perfetto.dev",
+                      group="measurement")
 
     def __post_init__(self) -> None:
         spec = MODELS.get(self.model)
@@ -349,11 +353,11 @@ class ExperimentConfig:
 
     @property
     def blocks_in_measurement(self) -> int:
-        """Blocks in the longest stream of a measurement: rehearsal, steady state, or switches at every second
-        block. One more follows where decoding overlaps denoising (`Measurement`).
+        """Blocks in the longest stream of a measurement: rehearsal, steady state, switches at every second
+        block, or trace. One more follows where decoding overlaps denoising (`Measurement`).
         """
-        measured = max(self.measure_blocks, 2 * self.num_switches) + self.use_async_vae
-        return self.warmup_blocks + max(measured, REHEARSED_BLOCKS)
+        measured = max(self.measure_blocks, 2 * self.num_switches, (TRACED_BLOCKS + 1) * self.trace)
+        return self.warmup_blocks + max(measured + self.use_async_vae, REHEARSED_BLOCKS)
 
     def _validate_length(self) -> None:
         """Refuse a stream past the last rotary position, naming the key that requires the most blocks."""

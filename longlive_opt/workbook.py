@@ -44,12 +44,14 @@ from .config import (
 from .errors import UserError
 from .files import check_texts, load_yaml, project_path
 from .measurement import decision, environment, fidelity, quality
+from .measurement.block_trace import TRACE_FILE
 from .measurement.catalogue import shown_for
 from .measurement.fidelity import FidelitySchedule, Truth, ablation_fidelity
 from .measurement.protocol import Measurement
 from .measurement.result import (
     REFERENCE_FILE,
     SCHEMA_VERSION,
+    is_na,
     lookup,
     na,
     plain_json,
@@ -105,6 +107,7 @@ class Experiment:
         self.compared_with = compared_with or folder.parent
         self.schedule = schedule_of(config)
         self.adherence: dict[str, Any] | None = None
+        self.trace: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if (verb := MADE_BY.get(name)) is None:
@@ -278,6 +281,8 @@ class Experiment:
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
         self._optimization_reports()  # read the counters in the caches before the next reset
+        if self.config.trace:
+            self.trace = self._traced()
         print(self.measured["sizes"]["note"])
         print(self.measured["latency"]["clock_disagreement"]["sentence"])
         if self.company["co_scheduled"]:
@@ -285,6 +290,15 @@ class Experiment:
                      f"other processes kept {self.company['other_cpu_cores']:.1f} CPU cores busy")
             print(f"Warning: {cause}; these latencies are not fit for comparison.")
         return headline_table(self.measured)
+
+    def _traced(self) -> dict[str, Any]:
+        """Write the trace; return the section `trace` of the result."""
+        try:
+            return self.measurement.trace(self.folder / TRACE_FILE)
+        except Exception as error:  # the latencies are valid without it
+            why = (str(error).splitlines() or [""])[0]
+            print(f"Warning: the trace failed, {type(error).__name__}: {why}")
+            return na(f"the trace failed, {type(error).__name__}: {why}", "run again, or leave trace out")
 
     def generate_video(self) -> HTML:
         """Generate the video of the prompt schedule and return a player. Not measured."""
@@ -416,8 +430,10 @@ class Experiment:
         print(f"{RESULT_FILE} is written")
 
     def conclusion(self) -> HTML:
-        """The hypothesis and the measurements against the baseline. The campaign's summary decides."""
-        return HTML(conclusion_html(self.result, self.baseline()))
+        """The hypothesis and the measurements against the baseline, and a link to the trace, if any. The
+        campaign's summary decides.
+        """
+        return HTML(conclusion_html(self.result, self.baseline()) + trace_link(self.result))
 
     def ablate(self, changes: Mapping[str, Sequence[Any]],
              together: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
@@ -448,7 +464,7 @@ class Experiment:
 
     def _ablation(self, changed: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            config = ExperimentConfig.from_mapping(self.config.to_dict() | dict(changed))
+            config = ExperimentConfig.from_mapping(self.config.to_dict() | {"trace": False} | dict(changed))
             variant = Experiment(config, self.campaign, self.number, self.folder, self.compared_with)
             variant.build()
             variant.measure()
@@ -487,6 +503,7 @@ class Experiment:
                 **self.measured,
                 "setup_s": pipeline.setup_s,
                 "quality": self.quality,
+                **({} if self.trace is None else {"trace": self.trace}),
                 **({} if self.adherence is None else {"adherence": self.adherence}),
                 "optimizations": self._optimization_reports(),
                 "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -539,3 +556,16 @@ def _campaign_folder(asked: str, preset: str) -> Path | None:
             return place.resolve()
     raise UserError(f"compare_with: {asked} has no finished baseline ({BASELINE}/{RESULT_FILE}); name a "
                     "campaign in outputs/, or a folder, that has one.")
+
+
+def trace_link(result: Mapping[str, Any]) -> str:
+    """HTML: a relative link to the run's trace. Empty if the run has none."""
+    trace = result.get("trace")
+    if trace is None:
+        return ""
+    if is_na(trace):
+        return f"<p><b>Trace:</b> n/a: {html.escape(trace['reason'])}.</p>"
+    file, blocks = html.escape(trace["file"]), trace["blocks"]
+    return (f'<p><b>Trace:</b> <a href="{file}">{file}</a>, blocks {blocks[0]} to {blocks[-1]} in the steady '
+            f"state and a prompt switch in block {trace['switch_block']}. Open the file in ui.perfetto.dev. "
+            "The profiler was on, so times are longer than those of the report.</p>")

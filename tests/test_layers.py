@@ -16,7 +16,8 @@ import longlive_opt
 PACKAGE = Path(longlive_opt.__file__).parent
 FLOORS = (
     "errors", "files", "kernels", "models", "fetch", "config", "prompts", "streaming", "optimizations",
-    "parity", "measurement", "report", "tiny", "workbook", "live", "runner", "__main__",
+    "parity", "measurement", "report", "tiny", "workbook", "live", "inside",
+    "runner", "__main__",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import gzip
 import json
 import shutil
 import threading
@@ -19,7 +20,7 @@ from micro import micro_config, micro_model
 
 from longlive_opt import workbook
 from longlive_opt.errors import NotAvailable, UserError
-from longlive_opt.measurement import environment, metrics, protocol, telemetry
+from longlive_opt.measurement import block_trace, environment, metrics, protocol, telemetry
 from longlive_opt.measurement.protocol import SWITCH_EVERY, switch_blocks
 from longlive_opt.measurement.result import is_na, na, read_result
 from longlive_opt.prompts import PromptSchedule, schedule_of
@@ -669,3 +670,42 @@ def test_a_repeated_step_is_in_the_result(campaign):
     first = run.result["latency"]["ss_block_ms"]
     run.measure()
     assert run.result["latency"]["ss_block_ms"] != first
+
+
+def test_trace_is_recorded_after_the_measurement_and_linked(tmp_path, monkeypatch):
+    """A profiler that slows the measured blocks; a trace that no reader of the report finds."""
+    order = []
+    for owner, name in ((metrics, "measurements"), (block_trace, "record")):
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, inner=inner, name=name, **keys: (
+            order.append(name), inner(*arguments, **keys))[1])
+    result = execute(tmp_path / "traced", trace=True)
+    assert order == ["measurements", "record"]
+    assert result["trace"]["blocks"] == [4, 5, 6] and result["trace"]["switch_block"] == 7
+    assert not {"denoise_pass", "clean_pass"} & {row[0] for row in result["events"] + result["switch_events"]}
+    with gzip.open(tmp_path / "traced" / result["trace"]["file"], "rt", encoding="utf-8") as file:
+        trace = json.load(file)
+    assert trace["otherData"]["torch"] == torch.__version__ and trace["otherData"]["preset"] == "baseline"
+    link = workbook.trace_link(result)
+    assert f'href="{result["trace"]["file"]}"' in link and "://" not in link
+    assert workbook.trace_link({}) == ""
+
+
+def test_a_trace_that_fails_leaves_the_measurement(tmp_path, monkeypatch, capsys):
+    """An hour of measuring lost to a profiler that is not permitted here."""
+    def fail(*arguments: Any, **keys: Any) -> None:
+        raise RuntimeError("no permission\nmore")
+
+    monkeypatch.setattr(block_trace, "record", fail)
+    run = open_run(tmp_path / "run", trace=True)
+    run.build()
+    assert "SS mean, ms per frame" in run.measure().index
+    assert "Warning: the trace failed, RuntimeError: no permission\n" in capsys.readouterr().out
+    assert is_na(run.trace) and "n/a: the trace failed" in workbook.trace_link({"trace": run.trace})
+
+
+def test_a_trace_past_the_last_position_is_refused_before_the_run():
+    """A stream that ends at position 1023 after everything was measured."""
+    micro_config(warmup_blocks=337, measure_blocks=2, num_switches=1)
+    with pytest.raises(UserError, match="warmup_blocks: 338 makes a stream of 342 blocks"):
+        micro_config(warmup_blocks=338, measure_blocks=2, num_switches=1, trace=True)

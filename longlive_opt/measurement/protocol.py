@@ -17,6 +17,7 @@ import contextlib
 import gc
 import itertools
 import time
+from pathlib import Path
 from typing import Any, Iterator
 
 from ..config import REHEARSED_BLOCKS, ExperimentConfig
@@ -27,7 +28,7 @@ from ..prompts import PromptSchedule
 from ..streaming.pipeline import Pipeline
 from ..streaming.session import Chunk, StreamingSession
 from ..streaming.timeline import GARBAGE, Event, Timeline
-from . import environment, metrics
+from . import block_trace, environment, metrics
 from .telemetry import Samples, Telemetry
 
 PROGRESS_SECONDS = 10.0
@@ -121,6 +122,23 @@ class Measurement:
         }
         clocks = {"clocks_before": clocks_before, "clocks_after": environment.clocks(device)}
         return measured, company, clocks
+
+    def trace(self, path: Path) -> dict[str, Any]:
+        """Write a trace of steady blocks and a switch to `path` (`block_trace`), after `run`.
+
+        Returns:
+            The section `trace` of result.json.
+        """
+        config = self.config
+        other = self._prompts[1] if len(self._prompts) > 1 else f"{self._prompts[0]} (trace)"
+        traced = block_trace.record(self.session, (self._prompts[0], other), first_block=config.warmup_blocks)
+        machine = environment.environment(self.pipeline.device,
+                                          attention_backend=self.pipeline.attention_backend)
+        facts = {key: machine[key] for key in ("gpu", "cpu", "torch", "git_commit", "git_dirty")}
+        traced.write(path, {"preset": config.name, "model": config.model, **facts})
+        print(f"trace of blocks {traced.blocks[0]} to {traced.shown[-1]}: {len(traced.kernels)} kernels")
+        return {"file": path.name, "blocks": list(traced.blocks), "switch_block": traced.switch_block,
+                "kernels": len(traced.kernels)}
 
     def _record(self, blocks: int, switches: list[int]) -> tuple[list[Event], Samples]:
         """Return the events of a stream's first `blocks` blocks and the GPU's samples. If decoding overlaps

@@ -54,6 +54,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     (n/a) if nothing was read
     energy          optional, of the measured part of the steady stream: {joules_per_frame, mean_power_w,
                     joules: METRIC, seconds, frames, switch_stream, optional, {the same}}
+    trace           optional: {file: name in the run's folder, blocks [int], switch_block, kernels: int}, what
+                    `block_trace` recorded after the measurement
     setup_s         {load, compile, capture, first_block, ...: METRIC}; never part of a latency
     quality         {reference: str or null, label, identical: bool or null, flags [str], frames_compared,
                     frames_total, psnr_db, ssim, ms_ssim, lpips, st_lpips, clip_delta, ...}: teacher-forced

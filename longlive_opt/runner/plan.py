@@ -41,8 +41,10 @@ TRAINING = "training"
 TRAINING_NOTEBOOK = "98_training.ipynb"
 QUANTIZATION = "quantization"
 QUANTIZATION_NOTEBOOK = "91_quantization.ipynb"
-LIVE_NOTEBOOK = "20_live.ipynb"
 COMPARE_NOTEBOOK = "92_compare.ipynb"
+OTHER_NOTEBOOKS = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK, "20_live.ipynb",
+                   "21_inside.ipynb", "90_roofline.ipynb", COMPARE_NOTEBOOK)
+"""Notebooks that run no preset of a campaign."""
 MIN_FREE_BYTES = 2**30
 _DEFAULTS = ExperimentConfig().to_dict()
 # Descriptions of a run. Changing them does not invalidate its measurements.
@@ -87,9 +89,7 @@ class Layout:
 
     def presets(self) -> dict[str, Path]:
         """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset."""
-        others = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK, LIVE_NOTEBOOK,
-                  COMPARE_NOTEBOOK)
-        paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in others]
+        paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in OTHER_NOTEBOOKS]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
 

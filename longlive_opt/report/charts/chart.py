@@ -121,8 +121,8 @@ def in_ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f}" if abs(milliseconds) >= 10 else f"{round(milliseconds, 1) + 0.0:.1f}"
 
 
-STAGE_COLOURS = {"text_encode": "#5a2d82", "recache": "#e0a100", "denoise": "#3b75af", "decode": "#5aa469",
-                 "copy_to_host": "#c06a9b", "other": "#b8b8b8"}
+STAGE_COLOURS = {"text_encode": "#5a2d82", "recache": "#e0a100", "denoise": "#3b75af",
+                 "clean_pass": "#7ba7d4", "decode": "#5aa469", "copy_to_host": "#c06a9b", "other": "#b8b8b8"}
 STAGES = tuple(STAGE_COLOURS)
 PRESET_COLOURS = {  # distinguishable in pairs, also with red-green colour blindness
     "baseline": "#4d4d4d", "cuda_graphs": "#d97c10", "static_kv": "#0998ca", "async_vae": "#9176a0",
@@ -132,7 +132,7 @@ PRESET_COLOURS = {  # distinguishable in pairs, also with red-green colour blind
     "tiny_vae": "#6403b9"}
 DARK, GREY, RED = "#222222", "#8a8a8a", "#c21f1f"
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
-_ON_LIGHT = ("recache", "other")  # stages whose colour is too light for white digits
+_ON_LIGHT = ("recache", "clean_pass", "other")  # stages whose colour is too light for white digits
 
 
 def colour_of(preset: str) -> str:
