@@ -274,11 +274,29 @@ def test_yaml_file_that_cannot_be_read(tmp_path):
     ("playback_fps: 1e-3", "write 1.0e-3"), ("title: no", "quotes"),
     ("use_static_kv: 'yes'", "expected bool"),
     ("seed: 08", "expected int"), ("seed:", "write a value"), ("prompts: a fox", "is not a list"),
-    ("name: 2026-01-31", "expected str"), ("denoising_steps: [1_000, 0.5]", "denoising_steps[1]"),
+    ("denoising_steps: [1000, 0.5]", "denoising_steps[1]"),
 ])
 def test_yaml_traps_are_refused_with_their_remedy(tmp_path, line, says):
     """YAML 1.1 reads 1e-3 as text and bare `no` as false."""
     assert says in refusal(load_yaml(write(tmp_path / "preset.yaml", line + "\n")))
+
+
+@pytest.mark.parametrize("line, says", [
+    ("seed: 0123", "YAML reads 0123 as 83: write 83 or 123"), ("seed: 0x1f", "as 31: write 31"),
+    ("seed: 0b1", "as 1: write 1"), ("seed: 1_000", "as 1000: write 1000"), ("seed: 1:30", "as 90: write 90"),
+    ("playback_fps: 1:30.5", "not a decimal number"), ("playback_fps: 1_0.5", "not a decimal number"),
+    ("name: 2026-01-31", "as a timestamp; put quotes"), ("title: 2026-99-99", "as a timestamp; put quotes"),
+    ("seed: " + "9" * 5000, "too long"), ("seed: !!int x", "the tag 'tag:yaml.org,2002:int'; leave it out"),
+    ("prompts: !!set {a, b}", "the tag"), ("denoising_steps: !!binary aGk=", "the tag"),
+    ("title: &a b", "an alias"), ("title: *a", "an alias"), ("prompts: " + "[" * 3000, "too many levels"),
+    ("prompts: " + "[" * 60 + "]" * 60, "too many levels"), ("title: =", "as a value"),
+    ("title: \"a\\e[31m\"", "a control character"), ("seed: 1e", "expected int"),
+])
+def test_yaml_decides_nothing_silently(tmp_path, line, says):
+    """A value that YAML turns into another one, or that Python's YAML cannot build: a traceback."""
+    with pytest.raises(UserError) as caught:
+        ExperimentConfig.from_mapping(load_yaml(write(tmp_path / "preset.yaml", line + "\n")))
+    assert says in str(caught.value) and len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
