@@ -254,7 +254,7 @@ def parse_json(text: str, where: str, remedy: str) -> Any:
     except RecursionError:
         refuse("nests too many levels of lists and objects")
     except ValueError as error:
-        refuse(f"not valid JSON, probably truncated ({error})")
+        refuse(f"is not JSON, probably truncated ({error})")
     return check_texts(value, where, controls=True)
 
 

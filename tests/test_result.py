@@ -110,7 +110,7 @@ def test_na_is_a_metric(example):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("", "not valid JSON"), ('{"schema_version": 1, "status"', "truncated"), ("[1]", "not an object"),
+    ("", "is not JSON"), ('{"schema_version": 1, "status"', "truncated"), ("[1]", "not an object"),
     ('{"schema_version": 0}', "run the preset again"), ('{"schema_version": 3}', "update this package"),
     ('{"fps": NaN}', "contains NaN"), ('{"schema_version": 1, "status": "running"}', "'running'"),
     ("[" * 9999, "levels"), ("[" * 99 + "]" * 99, "levels"), ('{"fps": 1e999}', "too large"),

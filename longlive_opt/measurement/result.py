@@ -97,6 +97,11 @@ from ..errors import UserError, short
 from ..files import atomic_path, printable, read_json, whole_text
 
 SCHEMA_VERSION = 2
+WORKING = (".new", ".replaced")
+"""Endings of folders that exist only while --overwrite replaces a finished run: its successor, itself."""
+ASIDE = (".aside", ".failed")
+"""Endings of folders that hold no run: what was in the way of a run, and a failed --overwrite."""
+MEASURED_FILE = "measured.json"  # what was measured, from then on until result.json is there
 REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, next to the baseline's result.json
 
 # Kind (see _KINDS) -> dotted paths of required fields, or of optional ones (question mark). Others may exist.
@@ -110,16 +115,16 @@ _SCHEMA = {
     "bool?": "decision.keep environment.git_dirty quality.identical environment.co_scheduled?",
     "int?": "quality.frames_compared? quality.frames_total?",
     "number?": "environment.other_cpu_cores?",
-    "number": "model.sizes.height? model.sizes.width? fps playback.fps latency.ss_ms_per_frame.mean latency.ss_ms_per_frame.p50 "
-              "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max "
+    "number": "model.sizes.height? model.sizes.width? fps playback.fps latency.ss_ms_per_frame.mean "
+              "latency.ss_ms_per_frame.p50 latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max "
               "latency.ss_over_target.target_ms",
     "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
               "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
               "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
               "memory_gb.kv_cache fps_with_switches? latency.ps_random_ms.mean? latency.ps_random_ms.p95? "
               "energy.joules_per_frame? energy.mean_power_w?",
-    "numbers": "prompt_schedule.switch_frames? latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks "
-               "latency.ps_before_ms_all?",
+    "numbers": "prompt_schedule.switch_frames? latency.ss_block_ms latency.ps_ms_all latency.ss_blocks "
+               "latency.ps_blocks latency.ps_before_ms_all?",
     "texts": "quality.flags prompt_schedule.prompts?",
     "rows": "events switch_events?",
     "objects": "optimizations ablations? quality.nulls?",
@@ -313,6 +318,8 @@ def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[
     results: list[dict[str, Any]] = []
     problems: list[tuple[Path, str]] = []
     for preset_folder in sorted(item for item in folder.iterdir() if item.is_dir()):
+        if preset_folder.name.endswith((*WORKING, *ASIDE)):
+            continue
         path = preset_folder / "result.json"
         if path.exists():
             try:
