@@ -80,8 +80,8 @@ class Key:
         """
         if isinstance(value, tuple):
             if self.choices and (not value or not set(value) <= set(self.choices)):
-                raise UserError(f"{name}: {short(list(value))} must name at least one of {', '.join(self.choices)}, "
-                                "and nothing else.")
+                raise UserError(f"{name}: {short(list(value))} must name at least one of "
+                                f"{', '.join(self.choices)}, and nothing else.")
         elif self.choices and value not in self.choices:
             raise UserError(f"{name}: {short(value)} is unknown; choose one of {', '.join(self.choices)}.")
         elif value is None:
@@ -503,18 +503,20 @@ def parse_switch_frames(value: Any, where: str) -> tuple[int, ...] | None:
     """
     if value is None:
         return None
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parts = value.split(",") if isinstance(value, str) else \
+        value if isinstance(value, (list, tuple)) else [value]
     texts = [part.strip() if isinstance(part, str) else str(part) if type(part) is int and abs(part) < 2**63
              else "" for part in parts]
     if not all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in texts):
-        raise UserError(f"{where}: {short(value)} is not a list of latent frames; write for example 40,80,120.")
+        raise UserError(f"{where}: {short(value)} is not a list of latent frames; write for example "
+                        "40,80,120.")
     return tuple(map(int, texts))
 
 
 def _as_frames(key: str, value: Any) -> Any:
     """LongLive's forms of the switch frames, one number or numbers in a text, as a list."""
-    return parse_switch_frames(value, key) if key == "switch_frame_indices" and isinstance(value, (int, str)) \
-        and not isinstance(value, bool) else value
+    is_short = key == "switch_frame_indices" and type(value) in (int, str)
+    return parse_switch_frames(value, key) if is_short else value
 
 
 def _type_hint(value: Any, base: str) -> str:
@@ -572,9 +574,9 @@ def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Return a notebook's parameters: the plain public globals of its parameters cells, injected ones too.
 
-    A parameters cell assigns at least one key. papermill injects unknown names and only warns about them; they
-    reach the config here, which refuses them. Variables of other cells are the reader's. Without `In`, the
-    sources of a notebook's cells, every plain public global is a parameter.
+    A parameters cell assigns at least one key. papermill injects unknown names and only warns about them;
+    they reach the config here, which refuses them. Variables of other cells are the reader's. Without `In`,
+    the sources of a notebook's cells, every plain public global is a parameter.
 
     Raises:
         UserError: a key has a value that is not plain, such as a Path or an array.

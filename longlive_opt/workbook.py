@@ -130,13 +130,14 @@ class Experiment:
         given = notebook_parameters(namespace)
         campaign, run, output_dir = (given.pop(key, default) for key, (default, _) in RUN_KEYS.items())
         if own := [name for name in given if name not in KEYS]:
-            raise UserError(f"{unknown_key(own[0], [*KEYS, *RUN_KEYS])}: it is no parameter; begin the name of "
-                            "a variable of your own with _, or assign it in a cell without parameters.")
+            raise UserError(f"{unknown_key(own[0], [*KEYS, *RUN_KEYS])}: it is no parameter; begin the name "
+                            "of a variable of your own with _, or assign it in a cell without parameters.")
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
         check_folder_name("campaign", campaign)
         if not isinstance(output_dir, str):
-            raise UserError(f"output_dir: {short(output_dir)} is not a text; name a folder, or leave it empty.")
+            raise UserError(f"output_dir: {short(output_dir)} is not a text; name a folder, or leave it "
+                            "empty.")
         whole_text(output_dir, "output_dir")
         if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is not a run number; write 1, or 2 for a repetition.")

@@ -86,10 +86,12 @@ def test_refused_value_names_key_value_and_remedy(key, value, says):
     ("prompts", ["no", False], "quotes"),
     ("denoising_steps", ["1e3"], "denoising_steps[0]"), ("denoising_steps", 1000, "is not a list"),
     ("switch_frame_indices", "6;7", "is not a list"), ("switch_frame_indices", True, "is not a list"),
-    ("prompts", {"a"}, "is not a list"), ("denoising_steps", b"hi", "is not a list"), ("seed", 10**30, "large"),
+    ("prompts", {"a"}, "is not a list"), ("denoising_steps", b"hi", "is not a list"),
+    ("seed", 10**30, "too large"),
     ("prompts_file", "a\0", "a control character"), ("title", "\x1b]0;x\x07", "a control character"),
     ("name", "n" * 101, "up to 100 letters"), ("timestep_shift", 1e308, "too large"),
-    ("playback_fps", 1e-320, "too small"), ("lora_alpha", 1e300, "too large"), ("height", 1600000000, "large"),
+    ("playback_fps", 1e-320, "too small"), ("lora_alpha", 1e300, "too large"),
+    ("height", 1600000000, "too large"),
 ])
 def test_wrong_type_is_refused(key, value, says):
     """Python would take True for 1, "1" for a path and a text for a list of letters."""

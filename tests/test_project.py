@@ -42,7 +42,7 @@ CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py"}
 # Declared, but not imported: torchvision is for lpips, ipykernel for papermill, ipywidgets for anywidget,
 # playwright for tests, the rest are commands.
-NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff",
+NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "hypothesis", "ruff",
                 "ipywidgets", "playwright"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
 NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack", "mlflow"}
@@ -233,7 +233,8 @@ def test_gitignore() -> None:
         ".venv/bin/python": True, "wheelhouse/a.whl": True, ".bootstrap/stamp.json": True,
         "outputs/demo/baseline/result.json": True, "outputs/.sha256.json": True,
         "outputs/noise.json": False, "outputs/robustness.json": False,
-        "outputs/h100/baseline.aside/notes.md": True, "outputs/h100/baseline.replaced/result.json": True, "outputs/h100/decisions.json": False,
+        "outputs/h100/baseline.aside/notes.md": True, "outputs/h100/baseline.replaced/result.json": True,
+        "outputs/h100/decisions.json": False,
         "longlive_opt/__pycache__/a.pyc": True,
         "notebooks/.ipynb_checkpoints/a.ipynb": True, "checkpoints/a.pt": True,
         "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,

@@ -235,7 +235,8 @@ def write_new(job: execute.Job, folder: Path) -> None:
     if not job.needs_result:
         return
     (folder / "result.json").write_text(complete(
-        preset=job.parameters["name"], run=job.parameters["run"], parameters=dict(job.parameters), mark="new"))
+        preset=job.parameters["name"], run=job.parameters["run"], parameters=dict(job.parameters),
+        mark="new"))
 
 
 def write_run(job: execute.Job, folder: Path) -> None:
@@ -406,7 +407,8 @@ def job_of(project: Path, **settings: object) -> execute.Job:
 def finish(project: Path, **settings: object) -> None:
     """What a finished run of the baseline leaves, as far as the planner reads it."""
     job = job_of(project, **settings)
-    known = {key: value for key, value in job.known.items() if key != "status"} | {"weights": {"kind": "files", "sha256": job.weights.sha256()}}
+    known = {key: value for key, value in job.known.items() if key != "status"}
+    known["weights"] = {"kind": "files", "sha256": job.weights.sha256()}
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "result.json").write_text(complete(**known, status="ok"))
     (job.folder / "report.html").touch()
@@ -540,7 +542,8 @@ def test_a_clock_that_steps_back_costs_no_measurement(project: Path, monkeypatch
     assert execute.finished_result(project / "outputs/c/baseline")["mark"] == "new"
 
 
-DAMAGED = ['{"status": "ok"', "", '{"status": "ok"}', '{"schema_version": 99}', "null", "[" * 200_000, "9" * 5000,
+DAMAGED = ['{"status": "ok"', "", '{"status": "ok"}', '{"schema_version": 99}', "null", "[" * 200_000,
+           "9" * 5000,
            complete().replace('"parameters": {', '"parameters": null, "other": {')]
 
 

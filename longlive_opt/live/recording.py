@@ -123,8 +123,8 @@ class Recording:
                                  "fps": (int, float), "parameters": dict, "weights_sha256": dict}
         for key, kind in kinds.items():
             if not isinstance(entry.get(key), kind) or isinstance(entry[key], bool):
-                raise UserError(f"{where}, {key}: {short(entry.get(key))} is not what save() writes there; save "
-                                "the video again.")
+                raise UserError(f"{where}, {key}: {short(entry.get(key))} is not what save() writes there; "
+                                "save the video again.")
         prompts = entry["prompts"]
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise UserError(f"{where}, prompts: they must be a list of texts that are not empty.")

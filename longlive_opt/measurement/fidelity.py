@@ -142,7 +142,8 @@ class Truth:
         return FidelitySchedule(tuple(schedule["prompts"]), schedule["blocks"], schedule["switch_block"])
 
     def save(self, path: Path) -> None:
-        save_tensors(path, {name: getattr(self, name) for name in _TENSORS}, {"facts": json.dumps(self.facts)})
+        save_tensors(path, {name: getattr(self, name) for name in _TENSORS},
+                     {"facts": json.dumps(self.facts)})
 
     @classmethod
     def load(cls, path: Path) -> Truth | None:
@@ -179,8 +180,8 @@ class Truth:
                      and len(self.schedule.prompts) > 0 and type(blocks) is int and counts.shape == (blocks,)
                      and not counts.is_floating_point() and self.latents.shape[:1] == (blocks,)
                      and self.latents.ndim == 6 and bool(self.latents.isfinite().all())
-                     and int(counts.sum()) == len(self.frames) and self.frames.shape[1:] == self.video.shape[1:]
-                     and self.frames.ndim == 4
+                     and int(counts.sum()) == len(self.frames) and self.frames.ndim == 4
+                     and self.frames.shape[1:] == self.video.shape[1:]
                      and self.frames.dtype == self.video.dtype == torch.uint8)
         except (LookupError, TypeError, ValueError, RuntimeError):
             whole = False

@@ -67,8 +67,8 @@ class Measurement:
             for chunk in chunks:
                 last = chunk
         if not last.latents.isfinite().all():
-            raise UserError(f"latents: those of block {last.block} are not finite, so the video is black; check "
-                            "timestep_shift, lora_alpha and the weights, or run the tests of the kernels.")
+            raise UserError(f"latents: those of block {last.block} are not finite, so the video is black; "
+                            "check timestep_shift, lora_alpha and weights, or run the tests of the kernels.")
         setup["rehearsal"] = time.perf_counter() - started
         setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
         print(

@@ -116,7 +116,8 @@ _SCHEMA = {
     "int?": "quality.frames_compared? quality.frames_total?",
     "number?": "environment.other_cpu_cores?",
     "number": "model.sizes.height? model.sizes.width? fps playback.fps latency.ss_ms_per_frame.mean "
-              "latency.ss_ms_per_frame.p50 latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max "
+              "latency.ss_ms_per_frame.p50 latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max "
+              "latency.ss_with_switches.max "
               "latency.ss_over_target.target_ms",
     "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
               "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
@@ -175,6 +176,11 @@ def _is_plain(value: Any) -> bool:
         isinstance(value, list) and all(isinstance(item, (bool, int, float, str)) for item in value))
 
 
+def is_plain_mapping(value: Any) -> bool:
+    """Whether `value` is a mapping from names to plain values, as a preset's parameters are."""
+    return isinstance(value, dict) and all(map(_is_name, value)) and all(map(_is_plain, value.values()))
+
+
 _KINDS = {
     "str": ("a string", lambda v: isinstance(v, str)),
     "str?": ("a string or null", lambda v: v is None or isinstance(v, str)),
@@ -190,8 +196,7 @@ _KINDS = {
     "rows": ("a list of events, [name, start, duration, block, clock]",
              lambda v: isinstance(v, list) and all(map(_is_event, v))),
     "objects": ("a list of objects", lambda v: isinstance(v, list) and all(isinstance(o, dict) for o in v)),
-    "plain": ("an object with names and plain values",
-              lambda v: isinstance(v, dict) and all(map(_is_name, v)) and all(map(_is_plain, v.values()))),
+    "plain": ("an object with names and plain values", is_plain_mapping),
     "counts": ("an object with names and numbers", lambda v: isinstance(v, dict) and all(map(_is_name, v))
                and all(_is_number(n) or is_na(n) for n in v.values())),
     "dict": ("an object", lambda v: isinstance(v, dict)),
@@ -356,7 +361,10 @@ def plain_json(value: Any) -> Any:
 
 def is_finite(value: Any) -> bool:
     """True for a number that can be plotted or compared: no NaN, no infinity, no bool."""
-    return _is_number(value) and math.isfinite(value)
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # an integer that no double can hold
+        return False
 
 
 def lookup(result: Any, path: str) -> Any:

@@ -109,8 +109,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                      dict(metadata or {}))
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_cpu, temporary, dict(metadata or {}))
         except safetensors.SafetensorError as error:  # of the disk: our tensors are well-formed
             raise OSError(str(error)) from error
         temporary.chmod(mode)

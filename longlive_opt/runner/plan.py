@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import logging
 import os
 import re
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline, check_folder_name
-from ..errors import UserError
-from ..files import check_texts, load_yaml, parse_yaml, project_path, whole_text
+from ..errors import UserError, short
+from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights, safetensors_header
@@ -137,11 +136,12 @@ def declared_parameters(notebook: Path) -> set[str]:
         UserError: the file is not a notebook, or does not have exactly one such cell.
     """
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(notebook, "restore it from git")["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
         nodes = ast.parse("".join(tagged[0]["source"])).body if len(tagged) == 1 else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{notebook.name} is not a readable notebook ({error!r})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError,
+            MemoryError) as error:
+        raise UserError(f"{notebook.name} is not a readable notebook ({short(error)})") from error
     if len(tagged) != 1:
         raise UserError(f"{notebook.name}: {len(tagged)} cells are tagged 'parameters'; tag exactly one")
     targets = [target for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))
