@@ -10,8 +10,9 @@ Exit status: 0 all passed, 1 one failed, 2 wrong input.
 """
 
 import argparse
-import ast
 import array
+import ast
+import fcntl
 import hashlib
 import json
 import logging
@@ -38,17 +39,16 @@ SCHEMA_VERSION = 1
 # 16 x 16 pixels are one token per latent frame. The window holds a sink and two blocks.
 SMALLEST = {"height": 16, "width": 16, "denoising_steps": [1000], "local_attn_size": 9, "sink_size": 3,
             "vae_chunk_latents": 3, "relative_rope": True}
-# A real campaign: three presets with all their notebooks' cells, on the smallest picture.
-CAMPAIGN = ["height=32", "width=32", "denoising_steps=[1000]", "local_attn_size=6", "sink_size=0",
-            "fidelity_blocks=2", "measure_blocks=2", "num_switches=1", "video_latent_frames=6"]
 PRESETS = ["baseline", "static_kv", "async_vae"]
 HOSTILE = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</details></main><h1>gone</h1>",
     "\"><svg onload=alert(1)>", "<iframe srcdoc='<b>x</b>'>", "<!-- never closed", "&lt;b&gt; &amp;amp;",
     "| a | b |", "[link](javascript:alert(1))", "![p](https://example.invalid/x.png)", "```\nfence\n```",
     "`code` and ~~struck~~ and **bold** and _low_", "# heading", "- [x] Keep", "$$x^2$$ \\(y\\)",
-    "{{ 7*7 }} {% for x in y %} {# c #}", "%s %d {0} ${HOME} $(id)", "\u202eright to left\u202c and \u200f",
-    "zero\u200bwidth, \u2028 separator", "🦊 é ﷽ Ω̸", "a" * 5000, "'; DROP TABLE runs; --", "../../etc/passwd",
+    "{{ 7777*7777 }} {% for x in y %} {# c #}", "%s %d {0} ${HOME} $(id)",
+    "\u202eright to left\u202c and \u200f",
+    "zero\u200bwidth, \u2028 separator", "🦊 é ﷽ Ω̸",
+    "a" * 5000, "'; DROP TABLE runs; --", "../../etc/passwd",
 ]
 REFUSED = ["\x1b]0;pwned\x07", "\x1b[31mred", "\x9b31m", "a\x00b", "\ud83e", "\x7f\x08\x08", "  \n\t"]
 
@@ -71,6 +71,8 @@ def merge(name, entry):
     """Put one check into the record, atomically; other checks stay."""
     from longlive_opt.files import atomic_path, read_json
 
+    lock = open(str(RECORD.with_suffix(".lock")), "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # checks may run next to each other
     found = read_json(RECORD, "delete it") if RECORD.exists() else {}
     checks = dict(found.get("checks", {}), **{name: entry})
     ordered = {key: checks[key] for key in CHECKS if key in checks}
@@ -79,6 +81,7 @@ def merge(name, entry):
     with atomic_path(RECORD) as temporary:
         temporary.write_text('{"schema_version": %d, "checks": {\n%s\n}}\n' % (SCHEMA_VERSION, lines),
                              encoding="utf-8")
+    lock.close()
 
 
 def run_check(name, arguments):
@@ -150,7 +153,8 @@ def soak(arguments):
     if growth > 8:
         problems.append("memory grew by %.1f MB" % growth)
     if abs(last / first - 1) > 0.02 or shift > 0.02 * first:
-        problems.append("the latents drift: spread %.4f, then %.4f; mean moved by %.4f" % (first, last, shift))
+        problems.append("the latents drift: spread %.4f, then %.4f; mean moved by %.4f" % (
+            first, last, shift))
     if differing:
         problems.append("%d of %d blocks differ in the second stream" % (differing, blocks))
     return {"memory_mb_after_500_blocks": round(memory[0], 1), "memory_mb_at_the_end": round(memory[-1], 1),
@@ -224,16 +228,69 @@ def switches(arguments):
 # ---- campaigns
 
 
-def campaign_command(name, *more):
-    return [sys.executable, "-m", "longlive_opt.runner", "run", "--campaign", name, "--presets", *PRESETS,
-            "--set", *CAMPAIGN, *more]
+PARAMETERS = """campaign: str = "x"
+run: int = 1
+output_dir: str = "x"
+name: str = "x"
+seed: int = 0
+device: str = "cpu"
+"""
+# What a run writes, through the same functions and in several pieces, without a model: a kernel starts in
+# seconds, so that kills meet every phase.
+CELLS = ["""import json, pathlib, time
+from longlive_opt.files import atomic_path
+from longlive_opt.measurement.result import write_result
+folder = pathlib.Path(output_dir)
+for name_of_file in ("video.mp4", "frames.png", "reference.safetensors"):
+    with atomic_path(folder / name_of_file) as temporary, open(temporary, "wb") as file:
+        for _ in range(20):
+            file.write(bytes(100_000))
+            time.sleep(0.02)""", """result = json.loads(pathlib.Path("complete.json").read_text())
+result |= {"preset": name, "run": run, "parameters": {"name": name, "seed": seed}}
+write_result(folder / "result.json", result)
+time.sleep(0.5)"""]
+SUMMARY = """import pathlib
+from longlive_opt import report
+campaign = report.load(pathlib.Path.cwd() / campaign_dir)
+report.write_campaign_log(campaign)"""
 
 
-def run_campaign(name, *more, **options):
-    """Run the real campaign to its end; returns the finished process."""
-    return subprocess.run(campaign_command(name, *more), cwd=str(ROOT), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)),
-                          **options)
+def make_project(root):
+    """A project of three presets whose notebooks take seconds."""
+    import nbformat
+    from example_results import example_result
+
+    from longlive_opt.config import ExperimentConfig
+    from longlive_opt.measurement import decision
+    from longlive_opt.prompts import schedule_of
+
+    v4 = nbformat.v4
+    planned = decision.planned(ExperimentConfig(), schedule_of(ExperimentConfig()))
+    complete = dict(example_result(steady=40, switches=4), **{
+        key: planned[key] for key in ("prompt_schedule", "model", "weights", "seed")})
+    (root / "complete.json").write_text(json.dumps(complete), encoding="utf-8")
+    for name in ("notebooks", "params"):
+        (root / name).mkdir()
+
+    def write(name, parameters, cells):
+        code = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+        code += map(v4.new_code_cell, cells)
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(v4.new_notebook(cells=code, metadata={"kernelspec": kernel}),
+                       str(root / "notebooks" / name))
+
+    for number, preset in enumerate(PRESETS):
+        write("%02d_%s.ipynb" % (number, preset), PARAMETERS, CELLS)
+        (root / "params" / ("%s.yaml" % preset)).write_text("name: %s\nseed: 0\ndevice: cpu\n" % preset)
+    write("99_summary.ipynb", 'campaign_dir: str = ""\nlog_path: str = ""', [SUMMARY])
+
+
+def start_campaign(root, **pipes):
+    """Start the runner on the project in `root`, in a process of its own."""
+    code = "import sys, pathlib; from longlive_opt.runner import __main__ as runner; " \
+           "sys.exit(runner.main(['run', '--campaign', 'c'], pathlib.Path(sys.argv[1])))"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), LONGLIVE_OPT_HOME=str(root))
+    return subprocess.Popen([sys.executable, "-c", code, str(root)], text=True, env=environment, **pipes)
 
 
 def finished_in(folder):
@@ -261,78 +318,58 @@ def kill(arguments):
     """kill -9 of the runner at random moments, each time followed by the same command."""
     rng, problems, phases = random.Random(3), [], {}
     kills = campaigns = lost = changed = half = left = 0
-    folder = None
-    try:
-        while kills < arguments.kills or folder is not None:
-            if folder is None:
-                campaigns += 1
-                folder = ROOT / "outputs" / ("robustness-kill-%d" % campaigns)
-                shutil.rmtree(str(folder), ignore_errors=True)
-                known = {}
-            process = subprocess.Popen(
-                campaign_command(folder.name), cwd=str(ROOT), stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-            lines = []
-            reader = threading.Thread(target=lambda process=process, lines=lines: lines.extend(process.stdout))
-            reader.start()
-            try:
-                process.wait(rng.uniform(1, arguments.kill_within_s) if kills < arguments.kills else 600)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-            time.sleep(rng.choice((0, 0, 4)))  # half of the reruns start while the orphaned kernel still lives
-            whole, broken = finished_in(folder)
-            half += len(broken)
-            lost += len(known.keys() - whole.keys())
-            changed += sum(whole.get(label, sha) != sha for label, sha in known.items())
-            known.update(whole)
-            phase = "killed with %d of %d finished" % (len(whole), len(PRESETS))
-            if process.returncode == -signal.SIGKILL:
-                phases[phase] = phases.get(phase, 0) + 1
-                print("  kill %d: %s" % (kills, phase), flush=True)
-                continue
-            reader.join(10)
-            if process.returncode or set(whole) != set(PRESETS):
-                problems.append("the rerun ended with %s and %s finished: %s" % (
-                    process.returncode, sorted(whole), " ".join(lines[-3:])[:300]))
+    while kills < arguments.kills and not problems:
+        with tempfile.TemporaryDirectory() as home:
+            root, folder, known, status = Path(home), Path(home) / "outputs" / "c", {}, None
+            make_project(root)
+            while status is None:
+                process = start_campaign(root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    status = process.wait(rng.uniform(1, arguments.kill_within_s)
+                                          if kills < arguments.kills else 600)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    kills += 1
+                time.sleep(rng.choice((0, 0, 4)))  # most reruns start while the orphaned kernel still lives
+                whole, broken = finished_in(folder)
+                half += len(broken)
+                lost += len(known.keys() - whole.keys())
+                changed += sum(whole.get(label, sha) != sha for label, sha in known.items())
+                known.update(whole)
+                if status is None:
+                    phase = "%d of %d finished" % (len(whole), len(PRESETS))
+                    phases[phase] = phases.get(phase, 0) + 1
+                    print("  kill %d: %s" % (kills, phase), flush=True)
+            campaigns += 1
+            if status or set(whole) != set(PRESETS):
+                problems.append("the rerun ended with %s and %s finished" % (status, sorted(whole)))
             left += len(leftovers(folder))
-            shutil.rmtree(str(folder))
-            folder = None
-            if problems:
-                break
-    finally:
-        for path in ROOT.glob("outputs/robustness-kill-*"):
-            shutil.rmtree(str(path), ignore_errors=True)
     for count, words in ((lost, "finished results were lost"), (changed, "finished results changed"),
                          (half, "result.json were half-written"), (left, "temporary files stayed")):
         if count:
             problems.append("%d %s" % (count, words))
-    return {"kills": kills, "campaigns_completed": campaigns, "finished_results_lost": lost,
+    return {"campaigns_completed": campaigns, "finished_results_lost": lost,
             "finished_results_changed": changed, "half_written": half, "temporary_files_left": left,
-            "moments": phases}, kills, problems
+            "killed_with": phases}, kills, problems
 
 
 def two(arguments):
     """Two runners on one campaign at the same moment: one runs it, the other says so."""
     problems, refused = [], 0
-    folder = ROOT / "outputs" / "robustness-two"
-    try:
-        for _ in range(arguments.rounds):
-            shutil.rmtree(str(folder), ignore_errors=True)
-            both = [subprocess.Popen(campaign_command(folder.name), cwd=str(ROOT), stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True,
-                                     env=dict(os.environ, PYTHONPATH=str(ROOT))) for _ in range(2)]
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as home:
+            make_project(Path(home))
+            both = [start_campaign(Path(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                    for _ in range(2)]
             ends = [(process.communicate(timeout=900)[1], process.returncode) for process in both]
             codes = sorted(code for _, code in ends)
             message = next((text for text, code in ends if code == 2), "")
             refused += "is running it" in message
-            whole, broken = finished_in(folder)
+            whole, broken = finished_in(Path(home) / "outputs" / "c")
             if codes != [0, 2] or "is running it" not in message or broken or set(whole) != set(PRESETS):
                 problems.append("exit codes %s, finished %s, %s" % (codes, sorted(whole), message[:200]))
-    finally:
-        shutil.rmtree(str(folder), ignore_errors=True)
-    return {"rounds": arguments.rounds, "refused_with_one_sentence": refused}, arguments.rounds, problems
+    return {"refused_with_one_sentence": refused}, arguments.rounds, problems
 
 
 def disk(arguments):
@@ -383,7 +420,7 @@ def disk(arguments):
             root = Path(home)
             for name in ("notebooks", "params"):
                 (root / name).symlink_to(ROOT / name)
-            command = ["run", "--campaign", "c", "--presets", "baseline", "cuda_graphs", "--set", "device=cpu"]
+            command = ["run", "--campaign", "c", "--presets", "baseline", "static_kv", "--set", "seed=1"]
             os.environ["COLUMNS"] = "200"
             runner.check_machine = lambda *parts: None
             runner.require_reference = lambda *parts: None
@@ -403,7 +440,7 @@ def disk(arguments):
             digest = hashlib.sha256(kept.read_bytes()).hexdigest()
             while True:
                 at += 1
-                shutil.rmtree(str(root / "outputs/c/cuda_graphs"), ignore_errors=True)
+                shutil.rmtree(str(root / "outputs/c/static_kv"), ignore_errors=True)
                 status, errors = run(at)
                 if counter["now"] < at:  # there was no such write
                     break
@@ -413,7 +450,7 @@ def disk(arguments):
                     problems.append("write %d: damaged %s" % (at, broken or "the earlier result"))
                 if status not in (0, 1, 2) or "Traceback" in errors or len(errors.splitlines()) > 1:
                     problems.append("write %d: exit %s, %s" % (at, status, errors[:200]))
-                if status == 0 and set(whole) != {"baseline", "cuda_graphs"}:
+                if status == 0 and set(whole) != {"baseline", "static_kv"}:
                     problems.append("write %d: exit 0 and %s" % (at, sorted(whole)))
                 again, errors = run(0)
                 if again or leftovers(root / "outputs/c"):
@@ -459,7 +496,8 @@ def elements(page):
 
     class Finder(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            found.append((tag, dict(attrs)))
+            # Ids of cells are random.
+            found.append((tag, {name: value for name, value in attrs if name != "id"}))
 
     finder = Finder()
     finder.feed(page)
@@ -497,7 +535,8 @@ def hostile(arguments):
         """Every surface with `text` wherever a stranger's text can get: name -> page as HTML."""
         run = example_result("speed", 0.8, steady=4, switches=1)
         base = example_result("baseline", steady=4, switches=1)
-        run.update(title=text, hypothesis=text, prompt_schedule={"prompts": [text, text], "switch_frames": [9]})
+        run.update(title=text, hypothesis=text,
+                   prompt_schedule={"prompts": [text, text], "switch_frames": [9]})
         base["prompt_schedule"] = run["prompt_schedule"]
         run["quality"].update(lpips=na(text, text), flags=[text])
         run["environment"]["cpu"] = base["environment"]["cpu"] = text
@@ -528,7 +567,7 @@ def hostile(arguments):
             ExperimentConfig.from_mapping({"prompts": [text]})
             for name, page in pages(text, Path(home)).items():
                 harmless(page, name, text, plain[name])
-                if "7*7" in text and re.search(r"\b49\b", page) and name != "report":
+                if "60481729" in page:
                     problems.append("%s: the template was filled" % name)
                 surfaces += 1
     records = []
@@ -625,7 +664,8 @@ CHECKS = {
 
 def main(argv=None):
     """Run checks; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="check", required=True, metavar="all | CHECK")
     commands.add_parser("all", help="every check, the short ones first")
     for name, (_, claim) in CHECKS.items():
@@ -633,9 +673,10 @@ def main(argv=None):
     for command in commands.choices.values():
         command.add_argument("--blocks", type=int, default=10000, help="of the soak (%(default)s)")
         command.add_argument("--switches", type=int, default=1000, help="%(default)s")
-        command.add_argument("--pause-s", type=float, default=0.06, help="mean between switches (%(default)s)")
+        command.add_argument("--pause-s", type=float, default=0.06,
+                             help="mean between two switches (%(default)s)")
         command.add_argument("--kills", type=int, default=20, help="%(default)s")
-        command.add_argument("--kill-within-s", type=float, default=45, help="of the start (%(default)s)")
+        command.add_argument("--kill-within-s", type=float, default=25, help="of the start (%(default)s)")
         command.add_argument("--rounds", type=int, default=3, help="of two runners (%(default)s)")
         command.add_argument("--examples", type=int, default=EXAMPLES, help="of the fuzzing (%(default)s)")
     arguments = parser.parse_args(argv)

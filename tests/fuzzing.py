@@ -36,17 +36,20 @@ from longlive_opt.tiny.training_report.reader import read_check, read_log
 
 # Every character, halves of characters and control characters among them.
 _TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=30) | st.sampled_from(
-    ("\ud83e", "a\0", "\x1b]0;x\x07", "<script>", "{{ 7*7 }}", "`|`", "~nobody-here/x", "n" * 300, "../x", ""))
+    ("\ud83e", "a\0", "\x1b]0;x\x07", "<script>", "{{ 7*7 }}", "`|`", "~nobody-here/x", "n" * 300, "../x",
+     ""))
 _SCALAR = st.none() | st.booleans() | st.integers() | st.integers(10**400, 10**401) | st.floats() | _TEXT
 _VALUE = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=4)
                       | st.dictionaries(_TEXT, inner, max_size=4), max_leaves=8)
-_WORDS = st.sampled_from(("seed: 0123", "a: &x [1]\nb: *x", "[" * 400, "{" * 400, "!!int x", "!!python/name:os",
-                          "? [a]\n: b", "2026-99-99", "9" * 5000, "1_0", ".inf", "--- a\n--- b", "\t", "%YAML 9"))
+_WORDS = st.sampled_from(("seed: 0123", "a: &x [1]\nb: *x", "[" * 400, "{" * 400, "!!int x",
+                          "!!python/name:os", "? [a]\n: b", "2026-99-99", "9" * 5000,
+                          "1_0", ".inf", "--- a\n--- b", "\t", "%YAML 9"))
 _RESULT = example_result(steady=3, switches=1, seed=1)
-_RESULT["ablations"] = [{"changed": {"seed": 1}, "failure": {"value": None, "reason": "x", "how_to_fix": "y"}}]
+_ABSENT = {"value": None, "reason": "x", "how_to_fix": "y"}
+_RESULT["ablations"] = [{"changed": {"seed": 1}, "failure": _ABSENT}]
 _BASELINE = example_result(steady=3, switches=1)
-_RECORDING = {"schema_version": 1, "prompts": ["a", "b"], "switch_frame_indices": [3], "blocks": 4, "frames": 9,
-              "seed": 0, "fps": 16.0, "weights_sha256": {}, "parameters": {"block_frames": 3}}
+_RECORDING = {"schema_version": 1, "prompts": ["a", "b"], "switch_frame_indices": [3], "blocks": 4,
+              "frames": 9, "seed": 0, "fps": 16.0, "weights_sha256": {}, "parameters": {"block_frames": 3}}
 _ROW = {"campaign": "c", "preset": "baseline", "machine": "m", "torch": "t", "model": "tiny", "commit": "x",
         "date": "d", "runs": 2, "blocks": [1, 2], "switches": [1, 2], "ss_mean": [1.0, 2.0], "ps_mean": [1.0]}
 _DECISIONS = {"schema_version": 1, "campaign": "c", "baseline": None, "noise": {}, "decisions": {"speed": {
@@ -214,23 +217,26 @@ def _namespace(folder: Path, content: bytes) -> None:
     """A notebook's variables, with values that are not plain."""
     text = content.decode("utf-8", "surrogateescape")
     ExperimentConfig.from_mapping(notebook_parameters({
-        "In": [text, "seed = 3"], "seed": folder if len(text) % 2 else text, "title": text, "i": 3, text: [text]}))
+        "In": [text, "seed = 3"], "seed": folder if len(text) % 2 else text, "title": text, "i": 3,
+        text: [text]}))
 
 
 READERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[Path, bytes], Any]]] = {
     "preset or profile (YAML)": (yaml_like(), _preset),
     "--set": (st.builds(lambda key, value: key.encode() + b"=" + value, st.sampled_from(tuple(KEYS)),
                         yaml_like()), _setting),
-    "YAML text": (yaml_like(), lambda folder, content: parse_yaml(content.decode("utf-8", "replace"), "text")),
+    "YAML text": (yaml_like(), lambda folder, content:
+                  parse_yaml(content.decode("utf-8", "replace"), "text")),
     "path": (st.builds(lambda text: text.encode("utf-8", "surrogatepass"), _TEXT),
              lambda folder, content: project_path(content.decode("utf-8", "surrogatepass"))),
     "variables of a notebook": (yaml_like(), _namespace),
-    "prompts .jsonl": (json_like({"prompts": ["a", "b"], "switch_frame_indices": [9]}), lambda folder, content:
+    "prompts .jsonl": (json_like({"prompts": ["a", "b"], "switch_frame_indices": [9]}),
+                       lambda folder, content:
                        read_schedules(_write(folder, "p.jsonl", content), None, (6, 3))),
     "prompts .txt": (yaml_like(), lambda folder, content: read_schedules(_write(folder, "p.txt", content))),
     "result.json": (json_like(_RESULT), _result),
-    "failed.json": (json_like({"status": "failed", "label": "speed", "meaning": "x", "parameters": {"seed": 0}}),
-                    _failed),
+    "failed.json": (json_like({"status": "failed", "label": "speed", "meaning": "x",
+                               "parameters": {"seed": 0}}), _failed),
     "decisions.json": (json_like(_DECISIONS), _decisions),
     "noise.json": (json_like({"schema_version": 1, "rows": [_ROW, _ROW]}), _noise),
     "recording": (json_like(_RECORDING), lambda folder, content:
@@ -247,7 +253,8 @@ READERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[Path, bytes], Any]]
     "stored prompt": (safetensors_like(), _embedding),
     "parity manifest": (json_like({"configs": {"dit": {}}}), _parity),
     "training log": (json_like({"stage": "vae", "step": 1, "progress": 0.5, "ms_per_step": 3.0}),
-                     lambda folder, content: read_log(_write(folder, "training/log.jsonl", content).parents[1])),
+                     lambda folder, content:
+                     read_log(_write(folder, "training/log.jsonl", content).parents[1])),
     "training check": (json_like({"plain": {"videos": 3}, "long": {"first": 0.5, "last": 0.4}}),
                        lambda folder, content: read_check(_write(folder, "check.json", content).parent)),
     "output of a run": (st.builds(lambda text: text.encode("utf-8", "surrogatepass"), _TEXT),
