@@ -183,12 +183,12 @@ class _StrictLoader(yaml.SafeLoader):
             if key in seen:
                 raise _refused(f"the key {short(key)} occurs twice", key_node)
             seen.add(key)
-        content = super().construct_mapping(node, deep=True)
-        for (key_node, _), (key, value) in zip(node.value, content.items()):
+        whole = {}
+        for (key_node, _), (key, value) in zip(node.value, super().construct_mapping(node, deep=True).items()):
             line = f"{self.name} line {key_node.start_mark.line + 1}"
-            check_texts(key, f"{line}, a key")
-            content[key] = check_texts(value, f"{line}, {key}")
-        return content
+            key = check_texts(key, f"{line}, a key")
+            whole[key] = check_texts(value, f"{line}, {key}")
+        return whole
 
 
 def _refused(reason: str, at: yaml.Node | yaml.Event) -> yaml.YAMLError:

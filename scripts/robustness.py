@@ -686,7 +686,7 @@ def main(argv=None):
         command.add_argument("--pause-s", type=float, default=0.06,
                              help="mean between two switches (%(default)s)")
         command.add_argument("--kills", type=int, default=20, help="%(default)s")
-        command.add_argument("--kill-within-s", type=float, default=25, help="of the start (%(default)s)")
+        command.add_argument("--kill-within-s", type=float, default=45, help="of the start (%(default)s)")
         command.add_argument("--rounds", type=int, default=3, help="of two runners (%(default)s)")
         command.add_argument("--examples", type=int, default=EXAMPLES, help="of the fuzzing (%(default)s)")
     arguments = parser.parse_args(argv)
