@@ -184,7 +184,8 @@ class _StrictLoader(yaml.SafeLoader):
                 raise _refused(f"the key {short(key)} occurs twice", key_node)
             seen.add(key)
         whole = {}
-        for (key_node, _), (key, value) in zip(node.value, super().construct_mapping(node, deep=True).items()):
+        content = super().construct_mapping(node, deep=True)
+        for (key_node, _), (key, value) in zip(node.value, content.items()):
             line = f"{self.name} line {key_node.start_mark.line + 1}"
             key = check_texts(key, f"{line}, a key")
             whole[key] = check_texts(value, f"{line}, {key}")

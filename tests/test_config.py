@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longlive_opt.config import KEYS, RUN_KEYS, SWITCHES, ExperimentConfig, keys_of
+from longlive_opt.config import KEYS, RUN_KEYS, SWITCHES, ExperimentConfig, keys_of, notebook_parameters
 from longlive_opt.errors import UserError
-from longlive_opt.files import load_yaml
+from longlive_opt.files import load_yaml, project_path
 from longlive_opt.measurement import decision
 from longlive_opt.models.specs import MODELS
 
@@ -351,6 +352,31 @@ def test_prompts_of_a_file_stand_alone():
     """Three default prompts in a result, beside the file that was used instead of them."""
     assert ExperimentConfig.from_mapping({"prompts_file": "p.txt"}).to_dict()["prompts"] == []
     assert ExperimentConfig.from_mapping({"prompts_file": None}).prompts == ExperimentConfig().prompts
+
+
+def test_a_notebook_has_variables_of_its_own_and_typed_parameters_are_refused():
+    """A loop before the first cell breaks the run; a Path in the parameters cell runs the default instead."""
+    cells = ["", "for i in range(3): pass", "import math\nx = 1", "seed = 3\nsede = 4",
+             "# Parameters\nrun = 2"]
+    own = {"In": cells, "i": 2, "x": 1, "_y": 1, "math": math, "seed": 3, "sede": 4, "run": 2}
+    assert notebook_parameters(own) == {"seed": 3, "sede": 4, "run": 2}
+    assert notebook_parameters({"seed": 3, "x": 1}) == {"seed": 3, "x": 1}
+    for name, value in (("weights", Path("w")), ("prompts", {"a"}), ("seed", 1j), ("prompts", [Path("a")])):
+        with pytest.raises(UserError, match=f"{name}: a .* is not a plain value"):
+            notebook_parameters({name: value})
+
+
+def test_every_path_is_read_in_one_way(tmp_path, monkeypatch):
+    """A folder called `~`, or one below whatever folder the notebook was started in."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert project_path("~/a") == tmp_path / "a" and project_path("a") == ROOT / "a"
+    with pytest.raises(UserError, match="this is no path"):
+        project_path("~nobody-here/a")
+    with pytest.raises(UserError, match="this is no path"):
+        project_path("a" * 300)
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    assert load_yaml(Path("~/a.yaml")) == {"seed": 1}
 
 
 def test_profiles_leave_the_experiment_alone():

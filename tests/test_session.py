@@ -447,6 +447,26 @@ def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):
     assert same_video(list(session.stream("a", 2)), list(StreamingSession(point).stream("a", 2)))
 
 
+@pytest.mark.parametrize("use_async_vae", [False, True])
+def test_every_finished_block_comes_before_an_error(point, use_async_vae):
+    """The last block of a stream that ends by an error, lost in the decoder that works one block behind."""
+    pipeline = micro_pipeline(use_async_vae=use_async_vae, **POINT)
+
+    def encode(prompt: str):
+        if prompt == "b":
+            raise RuntimeError("encoder gone")
+        return point.encode_prompt(prompt)
+
+    session, chunks = StreamingSession(dataclasses.replace(pipeline, encode_prompt=encode)), []
+    with pytest.raises(RuntimeError, match="encoder gone"):
+        chunks.extend(session.play(PromptSchedule(("a", "b"), (9,)), 5))
+    with pytest.raises(RuntimeError, match="encoder gone"):
+        session.reset()
+        for chunk in session.play(PromptSchedule(("a", "b"), (9,)), 5):
+            chunks.append(chunk)
+    assert [chunk.block for chunk in chunks][-3:] == [0, 1, 2]
+
+
 def test_prompt_may_be_switched_from_another_thread(point):
     """A request from the thread of a button that is lost, or that changes a block which is being made."""
     session, chunks = StreamingSession(point), []
