@@ -209,7 +209,7 @@ def _undecimal(text: str) -> str:
     return f"YAML reads {text} as {value}: write {value}{other}, or put quotes around text"
 
 
-def read_json(path: Path, remedy: str) -> Any:
+def read_json(path: Path, remedy: str, mend: bool = False) -> Any:
     """Return the plain values in a JSON file (`parse_json`).
 
     Raises:
@@ -220,14 +220,17 @@ def read_json(path: Path, remedy: str) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
-    return parse_json(text, str(path), remedy)
+    return parse_json(text, str(path), remedy, mend)
 
 
-def parse_json(text: str, where: str, remedy: str) -> Any:
+def parse_json(text: str, where: str, remedy: str, mend: bool = False) -> Any:
     """Return the plain values in a text of JSON.
 
     What Python's reader lets through and a later step cannot use is refused: NaN and infinity, a number
     beyond a double's range, a repeated key, half a character, deep nesting.
+
+    Args:
+        mend: escape halves of characters and control characters instead (`printable`).
 
     Raises:
         UserError: naming `where`, what is wrong and `remedy`.
@@ -256,7 +259,7 @@ def parse_json(text: str, where: str, remedy: str) -> Any:
         refuse("nests too many levels of lists and objects")
     except ValueError as error:
         refuse(f"is not JSON, probably truncated ({error})")
-    return check_texts(value, where, controls=True)
+    return check_texts(value, where, controls=True, mend=mend)
 
 
 def whole_text(text: str, where: str, controls: bool = False) -> str:
@@ -296,22 +299,24 @@ def _paired(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
-def check_texts(value: Any, where: str, controls: bool = False, level: int = 0) -> Any:
-    """Apply `whole_text` to every string in a plain value, including items and keys of lists and mappings.
+def check_texts(value: Any, where: str, controls: bool = False, mend: bool = False, level: int = 0) -> Any:
+    """Apply `whole_text`, or `printable` to `mend` them, to every string in a plain value, including items and
+    keys of lists and mappings.
 
     Raises:
         UserError: naming the path below `where`; or more than `DEEPEST` levels.
     """
     if isinstance(value, str):
-        return whole_text(value, where, controls)
+        return printable(value) if mend else whole_text(value, where, controls)
     if level > DEEPEST:
         raise UserError(f"{where[:200]}: there are more than {DEEPEST} levels of lists and mappings; write "
                         "plain values.")
     if isinstance(value, list):
-        return [check_texts(item, f"{where}[{i}]", controls, level + 1) for i, item in enumerate(value)]
+        return [check_texts(item, f"{where}[{i}]", controls, mend, level + 1)
+                for i, item in enumerate(value)]
     if isinstance(value, dict):
-        whole = {check_texts(key, f"{where}, a key", controls, level + 1): item
+        whole = {check_texts(key, f"{where}, a key", controls, mend, level + 1): item
                  for key, item in value.items()}
-        return {key: check_texts(item, f"{where}, {key}", controls, level + 1)
+        return {key: check_texts(item, f"{where}, {key}", controls, mend, level + 1)
                 for key, item in whole.items()}
     return value

@@ -182,19 +182,22 @@ def switches(arguments):
 
     count, rng, problems = arguments.switches, random.Random(7), []
     prompts = ["prompt %d" % (index % 11) for index in range(count)]
-    asked, applied, digests, latents = [], [], [], []
+    asked, applied, digests, latents, pace = [], [], [], [], [0.1]
     with micro_model():
         session = micro_session(use_static_kv=True)
 
         def ask():
             for prompt in prompts:
-                time.sleep(rng.expovariate(1 / arguments.pause_s))
+                time.sleep(rng.expovariate(1 / (1.4 * pace[0])))  # some blocks have none, others several
                 before = session.next_block
                 session.switch_prompt(prompt)
                 asked.append((before, session.next_block))
 
         thread = threading.Thread(target=ask)
+        began = time.perf_counter()
         for chunk in session.stream("first"):
+            pace[0] = 0.9 * pace[0] + 0.1 * (time.perf_counter() - began)
+            began = time.perf_counter()
             digests.append(hashlib.sha256(chunk.frames.numpy().tobytes()).digest())
             if chunk.block < 300:
                 latents.append(chunk.latents)
@@ -683,8 +686,6 @@ def main(argv=None):
     for command in commands.choices.values():
         command.add_argument("--blocks", type=int, default=10000, help="of the soak (%(default)s)")
         command.add_argument("--switches", type=int, default=1000, help="%(default)s")
-        command.add_argument("--pause-s", type=float, default=0.06,
-                             help="mean between two switches (%(default)s)")
         command.add_argument("--kills", type=int, default=20, help="%(default)s")
         command.add_argument("--kill-within-s", type=float, default=45, help="of the start (%(default)s)")
         command.add_argument("--rounds", type=int, default=3, help="of two runners (%(default)s)")

@@ -59,7 +59,7 @@ def test_single_prompt_needs_no_switches(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("not json\n", "line 1 is not JSON"), ('{"prompts": ["a"]\n', "line 1 is not JSON"),
+    ("not json\n", "line 1: is not JSON"), ('{"prompts": ["a"]\n', "line 1: is not JSON"),
     ("[]\n", "no list 'prompts'"),
     ('"a"\n', "no list 'prompts'"), ("3\n", "no list 'prompts'"), ("null\n", "no list 'prompts'"),
     ('{"prompt": ["a"]}\n', "no list 'prompts'"), ('{"prompts": "a"}\n', "no list 'prompts'"),

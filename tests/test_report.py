@@ -828,7 +828,7 @@ def test_campaign_lists_failures_and_problems(tmp_path):
     assert "| SS Mean | 61." in part and "n/a (failed) | n/a |" in part and "___" not in part
     assert "Failed: Out of memory &lt;b&gt;." in part
     assert "| Speed | n/a (failed) |" in text and re.search(r"\| Balanced \| [\d.]+ms", text)
-    assert "Not usable: truncated/result.json: Not valid JSON" in text and str(tmp_path) not in text
+    assert "Not usable: truncated/result.json: Is not JSON" in text and str(tmp_path) not in text
     assert list(report.runs_table(campaign)["status"]) == ["ok"] * 2 + ["failed"] * 2 + ["not usable"] * 2
 
 

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import project_path, read_json
 from ..measurement import decision
 from ..measurement.catalogue import Metric, metric_of
-from ..measurement.result import is_na, is_plain_mapping, lookup, plain_json, read_campaign, run_label
+from ..measurement.result import is_na, is_plain_mapping, lookup, read_campaign, run_label
 from .charts import target_of
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _usable(results: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], li
 def _read_failure(path: Path) -> Failure:
     label = path.parent.name.removesuffix(".failed")
     try:
-        report = plain_json(read_json(path, "run the preset again"))
+        report = read_json(path, "run the preset again", mend=True)
     except UserError:
         report = None
     if not isinstance(report, dict):
