@@ -300,8 +300,8 @@ def _paired(text: str) -> str:
 
 
 def check_texts(value: Any, where: str, controls: bool = False, mend: bool = False, level: int = 0) -> Any:
-    """Apply `whole_text`, or `printable` to `mend` them, to every string in a plain value, including items and
-    keys of lists and mappings.
+    """Apply `whole_text`, or `printable` to `mend` them, to every string in a plain value, including items
+    and keys of lists and mappings.
 
     Raises:
         UserError: naming the path below `where`; or more than `DEEPEST` levels.
