@@ -4,8 +4,9 @@
     python scripts/robustness.py fuzz --examples 500  # fewer examples
 
 Each check is merged into outputs/robustness.json as soon as it ends, with its command, what it claims and
-measured, seconds, machine, torch and commit. README's table is made from that file (make readme). The checks
-take about 25 minutes on one core, on the smallest model that fills and turns the ring of the KV cache.
+measured, seconds, machine, torch and commit. README's table is made from that file (make readme). The streams
+are on the smallest model that fills and turns the ring of the KV cache. The campaigns that are killed run real
+kernels and write real files, but their notebooks hold no model.
 Exit status: 0 all passed, 1 one failed, 2 wrong input.
 """
 
