@@ -5,8 +5,8 @@
 
 Each check is merged into outputs/robustness.json as soon as it ends, with its command, what it claims and
 measured, seconds, machine, torch and commit. README's table is made from that file (make readme). The streams
-are on the smallest model that fills and turns the ring of the KV cache. The campaigns that are killed run real
-kernels and write real files, but their notebooks hold no model.
+are on the smallest model that fills and turns the ring of the KV cache. The campaigns that are killed run
+real kernels and write real files, but their notebooks hold no model.
 Exit status: 0 all passed, 1 one failed, 2 wrong input.
 """
 
