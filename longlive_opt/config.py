@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, short
 from .files import whole_text
 from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
 
@@ -83,18 +83,18 @@ class Key:
         """
         if isinstance(value, tuple):
             if self.choices and (not value or not set(value) <= set(self.choices)):
-                raise UserError(f"{name}: {list(value)} must name at least one of {', '.join(self.choices)}, "
-                                "and nothing else.")
+                raise UserError(f"{name}: {short(list(value))} must name at least one of "
+                                f"{', '.join(self.choices)}, and nothing else.")
         elif self.choices and value not in self.choices:
-            raise UserError(f"{name}: {value!r} is unknown; choose one of {', '.join(self.choices)}.")
+            raise UserError(f"{name}: {short(value)} is unknown; choose one of {', '.join(self.choices)}.")
         elif value is None:
             return
+        elif self.above is not None and value <= self.above:
+            raise UserError(f"{name}: {value} must be greater than {self.above}.")
         elif self.least is not None and value < self.least:
             raise UserError(f"{name}: {value} is too small; it must be at least {self.least}.")
         elif self.most is not None and value > self.most:
             raise UserError(f"{name}: {value} is too large; it must be at most {self.most}.")
-        elif self.above is not None and value <= self.above:
-            raise UserError(f"{name}: {value} must be greater than {self.above}.")
 
 
 def key(default: Any, doc: str, **more: Any) -> Any:
@@ -119,12 +119,14 @@ class ExperimentConfig:
     weights: str = key("weights/tiny", "random, or a folder: weights/tiny, or one with the official files",
                        group="model and machine")
     lora_alpha: float = key(256.0, "scale of lora.pt is lora_alpha / rank", group="model and machine",
-                            above=0)
+                            above=0, most=1e6)
     device: str = key("cpu", "cpu, cuda or cuda:N", group="model and machine")
     model_dtype: str = key("bfloat16", "of weights and activations", group="model and machine",
                            choices=("bfloat16", "float32"))
-    height: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine")
-    width: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine")
+    height: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine",
+                             most=8192)
+    width: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine",
+                            most=8192)
     gpu_memory_limit_gb: float | None = key(None, "GB for PyTorch on the GPU; None: all",
                                             group="model and machine", least=0.1)
 
@@ -132,7 +134,8 @@ class ExperimentConfig:
                     most=2**63 - 1)
     denoising_steps: tuple[int, ...] | None = key(None, "nominal timesteps, falling, in 1..1000; None: the "
                                                   "model's own", group="sampling")
-    timestep_shift: float = key(5.0, "of the flow-matching schedule", group="sampling", above=0)
+    timestep_shift: float = key(5.0, "of the flow-matching schedule", group="sampling", above=0,
+                                least=1e-3, most=1e3)
     context_noise: int = key(0, "timestep of the clean pass (LongLive uses 0)", group="sampling", least=0,
                              most=999)
     block_frames: int = key(3, "latent frames per block", group="sampling", least=1)
@@ -214,14 +217,16 @@ class ExperimentConfig:
                                     "more", group="measurement")
     measure_blocks: int = key(4, "steady-state blocks", group="measurement", least=2)
     num_switches: int = key(1, "measured prompt switches", group="measurement", least=0)
-    playback_fps: float = key(25.0, "frames per second of the simulated viewer", group="measurement", above=0,
-                              most=1000)
+    playback_fps: float = key(25.0, "frames per second of the simulated viewer", group="measurement",
+                              above=0,
+                              least=1e-3, most=1000)
     objective: str = key("latency", "what the decision looks at", group="measurement",
                          choices=("latency", "switch", "memory"))
     max_error_ratio: float | None = key(None, "quality gate: error / the bf16 baseline's own; None: 1.1",
                                         group="measurement", above=0)
     target_ms_per_frame: float = key(40.0, "the line to stay under, ms per video frame", group="measurement",
-                                     above=0)
+                                     above=0, least=1e-3,
+                                     most=1e6)
     trace: bool = key(False, "afterwards, trace three steady blocks to trace.json.gz, for ui.perfetto.dev",
                       group="measurement")
 
@@ -244,15 +249,16 @@ class ExperimentConfig:
             UserError: naming the key, the value and the remedy.
         """
         if not isinstance(mapping, Mapping):
-            raise UserError(f"preset: expected keys and values, found {type(mapping).__name__} {mapping!r}; "
-                            "write one 'key: value' per line.")
+            raise UserError(f"preset: expected keys and values, found {type(mapping).__name__} "
+                            f"{short(mapping)}; write one 'key: value' per line.")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = [key for key in mapping if key not in fields]
         if unknown:
             raise UserError(
                 "preset: " + "; ".join(unknown_key(str(key), list(fields)) for key in unknown) + "."
             )
-        values = {key: coerce(key, value, str(fields[key].type)) for key, value in mapping.items()}
+        values = {key: coerce(key, _as_frames(key, value), str(fields[key].type))
+                  for key, value in mapping.items()}
         if values.get("prompts_file") is not None:
             values["prompts"] = ()  # the run uses the file's prompts, so the result must not list others
         config = cls(**values)
@@ -323,13 +329,10 @@ class ExperimentConfig:
         for name, entry in KEYS.items():
             entry.check(name, getattr(self, name))
         if self.model not in MODELS:
-            raise UserError(f"model: {self.model!r} is unknown; choose one of {', '.join(MODELS)}.")
+            raise UserError(f"model: {short(self.model)} is unknown; choose one of {', '.join(MODELS)}.")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"device: {self.device!r} is unknown; write cpu, cuda or cuda:N.")
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.name):
-            raise UserError(
-                f"name: {self.name!r} cannot name a folder; use letters, digits, '_', '-' or a later '.'."
-            )
+            raise UserError(f"device: {short(self.device)} is unknown; write cpu, cuda or cuda:N.")
+        check_folder_name("name", self.name)
         self.model_config()
         self._validate_sampling()
         self._validate_inputs()
@@ -379,7 +382,7 @@ class ExperimentConfig:
                 "denoising_steps: the list is empty; give at least one, such as [1000, 750, 500, 250]."
             )
         if any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
-            raise UserError(f"denoising_steps: {list(steps)} must fall strictly and lie in 1..1000, "
+            raise UserError(f"denoising_steps: {short(list(steps))} must fall strictly and lie in 1..1000, "
                             "such as [1000, 750, 500, 250].")
         if self.local_attn_size == -1:
             raise UserError(
@@ -474,10 +477,21 @@ def check_baseline(config: ExperimentConfig) -> None:
                         "and its repetitions, or choose another name (papermill: -p name mine).")
 
 
+def check_folder_name(key: str, name: Any) -> None:
+    """Refuse a name that cannot be a folder's on every system, or would leave its folder.
+
+    Raises:
+        UserError: naming `key`, the name and the remedy.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise UserError(f"{key}: {short(name)} cannot name a folder; use up to 100 letters, digits, '_', '-' "
+                        "or a later '.'.")
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """Describe an unknown key and suggest the most similar known one."""
     close = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (
+    return f"unknown key {short(key)}" + (
         f" (did you mean {close[0]!r}?)" if close else " (params/README.md lists the keys)"
     )
 
@@ -495,22 +509,49 @@ def coerce(key: str, value: Any, kind: str) -> Any:
         raise UserError(f"{key}: it is empty; write a value of type {base}.")
     if base.startswith("tuple["):
         element = base[len("tuple["):].split(",")[0]
-        if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-            raise UserError(f"{key}: {value!r} is not a list; write [a, b, ...].")
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{key}: {short(value)} is not a list; write [a, b, ...] (papermill: "
+                            f"-y '{key}: [a, b]', or a file with -f).")
         return tuple(coerce(f"{key}[{i}]", item, element) for i, item in enumerate(value))
     if base == "float" and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) > 2**53:
-            raise UserError(f"{key}: {str(value)[:24]}... is too large; it must be at most {2**53}.")
+            raise UserError(f"{key}: {short(value)} is too large; it must be at most {2**53}.")
         return float(value)
     expected = {"int": int, "float": float, "str": str, "bool": bool}[base]
     if type(value) is not expected:
         hint = _type_hint(value, base)
-        raise UserError(f"{key}: {value!r} is of type {type(value).__name__}, expected {base}; {hint}.")
+        raise UserError(f"{key}: {short(value)} is of type {type(value).__name__}, expected {base}; {hint}.")
+    if base == "int" and abs(value) >= 2**63:
+        raise UserError(f"{key}: {short(value)} is too large; it must be less than 2**63.")
     if base == "str":
         return whole_text(value, key)
     if base == "float" and (value != value or value in (float("inf"), float("-inf"))):
         raise UserError(f"{key}: {value} is not a finite number.")
     return value
+
+
+def parse_switch_frames(value: Any, where: str) -> tuple[int, ...] | None:
+    """Convert a number, comma-separated text or a list of latent frames to a tuple; None stays None.
+
+    Raises:
+        UserError: anything else.
+    """
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else \
+        value if isinstance(value, (list, tuple)) else [value]
+    texts = [part.strip() if isinstance(part, str) else str(part) if type(part) is int and abs(part) < 2**63
+             else "" for part in parts]
+    if not all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in texts):
+        raise UserError(f"{where}: {short(value)} is not a list of latent frames; write for example "
+                        "40,80,120.")
+    return tuple(map(int, texts))
+
+
+def _as_frames(key: str, value: Any) -> Any:
+    """LongLive's forms of the switch frames, one number or numbers in a text, as a list."""
+    is_short = key == "switch_frame_indices" and type(value) in (int, str)
+    return parse_switch_frames(value, key) if is_short else value
 
 
 def _type_hint(value: Any, base: str) -> str:
@@ -520,7 +561,7 @@ def _type_hint(value: Any, base: str) -> str:
     if base == "str":
         booleans = "YAML reads bare yes, no, on and off as booleans: " if isinstance(value, bool) else ""
         return f"{booleans}put quotes around it"
-    text = value.strip() if isinstance(value, str) else str(value)
+    text = value.strip() if isinstance(value, str) else short(value)
     number = re.fullmatch(r"([+-]?\d+)(\.\d*)?(?:[eE]([+-]?)(\d{1,2}))?", text, re.ASCII)
     if not number or isinstance(value, bool):
         return "write a whole number, such as 4" if base == "int" else "write a number, such as 2.5"
@@ -544,7 +585,7 @@ def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
             f"{prompts - 1}."
         )
     if any(f < 0 for f in indices) or any(a >= b for a, b in zip(indices, indices[1:])):
-        raise UserError(f"{where}: {list(indices)} must be strictly increasing and not negative.")
+        raise UserError(f"{where}: {short(list(indices))} must be strictly increasing and not negative.")
 
 
 def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
@@ -571,13 +612,29 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     notebook are not read. Without such a cell (a script, a plain mapping) every public global with a plain
     value is a parameter.
 
-    papermill injects unknown names and only warns about them. They reach the config here, which refuses them.
+    A parameters cell assigns at least one key. papermill injects unknown names and only warns about them;
+    they reach the config here, which refuses them. Variables of other cells are the reader's. Without `In`,
+    the sources of a notebook's cells, every plain public global is a parameter.
+
+    Raises:
+        UserError: a key has a value that is not plain, such as a Path or an array.
     """
-    plain = {name: value for name, value in namespace.items()
-             if not name.startswith("_") and name not in ("In", "Out")
-             and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))}
+    public = {name: value for name, value in namespace.items()
+              if not name.startswith("_") and name not in ("In", "Out")}
     declared = _declared_names(namespace.get("In", ()))
-    return plain if declared is None else {name: value for name, value in plain.items() if name in declared}
+    if declared is not None:
+        public = {name: value for name, value in public.items() if name in declared}
+    for name in {*KEYS, *RUN_KEYS} & public.keys():
+        if not _is_plain(public[name]):
+            raise UserError(f"{name}: a {type(public[name]).__name__} is not a plain value; write a text, a "
+                            "number, a list, true, false or None.")
+    return {name: value for name, value in public.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, dict)
 
 
 def _declared_names(cells: Any) -> set[str] | None:
@@ -587,15 +644,20 @@ def _declared_names(cells: Any) -> set[str] | None:
     declared: set[str] | None = None
     injected: set[str] = set()
     for source in cells if isinstance(cells, list) else ():
-        try:
-            nodes = ast.parse(source).body
-        except (SyntaxError, TypeError, ValueError):  # a magic command
-            continue
-        targets = [target for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))
-                   for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
-        names = {target.id for target in targets if isinstance(target, ast.Name)}
-        if source.startswith(_INJECTED):
+        names = _assigned(source) if isinstance(source, str) else set()
+        if names and source.startswith(_INJECTED):
             injected = names
         elif names >= RUN_KEYS.keys():
             declared = names
     return None if declared is None else declared | injected
+
+
+def _assigned(source: str) -> set[str]:
+    """The names that a cell assigns outside of blocks; none if it is not plain Python."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    targets = [target for node in body if isinstance(node, (ast.Assign, ast.AnnAssign))
+               for target in getattr(node, "targets", None) or [node.target]]
+    return {target.id for target in targets if isinstance(target, ast.Name)}

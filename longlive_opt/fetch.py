@@ -11,8 +11,9 @@ Other models have their own transformer and share the Wan 2.1 folder. `longlive_
 files and sources. The tiny VAEs, which the key `vae` chooses, fit all of these models. `--what tiny_vae`
 fetches them, `all` does not: DIR/taew2_1.pth and DIR/lighttaew2_1.pth.
 
-Files are downloaded to DIR/.fetch, where an interrupted run resumes. They are moved into place after their
-size and SHA-256 match the hub's. Existing files are checked and never overwritten. Needs no torch.
+Files are downloaded to DIR/.fetch and moved into place after their size and SHA-256 match the hub's. After an
+interruption, run the same command again: finished files are kept, and the interrupted file starts again.
+Existing files are checked and never overwritten. Needs no torch.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ class Hub(Protocol):
         """The current revision of `repo` and its files by path."""
 
     def download(self, repo: str, revision: str, path: str, folder: Path) -> Path:
-        """Download one file to `folder`, resuming an earlier attempt, and return its path."""
+        """Download one file to `folder` and return its path."""
 
 
 class HuggingFaceHub:
-    """The Hugging Face hub through its own client, which resumes and retries.
+    """The Hugging Face hub through its own client, which retries.
 
     Raises:
         UserError: huggingface_hub is not installed (on construction), or the client reports an error (later).
@@ -102,8 +103,8 @@ class HuggingFaceHub:
 def _hub_error(what: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return UserError(f"fetch: could not get {what} from the Hugging Face hub ({reason}); check the network "
-                     "and the free space, then run again to resume, or place the files by hand as shown by "
-                     f"'{FETCH_COMMAND} --help'.")
+                     "and the free space, then run again: finished files are kept; or place the files by "
+                     f"hand as shown by '{FETCH_COMMAND} --help'.")
 
 
 def _sources(what: str, model: str) -> list[Source]:
@@ -134,6 +135,9 @@ def plan(hub: Hub, what: str = "all", model: str = LONGLIVE) -> list[Download]:
                             f"on the repository's page and place it as DIR/{source.target}.")
         for path in paths:
             target = source.target + path.removeprefix(source.path)
+            if ".." in target.split("/") or "\\" in target or "\0" in target:
+                raise UserError(f"fetch: {source.repo} lists {path!a}, which would leave the folder; do not "
+                                "use this hub, and check HF_ENDPOINT.")
             downloads.append(Download(source.repo, revision, path, target, files[path]))
     return downloads
 
@@ -148,6 +152,7 @@ def missing_in(folder: Path, downloads: Sequence[Download]) -> list[Download]:
     for item in downloads:
         state = "to fetch" if item in missing else "present"
         logger.info("%10s  %-8s  %s", _size(item.file.nbytes), state, item.target)
+    _remove_partial(folder / STAGING)
     staged = sum(path.stat().st_size for path in (folder / STAGING).rglob("*") if path.is_file())
     needed = sum(item.file.nbytes for item in missing) - staged + SPARE_BYTES
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -156,6 +161,12 @@ def missing_in(folder: Path, downloads: Sequence[Download]) -> list[Download]:
         raise UserError(f"fetch: {_size(needed)} are needed, but the disk of {folder} has {_size(free)} "
                         "free; free some space or name a folder on another disk.")
     return missing
+
+
+def _remove_partial(staging: Path) -> None:
+    """Remove files that broke off: the hub's client starts them again under another name."""
+    for path in staging.rglob("*.incomplete") if staging.is_dir() else ():
+        path.unlink(missing_ok=True)
 
 
 def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
@@ -237,7 +248,8 @@ def main(argv: Sequence[str] | None = None, hub: Hub | None = None) -> int:
         logger.error("error: fetch: %s (%s); name a folder that you can write to.", folder, error)
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted; run the same command again to resume.")
+        logger.error("interrupted; run the same command again: finished files are kept, the interrupted one "
+                     "starts again.")
         return 130
     return 0
 

@@ -1,10 +1,16 @@
-"""File handling: project paths, atomic writes, strict YAML, and text that can be written. Needs no torch."""
+"""File handling: project paths, atomic writes, strict YAML and JSON, and text that can be written. Needs no
+torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
+import math
 import os
+import re
 import site
 import sysconfig
 from collections.abc import Iterator
@@ -13,9 +19,13 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, short
 
 HOME_VARIABLE = "LONGLIVE_OPT_HOME"
+DEEPEST = 50
+"""Levels of lists and mappings that a file may nest: far more than any of ours has, far fewer than Python's
+recursion limit."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -29,14 +39,31 @@ def project_root() -> Path:
 
 
 def project_path(path: str | Path) -> Path:
-    """Resolve `path` from the project's folder if relative: JupyterLab and papermill start elsewhere. Without
-    a clone, what the folder lacks is taken from the files that were installed with the package: presets,
-    notebooks and the tiny model's weights.
+    """Resolve a path as users write it. `~` is the home folder; a relative path starts at the project's
+    folder, because JupyterLab and papermill start elsewhere. Without a clone, what the folder lacks is taken
+    from the files that were installed with the package: presets, notebooks and the tiny model's weights.
+
+    Raises:
+        UserError: no file can have this name.
     """
-    own = project_root() / path
-    if own.exists() or Path(path).is_absolute():
-        return own
-    return next((found for folder in _shipped_folders() if (found := folder / path).exists()), own)
+    try:
+        asked = Path(path).expanduser()
+        own = project_root() / asked
+        if _exists(own) or asked.is_absolute():
+            return own
+        return next((found for folder in _shipped_folders() if _exists(found := folder / path)), own)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{short(str(path))}: this is no path ({error}); name a file or a folder.") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(error.strerror) from error
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR)
+    return True
 
 
 def _shipped_folders() -> list[Path]:
@@ -80,65 +107,191 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read one flat YAML file of parameters.
 
     Raises:
-        UserError: the file is missing, unreadable, not YAML, empty, not a mapping, repeats a key, or contains
-            text that cannot be written.
+        UserError: the file is missing, unreadable, empty, not a mapping, or not plain YAML (`parse_yaml`).
     """
+    path = project_path(path) if str(path).startswith("~") else Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"{path}: {reason}; name a YAML file with one 'key: value' per line.") from error
-    try:
-        loader = _StrictLoader(text)
-        loader.name = str(path)
-        content = loader.get_single_data()
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: this is not plain YAML ({reason}).") from error
+        raise UserError(f"{short(str(path))}: {reason}; name a YAML file with one 'key: value' per "
+                        "line.") from error
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise UserError(f"{path}: expected keys and values, found {found}; write one 'key: value' per line.")
     return content
 
 
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the plain values in a text of YAML: texts, decimal numbers, true, false, null, lists, mappings.
+
+    What YAML would decide silently is refused: a repeated key, a number that is not decimal (0123, 0x1f,
+    1:30, 1_000), a date, a tag, an alias, deep nesting.
+
+    Raises:
+        UserError: naming `where`, and the line and key if possible.
+    """
+    loader: _StrictLoader | None = None
+    try:
+        loader = _StrictLoader(text)
+        loader.name = where
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{where}: this is not plain YAML ({printable(reason)}).") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key; YAML itself would silently keep the last one."""
+    """SafeLoader that builds only plain values, and only from what looks like them."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _refused("an alias (& or *); write the value at every place", event)
+        if getattr(event, "tag", None) is not None:
+            raise _refused(f"the tag {short(event.tag)}; leave it out", event)
+        if self._depth > DEEPEST:
+            raise _refused("too many levels of lists and mappings", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.rpartition(":")[2]
+        if kind in ("timestamp", "merge", "value"):
+            raise _refused(f"YAML reads {short(node.value)} as a {kind}; put quotes around it", node)
+        if kind == "int" and not re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,40})", node.value):
+            raise _refused(_undecimal(node.value), node)
+        if kind == "float" and re.search("[_:]", node.value):
+            raise _refused(f"{short(node.value)} is not a decimal number; write it as one, or put quotes "
+                           "around text", node)
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a plain word", key_node.start_mark
-                )
+                raise _refused("a key must be a plain word", key_node)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
-                )
+                raise _refused(f"the key {short(key)} occurs twice", key_node)
             seen.add(key)
+        whole = {}
         content = super().construct_mapping(node, deep=True)
         for (key_node, _), (key, value) in zip(node.value, content.items()):
             line = f"{self.name} line {key_node.start_mark.line + 1}"
-            check_texts(key, f"{line}, a key")
-            content[key] = check_texts(value, f"{line}, {key}")
-        return content
+            key = check_texts(key, f"{line}, a key")
+            whole[key] = check_texts(value, f"{line}, {key}")
+        return whole
 
 
-def whole_text(text: str, where: str) -> str:
-    """Join every surrogate pair in `text`, as JSON and YAML escape them, into the character it encodes.
+def _refused(reason: str, at: yaml.Node | yaml.Event) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, reason, at.start_mark)
+
+
+def _undecimal(text: str) -> str:
+    """Explain an integer of YAML 1.1 that is not written in decimal digits."""
+    if len(text) > 40:
+        return f"the number {short(text)} is too long"
+    try:
+        value = yaml.SafeLoader("").construct_yaml_int(yaml.ScalarNode("", text))
+    except ValueError:
+        return f"{text} is not a decimal number; write it as one, or put quotes around text"
+    digits = text.replace("_", "").lstrip("+-0") or "0"
+    other = f" or {digits}" if digits.isdecimal() and digits != str(value) else ""
+    return f"YAML reads {text} as {value}: write {value}{other}, or put quotes around text"
+
+
+def read_json(path: Path, remedy: str, mend: bool = False) -> Any:
+    """Return the plain values in a JSON file (`parse_json`).
 
     Raises:
-        UserError: naming `where`. Half a pair is not a character, and no file can hold it.
+        UserError: naming the file, what is wrong with it and `remedy`.
     """
     try:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
+    return parse_json(text, str(path), remedy, mend)
+
+
+def parse_json(text: str, where: str, remedy: str, mend: bool = False) -> Any:
+    """Return the plain values in a text of JSON.
+
+    What Python's reader lets through and a later step cannot use is refused: NaN and infinity, a number
+    beyond a double's range, a repeated key, half a character, deep nesting.
+
+    Args:
+        mend: escape halves of characters and control characters instead (`printable`).
+
+    Raises:
+        UserError: naming `where`, what is wrong and `remedy`.
+    """
+    def refuse(reason: str) -> Any:
+        raise UserError(f"{where}: {reason}; {remedy}")
+
+    def integer(digits: str) -> int:
+        return int(digits) if len(digits) <= 40 else refuse(f"the number {short(digits)} is too long")
+
+    def fraction(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(f"{short(digits)} is too large")
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) == len(pairs):
+            return found
+        names = [name for name, _ in pairs]
+        return refuse(f"the key {short(next(n for n in names if names.count(n) > 1))} occurs twice")
+
+    try:
+        value = json.loads(text, parse_int=integer, parse_float=fraction, object_pairs_hook=mapping,
+                           parse_constant=lambda token: refuse(f"contains {token}, which is not JSON"))
+    except UserError:
+        raise
+    except RecursionError:
+        refuse("nests too many levels of lists and objects")
+    except ValueError as error:
+        refuse(f"is not JSON, probably truncated ({error})")
+    return check_texts(value, where, controls=True, mend=mend)
+
+
+def whole_text(text: str, where: str, controls: bool = False) -> str:
+    """Join every surrogate pair in `text`, as JSON and YAML escape them, into the character it encodes.
+
+    Args:
+        controls: let control characters pass, as messages of libraries have them.
+
+    Raises:
+        UserError: naming `where`. Half a pair is not a character, and no file can hold it. A control
+            character other than a tab or a line's end can command a terminal.
+    """
+    try:
+        whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
         half = next(character for character in _paired(text) if "\ud800" <= character <= "\udfff")
         raise UserError(
-            f"{where}: {text!a} holds {half!a}, half of a character, which cannot be written as UTF-8; "
-            "write the whole character, or leave it out."
+            f"{where}: {short(text)} holds {half!a}, half of a character, which cannot be written as "
+            "UTF-8; write the whole character, or leave it out."
         ) from None
+    if not controls and (found := _CONTROLS.search(whole)):
+        raise UserError(f"{where}: {short(text)} holds {found[0]!a}, a control character; leave it "
+                        "out.")
+    return whole
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and halves of characters escaped, so that every file can hold it and no
+    terminal obeys it. Tabs and line ends stay.
+    """
+    whole = _paired(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], whole)
 
 
 def _paired(text: str) -> str:
@@ -146,17 +299,24 @@ def _paired(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
-def check_texts(value: Any, where: str) -> Any:
-    """Apply `whole_text` to every string in a plain value, including items and keys of lists and mappings.
+def check_texts(value: Any, where: str, controls: bool = False, mend: bool = False, level: int = 0) -> Any:
+    """Apply `whole_text`, or `printable` to `mend` them, to every string in a plain value, including items
+    and keys of lists and mappings.
 
     Raises:
-        UserError: naming the path below `where`.
+        UserError: naming the path below `where`; or more than `DEEPEST` levels.
     """
     if isinstance(value, str):
-        return whole_text(value, where)
+        return printable(value) if mend else whole_text(value, where, controls)
+    if level > DEEPEST:
+        raise UserError(f"{where[:200]}: there are more than {DEEPEST} levels of lists and mappings; write "
+                        "plain values.")
     if isinstance(value, list):
-        return [check_texts(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [check_texts(item, f"{where}[{i}]", controls, mend, level + 1)
+                for i, item in enumerate(value)]
     if isinstance(value, dict):
-        whole = {check_texts(key, f"{where}, a key"): item for key, item in value.items()}
-        return {key: check_texts(item, f"{where}, {key}") for key, item in whole.items()}
+        whole = {check_texts(key, f"{where}, a key", controls, mend, level + 1): item
+                 for key, item in value.items()}
+        return {key: check_texts(item, f"{where}, {key}", controls, mend, level + 1)
+                for key, item in whole.items()}
     return value

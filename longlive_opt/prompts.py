@@ -4,17 +4,19 @@ one list of prompts per line, where each list is one video.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from .config import ExperimentConfig, check_switches, check_switches_fit
-from .errors import UserError
-from .files import check_texts, project_path
+from .config import ExperimentConfig, check_switches, check_switches_fit, parse_switch_frames
+from .errors import UserError, short
+from .files import check_texts, parse_json, project_path, whole_text
 
 logger = logging.getLogger(__name__)
+
+LINE_KEYS = ("prompts", "switch_frame_indices")
+"""The keys of a line of JSONL."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,20 @@ class PromptSchedule:
 
 
 def read_schedules(
-    path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None
+    path: str | Path, switch_frame_indices: int | str | Sequence[int] | None = None,
+    video: tuple[int, int] | None = None
 ) -> list[PromptSchedule]:
     """Read `*.txt` (one prompt per line, each its own video) or `*.jsonl` (one {"prompts": [...]} per line,
     each its own video).
 
     A JSONL line may have its own `switch_frame_indices`. Otherwise the argument applies to all lines; it is a
-    number, a list or LongLive's comma-separated text.
+    number, a list or LongLive's comma-separated text. Without either, prompts are spread evenly over `video`,
+    its blocks and the latent frames per block.
 
     Raises:
         UserError: naming the file, the line, the value and the remedy.
     """
-    path = Path(path)
+    path = project_path(path) if str(path).startswith("~") else Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -49,14 +53,14 @@ def read_schedules(
             f"prompts_file: cannot read {path}: {error.strerror or error}; name an existing .txt or .jsonl "
             "file."
         ) from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise UserError(f"prompts_file: {path} is not UTF-8 text; save it as UTF-8.") from error
     numbered = [(f"{path} line {i}", line.rstrip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"prompts_file: {path} contains no prompt; write one prompt per line.")
     if path.suffix == ".jsonl":
         shared = parse_switch_frames(switch_frame_indices, "switch_frame_indices")
-        schedules = [_schedule(where, line, shared) for where, line in numbered]
+        schedules = [_schedule(where, line, shared, video) for where, line in numbered]
         counts = {len(schedule.prompts) for schedule in schedules}
         if len(counts) > 1:
             raise UserError(
@@ -70,38 +74,13 @@ def read_schedules(
         )
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
-    return [PromptSchedule((line,)) for _, line in numbered]
+    return [PromptSchedule((whole_text(line, f"prompts_file: {where}"),)) for where, line in numbered]
 
 
-def parse_switch_frames(value: int | str | Sequence[int] | None, where: str) -> tuple[int, ...] | None:
-    """Convert a number, comma-separated text or a list of latent frames to a tuple; None stays None.
-
-    Raises:
-        UserError: anything else.
-    """
-    if value is None:
-        return None
-    parts: Sequence[Any] = (
-        value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-    )
-    try:
-        if any(isinstance(part, (bool, float)) for part in parts):
-            raise ValueError
-        return tuple(int(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: {value!r} is not a list of latent frames; write for example 40,80,120."
-        ) from error
-
-
-def _schedule(where: str, line: str, shared: tuple[int, ...] | None) -> PromptSchedule:
-    try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(
-            f'prompts_file: {where} is not JSON ({error}); write {{"prompts": ["..."]}}.'
-        ) from error
-    entry = check_texts(entry, f"prompts_file: {where}")
+def _schedule(where: str, line: str, shared: tuple[int, ...] | None, video: tuple[int, int] | None
+              ) -> PromptSchedule:
+    entry = check_texts(parse_json(line, f"prompts_file: {where}", 'write {"prompts": ["..."]}'),
+                        f"prompts_file: {where}")
     prompts = entry.get("prompts") if isinstance(entry, dict) else None
     if (
         not isinstance(prompts, list)
@@ -111,17 +90,20 @@ def _schedule(where: str, line: str, shared: tuple[int, ...] | None) -> PromptSc
         raise UserError(
             f'prompts_file: {where} has no list \'prompts\' of non-empty texts; write {{"prompts": ["..."]}}.'
         )
+    if unknown := [key for key in entry if key not in LINE_KEYS]:
+        raise UserError(f"prompts_file: {where} has the unknown key {short(unknown[0])}; use "
+                        f"{' and '.join(LINE_KEYS)}.")
     own = parse_switch_frames(entry.get("switch_frame_indices"), f"{where}, switch_frame_indices")
     switches = own if own is not None else shared
-    if switches is None:
-        if len(prompts) > 1:
+    if switches is None and len(prompts) > 1:
+        if video is None or len(prompts) > video[0]:
             raise UserError(
                 f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; add "
                 f"{len(prompts) - 1} of them, in latent frames, to the line or the preset."
             )
-        switches = ()
-    check_switches(switches, len(prompts), f"{where}, switch_frame_indices")
-    return PromptSchedule(tuple(prompts), switches)
+        return spread_evenly(prompts, *video)
+    check_switches(switches or (), len(prompts), f"{where}, switch_frame_indices")
+    return PromptSchedule(tuple(prompts), switches or ())
 
 
 def schedule_of(config: ExperimentConfig) -> PromptSchedule:
@@ -131,7 +113,8 @@ def schedule_of(config: ExperimentConfig) -> PromptSchedule:
         UserError: the prompt file cannot be read, or the switches do not fit.
     """
     if config.prompts_file is not None:
-        schedule, *others = read_schedules(project_path(config.prompts_file), config.switch_frame_indices)
+        schedule, *others = read_schedules(project_path(config.prompts_file), config.switch_frame_indices,
+                                           (config.video_blocks, config.block_frames))
         if others:
             logger.warning("prompts_file: %d videos; this run uses the first", len(others) + 1)
         check_switches_fit(schedule.switch_frames, config.video_blocks, config.block_frames)

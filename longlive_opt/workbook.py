@@ -21,6 +21,8 @@ import dataclasses
 import functools
 import gc
 import html
+import importlib
+import json
 import logging
 import time
 import warnings
@@ -38,17 +40,20 @@ from .config import (
     RUN_KEYS,
     ExperimentConfig,
     check_baseline,
+    check_folder_name,
     keys_of,
     notebook_parameters,
+    unknown_key,
 )
-from .errors import UserError
-from .files import check_texts, load_yaml, project_path
+from .errors import UserError, short
+from .files import atomic_path, check_texts, load_yaml, project_path, whole_text
 from .measurement import decision, environment, fidelity, quality
 from .measurement.block_trace import TRACE_FILE
 from .measurement.catalogue import shown_for
 from .measurement.fidelity import FidelitySchedule, Truth, ablation_fidelity
 from .measurement.protocol import Measurement
 from .measurement.result import (
+    MEASURED_FILE,
     REFERENCE_FILE,
     SCHEMA_VERSION,
     is_na,
@@ -57,6 +62,7 @@ from .measurement.result import (
     plain_json,
     read_campaign,
     read_result,
+    run_label,
     write_result,
 )
 from .models.specs import VAE_TEMPORAL_STRIDE
@@ -86,10 +92,20 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda it: "No CUDA runtime" not in it.getMessage())
 
 RESULT_FILE = "result.json"
+# What a step after `measure` needs. Tried first: without it, that step would lose the measurement.
+NEEDED = {"av": "av", "torchmetrics.functional.image": "torchmetrics"}
 # Attribute -> the method that sets it. Reading it too early raises an error that names the missing step.
 MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "measured": "measure",
            "company": "measure", "clocks": "measure", "chunks": "generate_video",
            "frames": "generate_video", "quality": "compare"}
+
+
+def _require_import(module: str, package: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{package}: this package cannot be imported ({error}), and a run needs it after its "
+                        f"measurement; run 'make install', or 'pip install {package}'.") from error
 
 
 class Experiment:
@@ -168,20 +184,30 @@ class Experiment:
 
         Raises:
             UserError: an unknown parameter, a wrong type or value, a baseline with optimizations, settings
-                that are not comparable with the campaign's baseline, or a folder that cannot be written.
+                that are not comparable with the campaign's baseline, a baseline whose files are damaged, a
+                package that is missing, or a folder that cannot be written.
         """
         given = notebook_parameters(namespace)
         if outside := [key for key in KEYS if key in namespace and key not in given]:
             print(f"not read, since it is no plain value of the parameters cell: {', '.join(outside)}")
         campaign, run, output_dir = (given.pop(key, default) for key, (default, _) in RUN_KEYS.items())
+        if own := [name for name in given if name not in KEYS]:
+            raise UserError(f"{unknown_key(own[0], [*KEYS, *RUN_KEYS])}: it is no parameter; begin the name "
+                            "of a variable of your own with _, or assign it in a cell without parameters.")
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
-        check_texts([campaign, output_dir], "campaign, output_dir")
+        check_folder_name("campaign", campaign)
+        if not isinstance(output_dir, str):
+            raise UserError(f"output_dir: {short(output_dir)} is not a text; name a folder, or leave it "
+                            "empty.")
+        whole_text(output_dir, "output_dir")
         if type(run) is not int or run < 1:
             raise UserError(f"run: {run!r} is not a run number; write 1, or 2 for a repetition.")
-        folder = project_path(output_dir or f"outputs/{campaign}/{config.name}")
+        folder = project_path(output_dir or f"outputs/{campaign}/{run_label(config.name, run)}")
         experiment = cls(config, campaign, run, folder, _campaign_folder(compare_with, config.name))
         experiment.require_comparable()
+        for module, package in NEEDED.items():
+            _require_import(module, package)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -204,6 +230,9 @@ class Experiment:
         """
         if self.is_reference or (baseline := self.baseline()) is None:
             return
+        path = self.folder.parent / "baseline" / REFERENCE_FILE
+        if path.is_file():
+            Truth.load(path)  # raises if it is damaged, and is not kept: it is large
         digests = None
         if lookup(baseline, "weights.sha256"):
             digests = check_weights(self.config.weights, self.config.model_config()).sha256()
@@ -281,6 +310,8 @@ class Experiment:
         self.measurement.rehearse()
         self.measured, self.company, self.clocks = self.measurement.run()
         self._optimization_reports()  # read the counters in the caches before the next reset
+        with atomic_path(self.folder / MEASURED_FILE) as temporary:
+            temporary.write_text(json.dumps(plain_json(self.measured)), encoding="utf-8")
         if self.config.trace:
             self.trace = self._traced()
         print(self.measured["sizes"]["note"])
@@ -427,6 +458,7 @@ class Experiment:
     def save(self) -> None:
         """Write result.json atomically, as the last step."""
         write_result(self.folder / RESULT_FILE, self.result)
+        (self.folder / MEASURED_FILE).unlink(missing_ok=True)
         print(f"{RESULT_FILE} is written")
 
     def conclusion(self) -> HTML:

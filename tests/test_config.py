@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longlive_opt.config import KEYS, RUN_KEYS, SWITCHES, ExperimentConfig, keys_of
+from longlive_opt.config import KEYS, RUN_KEYS, SWITCHES, ExperimentConfig, keys_of, notebook_parameters
 from longlive_opt.errors import UserError
-from longlive_opt.files import load_yaml
+from longlive_opt.files import load_yaml, project_path
 from longlive_opt.measurement import decision
 from longlive_opt.models.specs import MODELS
 
@@ -85,7 +86,13 @@ def test_refused_value_names_key_value_and_remedy(key, value, says):
     ("prompts", ["a", 2], "prompts[1]"), ("prompts", ["a", None], "prompts[1]"),
     ("prompts", ["no", False], "quotes"),
     ("denoising_steps", ["1e3"], "denoising_steps[0]"), ("denoising_steps", 1000, "is not a list"),
-    ("switch_frame_indices", "6", "is not a list"),
+    ("switch_frame_indices", "6;7", "is not a list"), ("switch_frame_indices", True, "is not a list"),
+    ("prompts", {"a"}, "is not a list"), ("denoising_steps", b"hi", "is not a list"),
+    ("seed", 10**30, "too large"),
+    ("prompts_file", "a\0", "a control character"), ("title", "\x1b]0;x\x07", "a control character"),
+    ("name", "n" * 101, "up to 100 letters"), ("timestep_shift", 1e308, "too large"),
+    ("playback_fps", 1e-320, "too small"), ("lora_alpha", 1e300, "too large"),
+    ("height", 1600000000, "too large"),
 ])
 def test_wrong_type_is_refused(key, value, says):
     """Python would take True for 1, "1" for a path and a text for a list of letters."""
@@ -274,11 +281,29 @@ def test_yaml_file_that_cannot_be_read(tmp_path):
     ("playback_fps: 1e-3", "write 1.0e-3"), ("title: no", "quotes"),
     ("use_static_kv: 'yes'", "expected bool"),
     ("seed: 08", "expected int"), ("seed:", "write a value"), ("prompts: a fox", "is not a list"),
-    ("name: 2026-01-31", "expected str"), ("denoising_steps: [1_000, 0.5]", "denoising_steps[1]"),
+    ("denoising_steps: [1000, 0.5]", "denoising_steps[1]"),
 ])
 def test_yaml_traps_are_refused_with_their_remedy(tmp_path, line, says):
     """YAML 1.1 reads 1e-3 as text and bare `no` as false."""
     assert says in refusal(load_yaml(write(tmp_path / "preset.yaml", line + "\n")))
+
+
+@pytest.mark.parametrize("line, says", [
+    ("seed: 0123", "YAML reads 0123 as 83: write 83 or 123"), ("seed: 0x1f", "as 31: write 31"),
+    ("seed: 0b1", "as 1: write 1"), ("seed: 1_000", "as 1000: write 1000"), ("seed: 1:30", "as 90: write 90"),
+    ("playback_fps: 1:30.5", "not a decimal number"), ("playback_fps: 1_0.5", "not a decimal number"),
+    ("name: 2026-01-31", "as a timestamp; put quotes"), ("title: 2026-99-99", "as a timestamp; put quotes"),
+    ("seed: " + "9" * 5000, "too long"), ("seed: !!int x", "the tag 'tag:yaml.org,2002:int'; leave it out"),
+    ("prompts: !!set {a, b}", "the tag"), ("denoising_steps: !!binary aGk=", "the tag"),
+    ("title: &a b", "an alias"), ("title: *a", "an alias"), ("prompts: " + "[" * 3000, "too many levels"),
+    ("prompts: " + "[" * 60 + "]" * 60, "too many levels"), ("title: =", "as a value"),
+    ("title: \"a\\e[31m\"", "a control character"), ("seed: 1e", "expected int"),
+])
+def test_yaml_decides_nothing_silently(tmp_path, line, says):
+    """A value that YAML turns into another one, or that Python's YAML cannot build: a traceback."""
+    with pytest.raises(UserError) as caught:
+        ExperimentConfig.from_mapping(load_yaml(write(tmp_path / "preset.yaml", line + "\n")))
+    assert says in str(caught.value) and len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -327,6 +352,31 @@ def test_prompts_of_a_file_stand_alone():
     """Three default prompts in a result, beside the file that was used instead of them."""
     assert ExperimentConfig.from_mapping({"prompts_file": "p.txt"}).to_dict()["prompts"] == []
     assert ExperimentConfig.from_mapping({"prompts_file": None}).prompts == ExperimentConfig().prompts
+
+
+def test_a_notebook_has_variables_of_its_own_and_typed_parameters_are_refused():
+    """A loop before the first cell breaks the run; a Path in the parameters cell runs the default instead."""
+    cells = ["", "for i in range(3): pass", "import math\nx = 1", "seed = 3\nsede = 4",
+             "# Parameters\nrun = 2"]
+    own = {"In": cells, "i": 2, "x": 1, "_y": 1, "math": math, "seed": 3, "sede": 4, "run": 2}
+    assert notebook_parameters(own) == {"seed": 3, "sede": 4, "run": 2}
+    assert notebook_parameters({"seed": 3, "x": 1}) == {"seed": 3, "x": 1}
+    for name, value in (("weights", Path("w")), ("prompts", {"a"}), ("seed", 1j), ("prompts", [Path("a")])):
+        with pytest.raises(UserError, match=f"{name}: a .* is not a plain value"):
+            notebook_parameters({name: value})
+
+
+def test_every_path_is_read_in_one_way(tmp_path, monkeypatch):
+    """A folder called `~`, or one below whatever folder the notebook was started in."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert project_path("~/a") == tmp_path / "a" and project_path("a") == ROOT / "a"
+    with pytest.raises(UserError, match="this is no path"):
+        project_path("~nobody-here/a")
+    with pytest.raises(UserError, match="this is no path"):
+        project_path("a" * 300)
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    assert load_yaml(Path("~/a.yaml")) == {"seed": 1}
 
 
 def test_profiles_leave_the_experiment_alone():

@@ -260,7 +260,7 @@ def test_a_script_of_something_else_is_refused(engine, tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         Recording.read(path)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         Recording.read(tmp_path / "nothing.json")
 
 

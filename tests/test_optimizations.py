@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import pytest
+import safetensors.torch
 import torch
 from micro import micro_config, micro_model, micro_pipeline
 from safetensors.torch import load_file, save_file
@@ -750,6 +751,21 @@ def test_prompt_store_outlives_the_run(tmp_path):
     assert (encoded, encoded_again) == (["a fox"], [])
     assert second.stats.outcomes == ["disk"]
     assert not [path for path in (tmp_path / "deep" / "folder").iterdir() if "tmp" in path.name]
+
+
+@pytest.mark.parametrize("change", [lambda e: e * float("nan"), lambda e: e.to(torch.int64), lambda e: e + 1])
+def test_prompt_store_serves_nothing_that_was_changed(tmp_path, change):
+    """Bytes that rotted, or an embedding of NaN: black or other frames under the name of bit-exact."""
+    store, embedding = EmbeddingStore(tmp_path, "f", (1, 2, 3)), torch.rand(1, 2, 3)
+    store.save("a", embedding)
+    assert torch.equal(store.load("a"), embedding)
+    with safetensors.safe_open(store.path("a"), "pt") as file:
+        metadata = file.metadata()
+    safetensors.torch.save_file({"embedding": change(embedding)}, store.path("a"), metadata)
+    assert store.load("a") is None
+    store.save("a", embedding)
+    (tmp_path / "plain").touch()
+    assert store.path("a").stat().st_mode == (tmp_path / "plain").stat().st_mode, "a cache that nobody shares"
 
 
 def test_prompt_store_never_serves_another_encoder(tmp_path):

@@ -20,12 +20,12 @@ from packaging.requirements import Requirement
 import longlive_opt
 from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
 from longlive_opt.errors import UserError
-from longlive_opt.files import load_yaml
+from longlive_opt.files import load_yaml, read_json
 from longlive_opt.measurement.result import read_result
 from longlive_opt.report.campaign import load
 from longlive_opt.report.conclusion import provenance_html
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
-from longlive_opt.report.readme import page_with_results
+from longlive_opt.report.readme import ROBUSTNESS_FILE, page_with_results, page_with_robustness
 from longlive_opt.report.stylesheet import REPORT
 from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
@@ -45,7 +45,7 @@ CLOSE = {"torch", "torchvision", "papermill", "nbconvert", "pandas", "matplotlib
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py", "mlflow": "mlflow-skinny"}
 # Declared, but not imported: torchvision is for lpips, ipykernel for papermill, ipywidgets for anywidget,
 # playwright for tests, the rest are commands.
-NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "ruff",
+NOT_IMPORTED = {"torchvision", "ipykernel", "jupyterlab", "pytest", "pytest-xdist", "hypothesis", "ruff",
                 "ipywidgets", "playwright"}
 # Imported only where they are there, or brought by what is declared: by torch, nbconvert and ipykernel.
 NOT_DECLARED = {"triton", "jinja2", "tinycss2", "IPython", "flash_attn", "cutlass", "quack"}
@@ -235,7 +235,9 @@ def test_gitignore() -> None:
     candidates = {
         ".venv/bin/python": True, "wheelhouse/a.whl": True, ".bootstrap/stamp.json": True,
         "outputs/demo/baseline/result.json": True, "outputs/.sha256.json": True,
-        "outputs/noise.json": False, "outputs/h100/decisions.json": False,
+        "outputs/noise.json": False, "outputs/robustness.json": False,
+        "outputs/h100/baseline.aside/notes.md": True, "outputs/h100/baseline.replaced/result.json": True,
+        "outputs/h100/decisions.json": False,
         "longlive_opt/__pycache__/a.pyc": True,
         "notebooks/.ipynb_checkpoints/a.ipynb": True, "checkpoints/a.pt": True,
         "outputs/h100/baseline.failed/notebook.ipynb": True, "outputs/h100/.locks/baseline": True,
@@ -632,6 +634,15 @@ def test_only_styles_that_nothing_asks_for_are_dropped() -> None:
     assert drop_unused_styles(slim) == slim
 
 
+@pytest.mark.parametrize("text", ["null", "[]", '{"cells": null}', "{", "",
+                                  '{"nbformat": 4, "cells": [{"outputs": null}]}'])
+def test_what_is_no_notebook_is_refused(tmp_path: Path, text: str) -> None:
+    """An AttributeError for a notebook that was cut off or edited by hand."""
+    (tmp_path / "notebook.ipynb").write_text(text)
+    with pytest.raises(UserError, match="not a readable notebook"):
+        export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+
+
 def test_remote_picture_is_refused(tmp_path: Path) -> None:
     """A report that tells a server who reads it, and shows a hole without a network."""
     write_notebook(tmp_path / "notebook.ipynb", '<img src="//example.org/a.png">')
@@ -644,6 +655,9 @@ def test_remote_picture_is_refused(tmp_path: Path) -> None:
     '<script src="https://h/a.js"></script>', '<link rel="stylesheet" href="http://h/a.css">',
     "<img src='//h/a.png'>", '<img srcset="a.png 1x, https://h/b.png 2x">', '<video poster="https://h/a">',
     "<style>a { background: url(https://h/a.png) }</style>", '<style>@import "https://h/a.css"</style>',
+    '<iframe srcdoc="<img src=https://h/a.png>">', '<meta http-equiv="refresh" content="0; url=https://h/">',
+    '<form action="https://h/">', "<style>a { background: image-set('https://h/a.png' 1x) }</style>",
+    '<img src="http:\\\\h/a.png">', '<img src="ht\ttp://h/a.png">',
     '<p style="background: url(//h/a.png)">', "<script>import a from 'https://h/a.js'</script>",
     "<script>fetch('https://h/a')</script>", '<svg><image href="https://h/a.png"/></svg>',
 ])
@@ -668,6 +682,17 @@ def test_readme_shows_the_campaigns_results():
     assert page_with_results(text, campaign) == text, "run make readme"
     with pytest.raises(UserError, match="end of results"):
         page_with_results("no marks", campaign)
+
+
+def test_readme_shows_what_the_checks_of_robustness_found():
+    """A claim that outlived its check, or a check that failed and is not said to."""
+    text, record = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / ROBUSTNESS_FILE
+    assert page_with_robustness(text, record) == text, "run make readme"
+    checks = read_json(record, "")["checks"]
+    assert "<!-- end of robustness -->" in text and all(check["claim"] in text for check in checks.values())
+    assert all(check["passed"] and not check["dirty"] and check["commit"] for check in checks.values())
+    for check in checks.values():
+        assert {"command", "figure", "n", "seconds", "machine", "torch", "commit"} <= check.keys()
 
 
 def test_readme_states_what_the_committed_runs_say():

@@ -59,7 +59,7 @@ def test_single_prompt_needs_no_switches(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("not json\n", "line 1 is not JSON"), ('{"prompts": ["a"]\n', "line 1 is not JSON"),
+    ("not json\n", "line 1: is not JSON"), ('{"prompts": ["a"]\n', "line 1: is not JSON"),
     ("[]\n", "no list 'prompts'"),
     ('"a"\n', "no list 'prompts'"), ("3\n", "no list 'prompts'"), ("null\n", "no list 'prompts'"),
     ('{"prompt": ["a"]}\n', "no list 'prompts'"), ('{"prompts": "a"}\n', "no list 'prompts'"),
@@ -74,6 +74,13 @@ def test_single_prompt_needs_no_switches(tmp_path):
     ('{"prompts": ["a", "b"], "switch_frame_indices": [1.5]}\n', "line 1, switch_frame_indices: [1.5]"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": true}\n', "line 1, switch_frame_indices: True"),
     ('{"prompts": ["a", "b"], "switch_frame_indices": "x"}\n', "line 1, switch_frame_indices: 'x'"),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": {"3": 1}}\n', "is not a list of latent frames"),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": "1_2"}\n', "is not a list of latent frames"),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": "\u0663"}\n', "is not a list of latent frames"),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": [' + "9" * 5000 + "]}\n", "too long"),
+    ('{"promts": ["a"], "prompts": ["b"]}\n', "unknown key 'promts'"),
+    ('{"prompts": ["a"], "prompts": ["b"]}\n', "'prompts' occurs twice"),
+    ('{"prompts": ["a \\u001b[31m"]}\n', "a control character"),
     ("", "contains no prompt"), (" \n\t\n", "contains no prompt"), (b"\xff\xfe\x00", "not UTF-8"),
 ])
 def test_bad_jsonl_is_refused_in_one_line(tmp_path, content, says):
@@ -141,4 +148,5 @@ def test_switches_for_a_text_file_are_refused(tmp_path):
 
 def test_deeply_nested_json_is_refused(tmp_path):
     """A file of brackets exhausts the JSON parser's stack."""
-    assert "not JSON" in refusal(write(tmp_path / "p.jsonl", "[" * 100_000 + "\n"))
+    for text in ("[" * 100_000, "[" * 60 + "]" * 60):
+        assert "levels of lists" in refusal(write(tmp_path / "p.jsonl", text + "\n"))

@@ -20,7 +20,7 @@ from longlive_opt import report
 from longlive_opt.config import ExperimentConfig, keys_of
 from longlive_opt.errors import UserError
 from longlive_opt.measurement import decision
-from longlive_opt.measurement.result import na, write_result
+from longlive_opt.measurement.result import na, run_label, write_result
 from longlive_opt.report import charts
 from longlive_opt.report.__main__ import main
 from longlive_opt.report.charts.chart import STAGE_COLOURS
@@ -362,6 +362,51 @@ def test_repeated_presets_show_their_range():
     assert table.loc[0, "SS max, ms per frame"] == "54.00 to 70.50" and table.loc[0, "runs"] == 3
 
 
+@pytest.mark.parametrize(("path", "value"), [
+    ("events", [["chunk_ready", 1.0, 2.0]]), ("decision.gate", "x"), ("adherence", "x"), ("ablations", ["x"]),
+    ("interruptions", 1), ("quality.lpips", {"value": None, "reason": ["x"], "how_to_fix": "y"}),
+    ("built_while_measured", {"<img src=x>": 1}), ("quality.ssim.mean", 10**400),
+    ("parameters", {"a": {"b": 1}}),
+    ("quality.frames_compared", "<b>"), ("adherence", {"adherence_before": "x"}), ("quality.nulls", [{}])])
+def test_one_strange_result_hides_no_other(tmp_path, path, value):
+    """A result that passes the schema and ends summary and log of the whole campaign in a traceback."""
+    for label in ("baseline", "speed"):
+        result = make(label)
+        *parents, last = path.split(".")
+        holder = result
+        for key in parents if label == "speed" else ():
+            holder = holder[key]
+        if label == "speed":
+            holder[last] = value
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "result.json").write_text(json.dumps(result))
+    campaign = report.load(tmp_path)
+    assert [run["preset"] for run in campaign.results] in (["baseline"], ["baseline", "speed"])
+    if len(campaign.results) == 1:
+        (place, reason), = campaign.problems
+        assert place == "speed/result.json" and "run the preset again" in reason
+    assert "<img" not in report.write_campaign_log(campaign).read_text()
+
+
+def test_a_copy_is_no_repetition(tmp_path):
+    """`cp -r speed speed.bak`: noise of 0 % among two runs, and verdicts that are decided with it."""
+    for folder in ("baseline", "speed", "speed.bak", "speed.repeat2"):
+        write_result(tmp_path / folder / "result.json", make(folder.partition(".")[0]))
+    campaign = report.load(tmp_path)
+    assert [run["preset"] for run in campaign.results] == ["baseline", "speed"]
+    assert [place for place, _ in campaign.problems] == ["speed.bak/result.json", "speed.repeat2/result.json"]
+    assert "is the result of speed and counts only in a folder of that name" in campaign.problems[0][1]
+    assert report.noise_table(campaign.results).empty
+
+
+def test_the_log_of_a_folder_without_a_campaign_is_refused(tmp_path, capsys):
+    """`python -m longlive_opt.report .` replaces the published log by an empty one."""
+    (tmp_path / "OPTIMIZATION_LOG.md").write_text("published")
+    assert main([str(tmp_path)]) == 2
+    assert "holds no result.json" in capsys.readouterr().err
+    assert (tmp_path / "OPTIMIZATION_LOG.md").read_text() == "published"
+
+
 def test_noise_of_earlier_campaigns_is_kept_and_told(tmp_path):
     """Would catch the noise of the quietest campaign told as that of the machine, a run counted twice, and
     another machine's among them."""
@@ -369,7 +414,7 @@ def test_noise_of_earlier_campaigns_is_kept_and_told(tmp_path):
     for folder, scale, date in ((first, 1.3, "2026-01-01T00:00:00Z"), (later, 1.0, "2026-02-01T00:00:00Z")):
         for run in (1, 2):
             result = make("baseline", scale, run=run) | {"created_utc": date}
-            write_result(folder / f"baseline{run}" / "result.json", result)
+            write_result(folder / run_label("baseline", run) / "result.json", result)
     path = tmp_path / "noise.json"
     for folder in (first, later, later):
         assert report.record_noise(report.load(folder), path) == 1
@@ -789,7 +834,7 @@ def test_campaign_lists_failures_and_problems(tmp_path):
     assert "| SS Mean | 61." in part and "n/a (failed) | n/a |" in part and "___" not in part
     assert "Failed: Out of memory &lt;b&gt;." in part
     assert "| Speed | n/a (failed) |" in text and re.search(r"\| Balanced \| [\d.]+ms", text)
-    assert "Not usable: truncated/result.json: Not valid JSON" in text and str(tmp_path) not in text
+    assert "Not usable: truncated/result.json: Is not JSON" in text and str(tmp_path) not in text
     assert list(report.runs_table(campaign)["status"]) == ["ok"] * 2 + ["failed"] * 2 + ["not usable"] * 2
 
 

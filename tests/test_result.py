@@ -110,10 +110,12 @@ def test_na_is_a_metric(example):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("", "not valid JSON"), ('{"schema_version": 1, "status"', "truncated"), ("[1]", "not an object"),
+    ("", "is not JSON"), ('{"schema_version": 1, "status"', "truncated"), ("[1]", "not an object"),
     ('{"schema_version": 0}', "run the preset again"), ('{"schema_version": 3}', "update this package"),
     ('{"fps": NaN}', "contains NaN"), ('{"schema_version": 1, "status": "running"}', "'running'"),
-    ("[" * 9999, "JSON")])
+    ("[" * 9999, "levels"), ("[" * 99 + "]" * 99, "levels"), ('{"fps": 1e999}', "too large"),
+    ('{"fps": ' + "9" * 5000 + "}", "too long"), ('{"fps": 1, "fps": 2}', "'fps' occurs twice"),
+    ('{"title": "\\ud83e"}', "half of a character")])
 def test_bad_files_are_one_sentence_with_the_file_in_it(tmp_path, text, words):
     """Would catch: a traceback from the summary for a file that a killed run left behind."""
     path = tmp_path / "result.json"
@@ -129,7 +131,7 @@ def test_binary_and_missing_files(tmp_path):
     with pytest.raises(UserError, match="run the preset first"):
         read_result(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         read_result(path)
 
 

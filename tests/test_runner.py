@@ -4,6 +4,7 @@ A throw-away project with notebooks of two or three cells; each kernel costs a s
 several tests.
 """
 
+import errno
 import json
 import logging
 import os
@@ -17,9 +18,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from example_results import example_result
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
+from longlive_opt.files import printable
+from longlive_opt.measurement import decision
+from longlive_opt.prompts import schedule_of
 from longlive_opt.report.html_export import network_references
 from longlive_opt.runner import __main__ as runner
 from longlive_opt.runner import execute, plan
@@ -32,7 +37,8 @@ seed: int = 99
 device: str = "cpu"
 """
 FINISH = """import json, pathlib
-result = {"status": "ok", "run": run, "parameters": {"name": name, "seed": seed}}
+result = json.loads(pathlib.Path("complete.json").read_text())
+result |= {"preset": name, "run": run, "parameters": {"name": name, "seed": seed}}
 pathlib.Path(output_dir, "result.json").write_text(json.dumps(result))"""
 KILL = """import os, signal
 os.kill(os.getpid(), signal.SIGKILL)"""
@@ -44,6 +50,21 @@ ENDINGS = {
     "killed": [FINISH, KILL],
     "silent": ["pass"],
 }
+
+
+PLANNED = decision.planned(config := ExperimentConfig(seed=3), schedule_of(config))
+COMPLETE = example_result(steady=4, switches=1) | {key: PLANNED[key] for key in PLANNED if key != "status"}
+HEADER = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+
+
+def complete(**keys: object) -> str:
+    """The text of a valid result with other top-level `keys`."""
+    return json.dumps({**COMPLETE, **keys})
+
+
+def write_reference(folder: Path) -> None:
+    """The smallest safetensors file, as the baseline's."""
+    (folder / plan.REFERENCE_FILE).write_bytes(len(HEADER).to_bytes(8, "little") + HEADER + b"\0")
 
 
 def write_notebook(path: Path, parameters: str, cells: list[str], tags: int = 1) -> None:
@@ -72,6 +93,7 @@ def project(tmp_path: Path) -> Path:
 def make_project(root: Path, endings: dict[str, list[str]]) -> None:
     (root / "notebooks").mkdir()
     (root / "params").mkdir()
+    (root / "complete.json").write_text(complete())
     for number, (preset, cells) in enumerate(endings.items(), 1):
         write_notebook(root / "notebooks" / f"{number:02}_{preset}.ipynb", PARAMETERS, cells)
         content = {"name": preset, "seed": 3, "device": "cpu"}
@@ -191,10 +213,9 @@ def alive(pid: int) -> bool:
 def pretend_finished(root: Path, seed: int = 3) -> Path:
     folder = root / "outputs/c/baseline"
     folder.mkdir(parents=True)
-    result = {"status": "ok", "parameters": {"name": "baseline", "seed": seed}, "mark": "old"}
-    (folder / "result.json").write_text(json.dumps(result))
-    for name in ("report.html", plan.REFERENCE_FILE):
-        (folder / name).touch()
+    (folder / "result.json").write_text(complete(parameters={"name": "baseline", "seed": seed}, mark="old"))
+    (folder / "report.html").touch()
+    write_reference(folder)
     return folder / "result.json"
 
 
@@ -212,8 +233,11 @@ def stub_kernel(monkeypatch: pytest.MonkeyPatch, act: object) -> list[str]:
 
 
 def write_new(job: execute.Job, folder: Path) -> None:
-    result = {"status": "ok", "parameters": dict(job.parameters), "mark": "new"}
-    (folder / "result.json").write_text(json.dumps(result))
+    if not job.needs_result:
+        return
+    (folder / "result.json").write_text(complete(
+        preset=job.parameters["name"], run=job.parameters["run"], parameters=dict(job.parameters),
+        mark="new"))
 
 
 def write_run(job: execute.Job, folder: Path) -> None:
@@ -338,6 +362,9 @@ def test_baseline_without_its_video_is_told(project: Path, monkeypatch: pytest.M
     assert runner.main(["run", "--campaign", "c"], project) == 0 and executed == ["summary"]
     assert runner.main(["run", "--campaign", "c", "--repeat-baseline", "1", "--overwrite"], project) == 0
     assert executed == ["summary", "baseline", "baseline.repeat2", "summary"]
+    (project / "outputs/c/baseline" / REFERENCE_FILE).write_bytes(b"cut off")
+    shutil.rmtree(project / "outputs/c/baseline.repeat2")
+    assert "is damaged; use another" in error_of(project, capsys, "--repeat-baseline", "1")
 
 
 def test_other_parameters_are_refused(project: Path, capsys: pytest.CaptureFixture) -> None:
@@ -382,11 +409,12 @@ def job_of(project: Path, **settings: object) -> execute.Job:
 def finish(project: Path, **settings: object) -> None:
     """What a finished run of the baseline leaves, as far as the planner reads it."""
     job = job_of(project, **settings)
-    known = dict(job.known) | {"weights": {"kind": "files", "sha256": job.weights.sha256()}}
+    known = {key: value for key, value in job.known.items() if key != "status"}
+    known["weights"] = {"kind": "files", "sha256": job.weights.sha256()}
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "result.json").write_text(json.dumps({**known, "status": "ok"}))
-    for name in ("report.html", plan.REFERENCE_FILE):
-        (job.folder / name).touch()
+    (job.folder / "result.json").write_text(complete(**known, status="ok"))
+    (job.folder / "report.html").touch()
+    write_reference(job.folder)
 
 
 @pytest.fixture
@@ -466,15 +494,16 @@ def test_a_failure_is_recorded_whatever_its_text(project: Path, monkeypatch: pyt
     executed = stub_kernel(monkeypatch, fail)
     assert runner.main(["run", "--campaign", "c"], project) == 1
     assert executed == ["baseline", "summary"], "the campaign went on"
-    assert failure(project, "baseline")["meaning"] == f"ValueError: {text}"
+    assert failure(project, "baseline")["meaning"] == printable(f"ValueError: {text}")
 
 
 def test_failed_json_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A full disk, or a value that JSON does not know, that ends the campaign."""
     execute._write_failure(tmp_path, {"meaning": "x", "parameters": {(1, 2): "a"}})
     assert "(1, 2)" in json.loads((tmp_path / "failed.json").read_text())["parameters"]
-    execute._write_failure(tmp_path / "absent", {"meaning": "x"})
-    assert "failed.json cannot be written" in caplog.text
+    (tmp_path / "file").touch()
+    execute._write_failure(tmp_path / "file", {"meaning": "x"})
+    assert "failed.json is not there: cannot write" in caplog.text
 
 
 def test_overwrite_replaces_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,15 +532,142 @@ def test_failed_overwrite_keeps_the_old_result(project: Path, monkeypatch: pytes
     assert not (project / "outputs/c/baseline.failed").exists()
 
 
-def test_stale_result_is_a_failure(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result.json copied in from an earlier run passes as this run's."""
-    def copy_old(job: execute.Job, folder: Path) -> None:
+def test_a_clock_that_steps_back_costs_no_measurement(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run thrown away because a file server's clock is behind, or ours was set during the run."""
+    def late(job: execute.Job, folder: Path) -> None:
         write_new(job, folder)
-        os.utime(folder / "result.json", (0, 0))
+        if job.needs_result:
+            os.utime(folder / "result.json", (0, 0))
 
-    stub_kernel(monkeypatch, copy_old)
+    stub_kernel(monkeypatch, late)
+    assert runner.main(["run", "--campaign", "c"], project) == 0
+    assert execute.finished_result(project / "outputs/c/baseline")["mark"] == "new"
+
+
+DAMAGED = ['{"status": "ok"', "", '{"status": "ok"}', '{"schema_version": 99}', "null", "[" * 200_000,
+           "9" * 5000,
+           complete().replace('"parameters": {', '"parameters": null, "other": {')]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=lambda text: text[:16] + str(len(text)))
+def test_a_damaged_result_deletes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch, text: str,
+                                          capsys: pytest.CaptureFixture) -> None:
+    """A comma too many in result.json: video, report, notebook and the reader's notes deleted unasked; or a
+    result that nobody can use, skipped as finished at every call.
+    """
+    result = pretend_finished(project)
+    result.write_text(text)
+    (result.parent / "notes.md").write_text("mine")
+    executed = stub_kernel(monkeypatch, write_new)
+    message = error_of(project, capsys)
+    assert message.startswith("error: baseline has a result that cannot be used: ")
+    assert "--overwrite" in message
+    assert executed == [] and result.read_text() == text
+    assert runner.main(["run", "--campaign", "c", "--overwrite"], project) == 0
+    aside = project / "outputs/c/baseline.aside"
+    assert (aside / "result.json").read_text() == text and (aside / "notes.md").read_text() == "mine"
+    assert json.loads(result.read_text())["mark"] == "new"
+
+
+def test_somebody_elses_files_are_moved_aside(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes in the folder of a run that did not finish, deleted by the next try, or by the one after it."""
+    folder = project / "outputs/c/baseline"
+    stub_kernel(monkeypatch, write_new)
+    for number, aside in enumerate(("baseline.aside", "baseline.2.aside"), 1):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        (folder / "notes.md").write_text(str(number))
+        assert runner.main(["run", "--campaign", "c"], project) == 0
+        assert (folder.with_name(aside) / "notes.md").read_text() == str(number)
+        assert not (folder / "notes.md").exists()
+    (folder / "result.json").unlink()
+    (folder / "notebook.ipynb").touch()
+    assert runner.main(["run", "--campaign", "c"], project) == 0
+    assert not folder.with_name("baseline.3.aside").exists(), "what a killed run left is nobody's"
+
+
+@pytest.mark.parametrize(("new", "old", "there", "mark"), [
+    ("whole", "", True, "old"), ("half", "old", False, "old"), ("whole", "old", False, "whole"),
+    ("", "old", False, "old"), ("", "before", True, "old")])
+def test_a_killed_overwrite_is_finished_or_undone(project: Path, monkeypatch: pytest.MonkeyPatch, new: str,
+                                                  old: str, there: bool, mark: str) -> None:
+    """A result in <label>.new that the next summary takes for a repetition; a measured run that lies in a
+    folder which nothing reads.
+    """
+    folder = pretend_finished(project).parent
+    if old:
+        shutil.copytree(folder, folder.with_name("baseline.replaced"))
+    if new:
+        shutil.copytree(folder, folder.with_name("baseline.new"))
+        text = complete(parameters={"name": "baseline", "seed": 3}, mark="whole")
+        (folder.with_name("baseline.new") / "result.json").write_text(text if new == "whole" else text[:99])
+    if not there:
+        shutil.rmtree(folder)
+    executed = stub_kernel(monkeypatch, write_new)
+    assert runner.main(["run", "--campaign", "c"], project) == 0 and executed == ["summary"]
+    assert json.loads((folder / "result.json").read_text())["mark"] == mark
+    assert {path.name for path in folder.parent.iterdir()} >= {"baseline"}
+    assert not [path for path in folder.parent.iterdir() if path.name.endswith((".new", ".replaced"))]
+
+
+def test_a_reader_that_goes_away_ends_no_campaign(tmp_path: Path) -> None:
+    """`run ... | head -3`: dozens of tracebacks of logging on the terminal."""
+    make_project(tmp_path, {"baseline": [FINISH]})
+    code = "import sys, pathlib; from longlive_opt.runner import __main__ as runner; " \
+           "sys.exit(runner.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "run", "--campaign", "c"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 0 and (tmp_path / "outputs/c/baseline/result.json").exists()
+
+
+def test_what_a_run_prints_commands_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """A title or a message with escape sequences that rename the window or hide what follows."""
+    with caplog.at_level("INFO"):
+        execute._Lines("x").write("\x1b]0;pwn\x07\x1b[31mred\x1b[0m \x9b1m \x07\nnext\ud83e")
+    assert caplog.messages == ["[x]   red \\x9b1m \\x07", "[x]   next\\ud83e"]
+
+
+def test_a_failure_names_no_place_of_this_machine(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Home folder and environment of whoever measured, in a log that is published; a memory that is full
+    without a remedy.
+    """
+    place = Path(execute.__file__).parents[2]
+
+    def fail(job: execute.Job, folder: Path) -> None:
+        raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] {project}/outputs/c {Path.home()}/data "
+                           f"{sys.prefix}/lib/python3/site-packages/torch/x.py {place.name}")
+
+    stub_kernel(monkeypatch, fail)
     assert runner.main(["run", "--campaign", "c"], project) == 1
-    assert "older than this run" in failure(project, "baseline")["meaning"]
+    report = failure(project, "baseline")
+    assert report["meaning"].endswith(f"] outputs/c ~/data torch/x.py {place.name}")
+    assert "memory is full" in report["hint"]
+
+
+def test_a_driver_that_hangs_is_no_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                                       tmp_path: Path) -> None:
+    """nvidia-smi of a broken driver never returns, and the runner waits with it without a word."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(plan, "GPU_WAIT_S", 0.2)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert plan.has_cuda() is False
+    assert "nvidia-smi does not answer" in caplog.text
+
+
+def test_full_disk_stops_one_run_and_names_the_remedy(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`[Errno 28]` without a path or a remedy, half a failed.json, and presets that are not tried."""
+    def fail(job: execute.Job, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    executed = stub_kernel(monkeypatch, fail)
+    assert runner.main(["run", "--campaign", "c"], project) == 1
+    assert executed == ["baseline", "summary"]
+    assert failure(project, "baseline")["hint"].startswith("free space on the disk of outputs/c")
 
 
 def test_failed_report_keeps_the_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,12 +756,20 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--presets", "orphan"], "add notebooks/NN_orphan.ipynb"),
     (["--profile", "missing.yaml"], "No such file"),
     (["--set", "seed"], "not key=value"),
-    (["--set", "seed=[1"], "not a YAML value"),
+    (["--set", "seed=[1"], "not plain YAML"),
     (["--set", "seed=1.5"], "expected int"),
     (["--set", "attention_backend=cudnn"], "attention_backend: 'cudnn'"),
     (["--set", "use_fused_kernels=true"], "use_fused_kernels: its"),
     (["--set", "model=longlive-1.3b"], "model: 'longlive-1.3b'"),
     (["--campaign", "../escape"], "cannot name a folder"),
+    (["--campaign", "c" * 101], "cannot name a folder"),
+    (["--skip", "baseline"], "--skip: it leaves out every preset"),
+    (["--log", "outputs"], "--log: "), (["--log", "params/baseline.yaml/x/log.md"], "cannot be written to"),
+    (["--set", "seed=0123"], "--set 'seed'"), (["--set", "title=!!int x"], "the tag"),
+    (["--set", "prompts=" + "[" * 2000], "too many levels"), (["--set", "name=" + "n" * 300], "name: "),
+    (["--set", 'prompts_file="a\\0"'], "a control character"), (["--set", "seed=" + "9" * 5000], "too long"),
+    (["--set", "weights=~nobody-here/x"], "this is no path"),
+    (["--set", 'title="\\e]0;x\\a"'], "a control character"),
     (["--repeat-baseline", "-1"], "--repeat-baseline: -1 is not a number of runs; write 0"),
     (["--repeats", "-1"], "--repeats: -1 is not a number of runs"),
     (["--repeat", "baseline", "--repeat-baseline", "1"], "use only one of the two"),

@@ -269,21 +269,21 @@ def test_request_during_a_script_waits_its_turn(point):
     assert prompts == ["0", "0", "mine", "1", "1"]
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", None, 3])
+@pytest.mark.parametrize("prompt", ["", "  \n", None, 3, b"x"])
 def test_empty_prompt_is_refused_at_once(point, prompt):
     """An empty prompt gives a video of nothing; it must not take the session with it."""
     session = StreamingSession(point)
     for call in (lambda: session.stream(prompt), lambda: session.switch_prompt(prompt),
                  lambda: session.play(PromptSchedule(("a", prompt), (3,)), 2)):
-        with pytest.raises(UserError, match="prompt: .* is empty"):
+        with pytest.raises(UserError, match="prompt: .* is (empty|not a text)"):
             call()
     assert len(list(session.stream("a", 1))) == 1
 
 
-@pytest.mark.parametrize("blocks", [0, -1])
+@pytest.mark.parametrize("blocks", [0, -1, 1.5, "3", True])
 def test_number_of_blocks_must_be_positive(point, blocks):
     """An empty stream looks like a hang."""
-    with pytest.raises(UserError, match=f"blocks: {blocks} is not positive"):
+    with pytest.raises(UserError, match=f"blocks: {blocks!r} is no number of blocks"):
         StreamingSession(point).stream("a", blocks)
     with pytest.raises(UserError):
         StreamingSession(point).play(PromptSchedule(("a",)), blocks)
@@ -446,6 +446,26 @@ def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):
     fail[0] = False
     session.reset()
     assert same_video(list(session.stream("a", 2)), list(StreamingSession(point).stream("a", 2)))
+
+
+@pytest.mark.parametrize("use_async_vae", [False, True])
+def test_every_finished_block_comes_before_an_error(point, use_async_vae):
+    """The last block of a stream that ends by an error, lost in the decoder that works one block behind."""
+    pipeline = micro_pipeline(use_async_vae=use_async_vae, **POINT)
+
+    def encode(prompt: str):
+        if prompt == "b":
+            raise RuntimeError("encoder gone")
+        return point.encode_prompt(prompt)
+
+    session, chunks = StreamingSession(dataclasses.replace(pipeline, encode_prompt=encode)), []
+    with pytest.raises(RuntimeError, match="encoder gone"):
+        chunks.extend(session.play(PromptSchedule(("a", "b"), (9,)), 5))
+    with pytest.raises(RuntimeError, match="encoder gone"):
+        session.reset()
+        for chunk in session.play(PromptSchedule(("a", "b"), (9,)), 5):
+            chunks.append(chunk)
+    assert [chunk.block for chunk in chunks][-3:] == [0, 1, 2]
 
 
 def test_prompt_may_be_switched_from_another_thread(point):

@@ -115,6 +115,46 @@ def test_variant_is_compared_and_decided(campaign, name, exactness):
     json.dumps(result, allow_nan=False)
 
 
+def test_what_later_steps_need_is_tried_first(campaign, tmp_path, monkeypatch):
+    """An hour's measurement that ends at a baseline cut off, a package that is missing, or a black video."""
+    shutil.copytree(campaign / "baseline", tmp_path / "baseline")
+    reference, result = tmp_path / "baseline/reference.safetensors", tmp_path / "baseline" / RESULT_FILE
+    whole = reference.read_bytes()
+    reference.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="reference.safetensors: cannot be read .* run the baseline again"):
+        open_run(tmp_path / "static_kv", name="static_kv", use_static_kv=True)
+    reference.write_bytes(whole)
+    result.write_text(result.read_text()[:-9])
+    with pytest.raises(UserError, match="result.json: is not JSON"):
+        open_run(tmp_path / "static_kv", name="static_kv", use_static_kv=True)
+    for name, value, words in (("campaign", "../x", "cannot name a folder"),
+                               ("output_dir", 5, "is not a text"),
+                               ("my_note", 3, "my_note.*a variable of your own")):
+        with pytest.raises(UserError, match=words):
+            Experiment.from_notebook({**SMALLEST, "output_dir": str(tmp_path / "x"), name: value})
+    run = open_run(tmp_path / "alone" / "baseline")
+    run.build()
+    chunk = types.SimpleNamespace(latents=torch.tensor(float("nan")), block=3)
+    monkeypatch.setattr(run.measurement, "_stream_with_switches", lambda blocks, switches: iter([chunk] * 3))
+    with pytest.raises(UserError, match="latents: those of block 3 are not finite"):
+        run.measure()
+    monkeypatch.setattr(workbook, "NEEDED", {"not_installed": "av"})
+    with pytest.raises(UserError, match="av: this package cannot be imported"):
+        open_run(tmp_path / "alone" / "baseline")
+
+
+def test_a_step_that_fails_leaves_what_was_measured(tmp_path, monkeypatch):
+    """Latencies of an hour lost, because the video could not be written."""
+    run = open_run(tmp_path / "baseline")
+    run.build()
+    run.measure()
+    monkeypatch.setattr(video, "write_mp4", lambda *parts, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.generate_video()
+    kept = json.loads((tmp_path / "baseline/measured.json").read_text())
+    assert kept["latency"]["ss_block_ms"] == run.measured["latency"]["ss_block_ms"]
+
+
 def test_judged_video_stands_in_the_result(campaign, monkeypatch):
     """A verdict on prompts that nobody can look up, or frames handed over under the wrong prompt."""
     seen = {}

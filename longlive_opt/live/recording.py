@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..config import check_switches, check_switches_fit
-from ..errors import UserError
-from ..files import atomic_path, check_texts
-from ..prompts import PromptSchedule, parse_switch_frames
+from ..config import check_switches, check_switches_fit, parse_switch_frames
+from ..errors import UserError, short
+from ..files import atomic_path, check_texts, read_json
+from ..prompts import PromptSchedule
 from ..report.video import write_pictures
 from ..streaming.pipeline import Pipeline
 
@@ -123,8 +123,8 @@ class Recording:
                                  "fps": (int, float), "parameters": dict, "weights_sha256": dict}
         for key, kind in kinds.items():
             if not isinstance(entry.get(key), kind) or isinstance(entry[key], bool):
-                raise UserError(f"{where}, {key}: {entry.get(key)!r} is not what save() writes there; save "
-                                "the video again.")
+                raise UserError(f"{where}, {key}: {short(entry.get(key))} is not what save() writes there; "
+                                "save the video again.")
         prompts = entry["prompts"]
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise UserError(f"{where}, prompts: they must be a list of texts that are not empty.")
@@ -147,13 +147,7 @@ class Recording:
         Raises:
             UserError: the file cannot be read, or is no script.
         """
-        try:
-            entry = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"script: cannot read {path}: {error.strerror}; name a .json file that save() "
-                            "wrote.") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"script: {path} is not JSON ({error}); name a file that save() wrote.") from None
+        entry = read_json(Path(path), "name a .json file that save() wrote")
         return cls.from_dict(entry, f"script {path}")
 
     def write(self, path: str | Path) -> None:

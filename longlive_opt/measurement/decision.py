@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..config import BASELINE, STUDIES, ExperimentConfig
-from ..errors import UserError
+from ..errors import UserError, short
 from ..models.specs import MODELS
 from ..prompts import PromptSchedule, spread_evenly
 from ..streaming.timeline import Event
@@ -144,12 +144,7 @@ def _difference(name: str, ours: Any, theirs: Any) -> str:
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         at = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
         name, ours, theirs = f"{name}[{at}]", ours[at], theirs[at]
-    return f"{name} is {_short(ours)} against {_short(theirs)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return f"{name} is {short(ours)} against {short(theirs)}"
 
 
 def without_fidelity(quality: Mapping[str, Any], reason: str) -> dict[str, Any]:

@@ -46,13 +46,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ExperimentConfig
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import parse_json
 from ..models.attention import make_attention
+from ..models.checkpoint import save_tensors
 from ..models.dit import TextContext
 from ..models.specs import WAN_VAE
 from ..models.vae import StreamingDecoder, frames_to_uint8
@@ -147,23 +147,52 @@ class Truth:
         return FidelitySchedule(tuple(schedule["prompts"]), schedule["blocks"], schedule["switch_block"])
 
     def save(self, path: Path) -> None:
-        with atomic_path(path) as temporary:
-            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, temporary,
-                      {"facts": json.dumps(self.facts)})
+        save_tensors(path, {name: getattr(self, name) for name in _TENSORS},
+                     {"facts": json.dumps(self.facts)})
 
     @classmethod
     def load(cls, path: Path) -> Truth | None:
-        """Return None if the file has no truth of this protocol."""
+        """Return None if the file has no truth of this protocol.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                facts = parse_json((file.metadata() or {}).get("facts", "{}"), f"{path}, facts",
+                                   "run the baseline again")
+                if not isinstance(facts, dict) or not set(_TENSORS) <= set(file.keys()):
+                    return None
                 if "script" in facts:  # of a campaign with results of schema version 1
                     facts["prompt_schedule"] = facts.pop("script")
-                if facts.get("protocol") != PROTOCOL or not set(_TENSORS) <= set(file.keys()):
+                if facts.get("protocol") != PROTOCOL:
                     return None
-                return cls(**{name: file.get_tensor(name) for name in _TENSORS}, facts=facts)
-        except (SafetensorError, ValueError) as error:
+                truth = cls(**{name: file.get_tensor(name) for name in _TENSORS}, facts=facts)
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read ({error}); run the baseline again.") from error
+        truth.check(path)
+        return truth
+
+    def check(self, path: Path) -> None:
+        """Refuse what `measure` could not compare with.
+
+        Raises:
+            UserError: naming `path`.
+        """
+        try:
+            blocks, counts = self.schedule.blocks, self.frames_per_block
+            whole = (all(isinstance(self.facts[name], dict) for name in ("made_of", "baseline", "digests"))
+                     and len(self.schedule.prompts) > 0 and type(blocks) is int and counts.shape == (blocks,)
+                     and not counts.is_floating_point() and self.latents.shape[:1] == (blocks,)
+                     and self.latents.ndim == 6 and bool(self.latents.isfinite().all())
+                     and int(counts.sum()) == len(self.frames) and self.frames.ndim == 4
+                     and self.frames.shape[1:] == self.video.shape[1:]
+                     and self.frames.dtype == self.video.dtype == torch.uint8)
+        except (LookupError, TypeError, ValueError, RuntimeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: its tensors do not fit together or its facts are damaged; run the "
+                            "baseline again.")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from ..config import REHEARSED_BLOCKS, ExperimentConfig
+from ..errors import UserError
 from ..kernels.torch_internals import compile_seconds, compiled_graphs
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..optimizations.prompt_cache import CachedPrompts
@@ -62,8 +63,11 @@ class Measurement:
             chunks = self._stream_with_switches(blocks, [warmup, warmup + 2])
             next(chunks)
             setup["first_block"] = time.perf_counter() - started
-            for _ in chunks:
-                pass
+            for chunk in chunks:
+                last = chunk
+        if not last.latents.isfinite().all():
+            raise UserError(f"latents: those of block {last.block} are not finite, so the video is black; "
+                            "check timestep_shift, lora_alpha and weights, or run the tests of the kernels.")
         setup["rehearsal"] = time.perf_counter() - started
         setup |= {kind: spent - built_before[kind] for kind, spent in self._building_seconds().items()}
         print(

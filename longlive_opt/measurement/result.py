@@ -93,38 +93,51 @@ The meaning of every metric is in `catalogue`.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import atomic_path, whole_text
+from ..errors import UserError, short
+from ..files import atomic_path, printable, read_json, whole_text
 
 SCHEMA_VERSION = 2
+WORKING = (".new", ".replaced")
+"""Endings of folders that exist only while --overwrite replaces a finished run: its successor, itself."""
+ASIDE = (".aside", ".failed")
+"""Endings of folders that hold no run: what was in the way of a run, and a failed --overwrite."""
+MEASURED_FILE = "measured.json"  # what was measured, from then on until result.json is there
 REFERENCE_FILE = "reference.safetensors"  # the campaign's truth, next to the baseline's result.json
 
 # Kind (see _KINDS) -> dotted paths of required fields, or of optional ones (question mark). Others may exist.
 _SCHEMA = {
-    "int": "seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
+    "int": "run seed sizes.blocks_measured sizes.warmup_blocks sizes.switches sizes.frames_per_block "
            "latency.ss_ms_per_frame.n latency.ps_ms.n",
     "str": "campaign preset title hypothesis created_utc model.name weights.kind decision.rule "
            "decision.rationale latency.clock_disagreement.sentence",
     "str?": "frames_on? tokenizer environment.gpu environment.torch environment.git_commit",
     "bool": "sizes.quick latency.clock_disagreement.available",
     "bool?": "decision.keep environment.git_dirty quality.identical environment.co_scheduled?",
+    "int?": "quality.frames_compared? quality.frames_total?",
     "number?": "environment.other_cpu_cores?",
-    "number": "fps playback.fps latency.ss_ms_per_frame.mean latency.ss_ms_per_frame.p50 "
-              "latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max latency.ss_with_switches.max "
+    "number": "model.sizes.height? model.sizes.width? fps playback.fps latency.ss_ms_per_frame.mean "
+              "latency.ss_ms_per_frame.p50 latency.ss_ms_per_frame.p95 latency.ss_ms_per_frame.max "
+              "latency.ss_with_switches.max "
               "latency.ss_over_target.target_ms",
     "metric": "latency.ss_ms_per_frame.p99 latency.ps_ms.mean latency.ps_ms.p99 latency.ps_ms.max "
               "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
               "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
               "memory_gb.kv_cache fps_with_switches? latency.ps_random_ms.mean? latency.ps_random_ms.p95? "
               "energy.joules_per_frame? energy.mean_power_w?",
-    "numbers": "latency.ss_block_ms latency.ps_ms_all latency.ss_blocks latency.ps_blocks "
-               "latency.ps_before_ms_all?",
-    "list": "optimizations events quality.flags prompt_schedule.prompts? prompt_schedule.switch_frames?",
-    "dict": "parameters prompt_schedule? environment.packages environment.env_vars latency.ps_breakdown_ms "
+    "numbers": "prompt_schedule.switch_frames? latency.ss_block_ms latency.ps_ms_all latency.ss_blocks "
+               "latency.ps_blocks latency.ps_before_ms_all?",
+    "texts": "quality.flags prompt_schedule.prompts?",
+    "rows": "events switch_events?",
+    "objects": "optimizations ablations? quality.nulls?",
+    "plain": "parameters",
+    "counts": "built_while_measured? interruptions?",
+    "dict?": "decision.gate?",
+    "dict": "prompt_schedule? environment.packages environment.env_vars latency.ps_breakdown_ms "
             "latency.stages_ms setup_s quality.psnr_db quality.ssim quality.ms_ssim quality.lpips "
             "quality.clip_delta",
 }
@@ -146,11 +159,31 @@ def na(reason: str, how_to_fix: str) -> dict[str, Any]:
 
 def is_na(metric: Any) -> bool:
     """True for a value made by `na()`."""
-    return isinstance(metric, dict) and "reason" in metric and metric.get("value", 0) is None
+    return isinstance(metric, dict) and isinstance(metric.get("reason"), str) \
+        and metric.get("value", 0) is None
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_event(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 5 and isinstance(row[0], str) and _is_number(row[1]) \
+        and _is_number(row[2]) and (row[3] is None or isinstance(row[3], int)) and row[4] in ("host", "cuda")
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"\w{1,60}", key) is not None
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, list) and all(isinstance(item, (bool, int, float, str)) for item in value))
+
+
+def is_plain_mapping(value: Any) -> bool:
+    """Whether `value` is a mapping from names to plain values, as a preset's parameters are."""
+    return isinstance(value, dict) and all(map(_is_name, value)) and all(map(_is_plain, value.values()))
 
 
 _KINDS = {
@@ -163,26 +196,34 @@ _KINDS = {
     "number?": ("a number or null", lambda v: v is None or _is_number(v)),
     "metric": ("a number, or null with a reason", lambda v: _is_number(v) or is_na(v)),
     "numbers": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))),
-    "list": ("a list", lambda v: isinstance(v, list)),
+    "int?": ("an integer or null", lambda v: v is None or isinstance(v, int) and not isinstance(v, bool)),
+    "texts": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)),
+    "rows": ("a list of events, [name, start, duration, block, clock]",
+             lambda v: isinstance(v, list) and all(map(_is_event, v))),
+    "objects": ("a list of objects", lambda v: isinstance(v, list) and all(isinstance(o, dict) for o in v)),
+    "plain": ("an object with names and plain values", is_plain_mapping),
+    "counts": ("an object with names and numbers", lambda v: isinstance(v, dict) and all(map(_is_name, v))
+               and all(_is_number(n) or is_na(n) for n in v.values())),
     "dict": ("an object", lambda v: isinstance(v, dict)),
+    "dict?": ("an object or null", lambda v: v is None or isinstance(v, dict)),
 }
 
 
 def _check_json(value: Any, where: str) -> None:
     """Refuse values that JSON cannot hold, naming their path: a NaN must not surface first in a chart."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where} is {value}: results hold finite numbers only, store results.na(...)")
+    if isinstance(value, float) and not math.isfinite(value) or type(value) is int and abs(value) > 2**1000:
+        raise UserError(f"{where} is {short(value)}: results hold finite numbers only, store results.na(...)")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise UserError(f"{where} has the key {key!r} of type {type(key).__name__}: keys are strings")
-            whole_text(key, f"{where}, a key")
+            whole_text(key, f"{where}, a key", controls=True)
             _check_json(item, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _check_json(item, f"{where}[{index}]")
     elif isinstance(value, str):
-        whole_text(value, where)
+        whole_text(value, where, controls=True)
     elif value is not None and type(value) not in (int, float, bool):
         raise UserError(f"{where} is a {type(value).__name__}: make it a plain number, string, list or dict")
 
@@ -208,14 +249,9 @@ def validate(result: Any, source: str = "result") -> dict[str, Any]:
             if value is _MISSING and not optional:
                 raise UserError(f"{source}: the field {path} is missing; run the preset again")
             if value is not _MISSING and not accepts(value):
-                raise UserError(f"{source}: {path} is {_short(value)}, not {words}; run the preset again")
+                raise UserError(f"{source}: {path} is {short(value)}, not {words}; run the preset again")
     _check_json(result, f"{source}: $")
     return result
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
@@ -273,25 +309,17 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """Read, upgrade and validate one result.json; raise UserError naming the file, the field and the remedy.
     """
     path = Path(path)
-
-    def refuse(token: str) -> None:
-        raise UserError(f"{path}: contains {token}, which is not JSON; run the preset again")
-
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; run the preset first") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON, probably truncated ({error}); delete it and run the preset "
-                        "again") from error
-    return validate(upgraded(result), str(path))
+    if not path.exists():
+        raise UserError(f"cannot read {path}: it does not exist; run the preset first")
+    return validate(upgraded(read_json(path, "delete it and run the preset again")), str(path))
 
 
 def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
     """Read `folder/*/result.json`: (valid results, baseline first, then by folder name; problems as (path,
     reason)).
 
-    One bad file never hides the others. A preset folder with an executed notebook but without a result is a
+    One bad file never hides the others. A result counts only in the folder of its own name (`run_label`): a
+    copy of a run is not its repetition. A preset folder with an executed notebook but without a result is a
     problem too: that run did not finish. Raises UserError only if `folder` is not a folder.
     """
     folder = Path(folder)
@@ -300,23 +328,37 @@ def read_campaign(folder: str | Path) -> tuple[list[dict[str, Any]], list[tuple[
     results: list[dict[str, Any]] = []
     problems: list[tuple[Path, str]] = []
     for preset_folder in sorted(item for item in folder.iterdir() if item.is_dir()):
+        if preset_folder.name.endswith((*WORKING, *ASIDE)):
+            continue
         path = preset_folder / "result.json"
         if path.exists():
             try:
-                results.append(read_result(path))
+                results.append(_in_its_folder(read_result(path), path))
             except UserError as error:
                 problems.append((path, str(error)))
         elif (preset_folder / "notebook.ipynb").exists() and "summary" not in preset_folder.name:
             problems.append((path, f"{path}: missing although the notebook was executed, so the run did not "
                                    "finish; read the end of the notebook and run the preset again"))
-    results.sort(key=lambda result: (result["preset"] != "baseline", result.get("run", 1)))
+    results.sort(key=lambda result: (result["preset"] != "baseline", result["run"]))
     return results, problems
 
 
+def _in_its_folder(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    label = run_label(result["preset"], result["run"])
+    if path.parent.name != label:
+        raise UserError(f"{path}: is the result of {label} and counts only in a folder of that name; measure "
+                        "a repetition with --repeat, or move a copy out of the campaign")
+    return result
+
+
 def plain_json(value: Any) -> Any:
-    """`value` with tuples as lists, so that it equals what is read back."""
+    """`value` as it is read back: tuples as lists, and texts that a file can hold. A message of a library
+    with half a character in it must not cost the measurement.
+    """
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, Mapping):
-        return {key: plain_json(item) for key, item in value.items()}
+        return {plain_json(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_json(item) for item in value]
     return value
@@ -324,7 +366,10 @@ def plain_json(value: Any) -> Any:
 
 def is_finite(value: Any) -> bool:
     """True for a number that can be plotted or compared: no NaN, no infinity, no bool."""
-    return _is_number(value) and math.isfinite(value)
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # an integer that no double can hold
+        return False
 
 
 def lookup(result: Any, path: str) -> Any:

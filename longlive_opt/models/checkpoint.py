@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 import safetensors
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import atomic_path
 from .weight_files import check_start, remedy
 
 LISTED_NAMES = 20
@@ -25,7 +28,8 @@ LISTED_NAMES = 20
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # The errors that torch.load has raised on damaged files.
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
-           AttributeError, AssertionError)
+           AttributeError, AssertionError, RecursionError, MemoryError, ArithmeticError, NotImplementedError,
+           struct.error, zipfile.BadZipFile)
 
 
 class Header(NamedTuple):
@@ -96,10 +100,28 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:LISTED_NAMES]) + more
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+                 ) -> None:
+    """Write a safetensors file atomically, with the permissions of any other new file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_cpu, temporary, dict(metadata or {}))
+        except safetensors.SafetensorError as error:  # of the disk: our tensors are well-formed
+            raise OSError(str(error)) from error
+        temporary.chmod(mode)
+
+
 def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[str], Tensor]]:
     try:
         file = safetensors.safe_open(path, framework="pt")
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError, *DAMAGED) as error:
         raise UserError(f"{path}: damaged, cut short or not a safetensors file ({error}); "
                         f"{remedy(path)}.") from error
     headers = {}
@@ -141,6 +163,8 @@ def _select(content: Any, path: Path, containers: tuple[str | None, ...]) -> Map
 
 
 def _header(value: Any) -> Header:
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.device.type != "cpu"):
+        return Header((), f"a tensor without plain memory ({value.layout}, {value.device})")
     if isinstance(value, Tensor):
         return Header(tuple(value.shape), str(value.dtype).removeprefix("torch."))
     return Header((), type(value).__name__)

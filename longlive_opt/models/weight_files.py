@@ -100,7 +100,7 @@ def resolve_weights(weights: str | Path, model: ModelSpec, parts: Iterable[str] 
     """
     if str(weights) == "random":
         return WeightFiles()
-    root = project_path(Path(weights).expanduser())
+    root = project_path(weights)
     places = {part: model.checkpoint.files[part] for part in parts if part in model.checkpoint.files}
     outer = _outer(root, places.values())
     if outer:
@@ -168,7 +168,7 @@ def _tiny_vae_command(folder: Path | str) -> str:
 
 def _check_size(weights: str | Path, model: ModelSpec) -> None:
     """Refuse a transformer of another size. Torch files are not checked: reading their shapes needs torch."""
-    path = _find(project_path(Path(weights).expanduser()), model.checkpoint.files["dit"])
+    path = _find(project_path(weights), model.checkpoint.files["dit"])
     if path is None or path.suffix != ".safetensors" or not path.is_file() or not path.stat().st_size:
         return
     header = safetensors_header(path) or {}
@@ -226,9 +226,10 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
             header = json.loads(file.read(length) if rest >= 0 else b"")
             header.pop("__metadata__", None)
             end = max(tensor["data_offsets"][1] for tensor in header.values())
-        except (ValueError, LookupError, TypeError, AttributeError):
+            shapes = [tensor["shape"] for tensor in header.values()]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
-    return header if end == rest else None
+    return header if end == rest and all(isinstance(shape, list) for shape in shapes) else None
 
 
 def is_tiny(path: Path) -> bool:

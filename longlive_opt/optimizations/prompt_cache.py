@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, ClassVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import project_path
+from ..models.checkpoint import save_tensors
 from ..models.dit import TextContext
 from ..streaming.pipeline import Pipeline
 from .base import Exactness, Optimization
@@ -45,7 +46,7 @@ class PromptCache(Optimization):
     def apply(self, pipeline: Pipeline) -> Pipeline:
         encoder = pipeline.text_encoder
         shape = (1, encoder.config.text_len, encoder.config.dim)
-        store = EmbeddingStore(Path(self.folder), encoder.fingerprint, shape) if self.folder else None
+        store = EmbeddingStore(project_path(self.folder), encoder.fingerprint, shape) if self.folder else None
         cached = CachedPrompts(lambda prompt: encoder.encode([prompt]), pipeline.embed_text,
                                self.limit_mb * 2**20, store)
         pipeline = dataclasses.replace(pipeline, encode_prompt=cached)
@@ -107,7 +108,7 @@ class CachedPrompts:
 
 class EmbeddingStore:
     """Text-encoder outputs [1, text_len, dim] as safetensors files, one per prompt; a damaged file counts as
-    missing.
+    missing. The SHA-256 of an embedding is stored with it, because a wrong one gives a wrong video.
     """
 
     def __init__(self, folder: Path, fingerprint: str, shape: tuple[int, ...] | None = None):
@@ -133,14 +134,25 @@ class EmbeddingStore:
         if not path.is_file():
             return None
         try:
-            embedding = load_file(path)["embedding"]
+            with safe_open(path, "pt") as file:
+                embedding, digest = file.get_tensor("embedding"), (file.metadata() or {}).get("sha256")
             if self._shape not in (None, tuple(embedding.shape)):
                 raise ValueError(f"its shape is {tuple(embedding.shape)}, not {self._shape}")
+            if digest != _sha256(embedding):
+                raise ValueError("its content does not have the SHA-256 that was stored with it")
             return embedding
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             logger.warning("prompt cache: %s is damaged and will be replaced (%s)", path.name, error)
             return None
 
     def save(self, prompt: str, embedding: Tensor) -> None:
-        with atomic_path(self.path(prompt)) as temporary:
-            save_file({"embedding": embedding.contiguous().cpu()}, temporary)
+        try:
+            save_tensors(self.path(prompt), {"embedding": embedding}, {"sha256": _sha256(embedding)})
+        except UserError as error:
+            raise UserError(f"prompt_cache_dir: {error}") from error
+
+
+def _sha256(embedding: Tensor) -> str:
+    """SHA-256 of the tensor's dtype and bytes."""
+    content = embedding.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(str(embedding.dtype).encode() + content).hexdigest()

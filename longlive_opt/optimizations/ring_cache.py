@@ -156,9 +156,12 @@ class RingLayer:
         return self.raw_sink.nbytes + sum(part.nbytes for part in self.memory if part is not None)
 
     def clear(self) -> None:
-        """Set every slot to zero; an empty sink is attended too."""
-        for part in self.memory[:2]:
-            part.zero_()
+        """Set every slot to zero and every scale to one. An empty sink is attended, and 0 times the NaN of a
+        former stream is a NaN.
+        """
+        for number, part in enumerate(self.memory):
+            if part is not None:
+                part.fill_(number // 2)
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Write rotated k and v of the new frames, [B, L, N, D], to their slots."""

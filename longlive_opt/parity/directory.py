@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
+from ..files import read_json
 from .comparison import Case, Comparison, Tensors, below
 from .modules import check_keys, check_scheduler, check_t5, check_vae
 from .transformer import check_forward, check_lora, check_stream
@@ -24,9 +24,9 @@ def check_directory(directory: Path) -> Iterator[Case]:
     """
     directory = Path(directory)
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        manifest["configs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_json(directory / "manifest.json", "record it again")
+        manifest["configs"].items()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{directory}: no readable manifest.json with 'configs' ({error}); name a folder laid out like "
             "tests/golden."

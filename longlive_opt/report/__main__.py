@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        campaign = load(arguments.campaign.resolve())
+        folder = arguments.campaign.resolve()
+        campaign = load(folder)
+        if not any((campaign.results, campaign.failures, campaign.problems)):
+            raise UserError(f"{arguments.campaign}: holds no result.json and no failed.json, so it is no "
+                            "campaign; name a folder such as outputs/demo")
         if arguments.readme:
             write_readme(arguments.readme.resolve(), campaign)
             return 0

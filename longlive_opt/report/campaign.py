@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +13,11 @@ from typing import Any
 import pandas as pd
 
 from ..config import BASELINE
-from ..files import project_path
+from ..errors import UserError
+from ..files import project_path, read_json
 from ..measurement import decision
 from ..measurement.catalogue import Metric, metric_of
-from ..measurement.result import is_na, lookup, read_campaign, run_label
+from ..measurement.result import is_na, is_plain_mapping, lookup, read_campaign, run_label
 from .charts import target_of
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ Result = Mapping[str, Any]
 LADDER = (BASELINE, "cuda_graphs", "static_kv", "async_vae", "quality", "balanced", "speed")
 """The presets of the log's template, in order. Other presets follow."""
 SUMMARY = "summary"  # folder of the campaign's figures
+
+
+OUTCOMES = ("failed", "not available")
 
 
 @dataclass(frozen=True)
@@ -86,29 +89,44 @@ def load(campaign_dir: str | Path) -> Campaign:
     # Messages contain the absolute path, which a published log must not show.
     shown = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
             for path, reason in problems if path.with_name("failed.json") not in failed]
-    return Campaign(folder, decided(results), [_read_failure(path) for path in failed], shown)
+    usable, strange = _usable(results)
+    return Campaign(folder, decided(usable), [_read_failure(path) for path in failed], [*shown, *strange])
+
+
+def _usable(results: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Split results into those of which every page can be made, and (place, reason) of the others.
+
+    The schema cannot say everything, so the pages are made once for all results and, if that fails, for each
+    result by itself and next to the baseline.
+    """
+    from .trial import try_pages  # makes the pages, and they read campaigns
+
+    if not try_pages(results):
+        return list(results), []
+    usable: list[dict[str, Any]] = []
+    strange = []
+    for result in results:
+        baseline = [run for run in usable if run["preset"] == BASELINE][:1]
+        if reason := try_pages([result]) or try_pages([*baseline, result]):
+            label = run_label(result["preset"], result["run"])
+            strange.append((f"{label}/result.json", f"{reason}; run the preset again"))
+        else:
+            usable.append(result)
+    return usable, strange
 
 
 def _read_failure(path: Path) -> Failure:
     label = path.parent.name.removesuffix(".failed")
     try:
-        report = _writable(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        report = read_json(path, "run the preset again", mend=True)
+    except UserError:
         report = None
     if not isinstance(report, dict):
         return Failure(label, "failed.json is not readable", {})
-    parameters = report.get("parameters")
-    return Failure(str(report.get("label", label)), str(report.get("meaning", "no reason recorded")),
-                   parameters if isinstance(parameters, dict) else {}, str(report.get("status", "failed")))
-
-
-def _writable(value: Any) -> Any:
-    """`value` with lone surrogates escaped, since a failure message may contain them and a log cannot."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, dict):
-        return {_writable(key): _writable(item) for key, item in value.items()}
-    return [_writable(item) for item in value] if isinstance(value, list) else value
+    parameters, outcome = report.get("parameters"), report.get("status")
+    return Failure(label, str(report.get("meaning", "no reason recorded")),
+                   parameters if is_plain_mapping(parameters) else {},
+                   outcome if outcome in OUTCOMES else OUTCOMES[0])
 
 
 def decided(results: Sequence[Result]) -> list[dict[str, Any]]:

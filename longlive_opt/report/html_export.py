@@ -55,9 +55,11 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- endblock -%}
 """
 
-_LOADING_ATTRIBUTES = ("src", "srcset", "href", "xlink:href", "poster", "data", "background", "style")
+_LOADING_ATTRIBUTES = ("src", "srcset", "href", "xlink:href", "poster", "data", "background", "style",
+                       "srcdoc", "action", "formaction", "content")
 _REMOTE = re.compile(r"^\s*(https?:)?//", re.IGNORECASE)
-_REMOTE_IN_CSS = re.compile(r"""(?:url\(\s*['"]?|@import\s+['"])((?:https?:)?//[^'")\s]+)""", re.IGNORECASE)
+_REMOTE_IN_CSS = re.compile(r"""(?:(?:url|image-set)\(\s*['"]?|@import\s+['"])((?:https?:)?//[^'")\s]+)""",
+                            re.IGNORECASE)
 _REMOTE_IN_JS = re.compile(r"""\b(?:import|from|fetch|src|href)\b[^'"`;\n]*['"`]((?:https?:)?//[^'"`\s]+)""")
 
 
@@ -79,7 +81,8 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
 
     try:
         notebook = nbformat.read(notebook_path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError) as error:
+        notebook.cells, notebook.metadata
+    except (OSError, ValueError, AttributeError, TypeError, nbformat.ValidationError) as error:
         raise UserError(f"{notebook_path}: this is not a readable notebook ({error}); run it") from error
     # The template reads the title from here first.
     notebook.metadata["title"] = title
@@ -90,7 +93,10 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
     # nbconvert resolves relative picture paths in Markdown against this path.
     resources = {"metadata": {"name": title, "path": str(notebook_path.parent)}, "card": card,
                  "foot": foot, "style": REPORT}
-    html, _ = exporter.from_notebook_node(notebook, resources=resources)
+    try:
+        html, _ = exporter.from_notebook_node(notebook, resources=resources)
+    except (AttributeError, TypeError, LookupError) as error:
+        raise UserError(f"{notebook_path}: this is not a readable notebook ({error!r}); run it") from error
     html = drop_unused_styles(html)
     references = network_references(html)
     if references:
@@ -134,8 +140,13 @@ class _ReferenceFinder(HTMLParser):
         for name, value in attrs:
             if tag in ("a", "area") and name == "href" or not value or name not in _LOADING_ATTRIBUTES:
                 continue
+            value = re.sub(r"[\t\r\n]", "", value).replace("\\", "/")  # as browsers read an address
             if name == "style":
                 self.found += _REMOTE_IN_CSS.findall(value)
+            elif name == "srcdoc":
+                self.found += network_references(value)
+            elif name == "content":
+                self.found += re.findall(r"(?i)^[\d.\s]*;\s*url=['\"]?((?:https?:)?//\S+)", value)
             elif name == "srcset":
                 self.found += [part.split()[0] for part in value.split(",") if _REMOTE.match(part)]
             elif _REMOTE.match(value):

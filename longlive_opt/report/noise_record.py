@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import atomic_path, project_path
+from ..files import atomic_path, project_path, read_json
 from ..measurement.catalogue import shown_in
-from ..measurement.result import lookup
+from ..measurement.result import is_finite, lookup
 from .campaign import BASELINE, Campaign, Result
 from .log.markdown import digits, escape
 
 NOISE_FILE = "outputs/noise.json"
 SCHEMA_VERSION = 1
+_TEXTS = ("campaign", "preset", "machine", "model", "date")
 
 
 def rows_of(results: Sequence[Result], campaign: str) -> list[dict[str, Any]]:
@@ -58,15 +59,25 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is not a record of this schema.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name}: cannot be read ({error}); restore it from git") from error
-    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
+    found = read_json(path, "restore it from git")
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or found.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path.name}: is not a noise record of schema {SCHEMA_VERSION}; restore it from git")
-    return found["rows"]
+    for number, row in enumerate(rows):
+        if not _is_row(row):
+            raise UserError(f"{path.name}: rows[{number}] is damaged; restore it from git")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("runs")) is not int:
+        return False
+    series = [row.get(metric.key, []) for metric in shown_in("record")]
+    return all(key in row and isinstance(row[key], str | None) for key in _TEXTS) and all(
+        isinstance(values, list) and all(value is None or is_finite(value) for value in values)
+        for values in series)
 
 
 def joined(record: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

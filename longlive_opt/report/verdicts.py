@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_path
+from ..errors import UserError
+from ..files import atomic_path, read_json
 from ..measurement import decision
 from ..measurement.result import run_label
 from .campaign import Campaign, Result, baseline_of, load, verdict_of
@@ -67,11 +68,26 @@ def write_decisions(folder: Path, decisions: Mapping[str, Any]) -> Path:
 def read_decisions(folder: Path) -> dict[str, Any]:
     """Read decisions.json of a campaign's folder. An absent or unreadable file gives no decisions."""
     try:
-        found = json.loads((folder / DECISIONS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(folder / DECISIONS_FILE, "make the summary again")
+    except UserError:
         found = None
-    usable = isinstance(found, dict) and found.get("schema_version") == SCHEMA_VERSION
-    return found if usable else {"decisions": {}, "noise": {}, "recommended": {"preset": None, "reasons": []}}
+    return found if _is_whole(found) else {"decisions": {}, "noise": {}, "campaign": folder.name,
+                                           "recommended": {"preset": None, "reasons": []}}
+
+
+def _is_whole(found: Any) -> bool:
+    """Whether the content of the file is what `decisions_of` makes, as far as a reader relies on it."""
+    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
+        return False
+    advised, entries = found.get("recommended"), found.get("decisions")
+    texts = ("preset", "verdict", "rule", "rationale", "created_utc", "not_comparable")
+    return (isinstance(found.get("campaign"), str) and isinstance(found.get("noise"), dict)
+            and isinstance(entries, dict) and isinstance(advised, dict)
+            and isinstance(advised.get("preset"), str | None) and isinstance(advised.get("reasons"), list)
+            and all(isinstance(reason, str) for reason in advised["reasons"])
+            and all(isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in texts)
+                    and isinstance(entry.get("run"), int) and isinstance(entry.get("keep"), bool | None)
+                    for entry in entries.values()))
 
 
 def cards(folder: Path) -> dict[str, str]:

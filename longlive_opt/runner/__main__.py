@@ -17,7 +17,9 @@ Exit status: 0 all finished, 1 something failed (see failed.json), 2 wrong input
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -222,10 +224,20 @@ def keep_interrupts() -> None:
     sys.unraisablehook = again
 
 
+class _Terminal(logging.StreamHandler):
+    """Writes the log; a reader that went away (`| head`) ends the log and not the campaign."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
+
+
 def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
     """Entry point. `root` is the project's folder (default: the folder that holds this package)."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Terminal(sys.stdout)])
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show must not stop a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -235,7 +247,10 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space on the disk of outputs/" if full else "check its permissions"
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; {remedy}, then run the same "
+              "command again; finished presets are skipped", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # The interrupted cell leaves an unawaited coroutine behind.

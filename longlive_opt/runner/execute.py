@@ -17,12 +17,14 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import NotAvailable, UserError
+from ..files import atomic_path, printable
+from ..measurement.result import ASIDE, MEASURED_FILE, REFERENCE_FILE, WORKING, read_result
 from ..models.weight_files import WeightFiles
 from ..report.html_export import MAX_BYTES, export_html
 
@@ -30,7 +32,13 @@ log = logging.getLogger(__name__)
 
 STDERR_LINES = 40
 SUMMARY = "summary"
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# What a run leaves in its folder. Anything else there is somebody's and is never deleted.
+OWN_FILES = {"notebook.ipynb", "report.html", "failed.json", "result.json", "video.mp4", "frames.png",
+             "side_by_side.mp4", MEASURED_FILE, REFERENCE_FILE, ".ipynb_checkpoints"}
+OWN_SUFFIXES = {".png", ".csv", ".html", ".ipynb", ".json"}  # of summary, training and quantization
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)")
+_TEMPORARY = re.compile(r"\.\w[^/]*\.\d+\.tmp(\.\w+)?")
+_OUT_OF_MEMORY = ("out of memory", "alloc_cpu", "DefaultCPUAllocator", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,22 @@ class NoResult(Exception):
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:
-    """The finished result in `folder`, or None if it is missing, truncated or not "ok"."""
+    """The finished result in `folder`, or None if there is none.
+
+    Raises:
+        UserError: there is one that cannot be used (`results.read_result`).
+    """
+    path = folder / "result.json"
+    return read_result(path) if path.exists() else None
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether `folder` has a result that cannot be used."""
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("status") == "ok" else None
+        finished_result(folder)
+    except UserError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -98,7 +116,23 @@ def locked(jobs: Sequence[Job]) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+        for job in jobs:
+            _finish_move(job.folder)
         yield
+
+
+def _finish_move(folder: Path) -> None:
+    """Finish, or undo, what a killed `--overwrite` began: see `_move`."""
+    new, replaced = (folder.with_name(folder.name + suffix) for suffix in WORKING)
+    if not folder.exists():
+        for found in (new, replaced):
+            if (found / "result.json").exists() and not is_damaged(found):
+                log.warning("[%s] an interrupted --overwrite was completed from %s", folder.name, found.name)
+                found.rename(folder)
+                break
+    for left in (new, replaced):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
@@ -117,17 +151,12 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
             if error.report["status"] == "not available":
                 log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
                 continue
-            meaning = _printable(error.report["meaning"])
+            meaning = error.report["meaning"]
             failed[job.label] = re.split(r"[.;]\s|\n", meaning)[0].rstrip(".")
             log.error("[%s] FAILED: %s (%s)", job.label, meaning, error.report["hint"])
             continue
         log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
     return failed
-
-
-def _printable(text: str) -> str:
-    """`text` with lone surrogates escaped, so that any stream accepts it."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[str, str]:
@@ -142,9 +171,11 @@ def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[s
     failed = {}
     for notebook in sorted(folder.glob("*/notebook.ipynb")):
         label, report = notebook.parent.name, notebook.with_name("report.html")
+        if label.endswith((*WORKING, *ASIDE)) or (notebook.parent / "failed.json").exists() or is_damaged(
+                notebook.parent):
+            continue
         result = finished_result(notebook.parent)
-        if label.endswith((".new", ".failed", ".old")) or (notebook.parent / "failed.json").exists() or (
-                result is None and label != SUMMARY):
+        if result is None and label != SUMMARY:
             continue
         card = cards.get(label, "")
         current = report.exists() and report.stat().st_mtime >= notebook.stat().st_mtime
@@ -193,24 +224,26 @@ def run_job(root: Path, job: Job) -> None:
         RunFailed: the notebook raised, its kernel died, or it ended without a result.
         KeyboardInterrupt: after the kernel has ended.
     """
-    replaces = finished_result(job.folder) is not None
-    folder = job.folder.with_name(f"{job.label}.new") if replaces else job.folder
-    failed = job.folder.with_name(f"{job.label}.failed")
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    stderr: deque[str] = deque(maxlen=STDERR_LINES)
     started = time.time()
+    stderr: deque[str] = deque(maxlen=STDERR_LINES)
+    folder, failed = job.folder, job.folder.with_name(f"{job.label}.failed")
+    replaces = is_empty = False
     try:
+        replaces = not is_damaged(folder) and finished_result(folder) is not None
+        if replaces:
+            folder = folder.with_name(job.label + WORKING[0])
+        _make_empty(folder, OWN_FILES if job.needs_result else OWN_SUFFIXES)
+        is_empty = True
         _execute(root, job, folder, stderr)
         if job.needs_result:
-            _check_result(folder, started)
+            _check_result(folder)
     except (Exception, KeyboardInterrupt) as error:
-        report = _failure(job, error, stderr, started)
+        report = _failure(root, job, folder, error, stderr, started)
         # A result from before the failure must not count as finished.
-        (folder / "result.json").unlink(missing_ok=True)
+        if is_empty:
+            (folder / "result.json").unlink(missing_ok=True)
         _write_failure(folder, report)
-        if replaces:
+        if replaces and is_empty:
             _move(folder, failed)
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -218,6 +251,26 @@ def run_job(root: Path, job: Job) -> None:
     if replaces:
         _move(folder, job.folder)
     shutil.rmtree(failed, ignore_errors=True)
+
+
+def _make_empty(folder: Path, own: Collection[str]) -> None:
+    """Make an empty folder for a run. A folder with a damaged result, or with files other than `own`, names
+    or suffixes, is moved aside.
+    """
+    if folder.exists():
+        foreign = [path.name for path in sorted(folder.iterdir()) if not {path.name, path.suffix} & {*own}
+                   and not _TEMPORARY.fullmatch(path.name)]
+        if is_damaged(folder) or foreign:
+            aside = folder.with_name(folder.name + ASIDE[0])
+            number = 2
+            while aside.exists():
+                aside, number = folder.with_name(f"{folder.name}.{number}{ASIDE[0]}"), number + 1
+            folder.rename(aside)
+            log.warning("[%s] the folder held %s; it was moved to %s", folder.name,
+                        foreign[0] if foreign else "a damaged result", aside.name)
+        else:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
@@ -268,7 +321,7 @@ class _Lines:
         self.keep = keep
 
     def write(self, text: str) -> None:
-        for line in filter(str.strip, text.splitlines()):
+        for line in filter(str.strip, printable(_ANSI.sub("", text)).splitlines()):
             log.info("[%s]   %s", self.label, line)
             if self.keep is not None:
                 self.keep.append(line)
@@ -277,18 +330,18 @@ class _Lines:
         """Nothing is buffered."""
 
 
-def _check_result(folder: Path, started: float) -> None:
-    path = folder / "result.json"
-    if not path.exists():
+def _check_result(folder: Path) -> None:
+    """The folder was empty before the run, so a result in it is the run's."""
+    if not (folder / "result.json").exists():
         raise NoResult("no result.json was written")
-    # One second of slack, because some file systems store whole seconds.
-    if path.stat().st_mtime < started - 1:
-        raise NoResult("result.json is older than this run")
-    if finished_result(folder) is None:
-        raise NoResult("result.json is not a finished result with status 'ok'")
+    try:
+        finished_result(folder)
+    except UserError as error:
+        raise NoResult(f"result.json is not a finished result: {error}") from error
 
 
-def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: float) -> dict[str, Any]:
+def _failure(root: Path, job: Job, folder: Path, error: BaseException, stderr: Sequence[str],
+             started: float) -> dict[str, Any]:
     """The content of failed.json: the kind of failure, its meaning, a hint, and the last lines of stderr."""
     kind = type(error).__name__
     name, message = getattr(error, "ename", kind), getattr(error, "evalue", str(error))
@@ -298,10 +351,16 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
     elif kind == "DeadKernelError":
         meaning = "the kernel's process ended abruptly: killed (out of memory?) or crashed in native code"
         hint = "look at the system's log (dmesg); use a smaller profile or fewer blocks"
-    elif name == "OutOfMemoryError" or "out of memory" in message:
+    elif name == "OutOfMemoryError" or "CUDA out of memory" in message:
         hint = "the GPU's memory is full: end other processes on it or use a smaller profile"
+    elif name == "MemoryError" or any(words in message for words in _OUT_OF_MEMORY):
+        hint = "the memory is full: end other processes, or use a smaller profile, picture or video"
+    elif "No space left on device" in message or "Disk quota exceeded" in message:
+        hint = f"free space on the disk of outputs/{job.folder.parent.name}, then run the same command again"
     elif kind == "PapermillExecutionError":
         hint = "the cell that failed is marked in the executed notebook.ipynb"
+        if (folder / MEASURED_FILE).exists():
+            hint += f"; what was measured before is in {MEASURED_FILE}"
     elif kind == "NoResult":
         meaning, hint = message, "the notebook's last cell has to write it; see the executed notebook.ipynb"
     elif kind == "NoSuchKernel":
@@ -312,23 +371,29 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
     if status == "not available":
         meaning, hint = message, "run it on a machine that meets its requirements"
     return {"status": status, "label": job.label, "notebook": job.notebook.name, "kind": kind,
-            "meaning": meaning.strip(), "hint": hint, "stderr_tail": tail, "parameters": job.configuration,
+            "meaning": _publishable(root, meaning.strip()), "hint": hint,
+            "stderr_tail": [_publishable(root, line) for line in tail], "parameters": job.configuration,
             "started_utc": _utc(started), "failed_utc": _utc(time.time())}
 
 
-def _write_failure(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write failed.json. Never raises, because the campaign has to continue.
+def _publishable(root: Path, text: str) -> str:
+    """`text` without control characters and without the paths of this machine: failures are published."""
+    text = printable(_ANSI.sub("", text)).replace(f"{root}/", "")
+    text = re.sub(r"(?<![\w.])/[^\s'\":]*/(site-packages|dist-packages)/", "", text)
+    return text.replace(f"{Path.home()}/", "~/") if len(Path.home().parts) > 1 else text
 
-    A lone surrogate in a message becomes a JSON escape.
-    """
+
+def _write_failure(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write failed.json, whole or not at all. Never raises, because the campaign has to continue."""
     try:
         text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):
         text = json.dumps({key: ascii(value) for key, value in report.items()}, indent=1)
     try:
-        (folder / "failed.json").write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        log.error("%s: failed.json cannot be written: %s", folder.name, error.strerror or error)
+        with atomic_path(folder / "failed.json") as temporary:
+            temporary.write_text(printable(text), encoding="utf-8")
+    except UserError as error:
+        log.error("%s: failed.json is not there: %s", folder.name, error)
 
 
 def _utc(seconds: float) -> str:
@@ -336,10 +401,12 @@ def _utc(seconds: float) -> str:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move folder `source` to `target`. The old content of `target` is deleted last."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Move folder `source` to `target`. The old content of `target` is deleted last; a process that is killed
+    in between leaves it as <target>.replaced (`_finish_move`).
+    """
+    replaced = target.with_name(target.name + WORKING[1])
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        target.rename(old)
+        target.rename(replaced)
     source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -80,7 +80,7 @@ def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | 
     frames = None if switch_at is None else [round(second * config.model_config().fps / VAE_TEMPORAL_STRIDE)
                                              for second in switch_at]
     if file is not None:
-        schedules = read_schedules(file, frames)
+        schedules = read_schedules(file, frames, (blocks, config.block_frames))
     elif frames is None:
         schedules = [spread_evenly(prompts, blocks, config.block_frames)]
         if len(schedules[0].prompts) < len(prompts):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import logging
 import os
 import re
@@ -23,14 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline
-from ..errors import UserError
-from ..files import check_texts, load_yaml, project_path, whole_text
+from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline, check_folder_name
+from ..errors import UserError, short
+from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
-from ..models.weight_files import TINY_WEIGHTS, check_weights, tiny_vae_file
+from ..models.weight_files import TINY_WEIGHTS, check_weights, safetensors_header, tiny_vae_file
 from ..prompts import schedule_of
 from .execute import SUMMARY, Job, finished_result
 
@@ -46,6 +43,7 @@ OTHER_NOTEBOOKS = (SUMMARY_NOTEBOOK, TRAINING_NOTEBOOK, QUANTIZATION_NOTEBOOK, "
                    "21_inside.ipynb", "90_roofline.ipynb", COMPARE_NOTEBOOK)
 """Notebooks that run no preset of a campaign."""
 MIN_FREE_BYTES = 2**30
+GPU_WAIT_S = 60
 _DEFAULTS = ExperimentConfig().to_dict()
 # Descriptions of a run. Changing them does not invalidate its measurements.
 WORDS = ("title", "hypothesis")
@@ -77,8 +75,7 @@ class Layout:
         Raises:
             UserError: `name` cannot name a folder.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
-            raise UserError(f"--campaign: {name!r} cannot name a folder; use letters, digits, '_', '-', '.'")
+        check_folder_name("--campaign", name)
         if name == TRAINING:
             raise UserError(f"--campaign: outputs/{TRAINING} holds the training report; choose another "
                             "name")
@@ -101,6 +98,8 @@ def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] 
     """
     known = layout.presets()
     chosen = [preset for preset in known if preset not in skipped] if list(asked) == ["all"] else asked
+    if not chosen and known:
+        raise UserError("--skip: it leaves out every preset; skip fewer, or name some with --presets")
     if not chosen:
         raise UserError("notebooks/ has no NN_<preset>.ipynb to run")
     for preset in chosen:
@@ -120,17 +119,15 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts -> values as YAML reads them.
 
     Raises:
-        UserError: a text has no '=', its value is not YAML, or it contains a lone surrogate.
+        UserError: a text has no '=', its value is not plain YAML, or contains what cannot be written.
     """
     parsed = {}
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"--set: {text!r} is not key=value")
-        try:
-            parsed[key] = check_texts(yaml.safe_load(whole_text(value, f"--set {key!a}")), f"--set {key!a}")
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {key}: {value!r} is not a YAML value; put quotes around text") from error
+        where = f"--set {key!a}"
+        parsed[key] = check_texts(parse_yaml(whole_text(value, where), where), where)
     return parsed
 
 
@@ -141,11 +138,12 @@ def declared_parameters(notebook: Path) -> set[str]:
         UserError: the file is not a notebook, or does not have exactly one such cell.
     """
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(notebook, "restore it from git")["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
         nodes = ast.parse("".join(tagged[0]["source"])).body if len(tagged) == 1 else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{notebook.name} is not a readable notebook ({error!r})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError,
+            MemoryError) as error:
+        raise UserError(f"{notebook.name} is not a readable notebook ({short(error)})") from error
     if len(tagged) != 1:
         raise UserError(f"{notebook.name}: {len(tagged)} cells are tagged 'parameters'; tag exactly one")
     targets = [target for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))
@@ -279,9 +277,18 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
     notebook, folder = layout.notebooks / SUMMARY_NOTEBOOK, layout.campaign(campaign)
     campaign_dir = folder.relative_to(layout.root)
     log_path = whole_text((log_path or campaign_dir / "OPTIMIZATION_LOG.md").as_posix(), "--log")
+    _require_writable(layout.root / project_path(log_path), "--log")
     parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path}
     _require_declared(notebook, declared_parameters(notebook), list(parameters))
     return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)
+
+
+def _require_writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written after hours of measuring."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"lies below {folder}, which cannot be written to"
+        raise UserError(f"{option}: {path} {reason}; name a file in a folder that you can write to")
 
 
 def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:
@@ -319,12 +326,19 @@ def plan_quantization(layout: Layout, profile: Path | None = None,
 
 
 def has_cuda() -> bool:
-    """Whether a CUDA GPU can be used. Asks nvidia-smi, and if that fails, torch in a separate process."""
+    """Whether a CUDA GPU can be used. Asks nvidia-smi, and if that fails, torch in a separate process. A
+    broken driver can make both hang.
+    """
     smi = shutil.which("nvidia-smi")
-    if smi and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout:
-        return True
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    code = "import sys, torch; torch.cuda.is_available() and print('GPU 0')"
+    for command in ([smi, "-L"] if smi else [], [sys.executable, "-c", code]):
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=GPU_WAIT_S) if command else None
+            if done and b"GPU 0" in done.stdout:
+                return True
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.warning("%s does not answer (%s)", Path(command[0]).name, type(error).__name__)
+    return False
 
 
 def check_machine(folder: Path, jobs: Sequence[Job], cuda: Callable[[], bool] = has_cuda) -> None:
@@ -356,9 +370,14 @@ def is_finished(job: Job) -> bool:
 
     Raises:
         UserError: it is finished with other parameters (WORDS may differ), with other prompts or switch
-            frames, which may come from a file, or with other weights in the same folder.
+            frames, which may come from a file, or with other weights in the same folder; or its result cannot
+            be used.
     """
-    result = finished_result(job.folder)
+    try:
+        result = finished_result(job.folder)
+    except UserError as error:
+        raise UserError(f"{job.label} has a result that cannot be used: {error}; or use --overwrite, which "
+                        "moves its folder aside") from error
     if result is None:
         return False
     there, asked = result.get("parameters", {}), job.configuration
@@ -392,14 +411,17 @@ def _other_content(result: Mapping[str, Any], job: Job) -> str:
 
 
 def require_reference(folder: Path, jobs: Sequence[Job]) -> None:
-    """Refuse `jobs` whose baseline is finished but lacks its reference file, as in a clone.
+    """Refuse `jobs` whose baseline is finished but lacks a whole reference file, as in a clone.
 
     Raises:
-        UserError: naming the remedies.
+        UserError: naming the remedies; or the baseline's result cannot be used.
     """
     labels, baseline = [job.label for job in jobs], folder / BASELINE
-    gone = finished_result(baseline) and not (baseline / REFERENCE_FILE).exists()
-    if gone and labels and BASELINE not in labels:
+    if not labels or BASELINE in labels or finished_result(baseline) is None:
+        return
+    reference = baseline / REFERENCE_FILE
+    if not reference.exists() or not safetensors_header(reference):
+        problem = "is damaged" if reference.exists() else "is missing (git leaves it out)"
         raise UserError(f"outputs/{folder.name}/{BASELINE} is finished, but {REFERENCE_FILE}, with which "
-                        f"{', '.join(labels)} would be compared, is missing (git leaves it out); use "
-                        f"another --campaign, or --overwrite with {BASELINE} among the presets")
+                        f"{', '.join(labels)} would be compared, {problem}; use another --campaign, or "
+                        f"--overwrite with {BASELINE} among the presets")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..config import check_switches_fit
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files import whole_text
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..models.vae import IMAGE_CHANNELS
@@ -138,7 +138,7 @@ class StreamingSession:
             UserError: the seed is invalid, or another thread is in the middle of a step.
         """
         if seed is not None and not (type(seed) is int and 0 <= seed <= MAX_SEED):
-            raise UserError(f"seed: {seed!r} is no seed; write a whole number from 0 to {MAX_SEED}.")
+            raise UserError(f"seed: {short(seed)} is no seed; write a whole number from 0 to {MAX_SEED}.")
         with self._owned():
             self._reset()
             if seed is not None:
@@ -247,15 +247,16 @@ class StreamingSession:
         return self._start(schedule, blocks)
 
     def _start(self, schedule: PromptSchedule, blocks: int | None) -> Iterator[Chunk]:
-        if blocks is not None and blocks < 1:
+        if blocks is not None and (type(blocks) is not int or blocks < 1):
             raise UserError(
-                f"blocks: {blocks} is not positive; ask for at least 1, or None for an endless stream."
+                f"blocks: {short(blocks)} is no number of blocks; ask for 1 or more, or None for an endless "
+                "stream."
             )
         if self._streaming:
             raise UserError("session: it already holds a video; call reset() before starting another.")
         schedule = PromptSchedule(tuple(map(_checked_prompt, schedule.prompts)), schedule.switch_frames)
         self._streaming = True
-        return self._stepwise(self._stream(schedule, blocks), self._video)
+        return self._stepwise(self._whole(self._stream(schedule, blocks)), self._video)
 
     def _stepwise(self, chunks: Iterator[Chunk], video: int) -> Iterator[Chunk]:
         """Yield `chunks` until the session is reset; no other thread may make one meanwhile."""
@@ -268,6 +269,15 @@ class StreamingSession:
                 return
             yield chunk
             del chunk  # otherwise its frames would stay in memory while the next ones are made
+
+    def _whole(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Yield `chunks`, and before an error the blocks that a decoder still holds."""
+        try:
+            yield from chunks
+        except Exception:
+            with contextlib.suppress(Exception):  # of the decoder; the first error counts
+                yield from self._deliver(self._decoder.flush())
+            raise
 
     @torch.no_grad()
     def _stream(self, schedule: PromptSchedule, blocks: int | None) -> Iterator[Chunk]:
@@ -345,6 +355,8 @@ def whole_blocks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def _checked_prompt(prompt: str) -> str:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"prompt: {prompt!r} is empty; describe the video in words.")
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt: {short(prompt)} is not a text; describe the video in words.")
+    if not prompt.strip():
+        raise UserError("prompt: it is empty; describe the video in words.")
     return whole_text(prompt, "prompt")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...measurement.result import lookup, number
+from ...files import parse_json
+from ...measurement.result import is_finite, lookup, number
 
 LOG = "training/log.jsonl"
 CHECK = "check.json"
@@ -44,8 +43,8 @@ def read_log(folder: str | Path, name: str = "") -> list[Row]:
     for line, content in enumerate(text.splitlines(), 1):
         row = _parse(content)
         if not isinstance(row, dict) or not isinstance(row.get("stage"), str) \
-                or not all(_is_number(row.get(key)) for key in ROW_KEYS[1:]) \
-                or not all(_is_number(value) for key, value in row.items() if key != "stage"):
+                or not all(is_finite(row.get(key)) for key in ROW_KEYS[1:]) \
+                or not all(is_finite(value) for key, value in row.items() if key != "stage"):
             raise UserError(f"{path}: line {line} is damaged; delete that line, or delete the folder "
                             f"{name}/training and train again: {train_command(name)}")
         stage = rows.setdefault(row["stage"], [])
@@ -96,14 +95,6 @@ def _read(path: Path, remedy: str) -> str:
 def _parse(text: str) -> Any:
     """JSON, or None for anything else, including NaN and infinity."""
     try:
-        return json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        return parse_json(text, "", "")
+    except UserError:
         return None
-
-
-def _refuse(token: str) -> None:
-    raise ValueError(token)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
