@@ -121,6 +121,9 @@ class ExperimentConfig:
                            choices=("bfloat16", "float32"))
     height: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine")
     width: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine")
+    gpus: int = key(1, "GPUs for one stream; with device: cpu, processes", group="model and machine", least=1)
+    vae_ranks: str = key("split", "who decodes on several GPUs: each a band of rows, or the last one alone",
+                         group="model and machine", choices=("split", "own"))
     gpu_memory_limit_gb: float | None = key(None, "GB for PyTorch on the GPU; None: all",
                                             group="model and machine", least=0.1)
 
@@ -260,6 +263,16 @@ class ExperimentConfig:
         return -(-self.local_attn_size // self.block_frames)
 
     @property
+    def denoising_ranks(self) -> int:
+        """Ranks that share the transformer's passes."""
+        return self.gpus - (self.gpus > 1 and self.vae_ranks == "own")
+
+    @property
+    def overlaps_decoding(self) -> bool:
+        """Whether a block is decoded while the next one is denoised."""
+        return self.use_async_vae or (self.gpus > 1 and self.vae_ranks == "own")
+
+    @property
     def latents_per_vae_call(self) -> int:
         """Latent frames per VAE call."""
         whole = self.use_torch_compile or self.use_fused_vae
@@ -314,6 +327,7 @@ class ExperimentConfig:
         self._validate_sampling()
         self._validate_inputs()
         self._validate_combinations()
+        self._validate_ranks()
         if self.warmup_blocks < self.window_blocks:
             raise UserError(f"warmup_blocks: {self.warmup_blocks} is too small; it must be at least "
                             f"{self.window_blocks}.")
@@ -336,7 +350,7 @@ class ExperimentConfig:
         """Blocks in the longest stream of a measurement: rehearsal, steady state, or switches at every second
         block. One more follows where decoding overlaps denoising (`Measurement`).
         """
-        measured = max(self.measure_blocks, 2 * self.num_switches) + self.use_async_vae
+        measured = max(self.measure_blocks, 2 * self.num_switches) + self.overlaps_decoding
         return self.warmup_blocks + max(measured, REHEARSED_BLOCKS)
 
     def _validate_length(self) -> None:
@@ -397,6 +411,27 @@ class ExperimentConfig:
             raise UserError("use_quantized_linears: its linear layers return bfloat16 on CUDA, but "
                             "model_dtype is float32; use model_dtype: bfloat16.")
 
+    def _validate_ranks(self) -> None:
+        """Refuse a number of GPUs that cannot share this model's work."""
+        if self.gpus == 1:
+            return
+        model, ranks = self.model_config(), self.denoising_ranks
+        heads, tokens, more = model.dit.num_heads, model.tokens_per_frame, self.gpus - ranks
+        allowed = [n for n in range(1, heads + 1) if not heads % n and not tokens % n and n + more > 1]
+        if ranks not in allowed:
+            what = (f"{heads} attention heads" if heads % ranks else
+                    f"{tokens} tokens per latent frame of {model.width}x{model.height}")
+            share = "" if not more else f" (with vae_ranks: own, {ranks} of them)"
+            raise UserError(f"gpus: {self.gpus} do not divide{share} the {what} of model {self.model}; use "
+                            f"{', '.join(str(n + more) for n in allowed) or 1}.")
+        if self.vae_ranks == "split" and model.latent_height < 2 * self.gpus:
+            raise UserError(f"gpus: {self.gpus} cannot share a picture of {self.height or model.height} rows, since "
+                            f"a band has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
+        if self.vae_ranks == "split" and self.use_async_vae:
+            raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, and two "
+                            "exchanges at the same time could block each other; switch use_async_vae off or use "
+                            "vae_ranks: own.")
+
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:
             raise UserError("prompts: the list is empty; give at least one prompt, or set prompts_file.")
@@ -431,6 +466,7 @@ def check_baseline(config: ExperimentConfig) -> None:
     switched_on = [key for key in SWITCHES if getattr(config, key)]
     switched_on += [key for key in config.vae_switches if getattr(config, key) is not None]
     switched_on += ["attention_backend"] if config.attention_backend == "gluon" else []
+    switched_on += ["gpus"] if config.gpus > 1 else []
     if config.name == BASELINE and switched_on:
         given = sorted({json.dumps(getattr(config, key)) for key in switched_on})
         raise UserError(f"{', '.join(switched_on)}: {' and '.join(given)} under the name {BASELINE!r}, with "

@@ -134,7 +134,7 @@ class Measurement:
         self._start_over()
         with (self._frames_to_host(), self.timeline.garbage(),
               self._telemetry.recording(self.timeline.now_ms) as samples):
-            for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
+            for _ in self._stream_with_switches(blocks + self.config.overlaps_decoding, switches):
                 pass
         events = self.timeline.resolve()
         return [event for event in events if event.block is None or event.block < blocks], samples
