@@ -6,6 +6,7 @@ import time
 
 from ..config import ExperimentConfig
 from ..ranks.heads import Alone, Exchange
+from ..ranks.processes import Family
 from ..streaming.pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .attention_backend import GluonAttention
@@ -17,7 +18,7 @@ from .fused_vae import FusedVAE
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
-from .several_gpus import Leader, SeveralGPUs
+from .several_gpus import Leader, SeveralGPUs, start_ranks
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
 from .torch_compile import TorchCompile
@@ -52,12 +53,15 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
     return [optimization for wanted, optimization in table if wanted]
 
 
-def build_pipeline(config: ExperimentConfig) -> Pipeline:
+def build_pipeline(config: ExperimentConfig, family: Family | None = None) -> Pipeline:
     """Load the model and apply every optimization of the preset.
 
     With a prompt cache on disk, the text encoder is loaded only when a prompt is not in the cache. With several
     GPUs, this process becomes rank 0 and starts the others. They end with the pipeline, `StreamingSession.close`
     or this process.
+
+    Args:
+        family: ranks to use instead of new ones, if there are several GPUs; they may have built another preset.
 
     Raises:
         UserError: weights or the device are missing, or an optimization cannot be applied here.
@@ -66,7 +70,7 @@ def build_pipeline(config: ExperimentConfig) -> Pipeline:
     config.validate()
     if config.gpus == 1:
         return _with_text(build_rank(config), config)
-    leader = Leader.start(config)
+    leader = Leader.of(config, family or start_ranks(config))
     with leader.family.watched():
         pipeline = _with_text(build_rank(config, leader.team.exchange), config)
         started = time.perf_counter()

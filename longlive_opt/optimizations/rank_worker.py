@@ -23,16 +23,20 @@ def own_config(config: ExperimentConfig, device: torch.device) -> ExperimentConf
 
 @torch.no_grad()
 def serve(rank: int, device: torch.device, orders: Connection) -> None:
-    """Build this rank's pipeline, then obey until rank 0 hangs up."""
-    config, model = orders.recv()
-    if config.model not in catalogue.MODELS:
-        # A model that was defined at run time, as in a notebook.
-        catalogue.MODELS = MappingProxyType({**catalogue.MODELS, config.model: model})
-    team = Team(config, rank, device)
-    follower = Follower(build_rank(own_config(config, device), team.exchange), team, orders.send)
+    """Build this rank's pipeline when rank 0 says so, and obey until rank 0 hangs up."""
+    follower: Follower | None = None
     while True:
         name, *arguments = orders.recv()
-        getattr(follower, name)(*arguments)
+        if name == "build":
+            config, model = arguments
+            # It may have been defined at run time, as in a notebook.
+            catalogue.MODELS = MappingProxyType({**catalogue.MODELS, config.model: catalogue.MODELS.get(
+                config.model, model)})
+            follower = None
+            team = Team(config, rank, device)
+            follower = Follower(build_rank(own_config(config, device), team.exchange), team, orders.send)
+        else:
+            getattr(follower, name)(*arguments)
 
 
 if __name__ == "__main__":

@@ -111,20 +111,11 @@ class Leader:
         self._dropped: collections.deque[tuple[str, int]] = collections.deque()
 
     @classmethod
-    def start(cls, config: ExperimentConfig) -> Leader:
-        """Start the other ranks of a preset.
-
-        Raises:
-            NotAvailable: there are not enough GPUs.
-            UserError: this process has other ranks.
-            RankFailed: a rank did not start.
-        """
-        devices = [rank_device(config, rank) for rank in range(config.gpus)]
-        threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // config.gpus))}
-        family = Family(WORKER, devices, threads if config.device == "cpu" else {})
-        family.announce((config, config.model_config()))
+    def of(cls, config: ExperimentConfig, family: Family) -> Leader:
+        """Let the ranks of `family` build their part of a preset."""
+        family.announce(("build", config, config.model_config()))
         with family.watched():
-            return cls(family, Team(config, 0, devices[0]))
+            return cls(family, Team(config, 0, rank_device(config, 0)))
 
     def order(self, to: Sequence[int], name: str, *arguments: Any) -> None:
         """Let the ranks `to` call a method of their `Follower`."""
@@ -150,6 +141,19 @@ class Leader:
     def close(self) -> None:
         """End the other ranks."""
         self.family.close()
+
+
+def start_ranks(config: ExperimentConfig) -> Family:
+    """Start the other ranks of a preset.
+
+    Raises:
+        NotAvailable: there are not enough GPUs.
+        UserError: this process has other ranks.
+        RankFailed: a rank did not start.
+    """
+    devices = [rank_device(config, rank) for rank in range(config.gpus)]
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // config.gpus))}
+    return Family(WORKER, devices, threads if config.device == "cpu" else {})
 
 
 def rank_device(config: ExperimentConfig, rank: int) -> torch.device:
@@ -430,6 +434,9 @@ class Follower:
     def mute(self, muted: bool) -> None:
         self._team.mute(muted)
         self._answer("muted")
+
+    def held(self) -> None:
+        self._answer({"caches": len(self.caches), "decoders": len(self.decoders)})
 
     def memory(self) -> None:
         self._answer(rank_memory(self._pipeline.device, sum(cache.nbytes for cache in self.caches.values())))
