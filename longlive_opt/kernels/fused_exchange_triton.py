@@ -29,8 +29,8 @@ def qk_norm_pack_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, out_ptr, tokens, ch
     else:
         weights = tl.where(role == 0, q_weight_ptr, k_weight_ptr)
         weight = tl.load(weights + cols, mask=mask, other=0.0).to(tl.float32)
-        x = x.to(tl.float32)
-        normed = (x * tl.rsqrt(tl.sum(x * x, 0) / channels + eps)).to(dtype).to(tl.float32)
+        wide = x.to(tl.float32)
+        normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / channels + eps)).to(dtype).to(tl.float32)
         tl.store(target, (normed * weight).to(dtype), mask=mask)
 
 
