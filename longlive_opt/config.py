@@ -425,12 +425,12 @@ class ExperimentConfig:
             raise UserError(f"gpus: {self.gpus} do not divide{share} the {what} of model {self.model}; use "
                             f"{', '.join(str(n + more) for n in allowed) or 1}.")
         if self.vae_ranks == "split" and model.latent_height < 2 * self.gpus:
-            raise UserError(f"gpus: {self.gpus} cannot share a picture of {self.height or model.height} rows, since "
-                            f"a band has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
+            raise UserError(f"gpus: {self.gpus} cannot share a picture of {model.height} rows, since a band "
+                            f"has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
         if self.vae_ranks == "split" and self.use_async_vae:
-            raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, and two "
-                            "exchanges at the same time could block each other; switch use_async_vae off or use "
-                            "vae_ranks: own.")
+            raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, "
+                            "and two exchanges at the same time could block each other; switch use_async_vae off "
+                            "or use vae_ranks: own.")
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:

@@ -46,8 +46,8 @@ from longlive_opt.kernels.quantize import MODES, QuantizedKV, allocate_kv
 from longlive_opt.optimizations import quantized_kv_cache
 
 # A block and a full window of LongLive-1.3B at 832x480: latent frames of 1560 tokens, 12 heads of 128.
-MODULES = (attention8_triton, fused_triton, fused_exchange_triton, gemm8_gluon, gemm8_triton, attention_gluon, linear8_triton,
-           conv3d_gluon, conv3d_head_gluon, conv3d_triton)
+MODULES = (attention8_triton, fused_triton, fused_exchange_triton, gemm8_gluon, gemm8_triton, attention_gluon,
+           linear8_triton, conv3d_gluon, conv3d_head_gluon, conv3d_triton)
 FRAME, FRAMES, WINDOW = 1560, 3, 12
 TOKENS, SLOTS, HEADS, DIM, CHANNELS, FFN = FRAME * FRAMES, FRAME * WINDOW, 12, 128, 1536, 8960
 
@@ -121,8 +121,9 @@ def write_own_heads(mode: str | None, ranks: int) -> None:
     memory = meta(1, SLOTS, heads, DIM)
     kv = (SimpleNamespace(k=memory, v=memory, k_scale=None, v_scale=None) if mode is None else
           allocate_kv(mode, 1, SLOTS, heads, DIM, "meta"))
-    fused_exchange_triton.rope_write(meta(1, TOKENS, 3 * heads * DIM), table, table, meta(FRAMES, dtype=torch.int32),
-                                     kv.k, kv.v, kv.k_scale, kv.v_scale, FRAME)
+    slots = meta(FRAMES, dtype=torch.int32)
+    fused_exchange_triton.rope_write(meta(1, TOKENS, 3 * heads * DIM), table, table, slots, kv.k, kv.v,
+                                     kv.k_scale, kv.v_scale, FRAME)
 
 
 def store(mode: str) -> None:
@@ -212,9 +213,9 @@ CASES = {
        for mode in MODES},
     **{f"pack for {ranks} ranks": Case(partial(pack, ranks), HOPPER if ranks > 2 else ALL)
        for ranks in (2, 3, 4, 6)},
-    **{f"write of {HEADS // ranks} heads, {mode}": Case(partial(write_own_heads, mode, ranks),
-                                                        HOPPER if ranks > 2 else ALL if mode is None else QUANTIZED,
-                                                        2 if (mode or "")[-3:] == "fp8" else 1)
+    **{f"write of {HEADS // ranks} heads, {mode}": Case(
+        partial(write_own_heads, mode, ranks), HOPPER if ranks > 2 else QUANTIZED if mode else ALL,
+        2 if mode else 1)
        for ranks in (2, 3, 4, 6) for mode in (None, "fp8_fp8", "int8_fp8")},
     **{f"store, {mode}": Case(partial(store, mode), QUANTIZED, 2) for mode in MODES},
     "GELU, int8": Case(partial(rows, FFN, "int8", True), ALL),

@@ -15,8 +15,8 @@ import longlive_opt
 
 PACKAGE = Path(longlive_opt.__file__).parent
 FLOORS = (
-    "errors", "files", "ranks", "kernels", "models", "fetch", "config", "prompts", "streaming", "optimizations",
-    "parity", "measurement", "report", "tiny", "workbook", "live", "runner", "__main__",
+    "errors", "files", "ranks", "kernels", "models", "fetch", "config", "prompts", "streaming",
+    "optimizations", "parity", "measurement", "report", "tiny", "workbook", "live", "runner", "__main__",
 )
 
 

@@ -1,8 +1,8 @@
 """`fused.qk_norm_rope_write` in two halves, around an exchange between ranks.
 
-The norms need all heads of a token, and the cache has only this rank's: so `qk_norm_pack` normalises the tokens of
-this rank and writes the messages to all ranks, and `rope_write` rotates and stores all tokens of this rank's heads.
-Triton on CUDA, plain PyTorch elsewhere. Rounding is that of the whole operator.
+The norms need all heads of a token, and the cache has only this rank's: so `qk_norm_pack` normalises the
+tokens of this rank and writes the messages to all ranks, and `rope_write` rotates and stores all tokens of
+this rank's heads. Triton on CUDA, plain PyTorch elsewhere. Rounding is that of the whole operator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, ranks: int, ep
         return fused_exchange_triton.qk_norm_pack(qkv, q_weight, k_weight, ranks, eps)
     q, k, v = qkv.chunk(3, -1)
     parts = (rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps), v)
-    packed = torch.stack([part.unflatten(-1, (ranks, -1)) for part in parts], dim=3)  # [B, L, ranks, 3, C/ranks]
+    packed = torch.stack([part.unflatten(-1, (ranks, -1)) for part in parts], dim=3)
     return packed.flatten(3).movedim(2, 0).contiguous()
 
 

@@ -56,12 +56,13 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
 def build_pipeline(config: ExperimentConfig, family: Family | None = None) -> Pipeline:
     """Load the model and apply every optimization of the preset.
 
-    With a prompt cache on disk, the text encoder is loaded only when a prompt is not in the cache. With several
-    GPUs, this process becomes rank 0 and starts the others. They end with the pipeline, `StreamingSession.close`
-    or this process.
+    With a prompt cache on disk, the text encoder is loaded only when a prompt is not in the cache. With
+    several GPUs, this process becomes rank 0 and starts the others. They end with the pipeline,
+    `StreamingSession.close` or this process.
 
     Args:
-        family: ranks to use instead of new ones, if there are several GPUs; they may have built another preset.
+        family: ranks to use instead of new ones, if there are several GPUs; they may have built another
+        preset.
 
     Raises:
         UserError: weights or the device are missing, or an optimization cannot be applied here.
@@ -80,7 +81,8 @@ def build_pipeline(config: ExperimentConfig, family: Family | None = None) -> Pi
 
 
 def build_rank(config: ExperimentConfig, exchange: Exchange = Alone()) -> Pipeline:
-    """The pipeline of one rank, with every optimization of the preset and without the weights of the text encoder.
+    """The pipeline of one rank, with every optimization of the preset and without the weights of the text
+    encoder.
 
     Args:
         exchange: that of a rank that denoises together with others.

@@ -1,15 +1,16 @@
 """Several GPUs: one stream on several ranks, one process and one GPU each.
 
 Idea: a block's 4680 tokens and 12 heads can be shared. The transformer splits linear layers by tokens and
-attention by heads (`ranks.heads`). The VAE splits the picture into bands of rows (`vae_bands`); with `vae_ranks:
-own`, the last rank decodes alone while the others denoise the next block. Every rank has all weights and applies
-the preset's optimizations itself. Rank 0 is the process that builds the pipeline: only it reads prompts, draws
-noise and hands out frames. Its components announce every call to the other ranks (`rank_worker`): a cache and each
-pass over it, a decoder and each push. So whatever uses the pipeline works as on one GPU.
+attention by heads (`ranks.heads`). The VAE splits the picture into bands of rows (`vae_bands`); with
+`vae_ranks: own`, the last rank decodes alone while the others denoise the next block. Every rank has all
+weights and applies the preset's optimizations itself. Rank 0 is the process that builds the pipeline: only it
+reads prompts, draws noise and hands out frames. Its components announce every call to the other ranks
+(`rank_worker`): a cache and each pass over it, a decoder and each push. So whatever uses the pipeline works
+as on one GPU.
 
-Replaces: `sampler.forward`, `make_cache`, `make_vae_decoder`, `make_decoder`. Costs: the weights on every GPU, two
-exchanges per layer and pass, one per stage of the VAE. It does not help where they take longer than the work that
-is shared, as with a tiny model. Equal within rounding.
+Replaces: `sampler.forward`, `make_cache`, `make_vae_decoder`, `make_decoder`. Costs: the weights on every
+GPU, two exchanges per layer and pass, one per stage of the VAE. It does not help where they take longer than
+the work that is shared, as with a tiny model. Equal within rounding.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Team:
         self.pair: Group | None = None
         """Rank 0 and the one that decodes alone; None on other ranks and if all decode."""
         if config.vae_ranks == "own":
-            # Each has its own communicator, since both are used at the same time. Every rank makes all of them.
+            # Each has a communicator, since both are used at the same time. Every rank makes all of them.
             handles = [dist.new_group([0, size - 1])]
             handles += [dist.new_group(list(denoising))] if len(denoising) > 1 else []
             if rank in (0, size - 1):
@@ -186,7 +187,8 @@ class SeveralGPUs(Optimization):
         team, model = leader.team, pipeline.model
         make_cache, make_decoder = pipeline.make_cache, pipeline.make_decoder
         ranks = len(team.denoisers)
-        done = f"{self.gpus} ranks; {ranks} denoise, with {model.dit.num_heads // ranks} heads and 1/{ranks} of the "
+        heads = model.dit.num_heads // ranks
+        done = f"{self.gpus} ranks; {ranks} denoise, with {heads} heads and 1/{ranks} of the "
         if team.bands is not None:
             make_banded = banded_decoders(pipeline, team.bands)
             done += f"tokens each; the VAE in bands of {', '.join(map(str, team.bands.rows))} rows of latents"

@@ -1,23 +1,24 @@
 """The VAE's decoder in bands of rows, one per rank.
 
-Every rank decodes its own rows of the latents to its own rows of the picture. Before each stage, it gets the rows
-that the stage needs from its neighbours, its *halo*: 2 for a residual block (two convolutions of 3 x 3), 1 for the
-others. The stage runs on the band with its halo, whatever it is made of (plain, compiled or fused), and the rows
-that the zero padding at the band's edge has reached are cut off. The history of a band has halo rows too. The
-attention block gathers the keys and values of all rows. Equal within rounding: a kernel may sum in another order
-for another height.
+Every rank decodes its own rows of the latents to its own rows of the picture. Before each stage, it gets the
+rows that the stage needs from its neighbours, its *halo*: 2 for a residual block (two convolutions of 3 x 3),
+1 for the others. The stage runs on the band with its halo, whatever it is made of (plain, compiled or fused),
+and the rows that the zero padding at the band's edge has reached are cut off. The history of a band has halo
+rows too. The attention block gathers the keys and values of all rows. Equal within rounding: a kernel may sum
+in another order for another height.
 
-Why one exchange per stage. The alternatives, for the work of all convolutions (`extra_work`):
+Why one exchange per stage. At 480x832, in work of the convolutions (the rank with the most, against an equal
+share) and in exchanges per call:
 
-| | exchanges per call | more work on 2, 4 ranks at 480x832 |
+| halo | exchanges | more work on 2, 3, 4, 6 ranks |
 |---|---|---|
-| one halo for the whole decoder (15 latent rows after attention) | 3 | EXTRA_WHOLE |
-| one per stage | 20 | EXTRA_STAGE |
-| one per convolution | 34 | none |
+| one for the whole decoder (15 rows of latents after attention, 3 before) | 3 | 6 %, 19 %, 26 %, 39 % |
+| one per stage | 21 | 1.8 %, 5 %, 7 %, 11 % |
+| one per convolution | 35 | none |
 
-An exchange takes some 30 us between two GPUs of one host, so 14 of them cost as much as the work that they would
-save, and a halo per convolution would have to be written into every kernel. One halo for all costs more than all
-exchanges.
+On two GPUs a decoder's half takes about 35 ms per block and an exchange some 30 us, which makes 2.3, 1.3 and
+1.1 ms. One halo per stage costs little more than one per convolution and leaves compiled and fused stages as
+they are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.vae import (
     HISTORY_FRAMES,
     AttentionBlock,
@@ -43,8 +43,6 @@ from ..models.vae import (
 from ..ranks.group import Group, Kept
 from ..streaming.pipeline import Pipeline
 
-LARGEST_HALO = 2
-
 
 def halo_of(stage: nn.Module) -> int:
     """Rows on either side that a row of the stage's output depends on."""
@@ -57,21 +55,14 @@ class Bands:
     """Which rows of the latents belong to which rank, and what the ranks exchange.
 
     Bands are as equal as possible. At a scale of s, a band has s times as many rows.
-
-    Raises:
-        UserError: a band would be smaller than the largest halo.
+    The config ensures that none is smaller than the largest halo, two rows.
     """
 
-    def __init__(self, group: Group, height: int, memory_format: torch.memory_format = torch.contiguous_format):
-        """Args: height: of the latents; memory_format: of activations."""
-        if height < LARGEST_HALO * group.size:
-            raise UserError(f"gpus: {group.size} ranks cannot share {height} rows of latents, since a band has at "
-                            f"least {LARGEST_HALO}; use {height // LARGEST_HALO} or fewer, a higher picture, or "
-                            "vae_ranks: own.")
+    def __init__(self, group: Group, height: int):
+        """Args: height: of the latents."""
         self.group = group
         self.edges = [round(rank * height / group.size) for rank in range(group.size + 1)]
         self.rows = [end - start for start, end in pairwise(self.edges)]
-        self._memory_format = memory_format
         self._kept = Kept(group.device)
 
     @property
@@ -84,12 +75,12 @@ class Bands:
         """Halo rows above and below this rank's band; none at the picture's edges."""
         return halo * (self.group.rank > 0), halo * (self.group.rank < self.group.size - 1)
 
-    def extended(self, x: Tensor, halo: int) -> Tensor:
-        """x [B, C, T, rows, W] of this band, with the halo of both sides."""
+    def extended(self, x: Tensor, halo: int, layout: torch.memory_format) -> Tensor:
+        """x [B, C, T, rows, W] of this band, with the halo of both sides, in a memory layout."""
         above, below = self.sides(halo)
         batch, channels, frames, rows, width = x.shape
         whole = torch.empty(batch, channels, frames, above + rows + below, width, dtype=x.dtype,
-                            device=x.device).contiguous(memory_format=self._memory_format)
+                            device=x.device, memory_format=layout)
         whole[:, :, :, above:above + rows] = x
         # [side, B, T, halo, W, C]: channels last, as activations usually are.
         shape = (bool(above) + bool(below), batch, frames, halo, width, channels)
@@ -115,7 +106,8 @@ class Bands:
         padded = F.pad(x, (0, 0, 0, most - x.shape[3])).contiguous()
         received = self._kept("gathered", (self.group.size, *padded.shape), x.dtype)
         self.group.all_gather(received, padded)
-        return torch.cat([part[:, :, :, :rows * scale] for part, rows in zip(received, self.rows, strict=True)], dim=3)
+        parts = [part[:, :, :, :rows * scale] for part, rows in zip(received, self.rows, strict=True)]
+        return torch.cat(parts, dim=3)
 
 
 def banded_decoders(pipeline: Pipeline, bands: Bands) -> Callable[[], StreamingDecoder]:
@@ -131,7 +123,8 @@ def banded_decoders(pipeline: Pipeline, bands: Bands) -> Callable[[], StreamingD
 
 
 class BandedVAE:
-    """A `WanVAE` as `StreamingDecoder` uses it: takes and returns whole pictures, and decodes this rank's band.
+    """A `WanVAE` as `StreamingDecoder` uses it: takes and returns whole pictures, and decodes this rank's
+    band.
     """
 
     def __init__(self, vae: WanVAE, bands: Bands):
@@ -146,7 +139,8 @@ class BandedVAE:
         for stage in self._plain:
             extended = rows + sum(self._bands.sides(halo_of(stage)))
             for channels in stage.history_channels:
-                zeros = torch.zeros(batch, channels, HISTORY_FRAMES, extended, width, device=device, dtype=dtype)
+                shape = (batch, channels, HISTORY_FRAMES, extended, width)
+                zeros = torch.zeros(shape, device=device, dtype=dtype)
                 history.append(zeros.contiguous(memory_format=self._vae.memory_format))
             if isinstance(stage, Upsample):
                 rows, width = rows * 2, width * 2
@@ -155,31 +149,28 @@ class BandedVAE:
     def decode(self, z: Tensor, history: History | list[Tensor] | StageHistory, first: bool,
                stages: Sequence[nn.Module] = ()) -> tuple[Tensor, History]:
         """As `WanVAE.decode`."""
-        banded = [banded_stage(stage, plain, self._bands)
+        banded = [self._banded(stage, plain)
                   for stage, plain in zip(stages or self._plain, self._plain, strict=True)]
         pixels, kept = self._vae.decode(z[:, :, :, self._bands.own], history, first, banded)
         return self._bands.gathered(pixels), kept
 
-
-def banded_stage(stage: nn.Module, plain: nn.Module, bands: Bands) -> nn.Module:
-    """A stage for bands.
-
-    Args:
-        stage: what runs: `plain` itself or its compiled or fused form.
-    """
-    return BandedAttention(plain, bands) if isinstance(plain, AttentionBlock) else BandedStage(stage, plain, bands)
+    def _banded(self, stage: nn.Module, plain: nn.Module) -> BandedStage | BandedAttention:
+        """A stage for bands: `plain` or, in its place, its compiled or fused form."""
+        if isinstance(plain, AttentionBlock):
+            return BandedAttention(plain, self._bands)
+        return BandedStage(stage, plain, self._bands, self._vae.memory_format)
 
 
 class BandedStage:
     """A stage that runs on the band with its halo and cuts off what the zero padding has reached."""
 
-    def __init__(self, stage: nn.Module, plain: nn.Module, bands: Bands):
+    def __init__(self, stage: nn.Module, plain: nn.Module, bands: Bands, layout: torch.memory_format):
         self.history_channels = plain.history_channels
-        self._stage, self._bands = stage, bands
+        self._stage, self._bands, self._layout = stage, bands, layout
         self._halo, self._scale = halo_of(plain), 2 if isinstance(plain, Upsample) else 1
 
     def __call__(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
-        y, history = self._stage(self._bands.extended(x, self._halo), history, first)
+        y, history = self._stage(self._bands.extended(x, self._halo, self._layout), history, first)
         above, below = (self._scale * side for side in self._bands.sides(self._halo))
         return y[:, :, :, above:y.shape[3] - below], history
 
@@ -199,7 +190,8 @@ class BandedAttention:
         kv = self._bands.gathered(kv.unflatten(0, (batch, frames)).transpose(1, 2))
         kv = kv.transpose(1, 2).flatten(0, 1).flatten(2)
         # [B*T, 1 head, rows * W, C]; the fused attention kernels need contiguous channels.
-        q, k, v = (part.transpose(1, 2).unsqueeze(1).contiguous() for part in (q.flatten(2), *kv.chunk(2, dim=1)))
+        heads = (q.flatten(2), *kv.chunk(2, dim=1))
+        q, k, v = (part.transpose(1, 2).unsqueeze(1).contiguous() for part in heads)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         y = block.proj(y.transpose(1, 2).reshape(flat.shape))
         return x + y.unflatten(0, (batch, frames)).transpose(1, 2), ()

@@ -1,14 +1,14 @@
 """Sequence parallelism with keys and values split by heads (DeepSpeed Ulysses, arXiv:2309.14509).
 
 Every rank has all weights. Linear layers, norms, cross-attention and feed-forward work on the rank's own
-tokens. Self-attention works on all tokens of the rank's own heads, and so does the cache. Before attention, one
-exchange moves queries, keys and values from tokens to heads; after it, one exchange moves the result back.
-Every number is computed once, by the same arithmetic as on one GPU, so the result is equal within rounding:
-matrix products with fewer rows may sum in another order.
+tokens. Self-attention works on all tokens of the rank's own heads, and so does the cache. Before attention,
+one exchange moves queries, keys and values from tokens to heads; after it, one exchange moves the result
+back. Every number is computed once, by the same arithmetic as on one GPU, so the result is equal within
+rounding: matrix products with fewer rows may sum in another order.
 
-A rank's tokens are one contiguous part of the pass. What the ranks send, part by part, is then in the order of
-tokens when it arrives, and no rank has to copy it. Such a part can begin within a latent frame, so a pass must
-have the same timestep in all of its frames, as it has in `sampler.Forward`.
+A rank's tokens are one contiguous part of the pass. What the ranks send, part by part, is then in the order
+of tokens when it arrives, and no rank has to copy it. Such a part can begin within a latent frame, so a pass
+must have the same timestep in all of its frames, as it has in `sampler.Forward`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Alone:
 class HeadExchange:
     """Moves activations between tokens and heads. N heads of D channels, M = N / size of them here.
 
-    Results of `to_heads`, `packed_to_heads`, `to_tokens` and `whole` stay valid until the next call of the same
-    method with the same shape.
+    Results of `to_heads`, `packed_to_heads`, `to_tokens` and `whole` stay valid until the next call of the
+    same method with the same shape.
     """
 
     def __init__(self, group: Group):

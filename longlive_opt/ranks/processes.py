@@ -1,13 +1,13 @@
 """Starts the other ranks of a job, watches them, and ends all of them together.
 
-The process that asks for several ranks is rank 0: a notebook's kernel, a script or a server. `Family` starts the
-others as `python -m MODULE`, so they never import its `__main__`. Data moves by `torch.distributed`; orders come
-through a socket, and are answered there. Nothing of this outlives the job:
+The process that asks for several ranks is rank 0: a notebook's kernel, a script or a server. `Family` starts
+the others as `python -m MODULE`, so they never import its `__main__`. Data moves by `torch.distributed`;
+orders come through a socket, and are answered there. Nothing of this outlives the job:
 
-- A rank that dies is seen at once by a thread of rank 0. It ends the others and breaks the communication, so a
-  collective that waits fails. The call of rank 0 then raises `RankFailed` with rank and cause.
-- When rank 0 dies, however it dies, the system closes its end of every rank's lifeline, a pipe. A thread of the
-  rank sees that, even during a collective, and ends the process.
+- A rank that dies is seen at once by a thread of rank 0. It ends the others and breaks the communication, so
+  a collective that waits fails. The call of rank 0 then raises `RankFailed` with rank and cause.
+- When rank 0 dies, however it dies, the system closes its end of every rank's lifeline, a pipe. A thread of
+  the rank sees that, even during a collective, and ends the process.
 - An exception or an interrupt in the middle of a call of rank 0 ends all ranks: they would wait for data that
   never come.
 
@@ -50,11 +50,11 @@ SETTLE_SECONDS = 0.5
 """Time in which the deaths of several ranks count as one event."""
 SHOWN_LINES = 25
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
-# NVLink multicast needs rights that shared hosts do not give. A failed collective is handled by the family, so NCCL
-# need not end the process.
+# NVLink multicast needs rights that shared hosts do not give. The family handles a failed collective, so NCCL
+# must not end the process.
 ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
                "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
-_BROKEN = ("onnection closed", "onnection reset", "roken pipe", "ocket", "NCCL", "ncclRemoteError", "imed out")
+_BROKEN = ("onnection closed", "onnection reset", "roken pipe", "ocket", "NCCL", "imed out")
 
 
 class RankFailed(RuntimeError):
@@ -165,8 +165,8 @@ class Family:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Run a body that takes part in collectives. If it raises, all ranks end, because the others would wait
-        for this one.
+        """Run a body that takes part in collectives. If it raises, all ranks end, because the others would
+        wait for this one.
 
         Raises:
             RankFailed: instead of what the body raised because a rank ended.
@@ -209,8 +209,8 @@ class _Member:
 
 
 class _State:
-    """What the watching thread and the finalizer need. It does not refer to the `Family`, which may be released
-    while they live.
+    """What the watching thread and the finalizer need. It does not refer to the `Family`, which may be
+    released while they live.
     """
 
     def __init__(self, backend: str):
@@ -230,10 +230,11 @@ class _State:
         printed = tempfile.TemporaryFile(prefix="longlive-rank-")
         package = str(Path(__file__).resolve().parents[2])
         paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        command = [sys.executable, "-m", module, str(rank), str(size), str(theirs.fileno()), str(their_lifeline)]
+        numbers = (rank, size, theirs.fileno(), their_lifeline)
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
+                [sys.executable, "-m", module, *map(str, numbers)],
+                stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(), their_lifeline), start_new_session=True,
                 env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)})
         finally:
@@ -340,8 +341,8 @@ def _claim_process() -> None:
     if any((family := ref()) is not None and not family.closed for ref in _current):
         raise UserError("gpus: another pipeline of this process still has its ranks; close its session "
                         "(session.close()) before you build this one.")
-    raise UserError("gpus: this process already takes part in a torch.distributed job; start it without torchrun, "
-                    "because it starts its ranks itself.")
+    raise UserError("gpus: this process already takes part in a torch.distributed job; start it without "
+                    "torchrun, because it starts its ranks itself.")
 
 
 def _join(store: dist.Store, rank: int, size: int, device: torch.device) -> None:

@@ -137,8 +137,8 @@ class StreamingSession:
         self._forget()
 
     def close(self) -> None:
-        """End the other ranks of a pipeline on several GPUs, which cannot be used afterwards. On one GPU, nothing
-        needs to be closed.
+        """End the other ranks of a pipeline on several GPUs, which cannot be used afterwards. On one GPU,
+        nothing needs to be closed.
         """
         if self.pipeline.ranks is not None:
             self.pipeline.ranks.close()
