@@ -36,6 +36,13 @@ NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "vae_offload_ahead": (("use_vae_offload",), "it only changes how the offloaded history moves"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
+
+
+def several_suffix(gpus: int) -> str:
+    """What the name of a preset ends with when the runner measures it on several GPUs."""
+    return f"_{gpus}gpus" if gpus > 1 else ""
+
+
 # Notebook parameters in addition to the preset's keys: name -> default and meaning.
 RUN_KEYS: Mapping[str, tuple[Any, str]] = MappingProxyType({
     "campaign": ("manual", "results go to outputs/<campaign>/<name>"),
@@ -429,8 +436,8 @@ class ExperimentConfig:
                             f"has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
         if self.vae_ranks == "split" and self.use_async_vae:
             raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, "
-                            "and two exchanges at the same time could block each other; switch use_async_vae off "
-                            "or use vae_ranks: own.")
+                            "and two exchanges at the same time could block each other; switch use_async_vae "
+                            "off or use vae_ranks: own.")
 
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import BASELINE
+from ..config import BASELINE, several_suffix
 from ..files import project_path
 from ..measurement import decision
 from ..measurement.catalogue import Metric, metric_of
@@ -54,6 +54,16 @@ class Campaign:
     results: list[dict[str, Any]]
     failures: list[Failure]
     problems: list[tuple[str, str]]
+
+
+def gpus_of(result: Result) -> int:
+    """Number of GPUs (on a CPU: processes) that made, or should have made, the run's stream."""
+    return int(lookup(result, "ranks.count") or lookup(result, "parameters.gpus") or 1)
+
+
+def one_gpu_preset(result: Result) -> str:
+    """The preset of a run on several GPUs that is the same on one."""
+    return str(result["preset"]).removesuffix(several_suffix(gpus_of(result)))
 
 
 def load(campaign_dir: str | Path) -> Campaign:

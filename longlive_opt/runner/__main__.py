@@ -53,7 +53,7 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
     campaign = layout.campaign(arguments.campaign)
     jobs = plan(layout, arguments.campaign, arguments.presets, arguments.profile, settings,
-                _repeats(arguments), arguments.skip)
+                _repeats(arguments), arguments.skip, arguments.gpus)
     summary = plan_summary(layout, arguments.campaign, arguments.log)
     check_machine(campaign, jobs)
     with locked([*jobs, summary]):
@@ -162,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
                      "with --repeat baseline --repeats N")
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                      help="overrides preset and profile")
+    run.add_argument("--gpus", nargs="+", type=int, default=[], metavar="N", help="run each preset but the "
+                     "baseline on N GPUs as well")
     run.add_argument("--overwrite", action="store_true", help="run finished presets again")
     run.add_argument("--quick", action="store_true", help="measure as few blocks as possible, as a test")
     run.set_defaults(command=run_campaign)

@@ -48,6 +48,7 @@ from .recommendation import (
     rules,
     troubles,
 )
+from .scaling import scaling
 
 EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
@@ -142,7 +143,8 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
                 *caveats(runs), closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n\n{definitions(results)}".rstrip() + "\n"
     head = head.replace("\n\n## ", f"\n\n{result}\n\n## ", 1) if (result := headline(runs)) else head
-    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
+    more = ["\n" + scaling(runs)] if runs else []
+    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes, *more])
 
 
 def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, Run]:
