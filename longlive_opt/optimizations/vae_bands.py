@@ -30,9 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.conv3d import HEAD_ROWS
 from ..models.vae import (
     HISTORY_FRAMES,
     AttentionBlock,
+    Head,
     History,
     ResidualBlock,
     StageHistory,
@@ -48,6 +50,8 @@ def halo_of(stage: nn.Module) -> int:
     """Rows on either side that a row of the stage's output depends on."""
     if isinstance(stage, AttentionBlock):
         return 0  # it depends on all rows, and gathers them itself
+    if isinstance(stage, Head):
+        return HEAD_ROWS  # it needs one, but the fused kernel takes multiples of four rows
     return 2 if isinstance(stage, ResidualBlock) else 1
 
 

@@ -214,8 +214,8 @@ def _plan_several(layout: Layout, campaign: str, notebooks: Mapping[str, Path], 
         name, title = preset + several_suffix(count), asked.get("title", preset)
         unit = "processes" if asked.get("device", _DEFAULTS["device"]) == "cpu" else "GPUs"
         words = {"gpus": count, "name": name, "title": f"{title} on {count} {unit}",
-                 "hypothesis": f"{title}, equal within rounding. Denoising and decoding take 1/{count} of the "
-                               "time on one, and the exchanges between the ranks in addition."}
+                 "hypothesis": f"{title}, equal within rounding. Denoising and decoding take 1/{count} of "
+                               "the time on one, and the exchanges between the ranks in addition."}
         jobs[name] = _plan_run(layout, campaign, preset, 1, notebooks[preset], {**over, **words}, name)
     return jobs
 
