@@ -354,8 +354,8 @@ def test_two_gpus_equal_one(keys: dict[str, Any]) -> None:
 def test_a_killed_rank_does_not_hang_nccl() -> None:
     """A kernel of NCCL waits for a dead rank for ever, and so does rank 0's synchronise."""
     two_gpus()
-    session = StreamingSession(build_pipeline(ExperimentConfig.from_mapping(
-        {"model": "tiny", "weights": "random", "device": "cuda", "use_cuda_graphs": True, "gpus": 2, **FUSED})))
+    keys = {"model": "tiny", "weights": "random", "device": "cuda", "use_cuda_graphs": True, "gpus": 2}
+    session = StreamingSession(build_pipeline(ExperimentConfig.from_mapping({**keys, **FUSED})))
     pids, started = session.pipeline.ranks.family.pids, time.monotonic()
     with pytest.raises(RankFailed, match="rank 1 of 2 was killed by SIGKILL"):
         for chunk in session.stream("a fox"):

@@ -117,12 +117,17 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
             if error.report["status"] == "not available":
                 log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
                 continue
-            meaning = _printable(error.report["meaning"])
-            failed[job.label] = re.split(r"[.;]\s|\n", meaning)[0].rstrip(".")
-            log.error("[%s] FAILED: %s (%s)", job.label, meaning, error.report["hint"])
+            failed[job.label] = short_reason(error.report)
+            log.error("[%s] FAILED: %s (%s)", job.label, _printable(error.report["meaning"]),
+                      error.report["hint"])
             continue
         log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
     return failed
+
+
+def short_reason(report: Mapping[str, Any]) -> str:
+    """The first sentence of a failure."""
+    return re.split(r"[.;]\s|\n", _printable(report["meaning"]))[0].rstrip(".")
 
 
 def _printable(text: str) -> str:
@@ -195,14 +200,14 @@ def run_job(root: Path, job: Job) -> None:
         report = _failure(job, error, stderr, started)
         # A result from before the failure must not count as finished.
         (folder / "result.json").unlink(missing_ok=True)
-        _write_failure(folder, report)
+        write_failure(folder, report)
         if replaces:
-            _move(folder, failed)
+            move_folder(folder, failed)
         if isinstance(error, KeyboardInterrupt):
             raise
         raise RunFailed(report) from error
     if replaces:
-        _move(folder, job.folder)
+        move_folder(folder, job.folder)
     shutil.rmtree(failed, ignore_errors=True)
 
 
@@ -302,7 +307,7 @@ def _failure(job: Job, error: BaseException, stderr: Sequence[str], started: flo
             "started_utc": _utc(started), "failed_utc": _utc(time.time())}
 
 
-def _write_failure(folder: Path, report: Mapping[str, Any]) -> None:
+def write_failure(folder: Path, report: Mapping[str, Any]) -> None:
     """Write failed.json. Never raises, because the campaign has to continue.
 
     A lone surrogate in a message becomes a JSON escape.
@@ -321,7 +326,7 @@ def _utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _move(source: Path, target: Path) -> None:
+def move_folder(source: Path, target: Path) -> None:
     """Move folder `source` to `target`. The old content of `target` is deleted last."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
