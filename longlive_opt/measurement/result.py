@@ -14,7 +14,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     environment     see `environment.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
                     attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
                     other_cpu_cores (see `environment.company_of`; missing in old results, whose co_scheduled
-                    has no meaning), packages {}, env_vars {}, clocks_before {}, clocks_after {}; unknown
+                    has no meaning), neighbours, optional, [label of each run at the same time on the same
+                    host of a cluster], packages {}, env_vars {}, clocks_before {}, clocks_after {}; unknown
                     values are null, with the reason in `reasons` {field: reason}
     model           {name, parameters: int, ...}
     weights         {kind: "random" | "official" | ..., seed?, files?, sha256?}

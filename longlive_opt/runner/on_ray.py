@@ -100,8 +100,8 @@ def _check_resources(found: Mapping[str, float], jobs: Sequence[Job]) -> None:
         for kind, asked in needs(job).items():
             there = found.get({"num_cpus": "CPU", "num_gpus": "GPU"}[kind], 0)
             if asked > there:
-                raise UserError(f"--ray: {job.label} needs {asked:.0f} {kind[4:-1].upper()}s, and the cluster "
-                                f"has {there:.0f}; leave the preset out or add hosts.")
+                raise UserError(f"--ray: {job.label} needs {asked:.0f} {kind[4:-1].upper()}s, and the "
+                                f"cluster has {there:.0f}; leave the preset out or add hosts.")
 
 
 def _run_batch(ray: Any, root: Path, jobs: Sequence[Job], spans: list[dict[str, Any]]) -> dict[str, str]:
