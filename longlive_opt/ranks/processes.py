@@ -50,10 +50,10 @@ SETTLE_SECONDS = 0.5
 """Time in which the deaths of several ranks count as one event."""
 SHOWN_LINES = 25
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
-# NVLink multicast needs rights that shared hosts do not give. The family handles a failed collective, so NCCL
-# must not end the process.
+# NVLink multicast needs rights that shared hosts do not give. The family aborts NCCL itself when a rank
+# dies, for which PyTorch's own handling has to be off (`_abort_process_group`).
 ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-               "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
+               "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 _BROKEN = ("onnection closed", "onnection reset", "roken pipe", "ocket", "NCCL", "imed out")
 
 
