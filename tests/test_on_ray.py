@@ -125,6 +125,9 @@ def test_a_local_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), notebook)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(
         [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    # Ray keeps a token in the home folder; a busy machine starts it slowly.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     monkeypatch.setattr(on_ray, "mark_neighbours", lambda folders, spans: marked.extend(spans))
     marked: list[dict] = []
     jobs = [job_in(root, label, name=label, output_dir="x", markers=str(markers))

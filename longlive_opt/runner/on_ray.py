@@ -77,7 +77,7 @@ def _connected(ray: Any, root: Path, address: str) -> Iterator[None]:
     environment = {"working_dir": str(root), "excludes": list(_LEFT_HERE), "env_vars": variables}
     try:
         ray.init(address=address, runtime_env=environment, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:  # Ray raises this very class if its processes do not start
         why = (str(error).splitlines() or [""])[0]
         raise UserError(f"--ray: there is no Ray cluster at {address!r} ({why}); start one with 'ray start "
                         "--head', or leave the address out for this machine.") from error
