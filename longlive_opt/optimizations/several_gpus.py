@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from ..config import ExperimentConfig
 from ..errors import NotAvailable
 from ..models.dit import TextContext
 from ..models.specs import VAE_TEMPORAL_STRIDE
-from ..models.vae import IMAGE_CHANNELS, StreamingDecoder, frames_to_uint8
+from ..models.vae import IMAGE_CHANNELS, StreamingDecoder
 from ..ranks.group import Group, Kept
 from ..ranks.heads import Alone, Exchange, HeadExchange
 from ..ranks.processes import Family
@@ -119,7 +119,7 @@ class Leader:
             return cls(family, Team(config, 0, rank_device(config, 0)))
 
     def order(self, to: Sequence[int], name: str, *arguments: Any) -> None:
-        """Let the ranks `to` call a method of their `Follower`."""
+        """Let the ranks `to` call a method of their `rank_worker.Follower`."""
         while self._dropped:
             # Sent with the next order, because objects are released at any moment, also within `announce`.
             self.family.announce(("drop", *self._dropped.popleft()))
@@ -414,86 +414,6 @@ class OverlappingDecoder:
         self.flush()
         self._vae.reset()
         self._block = 0
-
-
-class Follower:
-    """Another rank: calls what rank 0 orders, on its own pipeline."""
-
-    def __init__(self, pipeline: Pipeline, team: Team, answer: Callable[[Any], None]):
-        self._pipeline, self._team, self._answer = pipeline, team, answer
-        self._make_decoder = pipeline.make_vae_decoder
-        if team.bands is not None:
-            self._make_decoder = banded_decoders(pipeline, team.bands)
-        self.caches: dict[int, KVCache] = {}
-        self.decoders: dict[int, StreamingDecoder] = {}
-        self._message = TextMessage(team)
-        self._text: TextContext | None = None
-        self._kept = Kept(team.device)
-
-    def ready(self) -> None:
-        self._answer("ready")
-
-    def mute(self, muted: bool) -> None:
-        self._team.mute(muted)
-        self._answer("muted")
-
-    def held(self) -> None:
-        self._answer({"caches": len(self.caches), "decoders": len(self.decoders)})
-
-    def memory(self) -> None:
-        self._answer(rank_memory(self._pipeline.device, sum(cache.nbytes for cache in self.caches.values())))
-
-    def reset_peak(self) -> None:
-        if self._pipeline.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._pipeline.device)
-        self._answer("reset")
-
-    def drop(self, kind: str, number: int) -> None:
-        getattr(self, kind).pop(number, None)
-
-    def make_cache(self, number: int) -> None:
-        self.caches[number] = self._pipeline.make_cache()
-
-    def reset_cache(self, number: int) -> None:
-        self.caches[number].reset()
-
-    def run_pass(self, number: int, planned: tuple[int, int, bool], shape: tuple[int, ...], timestep: float,
-                 keys_only: bool, prompt: tuple[int, tuple[int, ...]] | None) -> None:
-        pipeline, cache = self._pipeline, self.caches[number]
-        start, frames, recache_sink = planned
-        cache.begin(start, frames, recache_sink=recache_sink)
-        if prompt is not None:
-            self._text = self._message.receive(*prompt, pipeline.dtype)
-        latents = self._kept("latents", shape, pipeline.dtype)
-        self._team.passes.broadcast(latents)
-        assert self._text is not None
-        pipeline.sampler.forward(latents, timestep, self._text, cache, keys_only=keys_only)
-        cache.end()
-
-    def make_decoder(self, number: int) -> None:
-        self.decoders[number] = self._make_decoder()
-
-    def reset_decoder(self, number: int) -> None:
-        self.decoders[number].reset()
-
-    def continue_decoder(self, number: int, other: int) -> None:
-        self.decoders[number].continue_from(self.decoders[other])
-
-    def push(self, number: int, shape: tuple[int, ...]) -> None:
-        latents = self._kept("pushed", shape, self._pipeline.dtype)
-        self._team.all.broadcast(latents)
-        self.decoders[number].push(latents)
-
-    def push_alone(self, number: int, shape: tuple[int, ...], kind: torch.dtype) -> None:
-        pair, latents = self._team.pair, self._kept("pushed", shape, self._pipeline.dtype)
-        assert pair is not None
-        pair.broadcast(latents)
-        (frames,) = self.decoders[number].push(latents)
-        frames = frames_to_uint8(frames) if kind == torch.uint8 else frames
-        if frames.is_cuda:
-            torch.cuda.synchronize(frames.device)
-        self._answer("decoded")
-        pair.broadcast(frames.contiguous(), source=1)
 
 
 def rank_memory(device: torch.device, kv_cache_bytes: int) -> dict[str, float]:

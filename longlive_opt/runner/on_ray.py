@@ -75,8 +75,9 @@ def _connected(ray: Any, root: Path, address: str) -> Iterator[None]:
     commit, dirty, _ = git_state(root, os.environ)
     variables = {"LONGLIVE_OPT_GIT_COMMIT": commit or "", "LONGLIVE_OPT_GIT_DIRTY": str(int(bool(dirty)))}
     environment = {"working_dir": str(root), "excludes": list(_LEFT_HERE), "env_vars": variables}
+    own = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False)
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, **own)
     except Exception as error:  # Ray raises this very class if its processes do not start
         why = (str(error).splitlines() or [""])[0]
         raise UserError(f"--ray: there is no Ray cluster at {address!r} ({why}); start one with 'ray start "
