@@ -192,6 +192,9 @@ class Measurement:
 
     def _energy(self, events: list[Event], samples: Samples) -> dict[str, Any]:
         """The `energy` section of one stream."""
+        if self.config.gpus > 1:
+            why = na(f"the counter of one of {self.config.gpus} GPUs was read", "measure on one GPU")
+            return dict.fromkeys(("joules_per_frame", "mean_power_w", "joules"), why)
         first = self.config.warmup_blocks
         counted = sum(block >= first for block in metrics.marks(events, metrics.CHUNK_READY))
         frames = counted * self.config.block_frames * VAE_TEMPORAL_STRIDE
