@@ -10,6 +10,7 @@ from example_results import example_result, on_several
 from longlive_opt import report
 from longlive_opt.errors import UserError
 from longlive_opt.files import project_path
+from longlive_opt.report import charts
 from longlive_opt.report.campaign import gpus_of, one_gpu_preset
 from longlive_opt.report.log.scaling import HEADING
 from longlive_opt.runner.plan import Layout, plan
@@ -41,6 +42,17 @@ def test_the_log_compares_every_run_with_its_preset_on_one_gpu(runs: list[dict])
     assert one[place] == "100 %" and two[place] == f"{100 * means[0] / (2 * means[1]):.0f} %"
     assert own[place] == "n/a (no run on one GPU)"
     assert two[-2:] == ["11.25, 1.50, 2.75", "7.50, 6.50"] and one[-2] == "none"
+
+
+def test_the_chart_has_a_line_per_preset_with_several_counts(runs: list[dict]) -> None:
+    """A line through runs of different presets, or an empty chart in every campaign on one GPU."""
+    chart = charts.campaign_figures(runs)["latency_by_gpus"]
+    (axes,) = chart.axes
+    worst, _, ideal = (line.get_ydata() for line in axes.lines[:3])
+    assert [list(line.get_xdata()) for line in axes.lines[:3]] == [[1, 2]] * 3
+    assert worst[0] == max(run / 12 for run in runs[1]["latency"]["ss_block_ms"])
+    assert ideal[1] == pytest.approx(ideal[0] / 2) and "realtime" in chart.alt
+    assert "latency_by_gpus" not in charts.campaign_figures(runs[:2])
 
 
 def test_the_section_says_why_there_is_nothing(runs: list[dict]) -> None:
