@@ -58,8 +58,10 @@ def test_the_chart_has_a_line_per_preset_with_several_counts(runs: list[dict]) -
 def test_the_section_says_why_there_is_nothing(runs: list[dict]) -> None:
     """A log without the section, from which nobody learns that it exists; a template part that moved."""
     text = report.render_log(runs[:2])
-    assert f"{HEADING}\n\nn/a: no run of this campaign" in text and "GPUS=2" in text
-    assert text.index("## Notes & Observations") < text.index(HEADING)
+    assert "- Several GPUs: n/a, no run of this campaign" in text.partition("## Notes & Observations")[2]
+    assert HEADING not in text
+    text = report.render_log(runs)
+    assert text.index("## Notes & Observations") < text.index(HEADING) and "Several GPUs: n/a" not in text
 
 
 def test_one_gpu_is_recommended(runs: list[dict]) -> None:

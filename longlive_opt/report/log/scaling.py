@@ -12,20 +12,20 @@ from .entry import Run
 from .markdown import escape
 
 HEADING = "## Several GPUs"
-_ABSENT = ("n/a: no run of this campaign made a stream on several GPUs. On a host with two, `make "
-           "campaign-h100 GPUS=2` adds them.")
+ABSENT = ("Several GPUs: n/a, no run of this campaign used several. On a host with two, `make campaign-h100 "
+          "GPUS=2` adds such runs, in a section of their own.")
 _COLUMNS = ("Preset", "GPUs", "SS max, ms per frame", "SS mean, ms per frame", "Efficiency", "PS mean, ms",
             "FPS", "Exposed communication, ms: denoise, decode, recache", "Peak memory by rank, GB")
 _EXPOSED = ("exposed_denoise", "exposed_decode", "exposed_recache")
 
 
 def scaling(runs: Mapping[str, Run]) -> str:
-    """The section: a row per run on several GPUs, each below its preset on one GPU; n/a if there is none."""
+    """The section: a row per run on several GPUs, each below its preset on one; empty if there is none."""
     several = [run for run in runs.values() if not run.failure and gpus_of(run.result) > 1]
     failed = [run for run in runs.values() if run.failure and gpus_of(run.result) > 1]
     lines = [f"- {run.name}: {run.outcome}, {escape(run.failure)}" for run in failed]
     if not several:
-        return "\n\n".join([HEADING, "\n".join(lines) or _ABSENT]) + "\n"
+        return "\n\n".join([HEADING, *lines]) + "\n" if lines else ""
     rows, shown = [_COLUMNS, ("---",) * len(_COLUMNS)], set()
     for run in several:
         one = runs.get(one_gpu_preset(run.result))
