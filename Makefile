@@ -2,6 +2,7 @@
 # PYTHON   the Python that makes the environment       make demo PYTHON=python3.12
 # ARGS     more arguments for the runner or for pytest make campaign-h100 ARGS="--overwrite"
 # CAMPAIGN the folder of the results, below outputs/   make campaign-h100 CAMPAIGN=mine
+# GPUS     run each preset on so many GPUs as well     make campaign-h100 GPUS=2    (or GPUS="2 4")
 # NEWEST   1: install the newest versions that pyproject.toml allows instead of the tested ones of
 #          constraints.txt; give it with every command, or export it   make test NEWEST=1
 # CPU      1: install a torch without CUDA, which is 3 GB less; later commands keep it, CPU=0 ends it
@@ -66,7 +67,7 @@ quantization: ## measure error against time of every 8-bit format: outputs/quant
 campaign-h100: CAMPAIGN ?= h100
 campaign-h100: ## run all presets except the extras on an H100, skipping finished ones: outputs/h100
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat baseline realtime \
-		--repeats 2 --skip $(EXTRAS) $(LOG) $(NOISE) $(ARGS)
+		--repeats 2 --skip $(EXTRAS) $(if $(GPUS),--gpus $(GPUS)) $(LOG) $(NOISE) $(ARGS)
 
 extras-h100: CAMPAIGN ?= h100_extras
 extras-h100: ## run realtime in 8 GB, low memory and the studies on an H100: outputs/h100_extras

@@ -40,6 +40,13 @@ NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
 _INJECTED = "# Parameters"  # papermill's first line of the cell that it injects
+
+
+def several_suffix(gpus: int) -> str:
+    """What the name of a preset ends with when the runner measures it on several GPUs."""
+    return f"_{gpus}gpus" if gpus > 1 else ""
+
+
 # Notebook parameters in addition to the preset's keys: name -> default and meaning.
 RUN_KEYS: Mapping[str, tuple[Any, str]] = MappingProxyType({
     "campaign": ("manual", "results go to outputs/<campaign>/<name>"),
@@ -127,6 +134,9 @@ class ExperimentConfig:
                              most=8192)
     width: int | None = key(None, "of the picture, pixels; None: the model's own", group="model and machine",
                             most=8192)
+    gpus: int = key(1, "GPUs for one stream; with device: cpu, processes", group="model and machine", least=1)
+    vae_ranks: str = key("split", "who decodes on several GPUs: each a band of rows, or the last one alone",
+                         group="model and machine", choices=("split", "own"))
     gpu_memory_limit_gb: float | None = key(None, "GB for PyTorch on the GPU; None: all",
                                             group="model and machine", least=0.1)
 
@@ -287,6 +297,16 @@ class ExperimentConfig:
         return self.use_torch_compile or self.use_fused_vae or self.has_tiny_vae
 
     @property
+    def denoising_ranks(self) -> int:
+        """Ranks that share the transformer's passes."""
+        return self.gpus - (self.gpus > 1 and self.vae_ranks == "own")
+
+    @property
+    def overlaps_decoding(self) -> bool:
+        """Whether a block is decoded while the next one is denoised."""
+        return self.use_async_vae or (self.gpus > 1 and self.vae_ranks == "own")
+
+    @property
     def latents_per_vae_call(self) -> int:
         """Latent frames per VAE call."""
         return self.vae_chunk_latents or (self.block_frames if self._vae_is_fast else 1)
@@ -337,6 +357,7 @@ class ExperimentConfig:
         self._validate_sampling()
         self._validate_inputs()
         self._validate_combinations()
+        self._validate_ranks()
         if self.warmup_blocks < self.window_blocks:
             raise UserError(f"warmup_blocks: {self.warmup_blocks} is too small; it must be at least "
                             f"{self.window_blocks}.")
@@ -360,7 +381,7 @@ class ExperimentConfig:
         block, or trace. One more follows where decoding overlaps denoising (`Measurement`).
         """
         measured = max(self.measure_blocks, 2 * self.num_switches, (TRACED_BLOCKS + 1) * self.trace)
-        return self.warmup_blocks + max(measured + self.use_async_vae, REHEARSED_BLOCKS)
+        return self.warmup_blocks + max(measured + self.overlaps_decoding, REHEARSED_BLOCKS)
 
     def _validate_length(self) -> None:
         """Refuse a stream past the last rotary position, naming the key that requires the most blocks."""
@@ -435,6 +456,27 @@ class ExperimentConfig:
             raise UserError(f"vae_channels_last: {tiny} has its channels last; leave it out or set vae: "
                             f"{WAN_VAE}.")
 
+    def _validate_ranks(self) -> None:
+        """Refuse a number of GPUs that cannot share this model's work."""
+        if self.gpus == 1:
+            return
+        model, ranks = self.model_config(), self.denoising_ranks
+        heads, tokens, more = model.dit.num_heads, model.tokens_per_frame, self.gpus - ranks
+        allowed = [n for n in range(1, heads + 1) if not heads % n and not tokens % n and n + more > 1]
+        if ranks not in allowed:
+            what = (f"{heads} attention heads" if heads % ranks else
+                    f"{tokens} tokens per latent frame of {model.width}x{model.height}")
+            share = "" if not more else f" (with vae_ranks: own, {ranks} of them)"
+            raise UserError(f"gpus: {self.gpus} do not divide{share} the {what} of model {self.model}; use "
+                            f"{', '.join(str(n + more) for n in allowed) or 1}.")
+        if self.vae_ranks == "split" and model.latent_height < 2 * self.gpus:
+            raise UserError(f"gpus: {self.gpus} cannot share a picture of {model.height} rows, since a band "
+                            f"has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
+        if self.vae_ranks == "split" and self.use_async_vae:
+            raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, "
+                            "and two exchanges at the same time could block each other; switch use_async_vae "
+                            "off or use vae_ranks: own.")
+
     def _validate_inputs(self) -> None:
         if self.prompts_file is None and not self.prompts:
             raise UserError("prompts: the list is empty; give at least one prompt, or set prompts_file.")
@@ -470,6 +512,7 @@ def check_baseline(config: ExperimentConfig) -> None:
     switched_on += [key for key in config.vae_switches if getattr(config, key) is not None]
     switched_on += ["attention_backend"] if config.attention_backend == "gluon" else []
     switched_on += ["vae"] if config.has_tiny_vae else []
+    switched_on += ["gpus"] if config.gpus > 1 else []
     if config.name == BASELINE and switched_on:
         given = sorted({json.dumps(getattr(config, key)) for key in switched_on})
         raise UserError(f"{', '.join(switched_on)}: {' and '.join(given)} under the name {BASELINE!r}, with "

@@ -78,6 +78,18 @@ def example_quality(preset: str, exact: bool = False, ratio: float = 1.3) -> dic
     return section
 
 
+def on_several(result: dict[str, Any], gpus: int, decoding: str = "split") -> dict[str, Any]:
+    """The result as the runner names and completes it on several GPUs."""
+    name = f"{result['preset']}_{gpus}gpus"
+    return result | {
+        "preset": name, "title": f"{result['title']} on {gpus} GPUs",
+        "parameters": result["parameters"] | {"name": name, "gpus": gpus, "vae_ranks": decoding},
+        "ranks": {"count": gpus, "denoising": gpus - (decoding == "own"), "decoding": decoding,
+                  "memory_gb": [{"kv_cache": 3.45 / gpus, "peak_allocated": 7.5 - rank, "peak_reserved": 8.0}
+                                for rank in range(gpus)],
+                  "peak_allocated_gb": 7.5, "exposed_ms": {"denoise": 11.25, "decode": 1.5, "recache": 2.75}}}
+
+
 def _gpu(end_ms: float, frames: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """`gpu_samples` and `energy` of a stream: the clock falls from 1900 to 1700 MHz while it gets warm."""
     times = [index * end_ms / 1e3 / 50 for index in range(51)]

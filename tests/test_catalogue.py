@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from example_results import example_result
+from example_results import example_result, on_several
 
 from longlive_opt import report
 from longlive_opt.measurement import catalogue, decision, metrics
@@ -43,7 +43,7 @@ def complete() -> dict:
     result["memory_gb"] |= {"device_used": 12.0, "peak_resident": 2.0}
     result["latency"]["stages_ms"]["copy_to_host"] = {"mean": 0.1}
     result["quality"]["decoder"] = {"name": "taew2_1", "reference": "wan", "psnr_db": {"mean": 30.0}}
-    return result | {"adherence": ADHERENCE}
+    return result | {"adherence": ADHERENCE, "ranks": on_several(result, 2)["ranks"]}
 
 
 def test_every_row_is_a_number_of_a_result() -> None:

@@ -33,6 +33,7 @@ from longlive_opt.kernels import (
     conv3d_gluon,
     conv3d_head_gluon,
     conv3d_triton,
+    fused_exchange_triton,
     fused_triton,
     gemm8,
     gemm8_gluon,
@@ -45,8 +46,8 @@ from longlive_opt.kernels.quantize import MODES, QuantizedKV, allocate_kv
 from longlive_opt.optimizations import quantized_kv_cache
 
 # A block and a full window of LongLive-1.3B at 832x480: latent frames of 1560 tokens, 12 heads of 128.
-MODULES = (attention8_triton, fused_triton, gemm8_gluon, gemm8_triton, attention_gluon, linear8_triton,
-           conv3d_gluon, conv3d_head_gluon, conv3d_triton)
+MODULES = (attention8_triton, fused_triton, fused_exchange_triton, gemm8_gluon, gemm8_triton, attention_gluon,
+           linear8_triton, conv3d_gluon, conv3d_head_gluon, conv3d_triton)
 FRAME, FRAMES, WINDOW = 1560, 3, 12
 TOKENS, SLOTS, HEADS, DIM, CHANNELS, FFN = FRAME * FRAMES, FRAME * WINDOW, 12, 128, 1536, 8960
 
@@ -107,6 +108,22 @@ def write(kv: SimpleNamespace | QuantizedKV, dtype: torch.dtype = torch.bfloat16
 def write_plain(dtype: torch.dtype = torch.bfloat16) -> None:
     memory = meta(1, SLOTS, HEADS, DIM, dtype=dtype)
     write(SimpleNamespace(k=memory, v=memory, k_scale=None, v_scale=None), dtype)
+
+
+def pack(ranks: int) -> None:
+    fused_exchange_triton.qk_norm_pack(meta(1, TOKENS // ranks, 3 * CHANNELS), meta(CHANNELS), meta(CHANNELS),
+                                       ranks, 1e-6)
+
+
+def write_own_heads(mode: str | None, ranks: int) -> None:
+    """Rotation and write of the heads of one of several ranks."""
+    heads, table = HEADS // ranks, meta(TOKENS, DIM // 2, dtype=torch.float32)
+    memory = meta(1, SLOTS, heads, DIM)
+    kv = (SimpleNamespace(k=memory, v=memory, k_scale=None, v_scale=None) if mode is None else
+          allocate_kv(mode, 1, SLOTS, heads, DIM, "meta"))
+    slots = meta(FRAMES, dtype=torch.int32)
+    fused_exchange_triton.rope_write(meta(1, TOKENS, 3 * heads * DIM), table, table, slots, kv.k, kv.v,
+                                     kv.k_scale, kv.v_scale, FRAME)
 
 
 def store(mode: str) -> None:
@@ -194,6 +211,12 @@ CASES = {
     "write, float32": Case(partial(write_plain, torch.float32), HOPPER),
     **{f"write, {mode}": Case(lambda mode=mode: write(cache(mode)), QUANTIZED, 2 if mode[-3:] == "fp8" else 1)
        for mode in MODES},
+    **{f"pack for {ranks} ranks": Case(partial(pack, ranks), HOPPER if ranks > 2 else ALL)
+       for ranks in (2, 3, 4, 6)},
+    **{f"write of {HEADS // ranks} heads, {mode}": Case(
+        partial(write_own_heads, mode, ranks), HOPPER if ranks > 2 else QUANTIZED if mode else ALL,
+        2 if mode else 1)
+       for ranks in (2, 3, 4, 6) for mode in (None, "fp8_fp8", "int8_fp8")},
     **{f"store, {mode}": Case(partial(store, mode), QUANTIZED, 2) for mode in MODES},
     "GELU, int8": Case(partial(rows, FFN, "int8", True), ALL),
     "GELU, fp8": Case(partial(rows, FFN, "fp8", True), HAS_FP8),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_opt.kernels import attention8_reference, fused, linear8, quantize
+from longlive_opt.kernels import attention8_reference, fused, fused_exchange, linear8, quantize
 from longlive_opt.kernels.attention8 import Tile, attention8, default_tile
 from longlive_opt.kernels.quantize import FP8, MODES, QuantizedKV, allocate_kv
 
@@ -408,6 +408,76 @@ def test_gluon_attention_keeps_nan(mode):
     q[0, 3, 1, 5], q[0, 150, 0, 0] = float("nan"), float("inf")
     out = attention_gluon.launch(q, cache.k, cache.v, cache.k_scale, cache.v_scale, 1040, 128, 3)
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 3, 1], [0, 150, 0]]
+
+
+def exchanged(inputs: dict[str, Tensor], mode: str, slots: Tensor) -> tuple[Tensor, QuantizedKV]:
+    """`write` by three ranks with one head and a third of the tokens each, joined."""
+    one = write(inputs, mode, slots)[1]
+    parts = [fused_exchange.qk_norm_pack(qkv.contiguous(), inputs["weight"], inputs["bias"], 3)
+             for qkv in inputs["qkv"].chunk(3, 1)]
+    queries, caches = [], []
+    for head in range(3):
+        scales = [None if scale is None else scale[:, head:head + 1].contiguous()
+                  for scale in (one.k_scale, one.v_scale)]
+        own = allocate_kv(mode, 2, 64, 1, 32, inputs["qkv"].device)
+        own = QuantizedKV(own.k, own.v, *(old if new is None or new.dim() == 3 else new
+                                          for old, new in zip((own.k_scale, own.v_scale), scales)))
+        received = torch.cat([part[head] for part in parts], dim=1)
+        queries.append(fused_exchange.rope_write(received, inputs["cos"], inputs["sin"], slots, own.k, own.v,
+                                                 own.k_scale, own.v_scale, 5))
+        caches.append(own)
+    heads_of = {"k": 2, "v": 1 if one.v.dtype == FP8 else 2, "k_scale": 1, "v_scale": 1}
+    joined = {name: None if getattr(one, name) is None else
+              torch.cat([getattr(own, name) for own in caches], dim=axis) for name, axis in heads_of.items()}
+    return torch.cat(queries, dim=2), QuantizedKV(**joined)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_halves_around_an_exchange_equal_the_whole(mode):
+    """A norm over the heads of one rank, a token rotated by its place in a message, the scales of other
+    heads."""
+    inputs, slots = block_inputs(), torch.tensor([-1, 20, 5], dtype=torch.int32, device=DEVICE)
+    q, cache = write(inputs, mode, slots)
+    found, own = exchanged(inputs, mode, slots)
+    assert relative_error(found, q) < (3e-3 if ON_CUDA else 1e-12)
+    for name in ("k", "v", "k_scale", "v_scale"):
+        ours, theirs = getattr(own, name), getattr(cache, name)
+        tolerance = 0.02 if ON_CUDA else 1e-12
+        assert ours is theirs is None or relative_error(ours.float(), theirs.float()) < tolerance
+
+
+def test_halves_refuse_what_they_would_misread():
+    """Strides, tables or slots that the kernels do not check."""
+    i = block_inputs()
+    memory = torch.zeros(2, 64, 1, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="3 \\* 5 equal parts"):
+        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], 5)
+    for qkv, slots in ((i["qkv"], 3), (i["qkv"][..., :96].contiguous(), 2), (i["qkv"][..., :96], 3)):
+        with pytest.raises(ValueError, match="heads of 32 need|tokens, slots|must be contiguous"):
+            fused_exchange.rope_write(qkv, i["cos"], i["sin"], torch.zeros(slots), memory, memory, None, None,
+                                      5)
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode", MODES)
+def test_triton_halves_equal_plain_pytorch(mode, exact_interpreter):
+    """A head in the message of another rank, a role that is normalised and should not be, a lost token."""
+    from longlive_opt.kernels import fused_exchange_triton
+
+    i, slots = block_inputs(), torch.tensor([-1, 20, 5], dtype=torch.int32, device=DEVICE)
+    packed = fused_exchange_triton.qk_norm_pack(i["qkv"], i["weight"], i["bias"], 3, 1e-6)
+    expected = fused_exchange.qk_norm_pack(*(i[name].cpu() for name in ("qkv", "weight", "bias")), 3)
+    assert_agrees(packed, expected)
+    caches = [allocate_kv(mode, 2, 64, 1, 32, device) for device in (DEVICE, "cpu")]
+    tables = i["cos"], i["sin"], slots
+    found = fused_exchange_triton.rope_write(packed[1].contiguous(), *tables, caches[0].k, caches[0].v,
+                                             caches[0].k_scale, caches[0].v_scale, 5)
+    wanted = fused_exchange.rope_write(packed[1].cpu().contiguous(), *(table.cpu() for table in tables),
+                                       caches[1].k, caches[1].v, caches[1].k_scale, caches[1].v_scale, 5)
+    assert_agrees(found, wanted)
+    for name in ("k", "v", "k_scale", "v_scale"):
+        if getattr(caches[0], name) is not None:
+            assert_agrees(getattr(caches[0], name), getattr(caches[1], name), 0.02)
 
 
 @runs_kernels

@@ -15,9 +15,9 @@ import longlive_opt
 
 PACKAGE = Path(longlive_opt.__file__).parent
 FLOORS = (
-    "errors", "files", "kernels", "models", "fetch", "config", "prompts", "streaming", "optimizations",
-    "parity", "measurement", "report", "tiny", "workbook", "live", "inside",
-    "runner", "__main__",
+    "errors", "files", "ranks", "kernels", "models", "fetch", "config", "prompts", "streaming",
+    "optimizations", "parity", "measurement", "report", "tiny", "workbook", "live", "inside", "runner",
+    "__main__",
 )
 
 

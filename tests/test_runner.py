@@ -499,10 +499,10 @@ def test_a_failure_is_recorded_whatever_its_text(project: Path, monkeypatch: pyt
 
 def test_failed_json_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A full disk, or a value that JSON does not know, that ends the campaign."""
-    execute._write_failure(tmp_path, {"meaning": "x", "parameters": {(1, 2): "a"}})
+    execute.write_failure(tmp_path, {"meaning": "x", "parameters": {(1, 2): "a"}})
     assert "(1, 2)" in json.loads((tmp_path / "failed.json").read_text())["parameters"]
     (tmp_path / "file").touch()
-    execute._write_failure(tmp_path / "file", {"meaning": "x"})
+    execute.write_failure(tmp_path / "file", {"meaning": "x"})
     assert "failed.json is not there: cannot write" in caplog.text
 
 

@@ -135,6 +135,12 @@ _RESIDENT = ("Of a run on the CPU: peak resident set size of the process in 1e9 
              "streams: weights, tensors, code and all else that the process holds in the host's memory.")
 _IN_USE = "All memory of the GPU that is taken at the end, in 1e9 bytes, other processes included."
 _KV = "Bytes of the key and value caches, in 1e9 bytes."
+_EXPOSED = ("Time of a stage on rank 0 that communication with the other ranks adds, waiting for them "
+            "included: the stage's mean in the measured stream minus that in a stream in which nothing is "
+            "sent. Per steady-state block; of the recache, per switch. CUDA events on a GPU, else the host "
+            "clock. With vae_ranks: own, `decode` is the wait for the frames.")
+_RANKS = "Number of GPUs (on a CPU: processes) that make one stream. Older results had one."
+_PEAK_RANK = "As peak memory, of the rank with the most."
 _BUFFER = ("Smallest delay after the first chunk with which playback never stalls. A viewer shows frame i at "
            "start + i / FPS. Derived from the `chunk_ready` marks of the steady stream; a stream that is "
            "slower than playback has none.")
@@ -207,6 +213,15 @@ METRICS: tuple[Metric, ...] = (
            _IN_USE),
     Metric("kv_cache", "KV cache", "GB", "memory_gb.kv_cache", "lower", 2,
            "csv headline comparison ablation log", _KV, "kv_cache_gb"),
+    Metric("gpus", "GPUs", "", "ranks.count", "", 0, "csv log", _RANKS),
+    Metric("exposed_denoise", "exposed communication, denoise", "ms per block", "ranks.exposed_ms.denoise",
+           "lower", 2, "csv log", _EXPOSED, "exposed_denoise_ms"),
+    Metric("exposed_decode", "exposed communication, decode", "ms per block", "ranks.exposed_ms.decode",
+           "lower", 2, "csv log", _EXPOSED, "exposed_decode_ms"),
+    Metric("exposed_recache", "exposed communication, recache", "ms", "ranks.exposed_ms.recache", "lower", 2,
+           "csv log", _EXPOSED, "exposed_recache_ms"),
+    Metric("peak_rank", "peak memory of a rank", "GB", "ranks.peak_allocated_gb", "lower", 2, "csv log",
+           _PEAK_RANK, "peak_rank_gb"),
     Metric("startup_buffer", "start-up buffer", "ms", "playback.startup_buffer_ms", "lower", 0,
            "csv summary", _BUFFER, "startup_buffer_ms"),
     Metric("stalls", "stalls without a buffer", "", "playback.stalls_at_zero_buffer", "lower", 0, "log",

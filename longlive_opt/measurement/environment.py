@@ -132,7 +132,7 @@ def cpu_seconds(proc: Path = Path("/proc")) -> tuple[float, float, float] | None
     # All but idle and iowait; guest time is already part of user time.
     busy = [sum(int(row[i]) for i in (1, 2, 3, 6, 7, 8)) for row in map(str.split, lines)
             if re.fullmatch(r"cpu\d+", row[0]) and int(row[0][3:]) in usable]
-    return time.perf_counter(), sum(busy) / ticks, _family_ticks(proc, os.getpid()) / ticks
+    return time.perf_counter(), sum(busy) / ticks, sum(_family(proc, os.getpid()).values()) / ticks
 
 
 def company_of(device: "torch.device | str", before: tuple[float, float, float] | None,
@@ -301,8 +301,8 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _family_ticks(proc: Path, pid: int) -> int:
-    """CPU time of process `pid` and its descendants, including those that have ended."""
+def _family(proc: Path, pid: int) -> dict[int, int]:
+    """CPU time, in ticks, of process `pid` and of each descendant, including that of their ended ones."""
     parents, ticks = {}, {}
     for path in proc.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # the process has ended
@@ -312,7 +312,7 @@ def _family_ticks(proc: Path, pid: int) -> int:
     family = {pid}
     while more := {child for child, parent in parents.items() if parent in family} - family:
         family |= more
-    return sum(ticks.get(member, 0) for member in family)
+    return {member: ticks.get(member, 0) for member in family}
 
 
 def _gpu_is_shared(device: "torch.device") -> tuple[bool | None, str | None]:
@@ -320,9 +320,11 @@ def _gpu_is_shared(device: "torch.device") -> tuple[bool | None, str | None]:
     uuid = gpu_uuid(device)
     listed = _run("nvidia-smi", f"--id={uuid}", "--query-compute-apps=pid", "--format=csv,noheader") or ""
     holders = {int(word) for word in listed.split() if word.isdigit()} if uuid else set()
-    # In a container this process may be listed by another number, or no process may be listed.
+    # In a container this process may be listed by another number, or no process may be listed. Ranks of this
+    # process may be listed on each other's GPUs.
     if len(holders) > 1 or os.getpid() in holders:
-        return len(holders) > 1, None
+        others = holders - set(_family(Path("/proc"), os.getpid()))
+        return len(others) > (os.getpid() not in holders), None
     return None, "nvidia-smi does not name this process among those that hold the GPU"
 
 

@@ -87,6 +87,17 @@ def stage_totals(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], 
     return totals, clocks
 
 
+def stage_mean(events: Sequence[Event], stage: str, first_measured_block: int) -> float | None:
+    """Mean ms of a stage per measured block: of the steady-state blocks, or of those with a switch if only
+    they have the stage. None without any.
+    """
+    switched = marks(events, "switch_request")
+    totals, _ = stage_totals(events)
+    times = {block: ms for block, ms in totals.get(stage, {}).items() if block >= first_measured_block}
+    counted = [ms for block, ms in times.items() if block not in switched] or list(times.values())
+    return math.fsum(counted) / len(counted) if counted else None
+
+
 def _intervals(events: Sequence[Event], first_measured_block: int) -> dict[int, float]:
     """block -> chunk_ready[block] - chunk_ready[block - 1], ms, of the measured blocks."""
     ready = marks(events, CHUNK_READY)

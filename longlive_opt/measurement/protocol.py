@@ -9,6 +9,9 @@ Python's garbage is collected before each stream. Loading and compiling leave ma
 through them would otherwise fall into a measured block. A stream's own garbage collections, and the GPU
 allocator's requests to the driver, are part of the measurement and are recorded. So are the GPU's clock,
 power and energy (`telemetry`).
+
+On several GPUs, a third, shorter stream runs afterwards without communication. Its frames have no meaning;
+the difference of its stages is the communication that the others do not hide.
 """
 
 from __future__ import annotations
@@ -25,15 +28,19 @@ from ..errors import UserError
 from ..kernels.torch_internals import compile_seconds, compiled_graphs
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..optimizations.prompt_cache import CachedPrompts
+from ..optimizations.several_gpus import Leader, rank_memory
 from ..prompts import PromptSchedule
 from ..streaming.pipeline import Pipeline
 from ..streaming.session import Chunk, StreamingSession
 from ..streaming.timeline import GARBAGE, Event, Timeline
 from . import block_trace, environment, metrics
+from .result import na
 from .telemetry import Samples, Telemetry
 
 PROGRESS_SECONDS = 10.0
 SWITCH_EVERY = 2
+MUTED_BLOCKS, MUTED_SWITCHES = 12, 4
+"""Blocks, and switches among them, of the stream without communication."""
 
 
 class Measurement:
@@ -82,8 +89,11 @@ class Measurement:
             The sections of result.json that come from the streams, and two sections of its environment: other
             processes during the streams (`environment.company_of`), and the clocks before and after.
         """
-        device, config = self.pipeline.device, self.config
+        device, config, ranks = self.pipeline.device, self.config, self.pipeline.ranks
+        assert ranks is None or isinstance(ranks, Leader)
         environment.reset_peak_memory(device)
+        if ranks is not None:
+            ranks.replies("reset_peak")
         clocks_before, built_before = environment.clocks(device), self._built()
         cpu_before, asked_driver = environment.cpu_seconds(), environment.allocator_counts(device)
         steady, gpu_steady = self._record(config.warmup_blocks + config.measure_blocks, [])
@@ -124,6 +134,8 @@ class Measurement:
                 {"switch_stream": self._energy(switched, gpu_switched)} if config.num_switches else {}),
             "memory_gb": environment.memory_gb(device, self.session.cache.nbytes),
         }
+        if ranks is not None:
+            measured["ranks"] = self._ranks_section(ranks, steady, switched)
         clocks = {"clocks_before": clocks_before, "clocks_after": environment.clocks(device)}
         return measured, company, clocks
 
@@ -144,6 +156,45 @@ class Measurement:
         return {"file": path.name, "blocks": list(traced.blocks), "switch_block": traced.switch_block,
                 "kernels": len(traced.kernels)}
 
+    def _ranks_section(self, ranks: Leader, steady: list[Event], switched: list[Event]) -> dict[str, Any]:
+        """The `ranks` section of a result. Runs a stream without communication."""
+        config, device = self.config, self.pipeline.device
+        memory = [rank_memory(device, self.session.cache.nbytes), *ranks.replies("memory")]
+        section = {"count": config.gpus, "denoising": config.denoising_ranks, "decoding": config.vae_ranks,
+                   "memory_gb": memory, "peak_allocated_gb": (
+                       max(rank["peak_allocated"] for rank in memory) if device.type == "cuda" else
+                       na(f"the allocator is watched on CUDA only; the run was on {device.type}",
+                          "run on a GPU"))}
+        if config.gpu_memory_limit_gb is not None:
+            return section | {"exposed_ms": na("a second cache might not fit into gpu_memory_limit_gb",
+                                               "measure without a limit")}
+        muted = self._without_communication(ranks)
+        exposed: dict[str, Any] = {}
+        for stage, loud in (("denoise", steady), ("decode", steady), ("recache", switched)):
+            times = [metrics.stage_mean(events, stage, config.warmup_blocks) for events in (loud, muted)]
+            exposed[stage] = (na(f"the streams have no stage {stage}", "raise num_switches") if None in times
+                              else times[0] - times[1])
+        return section | {"exposed_ms": exposed}
+
+    def _without_communication(self, ranks: Leader) -> list[Event]:
+        """The events of a stream in which the ranks exchange nothing, with a rehearsal of its own."""
+        warmup = self.config.warmup_blocks
+        switches = [warmup + MUTED_BLOCKS + SWITCH_EVERY * i for i in range(MUTED_SWITCHES)]
+        # A cache of its own, because captured passes contain their exchanges.
+        self.session.reset()
+        session, own = StreamingSession(self.pipeline, timeline=self.timeline), self.session
+        ranks.mute(True)
+        try:
+            self.session = session
+            with self._frames_to_host():
+                for _ in self._stream_with_switches(warmup + REHEARSED_BLOCKS, [warmup, warmup + 2]):
+                    pass
+            events, _ = self._record(switches[-1] + SWITCH_EVERY, switches)
+        finally:
+            ranks.mute(False)
+            self.session = own
+        return events
+
     def _record(self, blocks: int, switches: list[int]) -> tuple[list[Event], Samples]:
         """Return the events of a stream's first `blocks` blocks and the GPU's samples. If decoding overlaps
         the next block, the stream has one more block: nothing competes with the decoding of its last block,
@@ -153,13 +204,16 @@ class Measurement:
         self._start_over()
         with (self._frames_to_host(), self.timeline.garbage(),
               self._telemetry.recording(self.timeline.now_ms) as samples):
-            for _ in self._stream_with_switches(blocks + self.config.use_async_vae, switches):
+            for _ in self._stream_with_switches(blocks + self.config.overlaps_decoding, switches):
                 pass
         events = self.timeline.resolve()
         return [event for event in events if event.block is None or event.block < blocks], samples
 
     def _energy(self, events: list[Event], samples: Samples) -> dict[str, Any]:
         """The `energy` section of one stream."""
+        if self.config.gpus > 1:
+            why = na(f"the counter of one of {self.config.gpus} GPUs was read", "measure on one GPU")
+            return dict.fromkeys(("joules_per_frame", "mean_power_w", "joules"), why)
         first = self.config.warmup_blocks
         counted = sum(block >= first for block in metrics.marks(events, metrics.CHUNK_READY))
         frames = counted * self.config.block_frames * VAE_TEMPORAL_STRIDE

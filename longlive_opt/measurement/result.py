@@ -14,7 +14,8 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
     environment     see `environment.environment`: gpu, driver, cuda, torch, cudnn, triton, python, cpu,
                     attention_backend, git_commit, git_dirty, gpu_power_limit_w, co_scheduled and
                     other_cpu_cores (see `environment.company_of`; missing in old results, whose co_scheduled
-                    has no meaning), packages {}, env_vars {}, clocks_before {}, clocks_after {}; unknown
+                    has no meaning), neighbours, optional, [label of each run at the same time on the same
+                    host of a cluster], packages {}, env_vars {}, clocks_before {}, clocks_after {}; unknown
                     values are null, with the reason in `reasons` {field: reason}
     model           {name, parameters: int, ...}
     weights         {kind: "random" | "official" | ..., seed?, files?, sha256?}
@@ -44,6 +45,10 @@ infinity never occur. METRIC below means a number, or `{"value": null, "reason":
                     switch_stream, optional, {the same of a separate switch stream}
     memory_gb       {peak_allocated, peak_reserved, device_used, kv_cache: METRIC; peak_resident: METRIC of
                     runs on the CPU, missing in old results}
+    ranks           only on several GPUs: {count, denoising (ranks that share the passes), decoding ("split" |
+                    "own", see `vae_ranks`), memory_gb [per rank {kv_cache, and on a GPU peak_allocated,
+                    peak_reserved}], peak_allocated_gb: METRIC, of the rank with the most, exposed_ms
+                    {denoise, decode, recache: METRIC} or n/a as a whole}
     built_while_measured {captured, compiled}, optional: CUDA graphs and regions built during the measured
                     streams; 0 if the rehearsal built all of them
     interruptions   optional, of both measured streams: {garbage_collections, garbage_ms_max: Python's, of at
@@ -128,7 +133,7 @@ _SCHEMA = {
               "latency.first_frame_ms playback.startup_buffer_ms playback.stalls_at_zero_buffer "
               "playback.deadline_miss_share memory_gb.peak_allocated memory_gb.peak_reserved "
               "memory_gb.kv_cache fps_with_switches? latency.ps_random_ms.mean? latency.ps_random_ms.p95? "
-              "energy.joules_per_frame? energy.mean_power_w?",
+              "energy.joules_per_frame? energy.mean_power_w? ranks.peak_allocated_gb?",
     "numbers": "prompt_schedule.switch_frames? latency.ss_block_ms latency.ps_ms_all latency.ss_blocks "
                "latency.ps_blocks latency.ps_before_ms_all?",
     "texts": "quality.flags prompt_schedule.prompts?",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ranks.heads import Alone, Exchange
 from .attention import Attention, make_attention
 from .specs import DiTConfig
 
@@ -176,6 +177,7 @@ class CausalDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(DiTBlock(config, attention) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.exchange: Exchange = Alone()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,7 +194,8 @@ class CausalDiT(nn.Module):
             x: noisy latents [B, C, F, H, W]; H and W are multiples of the patch.
             timestep: [B, F] in 0..1000, one per latent frame.
             text: the prompt, from `embed_text`.
-            layers: one `LayerCache` per block, planned for these F frames.
+            layers: one `LayerCache` per block, planned for these F frames. On several ranks, the timesteps of
+                all frames must be equal.
 
         Returns:
             Flow [B, C, F, H, W] in the dtype of x.
@@ -204,6 +207,7 @@ class CausalDiT(nn.Module):
         """Run `forward` with timesteps that are already embedded."""
         _, _, _, height, width = x.shape
         tokens = self.patchify(x)
+        layers = self.exchange.layers(layers)
         for block, layer, key, value in zip(self.blocks, layers, text.keys, text.values, strict=True):
             tokens = block(tokens, time.blocks, layer, key, value)
         return self.unpatchify(self.head(tokens, time.head), height, width)
@@ -241,12 +245,15 @@ class CausalDiT(nn.Module):
         return TextContext(keys, values)
 
     def patchify(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> tokens [B, L, dim], ordered frame, row, column."""
+        """[B, C, F, H, W] -> tokens [B, L, dim], ordered frame, row, column; on several ranks this rank's."""
         # Contiguous, or the residual stream would keep the convolution's layout through all blocks.
-        return self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+        return self.exchange.tokens(self.patch_embedding(x).flatten(2).transpose(1, 2)).contiguous()
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """[B, L, patch * C] -> [B, C, F, H, W]; the channel is the fastest index within a patch."""
+        """[B, L, patch * C] -> [B, C, F, H, W]; the channel is the fastest index within a patch. On several
+        ranks, L are this rank's tokens, and every rank returns the whole.
+        """
+        patches = self.exchange.whole(patches)
         batch = patches.shape[0]
         pt, ph, pw = self.config.patch_size
         rows, columns = height // ph, width // pw

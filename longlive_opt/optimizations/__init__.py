@@ -6,6 +6,8 @@ import time
 
 from ..config import ExperimentConfig
 from ..models.weight_files import tiny_vae_file
+from ..ranks.heads import Alone, Exchange
+from ..ranks.processes import Family
 from ..streaming.pipeline import Pipeline, build_reference
 from .async_vae import AsyncVAE
 from .attention_backend import GluonAttention
@@ -18,6 +20,7 @@ from .fused_vae import FusedVAE
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
+from .several_gpus import Leader, SeveralGPUs, start_ranks
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
 from .tiny_vae import TinyVAE
@@ -55,20 +58,49 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
     return [optimization for wanted, optimization in table if wanted]
 
 
-def build_pipeline(config: ExperimentConfig) -> Pipeline:
+def build_pipeline(config: ExperimentConfig, family: Family | None = None) -> Pipeline:
     """Load the model and apply every optimization of the preset.
 
-    With a prompt cache on disk, the text encoder is loaded only when a prompt is not in the cache.
+    With a prompt cache on disk, the text encoder is loaded only when a prompt is not in the cache. With
+    several GPUs, this process becomes rank 0 and starts the others. They end with the pipeline,
+    `StreamingSession.close` or this process.
+
+    Args:
+        family: ranks to use instead of new ones, if there are several GPUs; they may have built another
+        preset.
 
     Raises:
         UserError: weights or the device are missing, or an optimization cannot be applied here.
+        RankFailed: another rank ended.
     """
     config.validate()
     if config.has_tiny_vae:  # refuse a missing file before minutes of loading
         tiny_vae_file(config.vae, config.vae_weights, config.weights)
-    pipeline = build_reference(config)
+    if config.gpus == 1:
+        return _with_text(build_rank(config), config)
+    leader = Leader.of(config, family or start_ranks(config))
+    with leader.family.watched():
+        pipeline = _with_text(build_rank(config, leader.team.exchange), config)
+        started = time.perf_counter()
+        leader.replies("ready")
+        pipeline.setup_s["load"] += time.perf_counter() - started
+    return SeveralGPUs(config.gpus, config.vae_ranks).lead(pipeline, leader)
+
+
+def build_rank(config: ExperimentConfig, exchange: Exchange = Alone()) -> Pipeline:
+    """The pipeline of one rank, with every optimization of the preset and without the weights of the text
+    encoder.
+
+    Args:
+        exchange: that of a rank that denoises together with others.
+    """
+    pipeline = build_reference(config, exchange)
     for optimization in optimizations_of(config):
         pipeline = optimization.apply(pipeline)
+    return pipeline
+
+
+def _with_text(pipeline: Pipeline, config: ExperimentConfig) -> Pipeline:
     if not (config.use_prompt_cache and config.prompt_cache_dir):
         started = time.perf_counter()
         pipeline.text_encoder.load()

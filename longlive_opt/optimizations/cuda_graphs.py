@@ -135,7 +135,8 @@ class GraphedForward:
         torch.cuda.empty_cache()
         started, before = time.perf_counter(), torch.cuda.memory_reserved(self.device)
         graph, static_latents = torch.cuda.CUDAGraph(), latents.clone()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread's calls may break a capture, not those of NCCL's watching thread.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             flow = self.inner(static_latents, timestep, text, cache, keys_only=keys_only)
         self.stats.captured += 1
         self.stats.capture_s += time.perf_counter() - started

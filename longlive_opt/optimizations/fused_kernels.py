@@ -26,15 +26,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, ClassVar, NamedTuple, Protocol, Sequence, TypeVar
+from typing import Any, Callable, ClassVar, NamedTuple, Protocol, Sequence, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import compilers, fused, torch_internals
+from ..kernels import compilers, fused, fused_exchange, torch_internals
 from ..models.dit import CausalDiT, DiTBlock, TextContext
+from ..ranks.heads import HeadExchange
 from ..streaming.kv_cache import KVCache
 from ..streaming.pipeline import Pipeline
 from ..streaming.sampler import uniform_timesteps
@@ -150,22 +151,23 @@ class FusedForward:
         # A block ends with the norm of the next block's qkv; the last block ends with the head's norm.
         ends = [*(own.add_norm_qkv for own in products[1:]), PlainProducts.add_norm_qkv]
         self._enter = products[0].norm_qkv
-        self._blocks = [FusedBlock(*parts) for parts in zip(dit.blocks, products, ends, strict=True)]
+        kind = FusedBlock if dit.exchange.size == 1 else partial(ExchangedBlock, dit.exchange)
+        self._blocks = [kind(*parts) for parts in zip(dit.blocks, products, ends, strict=True)]
         self._times: dict[tuple[float, torch.Size], TimeTable] = {}
 
     def __call__(self, latents: Tensor, timestep: float, text: TextContext, cache: KVCache, *,
                  keys_only: bool = False) -> Tensor:
         assert isinstance(cache, RingKVCache)
-        dit, frame_tokens = self.dit, cache.geometry.tokens_per_frame
-        time = self._time_table(timestep, latents)
+        dit, time = self.dit, self._time_table(timestep, latents)
         x = dit.patchify(latents.transpose(1, 2))
+        frame_tokens = x.shape[1] // latents.shape[1]
         first = time.blocks[0]
         h = self._enter(x, first.shift_a, first.scale_a, frame_tokens, dit.config.eps)
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             q = block.write(h, layer)
             if keys_only and layer is cache.layers[-1]:
                 return latents
-            x, h = block.finish(x, layer.read(q), time.blocks[i], time.following[i], text.keys[i],
+            x, h = block.finish(x, block.read(q, layer), time.blocks[i], time.following[i], text.keys[i],
                                 text.values[i], frame_tokens)
         height, width = latents.shape[-2:]
         return dit.unpatchify(dit.head.head(h), height, width).transpose(1, 2)
@@ -202,6 +204,10 @@ class FusedBlock:
             layer.turn_sink(self._raw_keys(qkv) if cache.writes_sink else None)
         return q
 
+    def read(self, q: Tensor, layer: RingLayer) -> Tensor:
+        """Attend with rotated q; return [B, L, N, D]."""
+        return layer.read(q)
+
     def _raw_keys(self, qkv: Tensor) -> Tensor:
         attention = self.block.self_attn
         k = qkv.unflatten(-1, (3, -1))[:, :, 1].contiguous()
@@ -230,6 +236,30 @@ class FusedBlock:
         x, h = products.add_norm_up(x, y, None, vectors.shift_f, vectors.scale_f, frame_tokens, eps)
         y = products.feed_forward(h)
         return self._end(x, y, vectors.gate_f, *following, frame_tokens, eps)
+
+
+class ExchangedBlock(FusedBlock):
+    """The operations of one `DiTBlock` with this rank's tokens, and attention with this rank's heads."""
+
+    def __init__(self, exchange: HeadExchange, *arguments: Any):
+        super().__init__(*arguments)
+        self._exchange = exchange
+
+    def write(self, h: Operand, layer: RingLayer) -> Tensor:
+        attention, cache = self.block.self_attn, layer.cache
+        packed = fused_exchange.qk_norm_pack(self.products.qkv(h), attention.norm_q.weight,
+                                             attention.norm_k.weight, self._exchange.size,
+                                             attention.norm_q.eps)
+        qkv = self._exchange.packed_to_heads(packed)
+        q = fused_exchange.rope_write(qkv, cache.cosine, cache.sine, cache.token_slots, *layer.memory,
+                                      cache.geometry.tokens_per_frame)
+        if cache.turns_sink:
+            k = qkv.unflatten(-1, (3, -1, attention.head_dim))[:, :, 1]
+            layer.turn_sink(k if cache.writes_sink else None)
+        return q
+
+    def read(self, q: Tensor, layer: RingLayer) -> Tensor:
+        return self._exchange.to_tokens(layer.read(q))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Mapping, Sequence
+from typing import Any, Callable, ClassVar, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ from ..kernels.compilers import check_cpp, check_triton
 from ..models.dit import CausalDiT, DiTBlock, Head, TextContext, TimeContext
 from ..models.taehv import TAEHV, TAEHVDecoder
 from ..models.vae import History, StageHistory, StreamingDecoder
+from ..ranks.heads import HeadExchange
 from ..streaming.kv_cache import KVCache
 from ..streaming.pipeline import Pipeline
-from ..streaming.sampler import uniform_timesteps
+from ..streaming.sampler import Forward, uniform_timesteps
 from .base import Exactness, Optimization
 from .cuda_graphs import graphed
 from .ring_cache import RingKVCache, RingLayer
@@ -67,7 +68,10 @@ class TorchCompile(Optimization):
             check_triton("use_torch_compile")
         options = AUTOTUNE if self.mode == "max-autotune" else {}
         fused = config.use_fused_kernels
-        forward = pipeline.sampler.forward if fused else CompiledForward(pipeline.dit, options)
+        forward: Forward = pipeline.sampler.forward
+        if not fused:
+            alone = pipeline.dit.exchange.size == 1
+            forward = (CompiledForward if alone else ExchangedForward)(pipeline.dit, options)
         facts: dict[str, Any] = {"inductor_options": options}
         # A captured pass cannot be captured again, so with use_cuda_graphs that optimization captures.
         if self.mode != "default" and pipeline.device.type == "cuda" and not config.use_cuda_graphs:
@@ -143,8 +147,8 @@ class CompiledForward:
     def __init__(self, dit: CausalDiT, options: Mapping[str, Any]):
         """Args: options: Inductor's options for the blocks."""
         self.dit = dit
-        self._write, self._finish = (torch.compile(half, fullgraph=True, dynamic=False, options=dict(options))
-                                     for half in (write_half, finish_half))
+        self._options = dict(options)
+        self._write, self._finish = map(self._compiled, (write_half, finish_half))
         self._head = torch.compile(call_head, fullgraph=True, dynamic=False)
         self._times: dict[tuple[float, torch.Size], TimeContext] = {}
 
@@ -156,18 +160,52 @@ class CompiledForward:
         with many_recompiles():
             for block, layer, key, value in zip(dit.blocks, cache.layers, text.keys, text.values,
                                                 strict=True):
-                q = self._write(block, x, time.blocks, layer)
+                q = self._enter(block, x, time.blocks, layer)
                 if keys_only and layer is cache.layers[-1]:
                     return latents
-                x = self._finish(block, x, layer.read(q), time.blocks, key, value)
+                x = self._finish(block, x, self._read(q, layer), time.blocks, key, value)
             patches = self._head(dit.head, x, time.head)
         return dit.unpatchify(patches, *latents.shape[-2:]).transpose(1, 2)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, dynamic=False, options=dict(self._options))
+
+    def _enter(self, block: DiTBlock, x: Tensor, time: Tensor, layer: RingLayer) -> Tensor:
+        return self._write(block, x, time, layer)
+
+    def _read(self, q: Tensor, layer: RingLayer) -> Tensor:
+        return layer.read(q)
 
     def _embedded(self, timestep: float, latents: Tensor) -> TimeContext:
         key = (timestep, latents.shape[:2])
         if key not in self._times:
             self._times[key] = self.dit.embed_time(uniform_timesteps(timestep, latents))
         return self._times[key]
+
+
+class ExchangedForward(CompiledForward):
+    """The same on one of several ranks. The exchanges are not compiled, so the first half is in two parts."""
+
+    def __init__(self, dit: CausalDiT, options: Mapping[str, Any]):
+        super().__init__(dit, options)
+        self._exchange: HeadExchange = dit.exchange
+        self._project, self._store = map(self._compiled, (project_part, store_part))
+
+    def _enter(self, block: DiTBlock, x: Tensor, time: Tensor, layer: RingLayer) -> Tensor:
+        return self._store(layer, *self._exchange.to_heads(*self._project(block, x, time)))
+
+    def _read(self, q: Tensor, layer: RingLayer) -> Tensor:
+        return self._exchange.to_tokens(layer.read(q))
+
+
+def project_part(block: DiTBlock, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`DiTBlock.project` as a function."""
+    return block.project(x, time)
+
+
+def store_part(layer: RingLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`RingLayer.enter` as a function."""
+    return layer.enter(q, k, v)
 
 
 def write_half(block: DiTBlock, x: Tensor, time: Tensor, layer: RingLayer) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import BASELINE
+from ..config import BASELINE, several_suffix
 from ..errors import UserError
 from ..files import project_path, read_json
 from ..measurement import decision
@@ -74,6 +74,16 @@ class Campaign:
         rest = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         return (f"<b>{html.escape(f'Campaign {self.folder.name}')}</b>"
                 f"{numbers_table(self.results).to_html(index=False, border=0)}{rest}")
+
+
+def gpus_of(result: Result) -> int:
+    """Number of GPUs (on a CPU: processes) that made, or should have made, the run's stream."""
+    return int(lookup(result, "ranks.count") or lookup(result, "parameters.gpus") or 1)
+
+
+def one_gpu_preset(result: Result) -> str:
+    """The preset of a run on several GPUs that is the same on one."""
+    return str(result["preset"]).removesuffix(several_suffix(gpus_of(result)))
 
 
 def load(campaign_dir: str | Path) -> Campaign:

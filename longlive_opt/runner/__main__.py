@@ -57,7 +57,7 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
     settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
     campaign = layout.campaign(arguments.campaign)
     jobs = plan(layout, arguments.campaign, arguments.presets, _profile(layout, arguments.profile), settings,
-                _repeats(arguments), arguments.skip)
+                _repeats(arguments), arguments.skip, arguments.gpus)
     summary = plan_summary(layout, arguments.campaign, arguments.log)
     check_machine(campaign, jobs)
     with locked([*jobs, summary]):
@@ -66,7 +66,13 @@ def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
         require_reference(campaign, todo)
         for job in finished:
             log.info("[%s] already finished, skipped (--overwrite runs it again)", job.label)
-        failed = run_jobs(layout.root, [*todo, summary])
+        if arguments.ray:
+            from .on_ray import run_jobs_on_ray
+
+            failed = run_jobs_on_ray(layout.root, todo, arguments.ray) if todo else {}
+            failed |= run_jobs(layout.root, [summary])
+        else:
+            failed = run_jobs(layout.root, [*todo, summary])
         failed |= _settle(layout, campaign, arguments.record_noise)
     if failed:
         reasons = "; ".join(f"{label} ({reason})" for label, reason in failed.items())
@@ -181,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
                      "with --repeat baseline --repeats N")
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                      help="overrides preset and profile")
+    run.add_argument("--gpus", nargs="+", type=int, default=[], metavar="N", help="run each preset but the "
+                     "baseline on N GPUs as well")
+    run.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="run presets side by side on "
+                     "a Ray cluster, one per GPU: auto, or HOST:PORT (default: this machine)")
     run.add_argument("--overwrite", action="store_true", help="run finished presets again")
     run.add_argument("--quick", action="store_true", help="measure as few blocks as possible, as a test")
     run.set_defaults(command=run_campaign)

@@ -151,12 +151,16 @@ def run_jobs(root: Path, jobs: Sequence[Job]) -> dict[str, str]:
             if error.report["status"] == "not available":
                 log.warning("[%s] n/a: %s", job.label, error.report["meaning"])
                 continue
-            meaning = error.report["meaning"]
-            failed[job.label] = re.split(r"[.;]\s|\n", meaning)[0].rstrip(".")
-            log.error("[%s] FAILED: %s (%s)", job.label, meaning, error.report["hint"])
+            failed[job.label] = short_reason(error.report)
+            log.error("[%s] FAILED: %s (%s)", job.label, error.report["meaning"], error.report["hint"])
             continue
         log.info("[%s] finished in %.1f s", job.label, time.perf_counter() - started)
     return failed
+
+
+def short_reason(report: Mapping[str, Any]) -> str:
+    """The first sentence of a failure."""
+    return re.split(r"[.;]\s|\n", report["meaning"])[0].rstrip(".")
 
 
 def export_reports(root: Path, folder: Path, cards: Mapping[str, str]) -> dict[str, str]:
@@ -242,14 +246,14 @@ def run_job(root: Path, job: Job) -> None:
         # A result from before the failure must not count as finished.
         if is_empty:
             (folder / "result.json").unlink(missing_ok=True)
-        _write_failure(folder, report)
+        write_failure(folder, report)
         if replaces and is_empty:
-            _move(folder, failed)
+            move_folder(folder, failed)
         if isinstance(error, KeyboardInterrupt):
             raise
         raise RunFailed(report) from error
     if replaces:
-        _move(folder, job.folder)
+        move_folder(folder, job.folder)
     shutil.rmtree(failed, ignore_errors=True)
 
 
@@ -383,7 +387,7 @@ def _publishable(root: Path, text: str) -> str:
     return text.replace(f"{Path.home()}/", "~/") if len(Path.home().parts) > 1 else text
 
 
-def _write_failure(folder: Path, report: Mapping[str, Any]) -> None:
+def write_failure(folder: Path, report: Mapping[str, Any]) -> None:
     """Write failed.json, whole or not at all. Never raises, because the campaign has to continue."""
     try:
         text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
@@ -400,7 +404,7 @@ def _utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _move(source: Path, target: Path) -> None:
+def move_folder(source: Path, target: Path) -> None:
     """Move folder `source` to `target`. The old content of `target` is deleted last; a process that is killed
     in between leaves it as <target>.replaced (`_finish_move`).
     """

@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import BASELINE, RUN_KEYS, ExperimentConfig, check_baseline, check_folder_name
+from ..config import (
+    BASELINE,
+    RUN_KEYS,
+    STUDIES,
+    ExperimentConfig,
+    check_baseline,
+    check_folder_name,
+    several_suffix,
+)
 from ..errors import UserError, short
 from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, whole_text
 from ..measurement import decision
@@ -160,13 +168,16 @@ def _require_declared(notebook: Path, declared: set[str], names: Sequence[str]) 
 
 def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profile: Path | None = None,
          settings: Mapping[str, Any] | None = None, repeats: int | Mapping[str, int] = 0,
-         skipped: Sequence[str] = ()) -> list[Job]:
+         skipped: Sequence[str] = (), gpus: Sequence[int] = ()) -> list[Job]:
     """Check the request and return the jobs in order. Writes no file.
 
     The baseline comes first, because the others are compared with it. `repeats` gives the number of
     additional runs by preset (a plain number applies to the baseline). Repetitions are spread over the
     campaign to show its drift, so the first runs of repeated presets precede the rest. A repetition measures
     at most REPEAT_AT_MOST, and is left out if its preset has no first run.
+
+    `gpus`: more runs of every preset but the baseline and the studies, each on so many GPUs. A preset that
+    cannot be shared is left out with a reason.
 
     Raises:
         UserError: the first problem found.
@@ -181,10 +192,40 @@ def plan(layout: Layout, campaign: str, presets: Sequence[str] = ("all",), profi
     over = {**(load_yaml(profile) if profile else {}), **(settings or {})}
     first = {preset: _plan_run(layout, campaign, preset, 1, chosen[preset], over)
              for preset in sorted(chosen, key=lambda preset: preset != BASELINE)}
+    for count in gpus:
+        first |= _plan_several(layout, campaign, chosen, over, count)
     rounds = _plan_repeats(layout, campaign, {name: count for name, count in repeats.items() if count}, first,
                            over)
     _require_comparable(layout.campaign(campaign), [*first.values(), *sum(rounds, [])])
     return _interleaved(first, rounds, repeats)
+
+
+def _plan_several(layout: Layout, campaign: str, notebooks: Mapping[str, Path], over: Mapping[str, Any],
+                  count: int) -> dict[str, Job]:
+    """The runs of presets on `count` GPUs, by name.
+
+    Args:
+        notebooks: by preset.
+    """
+    if count < 2:
+        raise UserError(f"--gpus: {count} is not several; presets run on one GPU anyway, write 2 or more")
+    jobs = {}
+    for preset in notebooks:
+        if preset in (BASELINE, *STUDIES):
+            continue
+        asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
+        try:
+            ExperimentConfig.from_mapping({**asked, "gpus": count})
+        except UserError as error:
+            log.warning("[%s] not on %d GPUs: %s", preset, count, error)
+            continue
+        name, title = preset + several_suffix(count), asked.get("title", preset)
+        unit = "processes" if asked.get("device", _DEFAULTS["device"]) == "cpu" else "GPUs"
+        words = {"gpus": count, "name": name, "title": f"{title} on {count} {unit}",
+                 "hypothesis": f"{title}, equal within rounding. Denoising and decoding take 1/{count} of "
+                               "the time on one, and the exchanges between the ranks in addition."}
+        jobs[name] = _plan_run(layout, campaign, preset, 1, notebooks[preset], {**over, **words}, name)
+    return jobs
 
 
 def _plan_repeats(layout: Layout, campaign: str, repeats: Mapping[str, int], first: Mapping[str, Job],
@@ -242,8 +283,15 @@ def _known(job: Job, other: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook: Path,
-              over: Mapping[str, Any]) -> Job:
+              over: Mapping[str, Any], name: str = "") -> Job:
+    """One run of a preset.
+
+    Args:
+        name: of its results, if that is not the preset's.
+    """
     asked = {**load_yaml(layout.params / f"{preset}.yaml"), **over}
+    if preset == BASELINE and asked.pop("gpus", 1) != 1:
+        log.info("[%s] on one GPU, since it is the reference", preset)
     try:
         config = ExperimentConfig.from_mapping(asked)
         check_baseline(config)
@@ -253,9 +301,9 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
             tiny_vae_file(config.vae, config.vae_weights, config.weights)
     except UserError as error:
         raise UserError(f"preset {preset}: {error}") from error
-    if config.name != preset:
+    if config.name != (name or preset):
         raise UserError(f"params/{preset}.yaml: name is {config.name!r}; it must be the file's, {preset!r}")
-    label = run_label(preset, number)
+    label = run_label(config.name, number)
     folder = layout.campaign(campaign) / label
     run = dict(zip(RUN_KEYS, (campaign, number, folder.relative_to(layout.root).as_posix())))
     declared = declared_parameters(notebook)

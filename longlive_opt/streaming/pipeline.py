@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Callable
+from typing import Any, Callable, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,19 @@ from ..models.text import TextEncoder
 from ..models.vae import StreamingDecoder, WanVAE
 from ..models.weight_files import WeightFiles, check_weights
 from ..models.weights import WeightsReport, load_dit, load_vae, open_text_encoder
+from ..ranks.heads import Alone, Exchange
 from .decoder import Decoder, Delivery, InlineDecoder
 from .kv_cache import CacheGeometry, KVCache, RollingKVCache
 from .preview import facts_html
 from .sampler import EagerForward, Sampler, SamplingPlan
 from .timeline import NullTimeline, Timeline
+
+
+class Ranks(Protocol):
+    """The other ranks of a pipeline on several GPUs."""
+
+    def close(self) -> None:
+        """End them; the pipeline cannot be used afterwards."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +44,7 @@ class Pipeline:
     The components are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
     `make_vae_decoder` (the network calls that make frames) and `make_decoder` (when these calls run). The
     session cannot see which ones are replaced. The result includes `weights`, `setup_s` (seconds) and
-    `optimizations`, the report of each optimization.
+    `optimizations`, the report of each optimization. `ranks` are the other ranks, None on one GPU.
     """
 
     config: ExperimentConfig
@@ -56,6 +64,7 @@ class Pipeline:
     weights: dict[str, Any]
     setup_s: dict[str, float]
     optimizations: tuple[dict[str, Any], ...] = ()
+    ranks: Ranks | None = None
 
     def __repr__(self) -> str:
         size = f"{self.model.width}x{self.model.height}"
@@ -97,8 +106,10 @@ def sampling_plan(config: ExperimentConfig) -> SamplingPlan:
 
 
 def cache_geometry(config: ExperimentConfig, model: ModelSpec) -> CacheGeometry:
+    """The sizes of a cache on one rank, which holds its share of the heads."""
     _, patch_height, patch_width = model.dit.patch_size
-    return CacheGeometry(model.dit.num_layers, model.dit.num_heads, model.dit.head_dim,
+    heads = model.dit.num_heads // config.denoising_ranks
+    return CacheGeometry(model.dit.num_layers, heads, model.dit.head_dim,
                          model.latent_height // patch_height, model.latent_width // patch_width,
                          config.local_attn_size, config.sink_size, config.relative_rope)
 
@@ -151,8 +162,11 @@ def prompt_encoder(encoder: TextEncoder,
     return lambda prompt: embed_text(encoder.encode([prompt]))
 
 
-def build_reference(config: ExperimentConfig) -> Pipeline:
+def build_reference(config: ExperimentConfig, exchange: Exchange = Alone()) -> Pipeline:
     """Load the three networks and assemble the reference pipeline, the baseline of every comparison.
+
+    Args:
+        exchange: that of a rank that denoises together with others.
 
     Raises:
         UserError: the config is invalid, the device does not exist, or weights are missing or do not fit.
@@ -168,6 +182,7 @@ def build_reference(config: ExperimentConfig) -> Pipeline:
         check_gpu(device, dtype, model.dit.head_dim)
     digests = files.sha256()
     (dit, dit_report), (vae, vae_report) = _load_networks(config, files, device, dtype)
+    dit.exchange = exchange
     text_encoder = open_text_encoder(model.text, files, device, dtype, config.seed, digests.get("text"))
     return Pipeline(
         config=config,
@@ -196,11 +211,12 @@ def float32_twin(pipeline: Pipeline) -> Pipeline:
 
     Until it is released, it takes twice the memory of the bfloat16 transformer and VAE.
     """
-    config = replace(pipeline.config, model_dtype="float32", attention_backend="auto")
+    config = replace(pipeline.config, model_dtype="float32", attention_backend="auto", gpus=1)
     backend = resolve_backend(config.attention_backend, pipeline.device, torch.float32)
     files = check_weights(config.weights, config.model_config())
     (dit, _), (vae, _) = _load_networks(config, files, pipeline.device, torch.float32)
     return replace(pipeline, config=config, dtype=torch.float32, attention_backend=backend, optimizations=(),
+                   ranks=None,
                    **_components(config, pipeline.model, backend, dit, vae, pipeline.text_encoder))
 
 

@@ -150,6 +150,13 @@ class StreamingSession:
         self._noise.reset()
         self._forget()
 
+    def close(self) -> None:
+        """End the other ranks of a pipeline on several GPUs, which cannot be used afterwards. On one GPU,
+        nothing needs to be closed.
+        """
+        if self.pipeline.ranks is not None:
+            self.pipeline.ranks.close()
+
     @property
     def seed(self) -> int:
         """The seed of the noise. Random weights keep the seed of the pipeline's config."""

@@ -8,10 +8,12 @@ of its line, and n is printed. No function uses pyplot, so neither a backend nor
 
 from collections.abc import Sequence
 
+from ...measurement.result import lookup
 from .changes import change_intervals
 from .chart import PRESET_COLOURS, Chart, Result, colour_of, first_runs, preset_of, target_of, targets_of
 from .clocks import gpu_load
 from .deviation import error_by_block, pareto, quality_by_frame
+from .gpus import latency_by_gpus
 from .latency import buffer_words, latency_boxes, latency_by_block, latency_ecdf, playback_buffer
 from .stages import block_timeline, stage_bars, stage_blocks, switch_bars, switch_timeline, waterfall
 
@@ -25,6 +27,8 @@ def campaign_figures(results: Sequence[Result]) -> dict[str, Chart]:
     kept = first_runs(results)
     functions = (latency_ecdf, latency_boxes, latency_by_block, stage_bars, switch_bars, playback_buffer,
                  pareto, waterfall)
+    if any(lookup(result, "ranks.count") for result in kept):
+        functions = (*functions, latency_by_gpus)
     reference = next((r for r in kept if preset_of(r) == "baseline"), kept[0] if kept else {"preset": "none"})
     return {function.__name__: function(kept) for function in functions} | {
         "block_timeline": block_timeline(reference), "switch_timeline": switch_timeline(reference)}

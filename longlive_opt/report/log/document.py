@@ -48,6 +48,7 @@ from .recommendation import (
     rules,
     troubles,
 )
+from .scaling import ABSENT, scaling
 
 EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
@@ -137,12 +138,14 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
             sections.append(_fill_experiment(section, run, base, noise))
     sections, everywhere = _said_once(sections)
     compared = outside.sentences() if any(is_large(run.result) for run in runs.values()) else []
+    several = scaling(runs)
     observed = [*observations(results, runs, noise, record), *map(escape, compared), *code,
                 *_other_target(runs), *everywhere, *troubles(failures, problems), *rules(runs),
-                *caveats(runs), closing(results, source)]
+                *caveats(runs), *([] if several else [ABSENT]), closing(results, source)]
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n\n{definitions(results)}".rstrip() + "\n"
     head = head.replace("\n\n## ", f"\n\n{result}\n\n## ", 1) if (result := headline(runs)) else head
-    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes])
+    more = ["\n" + several] if several else []
+    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes, *more])
 
 
 def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, Run]:

@@ -9,7 +9,7 @@ from ...measurement import catalogue
 from ...measurement.catalogue import metric_of
 from ...measurement.decision import OBJECTIVES
 from ...measurement.result import lookup
-from ..campaign import BASELINE, Failure, Result, change_of, verdict_of, within_target
+from ..campaign import BASELINE, Failure, Result, change_of, gpus_of, verdict_of, within_target
 from ..charts import target_of, targets_of
 from ..noise_record import over_campaigns
 from .entry import (
@@ -75,8 +75,10 @@ def headline(runs: Mapping[str, Run]) -> str:
 
 
 def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
-    """The recommended run or None, and the reasons. Studies, dropped and undecided presets do not qualify."""
-    measured = [run for run in runs.values() if not run.failure]
+    """The recommended run or None, and the reasons. Studies, dropped and undecided presets do not qualify,
+    nor do runs on several GPUs, since not everybody has them.
+    """
+    measured = [run for run in runs.values() if not run.failure and gpus_of(run.result) == 1]
     blocks = min((run.result["sizes"]["blocks_measured"] for run in measured), default=0)
     measured.sort(key=lambda run: worst_ms(run, blocks))
     best = next((run for run in measured if within_target(run.result) and is_kept(run)), None)
@@ -114,7 +116,8 @@ def _targets(runs: Sequence[Run]) -> str:
 
 
 def _kept(runs: Mapping[str, Run]) -> list[Run]:
-    return [run for run in runs.values() if not run.failure and run.preset != BASELINE and is_kept(run)]
+    return [run for run in runs.values() if not run.failure and run.preset != BASELINE and is_kept(run)
+            and gpus_of(run.result) == 1]
 
 
 def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:

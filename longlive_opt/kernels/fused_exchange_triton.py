@@ -1,0 +1,92 @@
+"""Triton kernels behind `fused_exchange`: the halves of `fused_triton.qk_norm_rope_write_kernel`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused_triton import KINDS, _store_row, _store_transposed
+from .quantize import FP8
+
+
+@triton.jit
+def qk_norm_pack_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, out_ptr, tokens, channels, eps,
+                        PART: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (token, role). Roles 0 and 1 normalise q and k, 2 copies v; `tokens` are those of all batches.
+    Channel c of a role goes to part c // PART, [tokens, 3, PART] each.
+    """
+    row = tl.program_id(0)
+    role = tl.program_id(1)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < channels
+    dtype = out_ptr.dtype.element_ty
+    x = tl.load(qkv_ptr + (row * 3 + role) * channels + cols, mask=mask, other=0.0)
+    target = out_ptr + ((cols // PART * tokens + row) * 3 + role) * PART + cols % PART
+    if role == 2:
+        tl.store(target, x, mask=mask)
+    else:
+        weights = tl.where(role == 0, q_weight_ptr, k_weight_ptr)
+        weight = tl.load(weights + cols, mask=mask, other=0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / channels + eps)).to(dtype).to(tl.float32)
+        tl.store(target, (normed * weight).to(dtype), mask=mask)
+
+
+@triton.jit
+def rope_write_kernel(qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+                      tokens, slots, frame_tokens, N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                      K_KIND: tl.constexpr, V_KIND: tl.constexpr):
+    """Program (token, role). Role 0 rotates q; 1 rotates k and stores it; 2 stores v."""
+    row = tl.program_id(0)
+    role = tl.program_id(1)
+    batch = row // tokens
+    token = row % tokens
+    first = tl.load(slots_ptr + token // frame_tokens)
+    slot = tl.where(first < 0, -1, first + token % frame_tokens)
+    heads = tl.arange(0, HEADS)
+    mask = (heads < N)[:, None]
+    offsets = heads[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(qkv_ptr + (row * 3 + role) * N * D + offsets, mask=mask, other=0.0)
+    if role == 2:
+        _store_row(v_ptr, v_scale_ptr, x, batch, slot, slots, heads, N, D, V_KIND)
+    else:
+        dtype = x.dtype
+        even, odd = tl.split(tl.reshape(x.to(tl.float32), [HEADS, D // 2, 2]))
+        pairs = token * (D // 2) + tl.arange(0, D // 2)[None, :]
+        cos = tl.load(cos_ptr + pairs)
+        sin = tl.load(sin_ptr + pairs)
+        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, D]).to(dtype)
+        if role == 0:
+            tl.store(q_ptr + row * N * D + offsets, x, mask=mask)
+        else:
+            _store_row(k_ptr, k_scale_ptr, x, batch, slot, slots, heads, N, D, K_KIND)
+
+
+def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, ranks: int, eps: float) -> Tensor:
+    """Launch `qk_norm_pack_kernel` on a contiguous qkv [B,L,3C] -> [ranks,B,L,3C/ranks]."""
+    batch, tokens, width = qkv.shape
+    channels = width // 3
+    out = torch.empty(ranks, batch, tokens, width // ranks, dtype=qkv.dtype, device=qkv.device)
+    qk_norm_pack_kernel[(batch * tokens, 3)](
+        qkv, q_weight, k_weight, out, batch * tokens, channels, eps, PART=channels // ranks,
+        BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
+    return out
+
+
+def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k: Tensor, v: Tensor,
+               k_scale: Tensor | None, v_scale: Tensor | None, frame_tokens: int) -> Tensor:
+    """Launch the write kernels; change k, v and their per-token scales in place. Return q [B,L,N,D]."""
+    batch, tokens, _ = qkv.shape
+    _, capacity, heads, dim = k.shape
+    transposed = v.dtype == FP8
+    q = torch.empty(batch, tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    rope_write_kernel[(batch * tokens, 2 if transposed else 3)](
+        qkv, cos, sin, slots, q, k, v, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        tokens, capacity, frame_tokens, N=heads, D=dim, HEADS=triton.next_power_of_2(heads),
+        K_KIND=KINDS.get(k.dtype, "plain"), V_KIND="plain" if transposed else KINDS.get(v.dtype, "plain"),
+        num_warps=4, enable_fp_fusion=False)
+    if transposed:
+        _store_transposed(qkv[:, :, 2 * heads * dim:], slots, v, v_scale, frame_tokens)
+    return q
