@@ -682,17 +682,20 @@ def _is_plain(value: Any) -> bool:
 
 def _declared_names(cells: Any) -> set[str] | None:
     """The names that the last parameters cell and the last injected one assign, from the sources of the cells
-    that IPython has run; None without a parameters cell.
+    that IPython has run. Without a parameters cell, those of all cells that assign a key; None without any.
     """
     declared: set[str] | None = None
     injected: set[str] = set()
+    others: set[str] = set()
     for source in cells if isinstance(cells, list) else ():
         names = _assigned(source) if isinstance(source, str) else set()
         if names and source.startswith(_INJECTED):
             injected = names
         elif names >= RUN_KEYS.keys():
             declared = names
-    return None if declared is None else declared | injected
+        elif names & {*KEYS, *RUN_KEYS}:
+            others |= names
+    return (others if declared is None else declared) | injected or None
 
 
 def _assigned(source: str) -> set[str]:

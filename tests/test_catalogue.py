@@ -27,7 +27,7 @@ TEMPLATE = (Path(report.__file__).parent / "log" / "template.md").read_text(enco
 # Numbers of the schema that are no metric: settings, and what a verdict rests on.
 NO_METRICS = {"playback.fps", "latency.ss_over_target.target_ms", "environment.other_cpu_cores"}
 # Recorded, and part of a sentence or a chart only.
-NOT_SHOWN = {"latency.ss_with_switches.max", "latency.ps_ms.p99"}
+NOT_SHOWN = {"latency.ss_with_switches.max", "latency.ps_ms.p99", "model.sizes.height", "model.sizes.width"}
 ADHERENCE = {"adherence_before": 0.9, "adherence_after": 0.8, "delay_blocks": 1.5, "never": 0,
              "permanence": 1.0,
          "drift": {"change": 0.0}, "switches": 2}
