@@ -247,6 +247,7 @@ def test_gitignore() -> None:
         "outputs/h200/speed/result.json": True,
         "outputs/h100_tiny/speed/result.json": False, "outputs/h100_tiny/speed/frames.png": True,
         "outputs/h200_long/realtime/result.json": False, "outputs/h200_fused_vae/exact/result.json": False,
+        "outputs/h200_early_frames/record/result.json": False,
         "outputs/h200_tiny/speed/result.json": False,
         "outputs/h100_tiny/baseline/reference.safetensors": True,
         "outputs/h100_extras/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
@@ -708,6 +709,11 @@ def test_readme_states_what_the_committed_runs_say():
     worst = {preset: read_result(ROOT / f"outputs/h200_fused_vae/{preset}/result.json")["latency"][
         "ss_ms_per_frame"]["max"] for preset in ("exact", "faithful", "record")}
     assert ", ".join(f"{preset} {ms:.1f}" for preset, ms in worst.items()) in readme
+    without, early, tiny = (read_result(ROOT / f"outputs/{run}/result.json")["latency"] for run in (
+        "h200_fused_vae/record", "h200_early_frames/record", "h200_early_frames/tiny_vae"))
+    assert (f"record {early['ps_ms']['mean']:.0f} ({without['ps_ms']['mean']:.0f} without early frames); "
+            f"tiny_vae {tiny['ps_ms']['mean']:.0f}, with SS max of {tiny['ss_ms_per_frame']['max']:.1f} ms"
+            ) in readme
     nulls = read_result(ROOT / "outputs/h100/baseline/result.json")["quality"]["nulls"]
     no_sink = next(null["worst_ratio"] for null in nulls if null["name"] == "no_sink")
     assert f"without\nthe attention sink the ratio is {no_sink:.0f}" in readme
