@@ -17,8 +17,9 @@ import triton
 from ..errors import NotAvailable
 
 KNOWN = ((3, 6), (3, 7), (3, 8))
-_REMEDY = ("The Gluon kernels of use_quantized_kv are known to work with Triton 3.6 to 3.8; install a "
-            "PyTorch that includes one of these ('make install'), or set kv_read_path to dequantize.")
+_REMEDY = ("The Gluon kernels are known to work with Triton 3.6 to 3.8; install a PyTorch that includes one of "
+           "these ('make install'), or do without them: kv_read_path: dequantize for use_quantized_kv, "
+           "use_fused_vae: false, attention_backend: auto.")
 
 
 def check_version(version: str) -> None:
