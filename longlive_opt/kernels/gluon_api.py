@@ -17,7 +17,7 @@ import triton
 from ..errors import NotAvailable
 
 KNOWN = ((3, 6), (3, 7), (3, 8))
-_REMEDY = ("The Gluon kernels are known to work with Triton 3.6 to 3.8; install a PyTorch that includes one of "
+_REMEDY = ("The Gluon kernels are known to work with Triton 3.6 to 3.8; install a PyTorch with one of "
            "these ('make install'), or do without them: kv_read_path: dequantize for use_quantized_kv, "
            "use_fused_vae: false, attention_backend: auto.")
 
