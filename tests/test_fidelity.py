@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from micro import micro_config, micro_model, micro_pipeline
+from safetensors.torch import save_file
 
 from longlive_opt.config import ExperimentConfig
 from longlive_opt.errors import UserError
@@ -239,7 +240,7 @@ def test_a_truth_comes_back_from_its_file(baseline, tmp_path):
     assert again.facts == truth.facts and again.schedule == truth.schedule
     for name in ("latents", "frames", "frames_per_block", "video"):
         assert torch.equal(getattr(again, name), getattr(truth, name))
-    fidelity.save_file({"latents": truth.latents}, tmp_path / "old.safetensors")
+    save_file({"latents": truth.latents}, tmp_path / "old.safetensors")
     assert Truth.load(tmp_path / "old.safetensors") is None
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="run the baseline again"):

@@ -513,11 +513,11 @@ class SlowDecoder:
         self.threads.add(threading.current_thread().name)
         if self.count == self.fail_at:
             raise RuntimeError(f"block {self.count} cannot be decoded")
-        frames = torch.full((1, 4, 3, 2, 2), -1.0)
+        frames = torch.full((1, 12, 3, 2, 2), -1.0)
         time.sleep(self.random.random() * 0.01)
-        frames[:, :2] = self.count / 255
+        frames[:, :6] = self.count / 255
         time.sleep(self.random.random() * 0.01)
-        frames[:, 2:] = self.count / 255
+        frames[:, 6:] = self.count / 255
         self.count += 1
         return [frames]
 

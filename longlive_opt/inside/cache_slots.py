@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels.quantize import dequantize_kv
 from ..models.dit import LayerCache, TextContext
+from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..optimizations.quantized_kv_cache import QuantizedLayer
 from ..optimizations.static_kv_cache import StaticLayer
 from ..prompts import PromptSchedule
@@ -127,10 +128,10 @@ def _name(cache: KVCache) -> str:
 
 
 class _LatentsOnly:
-    """A decoder that hands the latents on."""
+    """A decoder that hands the latents on, each as often as it has frames."""
 
-    def push(self, latents: Tensor) -> list[Tensor]:
-        return [latents]
+    def push(self, latents: Tensor, urgent: bool = False) -> list[Tensor]:
+        return [latents.repeat_interleave(VAE_TEMPORAL_STRIDE, dim=1)]
 
     def flush(self) -> list[Tensor]:
         return []
