@@ -404,13 +404,15 @@ def test_nobody_watches(pipeline, monkeypatch):
 
 
 def test_comparison_makes_both_clips(micro, monkeypatch):
-    """One preset on both sides, or a second clip from other noise."""
+    """One preset on both sides, a second clip from other noise, or one that ends early because its blocks
+    came in parts.
+    """
     pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
     from longlive_opt.live import Comparison, wipe
 
     browser = Browser(monkeypatch, Comparison)
     monkeypatch.setattr(wipe, "open_session", lambda config: StreamingSession(micro_pipeline(
-        **POINT, use_static_kv=config.use_static_kv, name=config.name)))
+        **POINT, use_static_kv=(fast := config.use_static_kv), use_early_frames=fast, name=config.name)))
     pictures = {}
     for together in (False, True):
         browser.sent.clear()

@@ -24,7 +24,7 @@ import traitlets
 from ..config import ExperimentConfig
 from ..errors import UserError
 from ..prompts import schedule_of
-from ..streaming.session import StreamingSession
+from ..streaming.session import StreamingSession, whole_blocks
 from .opening import live_config, open_session
 from .recording import encode_picture
 
@@ -132,7 +132,7 @@ class Comparison(anywidget.AnyWidget):
 
     def _clip(self, side: int, session: StreamingSession) -> Iterator[None]:
         """Send the frames of one clip, a block per step."""
-        number, chunks = 0, session.stream(self._prompt, self._blocks)
+        number, chunks = 0, whole_blocks(session.stream(self._prompt, self._blocks))
         while True:
             started = time.perf_counter()
             chunk = next(chunks, None)

@@ -36,7 +36,7 @@ from ..streaming.kv_cache import KVCache
 from ..streaming.sampler import Sampler
 from ..streaming.session import StreamingSession
 from ..streaming.timeline import GARBAGE, Event, Timeline
-from .metrics import CHUNK_READY, COPY, marks
+from .metrics import CHUNK_READY, COPY, FIRST_FRAMES, marks
 
 TRACE_FILE = "trace.json.gz"
 SHORTEST_OPERATOR_MS = 0.02  # views and the like number tens of thousands
@@ -102,8 +102,8 @@ class BlockTrace:
         rows += map(dict, self._blocks(tracks["block"]))
         rows += [_slice(_STAGES_PID, tracks[event.name], event.name, event.start_ms, event.duration_ms,
                         {"block": event.block}) for event in stages]
-        rows += [_instant(tracks[COPY if event.name == CHUNK_READY else "block"], event)
-                 for event in self.events if event.name in (CHUNK_READY, "switch_request")]
+        rows += [_instant(tracks["block" if event.name == "switch_request" else COPY], event)
+                 for event in self.events if event.name in (CHUNK_READY, FIRST_FRAMES, "switch_request")]
         lanes = {name: number for number, name in enumerate(dict.fromkeys(event.name for event in host), 1)}
         rows += _process(_HOST_PID, "host", {number: name for name, number in lanes.items()}) if host else []
         rows += [_slice(_HOST_PID, lanes[event.name], event.name, event.start_ms, event.duration_ms,
@@ -202,7 +202,7 @@ def record(session: StreamingSession, prompts: Sequence[str], *, first_block: in
                         "one block and one prompt.")
     last = first_block + blocks + (len(prompts) > 1)
     most = plain.config.max_blocks
-    if most is not None and last + plain.config.use_async_vae > most:
+    if most is not None and last + plain.config.overlaps_decoding > most:
         raise UserError(f"trace: it ends with block {last}, but absolute rotary positions end after {most} "
                         "blocks; set relative_rope: true.")
     session.reset()
@@ -217,7 +217,7 @@ def record(session: StreamingSession, prompts: Sequence[str], *, first_block: in
     running = False
     try:
         # Where decoding overlaps the next block, nothing would compete with the last one.
-        for chunk in session.stream(prompts[0], last + plain.config.use_async_vae):
+        for chunk in session.stream(prompts[0], last + plain.config.overlaps_decoding):
             if not running and session.next_block >= first_block - 1:
                 profiler.start()
                 running = True

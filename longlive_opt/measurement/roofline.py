@@ -286,7 +286,7 @@ def _block_ms(session: StreamingSession, prompt: str, first: int) -> float:
     """Median interval of steady blocks in a stream of its own, on the host clock."""
     session.timeline.clear()
     session.host_frames = True
-    for _ in session.stream(prompt, first + TRACED_BLOCKS + session.pipeline.config.use_async_vae):
+    for _ in session.stream(prompt, first + TRACED_BLOCKS + session.pipeline.config.overlaps_decoding):
         pass
     ready = marks(session.timeline.resolve(), CHUNK_READY)
     session.reset()
