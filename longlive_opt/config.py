@@ -472,6 +472,9 @@ class ExperimentConfig:
         if self.vae_ranks == "split" and model.latent_height < 2 * self.gpus:
             raise UserError(f"gpus: {self.gpus} cannot share a picture of {model.height} rows, since a band "
                             f"has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
+        if self.vae_ranks == "own" and self.use_early_frames:
+            raise UserError(f"use_early_frames: with gpus: {self.gpus} and vae_ranks: own, frames come a "
+                            "block later as a whole; switch use_early_frames off or use vae_ranks: split.")
         if self.vae_ranks == "split" and self.use_async_vae:
             raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, "
                             "and two exchanges at the same time could block each other; switch use_async_vae "

@@ -292,6 +292,8 @@ with these.micro.micro_model():
     ({"gpus": 6, "vae_ranks": "own"}, r"gpus: 6 do not divide \(with vae_ranks: own, 5 of them\) the 12 .* "
                                       r"use 2, 3, 4, 5, 7, 13\."),
     ({"gpus": 3, "width": 16}, r"gpus: 3 do not divide the 4 tokens per latent frame of 16x64 .* use 2, 4\."),
+    ({"gpus": 3, "vae_ranks": "own", "use_early_frames": True}, r"use_early_frames: with gpus: 3 and "
+                                                                r"vae_ranks: own, frames come a block later"),
     ({"gpus": 6}, r"gpus: 6 cannot share a picture of 64 rows, .* 16; use 4 or fewer, or vae_ranks: own"),
     ({"gpus": 2, "use_async_vae": True}, r"use_async_vae: with gpus: 2, .* switch use_async_vae off or use "
                                          r"vae_ranks: own"),

@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -310,9 +310,15 @@ class WatchedDecoder:
     def __init__(self, leader: Leader, own: Decoder):
         self._leader, self._own = leader, own
 
-    def push(self, latents: Tensor) -> list[Tensor]:
+    def push(self, latents: Tensor, urgent: bool = False) -> Iterator[Tensor]:
         with self._leader.family.watched():
-            return self._own.push(latents)
+            ready = iter(self._own.push(latents, urgent))
+        while True:
+            with self._leader.family.watched():
+                frames = next(ready, None)
+            if frames is None:
+                return
+            yield frames
 
     def flush(self) -> list[Tensor]:
         with self._leader.family.watched():
@@ -384,7 +390,7 @@ class OverlappingDecoder:
         self._pending: tuple[int, ...] | None = None
         self._block = 0
 
-    def push(self, latents: Tensor) -> list[Tensor]:
+    def push(self, latents: Tensor, urgent: bool = False) -> list[Tensor]:
         ready = self.flush()
         if self._stream is None:
             self._pending = self._vae.send(latents, torch.uint8)

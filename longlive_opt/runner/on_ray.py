@@ -25,8 +25,8 @@ import json
 import logging
 import os
 import shutil
-import tarfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..config import BASELINE
 from ..errors import NotAvailable, UserError
 from ..measurement.environment import git_state
 from ..measurement.result import REFERENCE_FILE, write_result
-from .execute import Job, RunFailed, finished_result, move_folder, run_job, short_reason, write_failure
+from .execute import Job, RunFailed, move_folder, run_job, short_reason, write_failure
 
 log = logging.getLogger(__name__)
 
@@ -187,9 +187,9 @@ def packed(folder: Path, names: Sequence[str] = ()) -> bytes:
     if not paths:
         return b""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
+    with zipfile.ZipFile(stream, "w") as archive:
         for path in paths:
-            archive.add(path, path.relative_to(folder).as_posix())
+            archive.write(path, path.relative_to(folder).as_posix())
     return stream.getvalue()
 
 
@@ -198,8 +198,8 @@ def unpack(archive: bytes, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if archive:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(folder, filter="data")
+        with zipfile.ZipFile(io.BytesIO(archive)) as files:
+            files.extractall(folder)
 
 
 def keep(job: Job, archive: bytes, report: Mapping[str, Any] | None) -> None:
@@ -212,7 +212,7 @@ def keep(job: Job, archive: bytes, report: Mapping[str, Any] | None) -> None:
         shutil.rmtree(failed, ignore_errors=True)
         return
     write_failure(new, report)
-    move_folder(new, failed if finished_result(job.folder) is not None else job.folder)
+    move_folder(new, failed if (job.folder / "result.json").exists() else job.folder)
 
 
 def lost(job: Job, error: Exception) -> dict[str, Any]:
