@@ -74,6 +74,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 @torch.library.custom_op("longlive::qk_norm_rope_write",
                          mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
+def check_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
+                frame_tokens: int) -> None:
+    """Raise ValueError unless the arguments of `qk_norm_rope_write` fit each other."""
+    _, tokens, width = qkv.shape
+    heads, dim = k_cache.shape[2:]
+    tables = (tokens, dim // 2)
+    if width != 3 * heads * dim or tuple(cos.shape) != tables or tuple(sin.shape) != tables:
+        raise ValueError(f"qkv {tuple(qkv.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; {heads} "
+                         f"heads of {dim} need qkv [B,L,{3 * heads * dim}] and tables {tables}")
+    if slots.shape[0] * frame_tokens != tokens:
+        raise ValueError(f"qkv has {tokens} tokens, slots {slots.shape[0]} frames of {frame_tokens}")
+    if not (qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel does not support strides")
+
+
 def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
                        slots: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None,
                        v_scale: Tensor | None, frame_tokens: int, eps: float = 1e-6) -> Tensor:
@@ -85,16 +100,8 @@ def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Ten
     quantised: per-token scales are written, per-head scales are read. Returns q [B,L,N,D], normalised and
     rotated. Raises ValueError when shapes do not fit.
     """
-    batch, tokens, width = qkv.shape
     heads, dim = k_cache.shape[2:]
-    tables = (tokens, dim // 2)
-    if width != 3 * heads * dim or tuple(cos.shape) != tables or tuple(sin.shape) != tables:
-        raise ValueError(f"qkv {tuple(qkv.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; {heads} "
-                         f"heads of {dim} need qkv [B,L,{3 * heads * dim}] and tables {tables}")
-    if slots.shape[0] * frame_tokens != tokens:
-        raise ValueError(f"qkv has {tokens} tokens, slots {slots.shape[0]} frames of {frame_tokens}")
-    if not (qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel does not support strides")
+    check_write(qkv, cos, sin, slots, k_cache, v_cache, frame_tokens)
     if qkv.is_cuda:
         from . import fused_triton
 

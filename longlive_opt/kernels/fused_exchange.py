@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fused import rms_norm_reference, rope_reference
+from .fused import check_write, rms_norm_reference, rope_reference
 from .quantize import QuantizedKV, write_kv
 
 
@@ -45,16 +45,8 @@ def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Te
     qkv [B,L,3C] with C = N*D of this rank's N heads, contiguous; the other arguments are those of
     `fused.qk_norm_rope_write`. Returns rotated q [B,L,N,D]. Raises ValueError when shapes do not fit.
     """
-    _, tokens, width = qkv.shape
     heads, dim = k_cache.shape[2:]
-    tables = (tokens, dim // 2)
-    if width != 3 * heads * dim or tuple(cos.shape) != tables or tuple(sin.shape) != tables:
-        raise ValueError(f"qkv {tuple(qkv.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; {heads} "
-                         f"heads of {dim} need qkv [B,L,{3 * heads * dim}] and tables {tables}")
-    if slots.shape[0] * frame_tokens != tokens:
-        raise ValueError(f"qkv has {tokens} tokens, slots {slots.shape[0]} frames of {frame_tokens}")
-    if not (qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel does not support strides")
+    check_write(qkv, cos, sin, slots, k_cache, v_cache, frame_tokens)
     if qkv.is_cuda:
         from . import fused_exchange_triton
 
