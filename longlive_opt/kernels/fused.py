@@ -72,8 +72,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return rms_norm_reference(x, weight, eps)
 
 
-@torch.library.custom_op("longlive::qk_norm_rope_write",
-                         mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
 def check_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
                 frame_tokens: int) -> None:
     """Raise ValueError unless the arguments of `qk_norm_rope_write` fit each other."""
@@ -89,6 +87,8 @@ def check_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: T
         raise ValueError("qkv, k_cache and v_cache must be contiguous: the kernel does not support strides")
 
 
+@torch.library.custom_op("longlive::qk_norm_rope_write",
+                         mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
 def qk_norm_rope_write(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
                        slots: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None,
                        v_scale: Tensor | None, frame_tokens: int, eps: float = 1e-6) -> Tensor:
