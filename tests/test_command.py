@@ -117,6 +117,9 @@ def test_a_prompt_file_gives_a_video_per_line(micro: None, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("arguments, says", [
     ([], "prompt: give one or more"), (["a", "--seconds", "0"], "--seconds: 0.0 must be greater"),
+    (["a", "--seconds", "nan"], "--seconds: nan must be greater"),
+    (["a", "--seconds", "1e9"], "at most 86400, a day"),
+    (["a", "--seconds", "2", "--blocks", "2"], "--seconds: it and --blocks both give the length"),
     (["a", "--blocks", "0"], "--blocks: 0 is too small"), (["a", "-o", "v.gif"],
                                                            "--output: v.gif is neither"),
     (["a", "b", "--blocks", "4", "--switch-at", "60"], "past the end of the video"),

@@ -58,6 +58,12 @@ def test_runs_are_compared_over_equally_many_blocks():
     assert (noise["blocks"], noise["switches"]) == (30, 4)
 
 
+def test_failed_runs_have_no_sizes_to_match():
+    """A summary that ends in a traceback because the baseline failed as well."""
+    failed = [{"preset": "baseline", "status": "failed"}, {"preset": "speed", "status": "failed"}]
+    assert list(decision.matched(*failed)) == failed
+
+
 def test_the_campaign_finds_its_pair():
     """Would catch: noise taken from two different presets, or a campaign without a pair that invents some."""
     small = {"steady": 30, "switches": 2}

@@ -305,6 +305,12 @@ def test_what_cannot_be_shared_is_refused(keys: dict[str, Any], message: str) ->
         preset(**keys)
 
 
+def test_what_the_device_lacks_is_said_before_ranks_start() -> None:
+    """Sixty lines of a rank's traceback for CUDA graphs on a laptop."""
+    with pytest.raises(NotAvailable, match="use_cuda_graphs: CUDA graphs need device: cuda"):
+        build_pipeline(preset(gpus=2, use_static_kv=True, use_cuda_graphs=True))
+
+
 def test_the_baseline_has_one_gpu() -> None:
     """Everything in a campaign is compared with its baseline, which has no optimization."""
     with pytest.raises(UserError, match="gpus: 2 under the name 'baseline'"):

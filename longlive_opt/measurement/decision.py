@@ -181,6 +181,8 @@ def matched(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, An
 
 
 def _all_matched(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if any(lookup(run, "sizes.blocks_measured") is None for run in runs):
+        return list(runs)  # a failed run has no sizes
     blocks, switches = (min(lookup(run, f"sizes.{key}") for run in runs)
                         for key in ("blocks_measured", "switches"))
     return [_shortened(run, blocks, switches) for run in runs]

@@ -72,6 +72,13 @@ class _Captured:
     flow: Tensor
 
 
+def check_device(device: torch.device) -> None:
+    """Raise NotAvailable unless `device` has CUDA graphs."""
+    if device.type != "cuda":
+        raise NotAvailable("use_cuda_graphs: CUDA graphs need device: cuda, but this run is on "
+                           f"{device.type}.")
+
+
 @dataclass
 class GraphedForward:
     """Replays captured passes of `inner`. The next call overwrites the returned flow. Passes of more than
@@ -84,10 +91,7 @@ class GraphedForward:
     stats: GraphStats = field(default_factory=GraphStats)
 
     def __post_init__(self) -> None:
-        if self.device.type != "cuda":
-            raise NotAvailable(
-                f"use_cuda_graphs: CUDA graphs need device: cuda, but this run is on {self.device.type}."
-            )
+        check_device(self.device)
         self._pool: Any = None
         self._graphs: dict[Any, _Captured] = {}
         self._cache: weakref.ref[Any] = weakref.ref(self)

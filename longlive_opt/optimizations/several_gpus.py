@@ -40,6 +40,7 @@ from ..streaming.kv_cache import KVCache, PassPlan
 from ..streaming.pipeline import Pipeline
 from ..streaming.sampler import Forward
 from ..streaming.timeline import NullTimeline, Timeline
+from . import cuda_graphs
 from .base import Exactness, Optimization
 from .vae_bands import Bands, banded_decoders
 
@@ -148,10 +149,12 @@ def start_ranks(config: ExperimentConfig) -> Family:
     """Start the other ranks of a preset.
 
     Raises:
-        NotAvailable: there are not enough GPUs.
+        NotAvailable: there are not enough GPUs, or they have no CUDA graphs, which the preset needs.
         UserError: this process has other ranks.
         RankFailed: a rank did not start.
     """
+    if config.use_cuda_graphs:
+        cuda_graphs.check_device(torch.device(config.device))
     devices = [rank_device(config, rank) for rank in range(config.gpus)]
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // config.gpus))}
     return Family(WORKER, devices, threads if config.device == "cpu" else {})

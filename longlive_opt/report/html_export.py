@@ -98,6 +98,8 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
     except (AttributeError, TypeError, LookupError) as error:
         raise UserError(f"{notebook_path}: this is not a readable notebook ({error!r}); run it") from error
     html = drop_unused_styles(html)
+    # A report lies elsewhere than its notebook, and is handed on alone.
+    html = re.sub(r'<a href="README\.md">([^<]*)</a>', r"\1 (notebooks/README.md)", html)
     references = network_references(html)
     if references:
         raise UserError(f"{notebook_path}: the report would load {references[0]} from the network; "

@@ -85,7 +85,8 @@ def _profile(layout: Layout, asked: Path | None) -> Path | None:
     has no such profile.
     """
     if asked is not None:
-        return asked
+        named = layout.params / "profiles" / f"{asked}.yaml"
+        return named if not asked.exists() and named.is_file() else asked
     name, words = fitting_profile()
     path = layout.params / "profiles" / f"{name}.yaml"
     if not path.is_file():

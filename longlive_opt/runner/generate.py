@@ -29,6 +29,8 @@ from ..streaming.session import StreamingSession
 from ..tiny.shapes.captions import strange
 from .plan import parse_settings
 
+MOST_SECONDS = 86400
+
 
 def machine_keys() -> tuple[dict[str, Any], str]:
     """Model, weights and device that fit this machine, and a sentence that says so."""
@@ -53,8 +55,10 @@ def blocks_of(config: ExperimentConfig, seconds: float | None, blocks: int | Non
     """
     per_block = VAE_TEMPORAL_STRIDE * config.block_frames
     if seconds is not None:
-        if seconds <= 0:
-            raise UserError(f"--seconds: {seconds} must be greater than 0.")
+        if blocks is not None:
+            raise UserError("--seconds: it and --blocks both give the length; leave one out.")
+        if not 0 < seconds <= MOST_SECONDS:
+            raise UserError(f"--seconds: {seconds} must be greater than 0 and at most {MOST_SECONDS}, a day.")
         frames = seconds * config.model_config().fps + VAE_TEMPORAL_STRIDE - 1
         blocks = max(1, int(-(-frames // per_block)))
     elif blocks is None:
