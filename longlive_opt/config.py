@@ -346,6 +346,8 @@ class ExperimentConfig:
         Raises:
             UserError: naming the key, the value and the remedy.
         """
+        for field in dataclasses.fields(self):  # a config that was made in Python may hold anything
+            coerce(field.name, getattr(self, field.name), str(field.type))
         for name, entry in KEYS.items():
             entry.check(name, getattr(self, name))
         if self.model not in MODELS:

@@ -366,6 +366,17 @@ def test_a_notebook_has_variables_of_its_own_and_typed_parameters_are_refused():
             notebook_parameters({name: value})
 
 
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"seed": "a"}, "seed: 'a' is of type str"), ({"height": "32"}, "height: '32' is of type str"),
+    ({"device": 5}, "device: 5 is of type int"), ({"gpus": True}, "gpus: True is of type bool"),
+    ({"use_static_kv": 1}, "use_static_kv: 1 is of type int"), ({"prompts": "a"}, "prompts: 'a' is not"),
+    ({"weights": Path("w")}, "weights: .* is of type PosixPath")], ids=str)
+def test_a_config_made_in_python_is_checked_like_a_file(keys, words):
+    """A text for a number that is compared with one, minutes later; a 1 that means true in one place only."""
+    with pytest.raises(UserError, match=words):
+        ExperimentConfig(**keys).validate()
+
+
 def test_every_path_is_read_in_one_way(tmp_path, monkeypatch):
     """A folder called `~`, or one below whatever folder the notebook was started in."""
     monkeypatch.setenv("HOME", str(tmp_path))

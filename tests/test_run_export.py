@@ -133,6 +133,16 @@ def test_wrong_input_is_one_sentence(campaign: Path, mlflow: type[FakeClient], t
     assert "the package mlflow is not installed; pip install" in capsys.readouterr().err
 
 
+def test_an_unusable_result_is_named(campaign: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A table that lacks a run without a word."""
+    first = next(campaign.glob("*/result.json"))
+    text = first.read_text()
+    first.write_text(text[:len(text) // 2])
+    assert run_export.main([str(campaign), "--csv", str(tmp_path / "a.csv")]) == 0
+    assert f"not usable: {first.parent.name}/result.json" in capsys.readouterr().err
+    first.write_text(text)
+
+
 def test_csv_has_a_row_per_run(campaign: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A table that exists only where a notebook has written it."""
     path = tmp_path / "out" / "mine.csv"

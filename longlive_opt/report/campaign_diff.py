@@ -75,6 +75,7 @@ class Comparison:
         """
         campaigns = [load(campaign_folder(str(asked))) for asked in (before, after)]
         for campaign in campaigns:
+            name_unusable(campaign)
             if not campaign.results:
                 raise UserError(f"{campaign.folder.name}: it has no finished run; measure presets first.")
         changes = compare(*campaigns)
@@ -99,6 +100,12 @@ class Comparison:
         other = "" if len(machines) == 1 else " The machines differ, so the code alone explains none of it."
         return (f"{summary(self.changes)}. {regressions}{other}\nbefore: {where(self.before)}\nafter:  "
                 f"{where(self.after)}")
+
+
+def name_unusable(campaign: Campaign) -> None:
+    """Say on standard error which results of a campaign are left out, and why."""
+    for place, reason in campaign.problems:
+        print(f"not usable: {place}: {reason}", file=sys.stderr)
 
 
 def campaign_folder(asked: str) -> Path:

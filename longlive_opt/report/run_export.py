@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..measurement.catalogue import METRICS
 from ..measurement.result import lookup, run_label
 from .campaign import Campaign, Result, load, verdict_of
-from .campaign_diff import campaign_folder
+from .campaign_diff import campaign_folder, name_unusable
 from .tables import to_csv
 
 ARTIFACTS = ("report.html", "result.json", "notebook.ipynb", "video.mp4", "frames.png")
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.mlflow and not arguments.csv:
             raise UserError("export: nothing to write; give --mlflow URI, --csv FILE, or both.")
         campaign = load(campaign_folder(arguments.campaign))
+        name_unusable(campaign)
         if not campaign.results:
             raise UserError(f"{campaign.folder.name}: it has no finished run; measure presets first.")
         if arguments.csv:
