@@ -1048,3 +1048,9 @@ def test_tiny_fits_its_budget():
     assert 2 * sum(p.numel() for part in parts for p in part.parameters()) < 24e6
 
 
+def test_a_file_as_the_folder_is_one_sentence(tmp_path, capsys):
+    """A traceback after the data were made."""
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit) as left:
+        command.main(["--out", str(tmp_path / "out"), "--stage", "export"])
+    assert left.value.code == 2 and "out is a file; name a folder" in capsys.readouterr().err

@@ -34,7 +34,10 @@ WORKERS = 6
 
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file; name a folder")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("longlive_opt").setLevel(logging.INFO)
     try:
