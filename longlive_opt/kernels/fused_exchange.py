@@ -25,8 +25,7 @@ def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, ranks: int, ep
     Returns:
         [ranks,B,L,3C/ranks]: for each rank, q, k and v of its heads.
     """
-    batch, tokens, width = qkv.shape
-    if width % (3 * ranks) or not qkv.is_contiguous():
+    if qkv.shape[-1] % (3 * ranks) or not qkv.is_contiguous():
         raise ValueError(f"qkv {tuple(qkv.shape)} must be contiguous, 3 * {ranks} equal parts wide")
     if qkv.is_cuda:
         from . import fused_exchange_triton

@@ -147,7 +147,7 @@ def tiny_vae_file(name: str, vae_weights: str | None, weights: str | Path) -> Pa
             weights.
     """
     place = str(weights if vae_weights is None else vae_weights)
-    path, wanted = project_path(Path(place).expanduser()), TINY_VAES[name].source.target
+    path, wanted = project_path(place), TINY_VAES[name].source.target
     if place == "random" or vae_weights is None and is_tiny(path):
         return None
     found = _find(path, wanted) if path.is_dir() else path
