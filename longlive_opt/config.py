@@ -20,7 +20,7 @@ from typing import Any
 
 from .errors import UserError, short
 from .files import whole_text
-from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
+from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, VAE_SPATIAL_STRIDE, WAN_VAE, ModelSpec
 
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
@@ -137,6 +137,8 @@ class ExperimentConfig:
     gpus: int = key(1, "GPUs for one stream; with device: cpu, processes", group="model and machine", least=1)
     vae_ranks: str = key("split", "who decodes on several GPUs: each a band of rows, or the last one alone",
                          group="model and machine", choices=("split", "own"))
+    rank_exchange: str = key("auto", "of activations; auto: peer where GPUs reach each other",
+                             group="model and machine", choices=("auto", "peer", "collective"))
     gpu_memory_limit_gb: float | None = key(None, "GB for PyTorch on the GPU; None: all",
                                             group="model and machine", least=0.1)
 
@@ -471,12 +473,18 @@ class ExperimentConfig:
             share = "" if not more else f" (with vae_ranks: own, {ranks} of them)"
             raise UserError(f"gpus: {self.gpus} do not divide{share} the {what} of model {self.model}; use "
                             f"{', '.join(str(n + more) for n in allowed) or 1}.")
-        if self.vae_ranks == "split" and model.latent_height < 2 * self.gpus:
+        least = 3 if self.has_tiny_vae else 2  # rows of latents that a band's neighbour needs of it
+        if self.vae_ranks == "split" and model.latent_height < least * self.gpus:
             raise UserError(f"gpus: {self.gpus} cannot share a picture of {model.height} rows, since a band "
-                            f"has at least 16; use {model.latent_height // 2} or fewer, or vae_ranks: own.")
+                            f"has at least {VAE_SPATIAL_STRIDE * least}; use "
+                            f"{model.latent_height // least} or fewer, or vae_ranks: own.")
         if self.vae_ranks == "own" and self.use_early_frames:
             raise UserError(f"use_early_frames: with gpus: {self.gpus} and vae_ranks: own, frames come a "
                             "block later as a whole; switch use_early_frames off or use vae_ranks: split.")
+        if self.vae_ranks == "split" and self.has_tiny_vae and self.use_torch_compile:
+            raise UserError(f"use_torch_compile: with gpus: {self.gpus}, vae: {self.vae!r} runs in bands of "
+                            "rows, which exchange their edges within it, and it is compiled as one; use "
+                            "use_cuda_graphs instead, or vae_ranks: own.")
         if self.vae_ranks == "split" and self.use_async_vae:
             raise UserError(f"use_async_vae: with gpus: {self.gpus}, every rank both decodes and denoises, "
                             "and two exchanges at the same time could block each other; switch use_async_vae "

@@ -110,9 +110,15 @@ def write_plain(dtype: torch.dtype = torch.bfloat16) -> None:
     write(SimpleNamespace(k=memory, v=memory, k_scale=None, v_scale=None), dtype)
 
 
-def pack(ranks: int) -> None:
+def exchange(ranks: int) -> None:
+    """Pack, scatter and wait."""
+    parts = [meta(1, TOKENS // ranks, 3 * CHANNELS // ranks)] * ranks
     fused_exchange_triton.qk_norm_pack(meta(1, TOKENS // ranks, 3 * CHANNELS), meta(CHANNELS), meta(CHANNELS),
-                                       ranks, 1e-6)
+                                       parts, 1e-6)
+    fused_exchange_triton.scatter_tokens(meta(1, TOKENS, HEADS // ranks, DIM), [
+        meta(1, TOKENS // ranks, HEADS, DIM)[:, :, :HEADS // ranks]] * ranks)
+    flags = meta(ranks, dtype=torch.int64)
+    fused_exchange_triton.arrive([flags] * ranks, flags, meta(1, dtype=torch.int64), ranks - 1)
 
 
 def write_own_heads(mode: str | None, ranks: int) -> None:
@@ -211,7 +217,7 @@ CASES = {
     "write, float32": Case(partial(write_plain, torch.float32), HOPPER),
     **{f"write, {mode}": Case(lambda mode=mode: write(cache(mode)), QUANTIZED, 2 if mode[-3:] == "fp8" else 1)
        for mode in MODES},
-    **{f"pack for {ranks} ranks": Case(partial(pack, ranks), HOPPER if ranks > 2 else ALL)
+    **{f"exchange of {ranks} ranks": Case(partial(exchange, ranks), HOPPER if ranks > 2 else ALL, 3)
        for ranks in (2, 3, 4, 6)},
     **{f"write of {HEADS // ranks} heads, {mode}": Case(
         partial(write_own_heads, mode, ranks), HOPPER if ranks > 2 else QUANTIZED if mode else ALL,

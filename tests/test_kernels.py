@@ -410,10 +410,18 @@ def test_gluon_attention_keeps_nan(mode):
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 3, 1], [0, 150, 0]]
 
 
+def packed(pack, qkv: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """`qk_norm_pack` for three ranks, into memory full of NaN: [3, B, L, C]."""
+    batch, tokens, width = qkv.shape
+    out = torch.full((3, batch, tokens, width // 3), torch.nan, dtype=qkv.dtype, device=qkv.device)
+    pack(qkv, inputs["weight"].to(qkv.device), inputs["bias"].to(qkv.device), out.unbind(), 1e-6)
+    return out
+
+
 def exchanged(inputs: dict[str, Tensor], mode: str, slots: Tensor) -> tuple[Tensor, QuantizedKV]:
     """`write` by three ranks with one head and a third of the tokens each, joined."""
     one = write(inputs, mode, slots)[1]
-    parts = [fused_exchange.qk_norm_pack(qkv.contiguous(), inputs["weight"], inputs["bias"], 3)
+    parts = [packed(fused_exchange.qk_norm_pack, qkv.contiguous(), inputs)
              for qkv in inputs["qkv"].chunk(3, 1)]
     queries, caches = [], []
     for head in range(3):
@@ -451,7 +459,14 @@ def test_halves_refuse_what_they_would_misread():
     i = block_inputs()
     memory = torch.zeros(2, 64, 1, 32, device=DEVICE)
     with pytest.raises(ValueError, match="3 \\* 5 equal parts"):
-        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], 5)
+        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 5)
+    with pytest.raises(ValueError, match="parts .* must be contiguous"):
+        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 3)
+    x = torch.zeros(1, 6, 2, 4, device=DEVICE)
+    for parts, message in (([x, x], "tokens in order"), ([x[:, ::2]] * 3, "with strides"),
+                           ([torch.zeros(1, 1, 2, 4)] * 4, "4 equal parts")):
+        with pytest.raises(ValueError, match=message):
+            fused_exchange.scatter_tokens(x, parts)
     for qkv, slots in ((i["qkv"], 3), (i["qkv"][..., :96].contiguous(), 2), (i["qkv"][..., :96], 3)):
         with pytest.raises(ValueError, match="heads of 32 need|tokens, slots|must be contiguous"):
             fused_exchange.rope_write(qkv, i["cos"], i["sin"], torch.zeros(slots), memory, memory, None, None,
@@ -465,19 +480,45 @@ def test_triton_halves_equal_plain_pytorch(mode, exact_interpreter):
     from longlive_opt.kernels import fused_exchange_triton
 
     i, slots = block_inputs(), torch.tensor([-1, 20, 5], dtype=torch.int32, device=DEVICE)
-    packed = fused_exchange_triton.qk_norm_pack(i["qkv"], i["weight"], i["bias"], 3, 1e-6)
-    expected = fused_exchange.qk_norm_pack(*(i[name].cpu() for name in ("qkv", "weight", "bias")), 3)
-    assert_agrees(packed, expected)
+    sent = packed(fused_exchange_triton.qk_norm_pack, i["qkv"], i)
+    assert_agrees(sent, packed(fused_exchange.qk_norm_pack, i["qkv"].cpu(), i))
     caches = [allocate_kv(mode, 2, 64, 1, 32, device) for device in (DEVICE, "cpu")]
     tables = i["cos"], i["sin"], slots
-    found = fused_exchange_triton.rope_write(packed[1].contiguous(), *tables, caches[0].k, caches[0].v,
+    found = fused_exchange_triton.rope_write(sent[1].contiguous(), *tables, caches[0].k, caches[0].v,
                                              caches[0].k_scale, caches[0].v_scale, 5)
-    wanted = fused_exchange.rope_write(packed[1].cpu().contiguous(), *(table.cpu() for table in tables),
+    wanted = fused_exchange.rope_write(sent[1].cpu().contiguous(), *(table.cpu() for table in tables),
                                        caches[1].k, caches[1].v, caches[1].k_scale, caches[1].v_scale, 5)
     assert_agrees(found, wanted)
     for name in ("k", "v", "k_scale", "v_scale"):
         if getattr(caches[0], name) is not None:
             assert_agrees(getattr(caches[0], name), getattr(caches[1], name), 0.02)
+
+
+@runs_kernels
+def test_triton_scatter_returns_tokens_to_their_ranks(exact_interpreter):
+    """A token in the memory of another rank, heads beside their place, a second video over the first."""
+    from longlive_opt.kernels import fused_exchange_triton
+
+    x = torch.randn(2, 12, 3, 32, device=DEVICE).bfloat16()
+    memory = [torch.full((2, 4, 9, 32), torch.nan, device=DEVICE, dtype=x.dtype) for _ in range(3)]
+    fused_exchange_triton.scatter_tokens(x, [part[:, :, 3:6] for part in memory])
+    for part, rows in zip(memory, x.chunk(3, 1), strict=True):
+        assert torch.equal(part[:, :, 3:6], rows)
+        assert part[:, :, :3].isnan().all() and part[:, :, 6:].isnan().all()
+
+
+@runs_kernels
+def test_triton_arrival_counts_for_all_ranks(exact_interpreter):
+    """A rank that tells the wrong place of its arrival, or that does not wait for the last one."""
+    from longlive_opt.kernels import fused_exchange_triton
+
+    flags = [torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)]
+    flags[1][:] = torch.tensor([2, 0, 5])
+    epoch = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):
+        fused_exchange_triton.arrive(flags, flags[1], epoch, 1)
+    assert epoch.item() == 2 and flags[1].tolist() == [2, 2, 5]
+    assert flags[0].tolist() == flags[2].tolist() == [0, 2, 0]
 
 
 @runs_kernels

@@ -15,7 +15,7 @@ import longlive_opt
 
 PACKAGE = Path(longlive_opt.__file__).parent
 FLOORS = (
-    "errors", "files", "ranks", "kernels", "models", "fetch", "config", "prompts", "streaming",
+    "errors", "files", "kernels", "ranks", "models", "fetch", "config", "prompts", "streaming",
     "optimizations", "parity", "measurement", "report", "tiny", "workbook", "live", "inside", "runner",
     "__main__",
 )

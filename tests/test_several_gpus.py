@@ -99,7 +99,7 @@ def check_equal(family: Family, tolerance: float = 1e-5, **keys: Any) -> Streami
     """Compare with one process; return the session. A frame may differ by a step of uint8, where rounding
     decides.
     """
-    one = {key: value for key, value in keys.items() if key not in ("gpus", "vae_ranks")}
+    one = {key: value for key, value in keys.items() if key not in ("gpus", "vae_ranks", "rank_exchange")}
     latents, frames = alone(**one)
     session = StreamingSession(build_pipeline(preset(gpus=family.size, **keys), family))
     for blocks in (6, 2) if family.size == 2 else (6,):  # the second after a reset
@@ -125,11 +125,13 @@ class TestTwoRanks:
 
     def test_reference_cache(self, family: Family) -> None:
         """Heads or tokens in the wrong order, a recache with other frames, a stale prompt."""
-        check_equal(family)
+        session = check_equal(family)
+        assert "exchanged by peer memory" in session.pipeline.optimizations[-1]["report"]["done"]
 
     def test_compiled_halves(self, family: Family, cheap_compile: None) -> None:
         """A rotation before the exchange, by the positions of another rank's tokens."""
-        check_equal(family, use_static_kv=True, use_torch_compile=True)
+        for exchange in ("peer", "collective"):
+            check_equal(family, use_static_kv=True, use_torch_compile=True, rank_exchange=exchange)
 
     def test_everything_of_realtime_and_record(self, family: Family) -> None:
         """Scales of other heads, a norm over part of the heads, a clean pass that only rank 0 skips."""
@@ -199,6 +201,10 @@ class TestThreeRanks:
         session = check_equal(family, use_static_kv=True, relative_rope=True, global_sink=False)
         assert "bands of 3, 2, 3 rows" in session.pipeline.optimizations[-1]["report"]["done"]
 
+    def test_a_tiny_vae_in_bands(self, family: Family) -> None:
+        """A memory block without its halo, a halo that the enlargement has moved, rows of another band."""
+        check_equal(family, vae="taew2_1", vae_weights="random", use_early_decode=True, height=96, **FUSED)
+
     def test_a_rank_that_only_decodes(self, family: Family) -> None:
         """Chunks out of order or lost, frames of the wrong block, a history that survives a reset."""
         session = StreamingSession(build_pipeline(preset(gpus=3, vae_ranks="own", **FUSED), family))
@@ -236,7 +242,8 @@ class TestFourRanks:
 
     def test_fused_kernels_over_a_ring(self, family: Family) -> None:
         """Slots, tables or scales of a part of the tokens where those of all belong."""
-        check_equal(family, **FUSED)
+        session = check_equal(family, rank_exchange="collective", **FUSED)
+        assert "exchanged by collectives" in session.pipeline.optimizations[-1]["report"]["done"]
 
     def test_a_rank_that_fails_ends_all_and_is_named(self, family: Family) -> None:
         """An error on another rank: its traceback would be lost with its process."""
@@ -295,6 +302,9 @@ with these.micro.micro_model():
     ({"gpus": 3, "vae_ranks": "own", "use_early_frames": True}, r"use_early_frames: with gpus: 3 and "
                                                                 r"vae_ranks: own, frames come a block later"),
     ({"gpus": 6}, r"gpus: 6 cannot share a picture of 64 rows, .* 16; use 4 or fewer, or vae_ranks: own"),
+    ({"gpus": 4, "vae": "taew2_1", "vae_weights": "random"}, r"of 64 rows, .* 24; use 2 or fewer"),
+    ({"gpus": 2, "vae": "taew2_1", "vae_weights": "random", **FUSED, "use_torch_compile": True},
+     "use_torch_compile: with gpus: 2, vae: 'taew2_1' runs in bands"),
     ({"gpus": 2, "use_async_vae": True}, r"use_async_vae: with gpus: 2, .* switch use_async_vae off or use "
                                          r"vae_ranks: own"),
     ({"gpus": 0}, "gpus: 0 is too small"),

@@ -1,11 +1,14 @@
 """`fused.qk_norm_rope_write` in two halves, around an exchange between ranks.
 
 The norms need all heads of a token, and the cache has only this rank's: so `qk_norm_pack` normalises the
-tokens of this rank and writes the messages to all ranks, and `rope_write` rotates and stores all tokens of
-this rank's heads. Triton on CUDA, plain PyTorch elsewhere. Rounding is that of the whole operator.
+tokens of this rank and writes to all ranks, and `rope_write` rotates and stores all tokens of this rank's
+heads. `scatter_tokens` returns what attention makes of them, and `arrive` lets ranks wait for each other.
+Triton on CUDA, plain PyTorch elsewhere. Rounding is that of the whole operator.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,27 +17,77 @@ from .fused import check_write, rms_norm_reference, rope_reference
 from .quantize import QuantizedKV, write_kv
 
 
-def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, ranks: int, eps: float = 1e-6) -> Tensor:
+def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, parts: Sequence[Tensor],
+                 eps: float = 1e-6) -> None:
     """RMS norm of q and k, packed by heads.
 
     Args:
         qkv: q, k and v of this rank's tokens, concatenated: [B,L,3C], contiguous.
         q_weight, k_weight: [C].
-        ranks: number of parts; they divide the heads.
+        parts: where to write, one [B,L,3C/ranks] per rank, contiguous: q, k and v of its heads. They may be
+            on other GPUs that this one can write to.
 
-    Returns:
-        [ranks,B,L,3C/ranks]: for each rank, q, k and v of its heads.
+    Raises:
+        ValueError: shapes do not fit.
     """
-    if qkv.shape[-1] % (3 * ranks) or not qkv.is_contiguous():
+    batch, tokens, width = qkv.shape
+    ranks = len(parts)
+    if width % (3 * ranks) or not qkv.is_contiguous():
         raise ValueError(f"qkv {tuple(qkv.shape)} must be contiguous, 3 * {ranks} equal parts wide")
+    wanted = (batch, tokens, width // ranks)
+    if any(part.shape != wanted or not part.is_contiguous() for part in parts):
+        raise ValueError(f"parts {[tuple(part.shape) for part in parts]} must be contiguous, {wanted} each")
     if qkv.is_cuda:
         from . import fused_exchange_triton
 
-        return fused_exchange_triton.qk_norm_pack(qkv, q_weight, k_weight, ranks, eps)
+        fused_exchange_triton.qk_norm_pack(qkv, q_weight, k_weight, parts, eps)
+        return
     q, k, v = qkv.chunk(3, -1)
-    parts = (rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps), v)
-    packed = torch.stack([part.unflatten(-1, (ranks, -1)) for part in parts], dim=3)
-    return packed.flatten(3).movedim(2, 0).contiguous()
+    roles = (rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps), v)
+    for part, *own in zip(parts, *(role.chunk(ranks, -1) for role in roles), strict=True):
+        part.copy_(torch.cat(own, -1))
+
+
+def scatter_tokens(x: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy each part of the tokens to its place.
+
+    Args:
+        x: [B,L,M,D], contiguous.
+        parts: where to write, one [B,L/ranks,M,D] per rank, as in memory for more heads. They may be on other
+            GPUs that this one can write to.
+
+    Raises:
+        ValueError: shapes or strides do not fit.
+    """
+    batch, tokens, heads, dim = x.shape
+    wanted = (batch, tokens // len(parts), heads, dim)
+    for part in parts:
+        row = part.stride(1)
+        if part.shape != wanted or part.stride() != (row * wanted[1], row, dim, 1):
+            raise ValueError(f"part {tuple(part.shape)} with strides {part.stride()} must be {wanted} and "
+                             "have its tokens in order")
+    if not x.is_contiguous() or tokens % len(parts):
+        raise ValueError(f"x {tuple(x.shape)} must be contiguous, with {len(parts)} equal parts of tokens")
+    if x.is_cuda:
+        from . import fused_exchange_triton
+
+        fused_exchange_triton.scatter_tokens(x, parts)
+        return
+    for part, rows in zip(parts, x.chunk(len(parts), 1), strict=True):
+        part.copy_(rows)
+
+
+def arrive(flags: Sequence[Tensor], own: Tensor, epoch: Tensor, rank: int) -> None:
+    """Let the current stream wait until all ranks have arrived as often as this one; on CUDA only.
+
+    Args:
+        flags: of all ranks, int64 [ranks] each, with how often each rank has arrived; zeros at first.
+        own: the flags of this rank.
+        epoch: int64 [1], how often this rank has arrived; 0 at first. Changed in place.
+    """
+    from . import fused_exchange_triton
+
+    fused_exchange_triton.arrive(flags, own, epoch, rank)
 
 
 def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -12,26 +14,54 @@ from .quantize import FP8
 
 
 @triton.jit
-def qk_norm_pack_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, out_ptr, tokens, channels, eps,
-                        PART: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (token, role). Roles 0 and 1 normalise q and k, 2 copies v; `tokens` are those of all batches.
-    Channel c of a role goes to part c // PART, [tokens, 3, PART] each.
+def qk_norm_pack_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, parts, channels, eps, PART: tl.constexpr,
+                        RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (token of any batch, role). Roles 0 and 1 normalise q and k, 2 copies v. Channel c of a role
+    goes to part c // PART, [tokens, 3, PART] each.
     """
     row = tl.program_id(0)
     role = tl.program_id(1)
     cols = tl.arange(0, BLOCK)
     mask = cols < channels
-    dtype = out_ptr.dtype.element_ty
     x = tl.load(qkv_ptr + (row * 3 + role) * channels + cols, mask=mask, other=0.0)
-    target = out_ptr + ((cols // PART * tokens + row) * 3 + role) * PART + cols % PART
-    if role == 2:
-        tl.store(target, x, mask=mask)
-    else:
+    dtype = x.dtype
+    if role != 2:
         weights = tl.where(role == 0, q_weight_ptr, k_weight_ptr)
         weight = tl.load(weights + cols, mask=mask, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / channels + eps)).to(dtype).to(tl.float32)
-        tl.store(target, (normed * weight).to(dtype), mask=mask)
+        x = (normed * weight).to(dtype)
+    for part in tl.static_range(RANKS):
+        target = parts[part] + (row * 3 + role) * PART + cols - part * PART
+        tl.store(target, x, mask=mask & (cols // PART == part))
+
+
+@triton.jit
+def scatter_tokens_kernel(x_ptr, parts, tokens, stride, width, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (token of any batch). A part has `tokens` per batch, `stride` apart."""
+    row = tl.program_id(0)
+    batch = row // (tokens * RANKS)
+    token = row % (tokens * RANKS)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    x = tl.load(x_ptr + row * width + cols, mask=mask)
+    offset = (batch * tokens + token % tokens) * stride
+    for part in tl.static_range(RANKS):
+        if token // tokens == part:
+            tl.store(parts[part] + offset + cols, x, mask=mask)
+
+
+@triton.jit
+def arrive_kernel(flags, own_ptr, epoch_ptr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """One program."""
+    epoch = tl.load(epoch_ptr) + 1
+    tl.store(epoch_ptr, epoch)
+    for rank in tl.static_range(RANKS):
+        tl.atomic_xchg(flags[rank] + RANK, epoch, sem="release", scope="sys")
+    for rank in tl.static_range(RANKS):
+        seen = tl.atomic_add(own_ptr + rank, 0, sem="acquire", scope="sys")
+        while seen < epoch:
+            seen = tl.atomic_add(own_ptr + rank, 0, sem="acquire", scope="sys")
 
 
 @triton.jit
@@ -64,15 +94,27 @@ def rope_write_kernel(qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr,
             _store_row(k_ptr, k_scale_ptr, x, batch, slot, slots, heads, N, D, K_KIND)
 
 
-def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, ranks: int, eps: float) -> Tensor:
-    """Launch `qk_norm_pack_kernel` on a contiguous qkv [B,L,3C] -> [ranks,B,L,3C/ranks]."""
+def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, parts: Sequence[Tensor],
+                 eps: float) -> None:
+    """Launch `qk_norm_pack_kernel` on a contiguous qkv [B,L,3C]; fill parts [B,L,3C/ranks]."""
     batch, tokens, width = qkv.shape
     channels = width // 3
-    out = torch.empty(ranks, batch, tokens, width // ranks, dtype=qkv.dtype, device=qkv.device)
     qk_norm_pack_kernel[(batch * tokens, 3)](
-        qkv, q_weight, k_weight, out, batch * tokens, channels, eps, PART=channels // ranks,
+        qkv, q_weight, k_weight, tuple(parts), channels, eps, PART=channels // len(parts), RANKS=len(parts),
         BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
-    return out
+
+
+def scatter_tokens(x: Tensor, parts: Sequence[Tensor]) -> None:
+    """Launch `scatter_tokens_kernel` on a contiguous x [B,L,M,D]; fill parts [B,L/ranks,M,D]."""
+    batch, tokens, heads, dim = x.shape
+    scatter_tokens_kernel[(batch * tokens,)](
+        x, tuple(parts), tokens // len(parts), parts[0].stride(1), heads * dim, RANKS=len(parts),
+        BLOCK=triton.next_power_of_2(heads * dim), num_warps=2)
+
+
+def arrive(flags: Sequence[Tensor], own: Tensor, epoch: Tensor, rank: int) -> None:
+    """Launch `arrive_kernel`."""
+    arrive_kernel[(1,)](tuple(flags), own, epoch, RANK=rank, RANKS=len(flags), num_warps=1)
 
 
 def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k: Tensor, v: Tensor,

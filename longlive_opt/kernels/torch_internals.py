@@ -65,6 +65,36 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product(bias, x, weight.t(), use_gelu=True)
 
 
+def name_symmetric_group(name: str, rank: int, size: int, store: Any) -> None:
+    """Let a group of ranks share memory by `symmetric_tensors` under a name that was not used before.
+
+    Args:
+        rank: this process, within the group.
+        store: a `torch.distributed.Store` that all of them use.
+    """
+    # The group's own name would not do: PyTorch remembers the store of the first group of that name, and a
+    # process that starts its ranks again has another group of the same name.
+    _symmetric_memory().set_group_info(name, rank, size, store)
+
+
+def symmetric_tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+                      ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+    """Allocate a tensor on each rank of a group, at the same time, which all of its ranks can write to.
+
+    Returns:
+        This rank's tensor, those of all ranks, and an object that must live as long as they are used.
+    """
+    memory = _symmetric_memory()
+    strides = torch.empty(shape, device="meta").stride()
+    own = memory.empty_strided_p2p(shape, strides, dtype, device)
+    handle = memory.rendezvous(own, name)
+    return own, tuple(handle.get_buffer(rank, shape, dtype) for rank in range(handle.world_size)), handle
+
+
+def _symmetric_memory() -> Any:
+    return private("_C._distributed_c10d._SymmetricMemory", "Memory that several GPUs can write to")
+
+
 def expand_segments() -> None:
     """Let the GPU's allocator grow its segments instead of adding fixed ones."""
     change = private("cuda.memory._set_allocator_settings", "gpu_memory_limit_gb")

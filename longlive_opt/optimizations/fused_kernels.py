@@ -247,10 +247,8 @@ class ExchangedBlock(FusedBlock):
 
     def write(self, h: Operand, layer: RingLayer) -> Tensor:
         attention, cache = self.block.self_attn, layer.cache
-        packed = fused_exchange.qk_norm_pack(self.products.qkv(h), attention.norm_q.weight,
-                                             attention.norm_k.weight, self._exchange.size,
-                                             attention.norm_q.eps)
-        qkv = self._exchange.packed_to_heads(packed)
+        qkv = self._exchange.norm_to_heads(self.products.qkv(h), attention.norm_q.weight,
+                                           attention.norm_k.weight, attention.norm_q.eps)
         q = fused_exchange.rope_write(qkv, cache.cosine, cache.sine, cache.token_slots, *layer.memory,
                                       cache.geometry.tokens_per_frame)
         if cache.turns_sink:

@@ -33,7 +33,8 @@ from ..models.dit import TextContext
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..models.vae import IMAGE_CHANNELS, StreamingDecoder
 from ..ranks.group import Group, Kept
-from ..ranks.heads import Alone, Exchange, HeadExchange
+from ..ranks.heads import Alone, Exchange, HeadExchange, PeerExchange
+from ..ranks.peers import reachable
 from ..ranks.processes import Family
 from ..streaming.decoder import Decoder, Delivery
 from ..streaming.kv_cache import KVCache, PassPlan
@@ -73,7 +74,9 @@ class Team:
                 groups.append(Group(denoising, rank, device, handles[1]))
         self.passes = groups[-1] if config.vae_ranks == "own" and len(denoising) > 1 else self.all
         if rank in denoising and len(denoising) > 1:
-            self.exchange = HeadExchange(self.passes)
+            devices = [rank_device(config, member) for member in denoising]
+            direct = config.rank_exchange != "collective" and reachable(devices)
+            self.exchange = (PeerExchange if direct else HeadExchange)(self.passes)
         height = config.model_config().latent_height
         self.bands = Bands(self.all, height) if config.vae_ranks == "split" else None
         self._groups = groups
@@ -117,7 +120,10 @@ class Leader:
         """Let the ranks of `family` build their part of a preset."""
         family.announce(("build", config, config.model_config()))
         with family.watched():
-            return cls(family, Team(config, 0, rank_device(config, 0)))
+            team = Team(config, 0, rank_device(config, 0))
+        if isinstance(team.exchange, PeerExchange):
+            family.at_end(team.exchange.memory.release)
+        return cls(family, team)
 
     def order(self, to: Sequence[int], name: str, *arguments: Any) -> None:
         """Let the ranks `to` call a method of their `rank_worker.Follower`."""
@@ -149,13 +155,18 @@ def start_ranks(config: ExperimentConfig) -> Family:
     """Start the other ranks of a preset.
 
     Raises:
-        NotAvailable: there are not enough GPUs, or they have no CUDA graphs, which the preset needs.
+        NotAvailable: there are not enough GPUs, or they lack what the preset needs: CUDA graphs, or access
+            to each other's memory.
         UserError: this process has other ranks.
         RankFailed: a rank did not start.
     """
     if config.use_cuda_graphs:
         cuda_graphs.check_device(torch.device(config.device))
     devices = [rank_device(config, rank) for rank in range(config.gpus)]
+    if config.rank_exchange == "peer" and not reachable(devices):
+        raise NotAvailable("rank_exchange: peer needs GPUs that can write to each other's memory (NVLink, or "
+                           "PCIe with peer access), and these cannot; leave rank_exchange out or set it to "
+                           "collective.")
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // config.gpus))}
     return Family(WORKER, devices, threads if config.device == "cpu" else {})
 
@@ -191,10 +202,12 @@ class SeveralGPUs(Optimization):
         make_cache, make_decoder = pipeline.make_cache, pipeline.make_decoder
         ranks = len(team.denoisers)
         heads = model.dit.num_heads // ranks
-        done = f"{self.gpus} ranks; {ranks} denoise, with {heads} heads and 1/{ranks} of the "
+        how = "" if ranks == 1 else f", exchanged by {team.exchange.how}"
+        done = (f"{self.gpus} ranks; {ranks} denoise, with {heads} heads and 1/{ranks} of the tokens each"
+                f"{how}; ")
         if team.bands is not None:
             make_banded = banded_decoders(pipeline, team.bands)
-            done += f"tokens each; the VAE in bands of {', '.join(map(str, team.bands.rows))} rows of latents"
+            done += f"the VAE in bands of {', '.join(map(str, team.bands.rows))} rows of latents"
 
             def make_vae_decoder() -> StreamingDecoder:
                 return LeadingDecoder(leader, make_banded())
@@ -203,7 +216,7 @@ class SeveralGPUs(Optimization):
                              delivery: Delivery) -> Decoder:
                 return WatchedDecoder(leader, make_decoder(vae, timeline, delivery))
         else:
-            done += "tokens each; the last decodes alone, while the next block is denoised"
+            done += "the last decodes alone, while the next block is denoised"
 
             def make_vae_decoder() -> RemoteDecoder:
                 return RemoteDecoder(leader, (model.height, model.width), pipeline.dtype)

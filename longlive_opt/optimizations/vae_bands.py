@@ -2,10 +2,10 @@
 
 Every rank decodes its own rows of the latents to its own rows of the picture. Before each stage, it gets the
 rows that the stage needs from its neighbours, its *halo*: 2 for a residual block (two convolutions of 3 x 3),
-1 for the others. The stage runs on the band with its halo, whatever it is made of (plain, compiled or fused),
-and the rows that the zero padding at the band's edge has reached are cut off. The history of a band has halo
-rows too. The attention block gathers the keys and values of all rows. Equal within rounding: a kernel may sum
-in another order for another height.
+1 for the others (of the tiny VAE 3 for a memory block). The stage runs on the band with its halo, whatever it
+is made of (plain, compiled or fused), and the rows that the zero padding at the band's edge has reached are
+cut off. The history of a band has halo rows too. The attention block gathers the keys and values of all rows.
+Equal within rounding: a kernel may sum in another order for another height.
 
 Why one exchange per stage. At 480x832, in work of the convolutions (the rank with the most, against an equal
 share) and in exchanges per call:
@@ -24,6 +24,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.conv3d import HEAD_ROWS
+from ..models.taehv import TAEHV, Grow, MemBlock
 from ..models.vae import (
     HISTORY_FRAMES,
     AttentionBlock,
@@ -44,6 +46,9 @@ from ..models.vae import (
 )
 from ..ranks.group import Group, Kept
 from ..streaming.pipeline import Pipeline
+
+MEMORY_HALO = 3
+"""Rows on either side that a memory block of the tiny VAE needs: it has three convolutions."""
 
 
 def halo_of(stage: nn.Module) -> int:
@@ -68,6 +73,7 @@ class Bands:
         self.edges = [round(rank * height / group.size) for rank in range(group.size + 1)]
         self.rows = [end - start for start, end in pairwise(self.edges)]
         self._kept = Kept(group.device)
+        self._cut: tuple[Tensor, Tensor, tuple[int, int]] | None = None
 
     @property
     def own(self) -> slice:
@@ -79,27 +85,40 @@ class Bands:
         """Halo rows above and below this rank's band; none at the picture's edges."""
         return halo * (self.group.rank > 0), halo * (self.group.rank < self.group.size - 1)
 
+    def cut(self, whole: Tensor, halo: int) -> Tensor:
+        """The band within `whole` [B, C, T, above + rows + below, W]. If the next `extended` is asked for the
+        band with the same halo, it writes the halo to `whole` instead of copying the band.
+        """
+        above, below = self.sides(halo)
+        band = whole[:, :, :, above:whole.shape[3] - below]
+        self._cut = band, whole, (above, below)
+        return band
+
     def extended(self, x: Tensor, halo: int, layout: torch.memory_format) -> Tensor:
         """x [B, C, T, rows, W] of this band, with the halo of both sides, in a memory layout."""
-        above, below = self.sides(halo)
+        sides = above, below = self.sides(halo)
         batch, channels, frames, rows, width = x.shape
-        whole = torch.empty(batch, channels, frames, above + rows + below, width, dtype=x.dtype,
-                            device=x.device, memory_format=layout)
-        whole[:, :, :, above:above + rows] = x
+        cut, self._cut = self._cut, None
+        if cut is not None and cut[0] is x and cut[2] == sides and cut[1].is_contiguous(memory_format=layout):
+            whole = cut[1]
+        else:
+            whole = torch.empty(batch, channels, frames, above + rows + below, width, dtype=x.dtype,
+                                device=x.device, memory_format=layout)
+            whole[:, :, :, above:above + rows] = x
         # [side, B, T, halo, W, C]: channels last, as activations usually are.
         shape = (bool(above) + bool(below), batch, frames, halo, width, channels)
         sent, received = self._kept("sent", shape, x.dtype), self._kept("received", shape, x.dtype)
         # Of each side: the neighbour, the rows that it gets, and the rows that it gives.
-        sides = [(self.group.rank - 1, slice(above, 2 * above), slice(0, above))] if above else []
+        places = [(self.group.rank - 1, slice(above, 2 * above), slice(0, above))] if above else []
         if below:
-            sides.append((self.group.rank + 1, slice(rows + above - below, rows + above),
+            places.append((self.group.rank + 1, slice(rows + above - below, rows + above),
                           slice(rows + above, None)))
         counts = [0] * self.group.size
-        for message, (neighbour, given, _) in zip(sent, sides, strict=True):
+        for message, (neighbour, given, _) in zip(sent, places, strict=True):
             counts[neighbour] = 1
             message.copy_(whole[:, :, :, given].permute(0, 2, 3, 4, 1))
         self.group.all_to_all(received, sent, counts, counts)
-        for message, (_, _, taken) in zip(received, sides, strict=True):
+        for message, (_, _, taken) in zip(received, places, strict=True):
             whole[:, :, :, taken] = message.permute(0, 4, 1, 2, 3)
         return whole
 
@@ -120,7 +139,7 @@ def banded_decoders(pipeline: Pipeline, bands: Bands) -> Callable[[], StreamingD
 
     def make() -> StreamingDecoder:
         decoder = make_inner()
-        decoder.vae = BandedVAE(vae, bands)
+        decoder.vae = (BandedTAEHV if isinstance(vae, TAEHV) else BandedVAE)(vae, bands)
         return decoder
 
     return make
@@ -175,8 +194,7 @@ class BandedStage:
 
     def __call__(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
         y, history = self._stage(self._bands.extended(x, self._halo, self._layout), history, first)
-        above, below = (self._scale * side for side in self._bands.sides(self._halo))
-        return y[:, :, :, above:y.shape[3] - below], history
+        return self._bands.cut(y, self._scale * self._halo), history
 
 
 class BandedAttention:
@@ -199,3 +217,42 @@ class BandedAttention:
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         y = block.proj(y.transpose(1, 2).reshape(flat.shape))
         return x + y.unflatten(0, (batch, frames)).transpose(1, 2), ()
+
+
+class BandedTAEHV:
+    """A `TAEHV` as `TAEHVDecoder` uses it: takes and returns whole pictures, and decodes this rank's band."""
+
+    def __init__(self, vae: TAEHV, bands: Bands):
+        self._vae, self._bands = vae, bands
+
+    def init_history(self, batch: int, height: int, width: int, device: torch.device,
+                     dtype: torch.dtype) -> History:
+        """As `TAEHV.init_history`, for the band with the halo of a memory block."""
+        rows, halo = self._bands.rows[self._bands.group.rank], sum(self._bands.sides(MEMORY_HALO))
+        own = self._vae.init_history(batch, rows, width, device, dtype)
+        return tuple(F.pad(memory, (0, 0, 0, halo)).contiguous(memory_format=torch.channels_last)
+                     for memory in own)
+
+    def __call__(self, z: Tensor, *memory: Tensor) -> Tensor:
+        """As `TAEHV.forward`."""
+        batch, memories, enlarge = len(z), iter(memory), None
+        # [T*B, C, 1, rows, W], as `Bands` takes it.
+        x = z[:, :, :, self._bands.own].permute(2, 0, 1, 3, 4).flatten(0, 1).unsqueeze(2)
+        for layer in self._vae.decoder.values():
+            if isinstance(layer, MemBlock):
+                x = self._with_halo(x, MEMORY_HALO, 1, partial(layer, memory=next(memories)))
+            elif isinstance(layer, nn.Upsample):
+                enlarge = layer  # together with the next convolution: the halo has a quarter of the size
+            elif isinstance(layer, nn.Conv2d):
+                whole = layer if enlarge is None else nn.Sequential(enlarge, layer)
+                x, enlarge = self._with_halo(x, 1, 1 if enlarge is None else 2, whole), None
+            elif isinstance(layer, Grow):
+                x = layer(x.squeeze(2), batch).unsqueeze(2)
+            else:
+                x = layer(x)
+        return self._bands.gathered(x.squeeze(2).unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4))
+
+    def _with_halo(self, x: Tensor, halo: int, scale: int, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a layer that enlarges by `scale` on frames [N, C, 1, rows, W] with their halo."""
+        frames = self._bands.extended(x, halo, torch.channels_last_3d).squeeze(2)
+        return self._bands.cut(layer(frames).unsqueeze(2), scale * halo)

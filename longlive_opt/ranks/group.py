@@ -32,7 +32,7 @@ class Group:
         self.rank = self.members.index(rank)
         self.device = device
         self.muted = False
-        self._handle = handle
+        self.handle = handle
 
     def all_to_all(self, received: Tensor, sent: Tensor, takes: Sequence[int] | None = None,
                    gives: Sequence[int] | None = None) -> None:
@@ -46,19 +46,19 @@ class Group:
             received.view(-1)[:count] = sent.view(-1)[:count]
         else:
             dist.all_to_all_single(received, sent, None if takes is None else list(takes),
-                                   None if gives is None else list(gives), group=self._handle)
+                                   None if gives is None else list(gives), group=self.handle)
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
         """Fill part i of `received` [size, ...] with the `sent` [...] of rank i."""
         if self.muted:
             received[self.rank] = sent
         else:
-            dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group=self._handle)
+            dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group=self.handle)
 
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         """Fill x with that of rank `source`."""
         if not self.muted:
-            dist.broadcast(x, self.members[source], group=self._handle)
+            dist.broadcast(x, self.members[source], group=self.handle)
 
 
 class Kept:

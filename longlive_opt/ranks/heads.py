@@ -13,12 +13,15 @@ must have the same timestep in all of its frames, as it has in `sampler.Forward`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from ..kernels import fused_exchange
 from .group import Group, Kept
+from .peers import PeerMemory
 
 
 class Exchange(Protocol):
@@ -54,9 +57,11 @@ class Alone:
 class HeadExchange:
     """Moves activations between tokens and heads. N heads of D channels, M = N / size of them here.
 
-    Results of `to_heads`, `packed_to_heads`, `to_tokens` and `whole` stay valid until the next call of the
+    Results of `to_heads`, `norm_to_heads`, `to_tokens` and `whole` stay valid until the next call of the
     same method with the same shape.
     """
+
+    how = "collectives"
 
     def __init__(self, group: Group):
         self.group = group
@@ -74,27 +79,32 @@ class HeadExchange:
     def whole(self, x: Tensor) -> Tensor:
         received = self._kept("whole", (self.size, *x.shape), x.dtype)
         self.group.all_gather(received, x.contiguous())
-        return self._joined(received)
+        return _joined(received)
 
     def layers(self, layers: Sequence[Any]) -> Sequence[Any]:
         return [ExchangedLayer(layer, self) for layer in layers]
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of this rank's tokens, [B, L / size, N, D] -> of all tokens, [B, L, M, D]. One message
-        per rank.
-        """
+        """q, k and v of this rank's tokens, [B, L / size, N, D] -> of all tokens, [B, L, M, D]."""
         batch, tokens, heads, dim = q.shape
-        sent = self._kept("sent", (self.size, batch, tokens, 3, heads // self.size, dim), q.dtype)
-        for part, x in enumerate((q, k, v)):
-            sent[:, :, :, part] = x.unflatten(2, (self.size, -1)).movedim(2, 0)
-        received = self.packed_to_heads(sent.flatten(3))
-        return received.unflatten(-1, (3, -1, dim)).unbind(2)
 
-    def packed_to_heads(self, sent: Tensor) -> Tensor:
-        """[size, B, L / size, 3 M D], with the part of each rank's heads first -> [B, L, 3 M D]."""
-        received = self._kept("heads", sent.shape, sent.dtype)
-        self.group.all_to_all(received, sent)
-        return self._joined(received)
+        def pack(parts: Sequence[Tensor]) -> None:
+            for part, *own in zip(parts, *(x.chunk(self.size, 2) for x in (q, k, v)), strict=True):
+                torch.stack(own, 2, out=part.view(batch, tokens, 3, -1, dim))
+
+        packed = self._exchanged("heads", (batch, tokens, 3 * heads // self.size * dim), q.dtype, pack)
+        return _joined(packed).unflatten(-1, (3, -1, dim)).unbind(2)
+
+    def norm_to_heads(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> Tensor:
+        """Normalise q and k of this rank's tokens as `fused_exchange.qk_norm_pack` does: [B, L / size, 3 N D]
+        -> of all tokens [B, L, 3 M D].
+        """
+        batch, tokens, width = qkv.shape
+
+        def pack(parts: Sequence[Tensor]) -> None:
+            fused_exchange.qk_norm_pack(qkv, q_weight, k_weight, parts, eps)
+
+        return _joined(self._exchanged("heads", (batch, tokens, width // self.size), qkv.dtype, pack))
 
     def to_tokens(self, attended: Tensor) -> Tensor:
         """[B, L, M, D] of all tokens -> [B, L / size, N, D] of this rank's."""
@@ -105,9 +115,56 @@ class HeadExchange:
         # [heads' rank, B, tokens, M, D] -> [B, tokens, N, D]
         return received.movedim(0, 2).reshape(batch, tokens // self.size, heads * self.size, dim)
 
-    def _joined(self, parts: Tensor) -> Tensor:
-        """[size, B, l, C] -> [B, size * l, C], a view for one video."""
-        return parts.transpose(0, 1).flatten(1, 2)
+    def _exchanged(self, role: str, shape: tuple[int, ...], dtype: torch.dtype,
+                   pack: Callable[[Sequence[Tensor]], None]) -> Tensor:
+        """What all ranks have for this one, [size, *shape]. `pack` writes what this rank has for each."""
+        sent, received = (self._kept(role + end, (self.size, *shape), dtype) for end in ("_sent", ""))
+        pack(sent.unbind())
+        self.group.all_to_all(received, sent)
+        return received
+
+
+class PeerExchange(HeadExchange):
+    """A `HeadExchange` that writes to the memory of the other ranks instead of sending messages.
+
+    All ranks wait for each other at the start of a pass and after each exchange. The two exchanges of a layer
+    have memory of their own. So when a rank writes to one of them, all others have passed a point that lies
+    behind their last use of it.
+    """
+
+    how = "peer memory"
+
+    def __init__(self, group: Group):
+        super().__init__(group)
+        self.memory = PeerMemory(group)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.memory.nbytes
+
+    def tokens(self, x: Tensor) -> Tensor:
+        self.memory.arrive()
+        return super().tokens(x)
+
+    def to_tokens(self, attended: Tensor) -> Tensor:
+        batch, tokens, heads, dim = attended.shape
+        shape = (batch, tokens // self.size, heads * self.size, dim)
+        result, first = self.memory("tokens", shape, attended.dtype), self.group.rank * heads
+        fused_exchange.scatter_tokens(attended, [part[:, :, first:first + heads] for part in result.parts])
+        self.memory.arrive()
+        return result.own
+
+    def _exchanged(self, role: str, shape: tuple[int, ...], dtype: torch.dtype,
+                   pack: Callable[[Sequence[Tensor]], None]) -> Tensor:
+        result = self.memory(role, (self.size, *shape), dtype)
+        pack([part[self.group.rank] for part in result.parts])
+        self.memory.arrive()
+        return result.own
+
+
+def _joined(parts: Tensor) -> Tensor:
+    """[size, B, l, C] -> [B, size * l, C], a view for one video."""
+    return parts.transpose(0, 1).flatten(1, 2)
 
 
 class ExchangedLayer:

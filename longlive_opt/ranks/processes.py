@@ -184,6 +184,12 @@ class Family:
             raise
         self.check()
 
+    def at_end(self, release: Callable[[], None]) -> None:
+        """Call a method of an object, if it still lives, when the ranks have ended: it must let kernels end
+        that wait for them. Another thread may call it.
+        """
+        self._state.releases.append(weakref.WeakMethod(release))
+
     def close(self) -> None:
         """End all other ranks and wait for it. May be called twice."""
         self._state.end()
@@ -218,6 +224,7 @@ class _State:
         self.members: list[_Member] = []
         self.failure = ""
         self.ended = False
+        self.releases: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._lock = threading.RLock()
         self._settled = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
@@ -314,6 +321,8 @@ class _State:
 
     def _leave(self) -> None:
         """Take rank 0 out of the communication, so that nothing of this process waits for it."""
+        for release in filter(None, (reference() for reference in self.releases)):
+            release()
         if not dist.is_initialized():
             return
         if self.backend == "nccl":
