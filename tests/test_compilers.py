@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longlive_opt.errors import NotAvailable
 from longlive_opt.kernels import torch_internals
@@ -78,7 +79,9 @@ def test_campaign_goes_on_without_a_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["_scaled_mm", "_addmm_activation", "cuda.memory._set_allocator_settings",
                                   "_dynamo.utils.counters", "_dynamo.utils.compilation_time_metrics",
-                                  "_dynamo.config.recompile_limit", "_dynamo.maybe_mark_dynamic"])
+                                  "_dynamo.config.recompile_limit", "_dynamo.maybe_mark_dynamic",
+                                  "_C._distributed_c10d._SymmetricMemory.empty_strided_p2p",
+                                  "_C._distributed_c10d._SymmetricMemory.rendezvous"])
 def test_private_names_are_there(path: str) -> None:
     """A name that the newest PyTorch has lost, found by the first user with a GPU."""
     torch_internals.private(path, "This test")
@@ -110,6 +113,21 @@ def test_gelu_product_is_gelu_of_a_product() -> None:
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (4, 8), (4,)))
     expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
     torch.testing.assert_close(torch_internals.gelu_linear(x, weight, bias), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_group_is_found_under_its_new_name() -> None:
+    """PyTorch looks memory that GPUs share up by the name of a process group. Under the group's own, ranks
+    that are started again would meet at the store of the first.
+    """
+    resolve = torch._C._distributed_c10d._resolve_process_group
+    for name in ("first", "second"):
+        store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            torch_internals.name_symmetric_group(name, dist.group.WORLD, store)
+            assert resolve(name) is dist.group.WORLD
+        finally:
+            dist.destroy_process_group()
 
 
 def test_compilation_is_counted(cheap_compile: None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import NotAvailable
 
 OLDEST, NEWEST = (2, 10), (2, 14)
+_SHARED = "Memory that several GPUs can write to (rank_exchange: peer)"
 
 
 @functools.cache
@@ -65,16 +66,17 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product(bias, x, weight.t(), use_gelu=True)
 
 
-def name_symmetric_group(name: str, rank: int, size: int, store: Any) -> None:
-    """Let a group of ranks share memory by `symmetric_tensors` under a name that was not used before.
+def name_symmetric_group(name: str, group: Any, store: Any) -> None:
+    """Let a `torch.distributed.ProcessGroup` share memory by `symmetric_tensors`, under a name that was not
+    used before in this process.
 
     Args:
-        rank: this process, within the group.
-        store: a `torch.distributed.Store` that all of them use.
+        store: a `torch.distributed.Store` that all ranks of the group use.
     """
     # The group's own name would not do: PyTorch remembers the store of the first group of that name, and a
     # process that starts its ranks again has another group of the same name.
-    _symmetric_memory().set_group_info(name, rank, size, store)
+    private("_C._distributed_c10d._register_process_group", _SHARED)(name, group)
+    _symmetric_memory().set_group_info(name, group.rank(), group.size(), store)
 
 
 def symmetric_tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -92,7 +94,7 @@ def symmetric_tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, dev
 
 
 def _symmetric_memory() -> Any:
-    return private("_C._distributed_c10d._SymmetricMemory", "Memory that several GPUs can write to")
+    return private("_C._distributed_c10d._SymmetricMemory", _SHARED)
 
 
 def expand_segments() -> None:

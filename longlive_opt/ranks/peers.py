@@ -52,7 +52,8 @@ class PeerMemory:
         dist.broadcast_object_list(names, group.members[0], group=group.handle, device=group.device)
         self._name = names[0]
         if group.device.type == "cuda":
-            torch_internals.name_symmetric_group(self._name, group.rank, group.size, self._store)
+            handle = dist.group.WORLD if group.handle is None else group.handle
+            torch_internals.name_symmetric_group(self._name, handle, self._store)
             # A high priority has a queue of its own, where `release` does not wait for a kernel that waits.
             self._aside = torch.cuda.Stream(group.device, priority=-1)
         self._tensors: dict[tuple[Any, ...], PeerTensor] = {}
