@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import UserError, short
-from .files import whole_text
+from .files import project_path, require_writable, whole_text
 from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
 
 BASELINE = "baseline"
@@ -371,6 +371,16 @@ class ExperimentConfig:
                 f"{' or '.join(nearest)}."
             )
         self._validate_length()
+
+    def check_places(self) -> None:
+        """Refuse a folder that a run could not write to. Not a part of `validate`, since a config may be of
+        another machine.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.use_prompt_cache and self.prompt_cache_dir:
+            require_writable(project_path(self.prompt_cache_dir), "prompt_cache_dir", folder=True)
 
     @property
     def video_blocks(self) -> int:

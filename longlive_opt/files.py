@@ -13,6 +13,7 @@ import os
 import re
 import site
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: Path, name: str, folder: bool = False) -> None:
+    """Refuse a file, or a `folder`, that could not be written after hours of work. Leaves nothing behind.
+
+    Raises:
+        UserError: naming `name`, what asked for the path, and what is in the way.
+    """
+    wanted, other = ("folder", "file") if folder else ("file", "folder")
+    path = path.absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if there == path and there.is_dir() != folder:
+        raise UserError(f"{name}: {path} is a {other}; name a {wanted}.")
+    try:
+        with tempfile.TemporaryFile(dir=there.parent if there == path and not folder else there):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: {short(str(path))} cannot be written ({error.strerror}); name a {wanted} "
+                        "in a place that you can write to.") from error
 
 
 def file_sha256(path: Path) -> str:

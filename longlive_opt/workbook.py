@@ -196,6 +196,7 @@ class Experiment:
                             "of a variable of your own with _, or assign it in a cell without parameters.")
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
+        config.check_places()
         check_folder_name("campaign", campaign)
         if not isinstance(output_dir, str):
             raise UserError(f"output_dir: {short(output_dir)} is not a text; name a folder, or leave it "

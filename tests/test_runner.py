@@ -764,7 +764,7 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--campaign", "../escape"], "cannot name a folder"),
     (["--campaign", "c" * 101], "cannot name a folder"),
     (["--skip", "baseline"], "--skip: it leaves out every preset"),
-    (["--log", "outputs"], "--log: "), (["--log", "params/baseline.yaml/x/log.md"], "cannot be written to"),
+    (["--log", "outputs"], "--log: "), (["--log", "params/baseline.yaml/x/log.md"], "cannot be written"),
     (["--set", "seed=0123"], "--set 'seed'"), (["--set", "title=!!int x"], "the tag"),
     (["--set", "prompts=" + "[" * 2000], "too many levels"), (["--set", "name=" + "n" * 300], "name: "),
     (["--set", 'prompts_file="a\\0"'], "a control character"), (["--set", "seed=" + "9" * 5000], "too long"),
@@ -781,6 +781,17 @@ def test_bad_arguments_are_refused(project: Path, capsys: pytest.CaptureFixture,
     """A mistake on the command line found an hour later, or told as a traceback."""
     (project / "params/orphan.yaml").write_text("name: orphan\n")
     assert words in error_of(project, capsys, *arguments)
+
+
+@pytest.mark.parametrize("folder", ["Makefile", "Makefile/prompts"])
+def test_a_prompt_cache_that_cannot_be_written_is_refused(project: Path, capsys: pytest.CaptureFixture,
+                                                          folder: str) -> None:
+    """Found after the model was loaded, once for every preset of a campaign."""
+    write_notebook(project / "notebooks/02_cached.ipynb", PARAMETERS, [FINISH])
+    text = f"name: cached\nuse_prompt_cache: true\nprompt_cache_dir: {folder}\n"
+    (project / "params/cached.yaml").write_text(text)
+    assert "preset cached: prompt_cache_dir: " in error_of(project, capsys, "--presets", "cached")
+    assert not (project / "outputs").exists()
 
 
 @pytest.mark.parametrize("tags", [0, 2])

@@ -18,7 +18,7 @@ import torch
 
 from ..config import ExperimentConfig, check_switches, check_switches_fit
 from ..errors import UserError
-from ..files import atomic_path, load_yaml
+from ..files import atomic_path, load_yaml, project_path, require_writable
 from ..live.opening import default_weights, live_config
 from ..measurement.environment import FULL_MODEL_GB
 from ..models.specs import LONGLIVE, VAE_TEMPORAL_STRIDE
@@ -98,6 +98,23 @@ def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | 
     return schedules
 
 
+def outputs_of(asked: Path, videos: int) -> list[Path]:
+    """The output of each video: as asked, or numbered if there are several.
+
+    Raises:
+        UserError: one of them could not be written.
+    """
+    output = project_path(asked) if str(asked).startswith("~") else asked
+    if output.suffix not in ("", ".mp4") or not output.name:
+        raise UserError(f"--output: {str(asked)!r} is neither an mp4 nor a folder; end it in .mp4 or "
+                        "leave the suffix out.")
+    outputs = [output] if videos == 1 else [output.with_name(f"{output.stem}_{number:03}{output.suffix}")
+                                            for number in range(videos)]
+    for path in outputs:
+        require_writable(path, "--output", folder=not path.suffix)
+    return outputs
+
+
 def pictures(session: StreamingSession, schedule: PromptSchedule, blocks: int) -> Iterator[np.ndarray]:
     """The frames of one video, uint8 [H, W, 3] each; says after each block how far it is."""
     started = time.perf_counter()
@@ -164,19 +181,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         blocks = blocks_of(config, arguments.seconds, arguments.blocks)
         schedules = schedules_of(config, arguments.prompts, arguments.prompts_file, arguments.switch_at,
                                  blocks)
-        if arguments.output.suffix not in ("", ".mp4"):
-            raise UserError(f"--output: {arguments.output} is neither an mp4 nor a folder; end it in .mp4 or "
-                            "leave the suffix out.")
+        outputs = outputs_of(arguments.output, len(schedules))
+        config.check_places()
         print(words, file=sys.stderr)
         if config.model == "tiny":
             asked = dict.fromkeys(prompt for schedule in schedules for prompt in schedule.prompts)
             for sentence in filter(None, map(strange, asked)):
                 print(f"{sentence} weights/tiny/README.md has its words.", file=sys.stderr)
         session = StreamingSession(build_pipeline(config), host_frames=True)
-        for number, schedule in enumerate(schedules):
-            output = arguments.output
-            if len(schedules) > 1:
-                output = output.with_name(f"{output.stem}_{number:03}{output.suffix}")
+        for schedule, output in zip(schedules, outputs):
             write(output, pictures(session, schedule, blocks), config.model_config().fps)
             session.reset()
             print(output)

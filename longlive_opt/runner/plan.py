@@ -32,7 +32,7 @@ from ..config import (
     several_suffix,
 )
 from ..errors import UserError, short
-from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, whole_text
+from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, require_writable, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights, safetensors_header, tiny_vae_file
@@ -295,6 +295,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         check_baseline(config)
+        config.check_places()
         schedule = schedule_of(config)
         weights = check_weights(config.weights, config.model_config())
         if config.has_tiny_vae:
@@ -325,18 +326,10 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
     notebook, folder = layout.notebooks / SUMMARY_NOTEBOOK, layout.campaign(campaign)
     campaign_dir = folder.relative_to(layout.root)
     log_path = whole_text((log_path or campaign_dir / "OPTIMIZATION_LOG.md").as_posix(), "--log")
-    _require_writable(layout.root / project_path(log_path), "--log")
+    require_writable(layout.root / project_path(log_path), "--log")
     parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path}
     _require_declared(notebook, declared_parameters(notebook), list(parameters))
     return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)
-
-
-def _require_writable(path: Path, option: str) -> None:
-    """Refuse a file that could not be written after hours of measuring."""
-    folder = next(parent for parent in path.parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if path.is_dir() else f"lies below {folder}, which cannot be written to"
-        raise UserError(f"{option}: {path} {reason}; name a file in a folder that you can write to")
 
 
 def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:
