@@ -27,6 +27,12 @@ DEEPEST = 50
 """Levels of lists and mappings that a file may nest: far more than any of ours has, far fewer than Python's
 recursion limit."""
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# What stands before a file of an installed library, of a notebook's cell, and of torch's compiler.
+_PLACES = (
+    (re.compile(r"(?<![\w.])/(?:[^\s'\":<>&]{1,300}/)?(?:lib/python3\.\d+|(?:site|dist)-packages)/"), ""),
+    (re.compile(r"(?<![\w.])/[^\s'\":<>&]{0,300}/ipykernel_\d+/\d+\.py"), "cell"),
+    (re.compile(r"(?<![\w.])/[^\s'\":<>&]{0,300}/torchinductor_[^/\s'\":<>&]{1,100}/"), "torchinductor/"),
+)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -312,6 +318,23 @@ def printable(text: str) -> str:
     """
     whole = _paired(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], whole)
+
+
+def without_places(text: str, root: Path | None = None) -> str:
+    """`text` without what its paths say of this machine: those of libraries begin at their package, those of
+    the project (`root`) in its folder, others of this user at `~`. What is published passes through here.
+    """
+    if "/" not in text:
+        return text
+    for pattern, replacement in _PLACES:
+        text = pattern.sub(replacement, text)
+    home = Path(os.path.expanduser("~"))
+    for folder, itself, inside in ((root or project_root(), ".", ""), (home, "~", "~/")):
+        for place in sorted({str(folder), str(folder.resolve())}, key=len, reverse=True):
+            if len(Path(place).parts) > 1:
+                text = re.sub(rf"(?<![\w.]){re.escape(place)}/", inside, text)
+                text = re.sub(rf"(?<![\w.]){re.escape(place)}(?![\w.-])", itself, text)
+    return text
 
 
 def _paired(text: str) -> str:

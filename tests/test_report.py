@@ -19,6 +19,7 @@ from PIL import Image
 from longlive_opt import report
 from longlive_opt.config import ExperimentConfig, keys_of
 from longlive_opt.errors import UserError
+from longlive_opt.files import without_places
 from longlive_opt.measurement import decision
 from longlive_opt.measurement.result import na, run_label, write_result
 from longlive_opt.report import charts
@@ -26,10 +27,12 @@ from longlive_opt.report.__main__ import main
 from longlive_opt.report.charts.chart import STAGE_COLOURS
 from longlive_opt.report.charts.labels import along, spread
 from longlive_opt.report.conclusion import conclusion_html
+from longlive_opt.report.html_export import export_html
 from longlive_opt.report.log import outside
 from longlive_opt.report.log.markdown import sentence
 from longlive_opt.report.noise_record import read_record
 from longlive_opt.report.verdicts import write_decisions
+from longlive_opt.runner.execute import write_failure
 
 ROOT = Path(report.__file__).resolve().parents[2]
 TEMPLATE = (ROOT / "longlive_opt" / "report" / "log" / "template.md").read_text(encoding="utf-8")
@@ -513,6 +516,42 @@ def test_half_a_character_in_a_failure_does_not_stop_the_log(tmp_path):
     campaign = report.load(folder)
     assert "prompt \\ud83e" in report.runs_table(campaign)["detail"].tolist()
     assert "Failed: Prompt" in report.write_campaign_log(campaign).read_text()
+
+
+def test_nothing_that_is_published_names_a_place_of_this_machine(tmp_path, monkeypatch):
+    """Would catch home folder, environment or user of whoever measured in a result, a log, an index or a
+    report, in whichever message of a library they came. What the run was given must stay as it is.
+    """
+    monkeypatch.setenv("HOME", "/home/somebody")
+    message = f"no {ROOT}/outputs/c/x of {ROOT}, ~ /home/somebody/data (/home/somebody), " \
+              "/home/somebody/env/lib/python3.12/site-packages/torch/x.py:3, '/opt/lib/python3.12/ast.py'," \
+              " /tmp/ipykernel_12/34.py:1: W, /tmp/torchinductor_somebody/ab/c.py, a/b 1/2 https://x.org/y"
+    clean = "no outputs/c/x of ., ~ ~/data (~), torch/x.py:3, 'ast.py', cell:1: W, torchinductor/ab/c.py, " \
+            "a/b 1/2 https://x.org/y"
+    assert without_places(message) == clean
+    baseline = make("baseline")
+    baseline["quality"]["lpips"] = na(message, "x")
+    baseline["parameters"]["weights"] = f"{ROOT}/weights/tiny"
+    folder = tmp_path / "c"
+    for label in ("baseline", "speed"):
+        (folder / label).mkdir(parents=True)
+    write_result(folder / "baseline" / "result.json", baseline)
+    (folder / "speed" / "failed.json").write_text(json.dumps({"meaning": message}))  # of an older version
+    campaign = report.load(folder)
+    assert campaign.results[0]["quality"]["lpips"]["reason"] == clean
+    assert campaign.results[0]["parameters"]["weights"] == f"{ROOT}/weights/tiny"
+    cell = nbformat.v4.new_code_cell("1", outputs=[
+        nbformat.v4.new_output("stream", name="stderr", text=message),
+        nbformat.v4.new_output("error", ename="E", evalue=message, traceback=[f"\x1b[31m{message}\x1b[0m"])])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
+    export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+    write_failure(folder / "balanced", {"meaning": message, "stderr_tail": [message], "parameters": {}})
+    published = [report.write_campaign_log(campaign), report.write_index(campaign), tmp_path / "report.html",
+                 folder / "balanced" / "failed.json"]
+    for path in published:
+        text = path.read_text()
+        assert "~/data" in text and "somebody" not in text and "site-packages" not in text, path
+        assert str(ROOT) not in text, path
 
 
 def test_a_kept_preset_that_misses_the_target_is_better_than_the_baseline():

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ...config import keys_of
-from ...files import atomic_path, project_path
+from ...files import atomic_path, project_path, without_places
 from ...measurement import decision, environment
 from ...measurement.catalogue import Metric, of_template, recorded, shown_in
 from ...measurement.result import lookup, number
@@ -101,7 +101,7 @@ def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    text = render_log(results, **more)
+    text = without_places(render_log(results, **more))
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
