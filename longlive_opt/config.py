@@ -20,7 +20,7 @@ from typing import Any
 
 from .errors import UserError, short
 from .files import project_path, require_writable, whole_text
-from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
+from .models.specs import MODELS, MOST_LORA_ALPHA, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
 
 BASELINE = "baseline"
 STUDIES = ("ablation", "quantization")
@@ -126,7 +126,7 @@ class ExperimentConfig:
     weights: str = key("weights/tiny", "random, or a folder: weights/tiny, or one with the official files",
                        group="model and machine")
     lora_alpha: float = key(256.0, "scale of lora.pt is lora_alpha / rank", group="model and machine",
-                            above=0, most=1e6)
+                            above=0, most=MOST_LORA_ALPHA)
     device: str = key("cpu", "cpu, cuda or cuda:N", group="model and machine")
     model_dtype: str = key("bfloat16", "of weights and activations", group="model and machine",
                            choices=("bfloat16", "float32"))
