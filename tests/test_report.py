@@ -21,7 +21,7 @@ from longlive_opt.config import ExperimentConfig, keys_of
 from longlive_opt.errors import UserError
 from longlive_opt.files import without_places
 from longlive_opt.measurement import decision
-from longlive_opt.measurement.result import na, run_label, write_result
+from longlive_opt.measurement.result import na, read_result, run_label, validate, write_result
 from longlive_opt.report import charts
 from longlive_opt.report.__main__ import main
 from longlive_opt.report.charts.chart import STAGE_COLOURS
@@ -31,6 +31,7 @@ from longlive_opt.report.html_export import export_html
 from longlive_opt.report.log import outside
 from longlive_opt.report.log.markdown import sentence
 from longlive_opt.report.noise_record import read_record
+from longlive_opt.report.trial import try_pages
 from longlive_opt.report.verdicts import write_decisions
 from longlive_opt.runner.execute import write_failure
 
@@ -389,6 +390,53 @@ def test_one_strange_result_hides_no_other(tmp_path, path, value):
         (place, reason), = campaign.problems
         assert place == "speed/result.json" and "run the preset again" in reason
     assert "<img" not in report.write_campaign_log(campaign).read_text()
+
+
+STRANGE = "<img src=x>\n# Heading"
+
+
+def places(value: Any, at: tuple = ()) -> list[tuple]:
+    """The path of every value in `value`; of a list only the first."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) \
+        else ()
+    return [at] * bool(at) + [place for key, item in items for place in places(item, (*at, key))]
+
+
+def with_strange(result: dict[str, Any], place: tuple, as_key: bool) -> dict[str, Any]:
+    result = json.loads(json.dumps(result))
+    holder = result
+    for key in place[:-1]:
+        holder = holder[key]
+    if as_key and isinstance(holder, dict):
+        holder[STRANGE] = holder.pop(place[-1])
+    else:
+        holder[place[-1]] = STRANGE
+    return result
+
+
+def test_no_value_or_name_of_a_result_is_markup_in_the_log():
+    """Would catch raw HTML, or a line of its own, from any field of a stranger's result.json."""
+    shipped = read_result(ROOT / "outputs/h200_early_frames/tiny_vae/result.json")
+    run = make("speed", steady=4, switches=1) | {
+        key: shipped[key] for key in ("interruptions", "adherence", "optimizations") if key in shipped}
+    run["latency"]["ps_by_prompt"] = shipped["latency"]["ps_by_prompt"]
+    rendered = 0
+    for place, as_key in itertools.product(places(run), (False, True)):
+        changed = with_strange(run, place, as_key)
+        try:
+            validate(changed)
+        except UserError:
+            continue
+        if try_pages([changed]):
+            continue
+        rendered += 1
+        text = re.sub(r"(?ms)^```yaml$.*?^```$", "", report.render_log([changed]))
+        assert "<img" not in text and "\n# Heading" not in text, (place, as_key)
+    assert rendered > 200
+    run["parameters"]["compile_mode"] = "a\n```\n<img src=x>"
+    text = re.sub(r"(?ms)^```yaml$.*?^```$", "", report.render_log([make("baseline"), run | {
+        "preset": "other"}]))
+    assert "<img" not in text
 
 
 def test_a_copy_is_no_repetition(tmp_path):
