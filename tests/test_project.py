@@ -122,6 +122,8 @@ def test_notebook_is_clean(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.language_info == {"name": "python", "file_extension": ".py",
+                                               "mimetype": "text/x-python", "nbconvert_exporter": "python"}
     named = [cell.id for cell in notebook.cells]
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in named), "ids that say what they are"
     assert not [name for name in named if re.fullmatch(r"[0-9a-f]{8}", name)], "give the cells ids by hand"
@@ -136,6 +138,14 @@ def test_notebook_is_clean(path: Path) -> None:
         assert not re.search(r"sys\.path|chdir|https?://|['\"]/", cell.source), cell.source
     for statement in ast.parse(tagged[0].source).body:
         ast.literal_eval(statement.value)
+
+
+def test_a_notebook_as_a_script_ends_in_py() -> None:
+    """`jupyter nbconvert --to script`, which writes a .txt for a notebook that does not name its suffix."""
+    from nbconvert import ScriptExporter
+
+    _, resources = ScriptExporter().from_notebook_node(nbformat.read(NOTEBOOKS[0], as_version=4))
+    assert resources["output_extension"] == ".py"
 
 
 @pytest.mark.parametrize("preset", Layout(ROOT).presets())

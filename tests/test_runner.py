@@ -68,11 +68,13 @@ def write_reference(folder: Path) -> None:
 
 
 def write_notebook(path: Path, parameters: str, cells: list[str], tags: int = 1) -> None:
-    """A notebook as the repository holds them: stripped, kernel python3, `tags` cells tagged parameters."""
+    """A notebook as the repository holds them: stripped, kernel python3, `tags` cells tagged parameters. The
+    kernel's language is left out, as some editors do.
+    """
     v4 = nbformat.v4
     code = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}) for _ in range(tags)]
     code += [v4.new_code_cell(source) for source in cells]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    kernel = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(v4.new_notebook(cells=code, metadata={"kernelspec": kernel}), path)
 
 

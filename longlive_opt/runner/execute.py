@@ -305,7 +305,8 @@ def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
         notebook = job.notebook if installed else job.notebook.relative_to(root)
         with contextlib.chdir(root):
             papermill.execute_notebook(notebook, output / "notebook.ipynb", parameters,
-                                       cwd=".", kernel_name="python3", progress_bar=False, log_output=True,
+                                       cwd=".", kernel_name="python3", language="python",
+                                       progress_bar=False, log_output=True,
                                        stdout_file=_Lines(job.label), stderr_file=_Lines(job.label, stderr),
                                        extra_arguments=["--log-level=50"])
     finally:
