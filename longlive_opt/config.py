@@ -13,8 +13,9 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,8 +24,10 @@ from .files import project_path, require_writable, whole_text
 from .models.specs import MODELS, MOST_LORA_ALPHA, ROPE_POSITIONS, TINY_VAES, WAN_VAE, ModelSpec
 
 BASELINE = "baseline"
-STUDIES = ("ablation", "quantization")
-"""Presets that analyse other presets: measured and shown, never recommended."""
+STUDIES = ("ablation", "compile_parts", "quantization")
+"""Presets that analyse other presets: measured and shown, never recommended and not played."""
+TEST_PRESET = "smoke"
+"""The least that shows that everything runs. Nobody chooses it."""
 LINEAR_LAYERS = ("qkv", "query", "up", "down")
 REHEARSED_BLOCKS = 4
 """Rehearsed blocks after warm-up: two prompt switches, each followed by one block."""
@@ -515,6 +518,24 @@ def keys_of(group: str) -> tuple[str, ...]:
 
 SWITCHES = tuple(name for name in keys_of("optimizations") if getattr(ExperimentConfig, name) is False)
 """The optimizations that are on or off, all off by default."""
+
+
+def preset_files(params: Path | None = None) -> dict[str, Path]:
+    """The presets that runner, notebooks and player offer, name -> file: `params`/*.yaml but `TEST_PRESET`.
+
+    Args:
+        params: the folder; None: the project's.
+    """
+    files = sorted((params or project_path("params")).glob("*.yaml"))
+    return {file.stem: file for file in files if file.stem != TEST_PRESET}
+
+
+def unknown_preset(name: Any, known: Iterable[str]) -> UserError:
+    """The refusal of a preset that is not among `known`."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"preset: {short(name)} is unknown; {hint}choose one of {', '.join(known) or 'none'}.")
 
 
 def check_baseline(config: ExperimentConfig) -> None:

@@ -43,7 +43,9 @@ from .config import (
     check_folder_name,
     keys_of,
     notebook_parameters,
+    preset_files,
     unknown_key,
+    unknown_preset,
 )
 from .errors import UserError, short
 from .files import atomic_path, check_texts, load_yaml, project_path, whole_text
@@ -167,9 +169,9 @@ class Experiment:
             profile, words = environment.fitting_profile()
             print(words)
         path = profile if profile.endswith(".yaml") else f"params/profiles/{profile}.yaml"
-        known = {file.stem: file for file in sorted(project_path("params").glob("*.yaml"))}
+        known = preset_files()
         if name not in known:
-            raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(known)}.")
+            raise unknown_preset(name, known)
         given = load_yaml(known[name]) | load_yaml(project_path(path)) | keys
         return cls.from_notebook(given | {"campaign": campaign}, compare_with=compare_with)
 

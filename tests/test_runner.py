@@ -754,7 +754,7 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--presets", "basline"], "did you mean 'baseline'? known: baseline"),
+    (["--presets", "basline"], "did you mean 'baseline'? choose one of baseline."),
     (["--presets", "orphan"], "add notebooks/NN_orphan.ipynb"),
     (["--profile", "missing.yaml"], "No such file"),
     (["--set", "seed"], "not key=value"),

@@ -10,7 +10,6 @@ imports neither torch nor papermill, so the command line answers at once.
 from __future__ import annotations
 
 import ast
-import difflib
 import logging
 import os
 import re
@@ -30,6 +29,7 @@ from ..config import (
     check_baseline,
     check_folder_name,
     several_suffix,
+    unknown_preset,
 )
 from ..errors import UserError, short
 from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, require_writable, whole_text
@@ -93,7 +93,9 @@ class Layout:
         return self.root / "outputs" / name
 
     def presets(self) -> dict[str, Path]:
-        """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset."""
+        """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset. In
+        the project these presets are `config.preset_files`.
+        """
         paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in OTHER_NOTEBOOKS]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
@@ -115,9 +117,7 @@ def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] 
         if preset not in known and parameters.is_file():
             raise UserError(f"preset {preset!r} has no notebook; add notebooks/NN_{preset}.ipynb")
         if preset not in known:
-            close = difflib.get_close_matches(preset, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"preset {preset!r} is unknown; {hint}known: {', '.join(known) or 'none'}")
+            raise unknown_preset(preset, known)
         if not parameters.is_file():
             raise UserError(f"notebooks/{known[preset].name} has no parameters; add params/{preset}.yaml")
     return {preset: known[preset] for preset in chosen}
@@ -301,7 +301,7 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
         if config.has_tiny_vae:
             tiny_vae_file(config.vae, config.vae_weights, config.weights)
     except UserError as error:
-        raise UserError(f"preset {preset}: {error}") from error
+        raise UserError(f"preset {preset}: {str(error).removeprefix('preset: ')}") from error
     if config.name != (name or preset):
         raise UserError(f"params/{preset}.yaml: name is {config.name!r}; it must be the file's, {preset!r}")
     label = run_label(config.name, number)
