@@ -164,8 +164,11 @@ def parse_yaml(text: str, where: str) -> Any:
         loader.name = where
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{where}: this is not plain YAML ({printable(reason)}).") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark and "\n" in text.strip() else ""
+        reason = printable(" ".join((getattr(error, "problem", None) or str(error)).split())[:400])
+        raise UserError(f"{where}{line}: {reason}." if isinstance(error, _Refused) else
+                        f"{where}{line}: this is not plain YAML ({reason}).") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -179,9 +182,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _refused("an alias (& or *); write the value at every place", event)
+            raise _refused("this is not plain YAML: an alias (& or *); write the value at every place", event)
         if getattr(event, "tag", None) is not None:
-            raise _refused(f"the tag {short(event.tag)}; leave it out", event)
+            raise _refused(f"this is not plain YAML: the tag {short(event.tag)}; leave it out", event)
         if self._depth > DEEPEST:
             raise _refused("too many levels of lists and mappings", event)
         self._depth += 1
@@ -218,8 +221,12 @@ class _StrictLoader(yaml.SafeLoader):
         return whole
 
 
+class _Refused(yaml.constructor.ConstructorError):
+    """YAML that we do not take; the reason is a sentence of ours."""
+
+
 def _refused(reason: str, at: yaml.Node | yaml.Event) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, reason, at.start_mark)
+    return _Refused(None, None, reason, at.start_mark)
 
 
 def _undecimal(text: str) -> str:

@@ -97,6 +97,8 @@ RESULT_FILE = "result.json"
 # What a step after `measure` needs. Tried first: without it, that step would lose the measurement.
 NEEDED = {"av": "av", "torchmetrics.functional.image": "torchmetrics"}
 # Attribute -> the method that sets it. Reading it too early raises an error that names the missing step.
+NOT_YET = {"build": "nothing was built yet", "measure": "nothing was measured yet",
+           "generate_video": "there is no video yet", "compare": "nothing was compared yet"}
 MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "measured": "measure",
            "company": "measure", "clocks": "measure", "chunks": "generate_video",
            "frames": "generate_video", "quality": "compare"}
@@ -130,7 +132,7 @@ class Experiment:
     def __getattr__(self, name: str) -> Any:
         if (verb := MADE_BY.get(name)) is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise UserError(f"{name}: there is none yet; call {verb}() first.")
+        raise UserError(f"{self.config.name}: {NOT_YET[verb]}; call {verb}() first.")
 
     def __repr__(self) -> str:
         done = [verb for verb in dict.fromkeys(MADE_BY.values())

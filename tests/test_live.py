@@ -195,6 +195,8 @@ def test_wrong_order_names_the_missing_step(screen, pipeline):
         assert engine.wait(lambda it: it.state == "ready", SOON)
         with pytest.raises(UserError, match="is empty"):
             engine.play(" ")
+        with pytest.raises(UserError, match="prompt: 5 is not a text"):
+            engine.play(5)
         with pytest.raises(UserError, match="no pace"):
             engine.fps = 0
         with pytest.raises(UserError, match="no seed"):

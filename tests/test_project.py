@@ -30,6 +30,7 @@ from longlive_opt.report.stylesheet import REPORT
 from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
 from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
+from longlive_opt.tiny.shapes.captions import strange
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -705,6 +706,13 @@ def test_readme_shows_what_the_checks_of_robustness_found():
     assert all(check["passed"] and not check["dirty"] and check["commit"] for check in checks.values())
     for check in checks.values():
         assert {"command", "figure", "n", "seconds", "machine", "torch", "commit"} <= check.keys()
+
+
+def test_readmes_prompts_are_of_the_tiny_models_world():
+    """An example that is copied and answered by a notice that the model knows nothing of it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in readme.splitlines() if line.startswith('{"prompts"')]
+    assert lines and not any(strange(prompt) for line in lines for prompt in line["prompts"])
 
 
 def test_readme_states_what_the_committed_runs_say():

@@ -742,7 +742,8 @@ def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) 
     ("name: baseline\nseed: 1\nseed: 2\n", "occurs twice"),
     ("name: !!python/object/apply:os.getcwd []\n", "not plain YAML"),
     ("name: baseline\ntimestep_shift: 1e-3\n", "1.0e-3"),
-    ("name: baseline\nsede: 1\n", "did you mean 'seed'"),
+    ("name: baseline\nsede: 1\n", "preset baseline: unknown key 'sede' (did you mean 'seed'"),
+    ("name: baseline\nseed: 0123\n", "baseline.yaml line 2: YAML reads 0123 as 83: write 83 or 123, or "),
     ("name: other\n", "name is 'other'"),
 ])
 def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,

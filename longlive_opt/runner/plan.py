@@ -127,14 +127,17 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts -> values as YAML reads them.
 
     Raises:
-        UserError: a text has no '=', its value is not plain YAML, or contains what cannot be written.
+        UserError: a text has no '=', its value is not plain YAML, or contains what cannot be written; or a
+            key is given twice.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"--set: {text!r} is not key=value")
         where = f"--set {key!a}"
+        if key in parsed:
+            raise UserError(f"{where}: it is given twice; leave one out")
         parsed[key] = check_texts(parse_yaml(whole_text(value, where), where), where)
     return parsed
 
