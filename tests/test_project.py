@@ -465,13 +465,30 @@ def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkey
     ("NewConnectionError: [Errno 101] Network is unreachable", "PIP_INDEX_URL"),
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "TMPDIR"),
     ("python: No module named pip", "ensurepip"),
-    ("ERROR: Cannot install torch==2.11.0+cpu because of conflicts", "LONGLIVE_OPT_CPU_INDEX"),
     ("ERROR: No matching distribution found for nonsense", "nonsense"),
 ])
 def test_pip_failures_in_one_sentence(bootstrap: ModuleType, line: str, words: str) -> None:
     """Two screens of pip where one sentence with the remedy would do."""
     assert words in bootstrap.explain(["Collecting torch", line], None)
     assert "\n" not in bootstrap.explain(["Collecting torch", line], None)
+
+
+@pytest.mark.parametrize(("lost", "says"), [
+    (["/whl/cpu/torch/"], "/whl/cpu, cannot be reached from here; name a mirror of it in LONGLIVE_OPT_"),
+    ([], "/whl/cpu, has no torch of this version for this Python; name a mirror"),
+    (["/simple/setuptools/", "/whl/cpu/torch/"], "no package index reachable; set a proxy"),
+    (["/simple/setuptools/"], "no package index reachable"),
+], ids=["index of torch", "wheel", "both", "other index"])
+def test_a_missing_index_is_no_conflict_of_versions(bootstrap: ModuleType, lost: list[str],
+                                                    says: str) -> None:
+    """pip's "conflicting dependencies" for an index that did not answer, many lines before."""
+    retry = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': "
+    lines = [*(retry + path for path in lost),
+             "ERROR: Cannot install torch==2.11.0+cpu because these package versions have conflicting "
+             "dependencies.", "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io"]
+    words = bootstrap.explain(lines, None, cpu=True)
+    assert says in words and "conflicting" not in words and "\n" not in words
+    assert ("make install CPU=0" in words) == ("no package index" not in words)
 
 
 def test_missing_ensurepip_and_full_disk(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
