@@ -260,7 +260,8 @@ def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: b
             elif line.startswith("Installing collected"):
                 say("installing %d packages" % (line.count(",") + 1))
     if pip.wait():
-        stop(explain(lost + tail, wheels, cpu and not torch) + "; all of pip's output is in .bootstrap/pip.log")
+        reason = explain(lost + tail, wheels, cpu and not torch)
+        stop(reason + "; all of pip's output is in .bootstrap/pip.log")
 
 
 def explain(tail: List[str], wheels: Optional[Path], cpu: bool = False) -> str:
