@@ -13,18 +13,29 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .errors import UserError, short
-from .files import whole_text
-from .models.specs import MODELS, ROPE_POSITIONS, TINY_VAES, VAE_SPATIAL_STRIDE, WAN_VAE, ModelSpec
+from .files import project_path, require_writable, whole_text
+from .models.specs import (
+    MODELS,
+    MOST_LORA_ALPHA,
+    ROPE_POSITIONS,
+    TINY_VAES,
+    VAE_SPATIAL_STRIDE,
+    WAN_VAE,
+    ModelSpec,
+)
 
 BASELINE = "baseline"
-STUDIES = ("ablation", "quantization")
-"""Presets that analyse other presets: measured and shown, never recommended."""
+STUDIES = ("ablation", "compile_parts", "quantization")
+"""Presets that analyse other presets: measured and shown, never recommended and not played."""
+TEST_PRESET = "smoke"
+"""The least that shows that everything runs. Nobody chooses it."""
 LINEAR_LAYERS = ("qkv", "query", "up", "down")
 REHEARSED_BLOCKS = 4
 """Rehearsed blocks after warm-up: two prompt switches, each followed by one block."""
@@ -126,7 +137,7 @@ class ExperimentConfig:
     weights: str = key("weights/tiny", "random, or a folder: weights/tiny, or one with the official files",
                        group="model and machine")
     lora_alpha: float = key(256.0, "scale of lora.pt is lora_alpha / rank", group="model and machine",
-                            above=0, most=1e6)
+                            above=0, most=MOST_LORA_ALPHA)
     device: str = key("cpu", "cpu, cuda or cuda:N", group="model and machine")
     model_dtype: str = key("bfloat16", "of weights and activations", group="model and machine",
                            choices=("bfloat16", "float32"))
@@ -374,6 +385,16 @@ class ExperimentConfig:
             )
         self._validate_length()
 
+    def check_places(self) -> None:
+        """Refuse a folder that a run could not write to. Not a part of `validate`, since a config may be of
+        another machine.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.use_prompt_cache and self.prompt_cache_dir:
+            require_writable(project_path(self.prompt_cache_dir), "prompt_cache_dir", folder=True)
+
     @property
     def video_blocks(self) -> int:
         """Blocks in the video."""
@@ -513,6 +534,24 @@ def keys_of(group: str) -> tuple[str, ...]:
 
 SWITCHES = tuple(name for name in keys_of("optimizations") if getattr(ExperimentConfig, name) is False)
 """The optimizations that are on or off, all off by default."""
+
+
+def preset_files(params: Path | None = None) -> dict[str, Path]:
+    """The presets that runner, notebooks and player offer, name -> file: `params`/*.yaml but `TEST_PRESET`.
+
+    Args:
+        params: the folder; None: the project's.
+    """
+    files = sorted((params or project_path("params")).glob("*.yaml"))
+    return {file.stem: file for file in files if file.stem != TEST_PRESET}
+
+
+def unknown_preset(name: Any, known: Iterable[str]) -> UserError:
+    """The refusal of a preset that is not among `known`."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"preset: {short(name)} is unknown; {hint}choose one of {', '.join(known) or 'none'}.")
 
 
 def check_baseline(config: ExperimentConfig) -> None:

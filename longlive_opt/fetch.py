@@ -14,26 +14,33 @@ fetches them, `all` does not: DIR/taew2_1.pth and DIR/lighttaew2_1.pth.
 Files are downloaded to DIR/.fetch and moved into place after their size and SHA-256 match the hub's. After an
 interruption, run the same command again: finished files are kept, and the interrupted file starts again.
 Existing files are checked and never overwritten. Needs no torch.
+
+No revision is pinned: the current one of each repository is fetched. DIR/fetched.json records it for every
+file, with size and SHA-256.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 from .errors import UserError
-from .files import file_sha256
+from .files import atomic_path, file_sha256, read_json
 from .models.specs import FETCH_COMMAND, LONGLIVE, MODELS, TINY_VAES, Source
 
 logger = logging.getLogger(__name__)
 
 STAGING = ".fetch"
+RECORD = "fetched.json"
+PARTIAL = ".incomplete"
 SPARE_BYTES = 1 << 30
 FETCHED = tuple(name for name, spec in MODELS.items() if spec.checkpoint.sources)
 PARTS = ("all", "dit", "vae", "text", "tiny_vae")
@@ -152,8 +159,8 @@ def missing_in(folder: Path, downloads: Sequence[Download]) -> list[Download]:
     for item in downloads:
         state = "to fetch" if item in missing else "present"
         logger.info("%10s  %-8s  %s", _size(item.file.nbytes), state, item.target)
-    _remove_partial(folder / STAGING)
-    staged = sum(path.stat().st_size for path in (folder / STAGING).rglob("*") if path.is_file())
+    staged = sum(path.stat().st_size for path in (folder / STAGING).rglob("*")
+                 if path.is_file() and path.suffix != PARTIAL)
     needed = sum(item.file.nbytes for item in missing) - staged + SPARE_BYTES
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -165,7 +172,7 @@ def missing_in(folder: Path, downloads: Sequence[Download]) -> list[Download]:
 
 def _remove_partial(staging: Path) -> None:
     """Remove files that broke off: the hub's client starts them again under another name."""
-    for path in staging.rglob("*.incomplete") if staging.is_dir() else ():
+    for path in staging.rglob(f"*{PARTIAL}") if staging.is_dir() else ():
         path.unlink(missing_ok=True)
 
 
@@ -176,6 +183,7 @@ def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
         UserError: no network, too little space, an existing file that differs, or a download that fails its
             check.
     """
+    _remove_partial(folder / STAGING)
     missing = missing_in(folder, downloads)
     for item in downloads:
         if item not in missing:
@@ -184,6 +192,7 @@ def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
             if problem:
                 raise UserError(f"fetch: {folder / item.target} {problem}, so it is not the official file; "
                                 "move it away and run again.")
+            _record(folder, item, new=False)
     for item in missing:
         logger.info("fetching %s from %s", item.target, item.repo)
         staging = folder / STAGING / item.repo.replace("/", "--")
@@ -194,8 +203,25 @@ def fetch(folder: Path, hub: Hub, downloads: Sequence[Download]) -> list[Path]:
             raise UserError(f"fetch: the download of {item.target} {problem}; it was removed, run again.")
         (folder / item.target).parent.mkdir(parents=True, exist_ok=True)
         os.replace(arrived, folder / item.target)
+        _record(folder, item)
     shutil.rmtree(folder / STAGING, ignore_errors=True)
     return [folder / item.target for item in downloads]
+
+
+def _record(folder: Path, item: Download, new: bool = True) -> None:
+    """Write to `RECORD` where a file comes from. A file that was there before (not `new`) keeps its entry, or
+    gets that of the revision with which it was compared.
+    """
+    known: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
+        known = read_json(folder / RECORD, "delete it")
+    known = known if isinstance(known, dict) else {}
+    if not new and item.target in known:
+        return
+    known[item.target] = {"repo": item.repo, "revision": item.revision, "path": item.path,
+                          "bytes": item.file.nbytes, "sha256": item.file.sha256}
+    with atomic_path(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _mismatch(path: Path, expected: HubFile) -> str | None:

@@ -13,6 +13,7 @@ import os
 import re
 import site
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ DEEPEST = 50
 """Levels of lists and mappings that a file may nest: far more than any of ours has, far fewer than Python's
 recursion limit."""
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# What stands before a file of an installed library, of a notebook's cell, and of torch's compiler.
+_PLACES = (
+    (re.compile(r"(?<![\w.])/(?:[^\s'\":<>&]{1,300}/)?(?:lib/python3\.\d+|(?:site|dist)-packages)/"), ""),
+    (re.compile(r"(?<![\w.])/[^\s'\":<>&]{0,300}/ipykernel_\d+/\d+\.py"), "cell"),
+    (re.compile(r"(?<![\w.])/[^\s'\":<>&]{0,300}/torchinductor_[^/\s'\":<>&]{1,100}/"), "torchinductor/"),
+)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -97,6 +104,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path, name: str, folder: bool = False) -> None:
+    """Refuse a file, or a `folder`, that could not be written after hours of work. Leaves nothing behind.
+
+    Raises:
+        UserError: naming `name`, what asked for the path, and what is in the way.
+    """
+    wanted, other = ("folder", "file") if folder else ("file", "folder")
+    path = path.absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if there == path and there.is_dir() != folder:
+        raise UserError(f"{name}: {path} is a {other}; name a {wanted}.")
+    try:
+        with tempfile.TemporaryFile(dir=there.parent if there == path and not folder else there):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: {short(str(path))} cannot be written ({error.strerror}); name a {wanted} "
+                        "in a place that you can write to.") from error
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal; reads all of it (about a second per GB)."""
     with open(path, "rb") as file:
@@ -138,8 +164,11 @@ def parse_yaml(text: str, where: str) -> Any:
         loader.name = where
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{where}: this is not plain YAML ({printable(reason)}).") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark and "\n" in text.strip() else ""
+        reason = printable(" ".join((getattr(error, "problem", None) or str(error)).split())[:400])
+        raise UserError(f"{where}{line}: {reason}." if isinstance(error, _Refused) else
+                        f"{where}{line}: this is not plain YAML ({reason}).") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -153,9 +182,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _refused("an alias (& or *); write the value at every place", event)
+            raise _refused("this is not plain YAML: an alias (& or *); write the value at every place", event)
         if getattr(event, "tag", None) is not None:
-            raise _refused(f"the tag {short(event.tag)}; leave it out", event)
+            raise _refused(f"this is not plain YAML: the tag {short(event.tag)}; leave it out", event)
         if self._depth > DEEPEST:
             raise _refused("too many levels of lists and mappings", event)
         self._depth += 1
@@ -192,8 +221,12 @@ class _StrictLoader(yaml.SafeLoader):
         return whole
 
 
+class _Refused(yaml.constructor.ConstructorError):
+    """YAML that we do not take; the reason is a sentence of ours."""
+
+
 def _refused(reason: str, at: yaml.Node | yaml.Event) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, reason, at.start_mark)
+    return _Refused(None, None, reason, at.start_mark)
 
 
 def _undecimal(text: str) -> str:
@@ -292,6 +325,23 @@ def printable(text: str) -> str:
     """
     whole = _paired(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], whole)
+
+
+def without_places(text: str, root: Path | None = None) -> str:
+    """`text` without what its paths say of this machine: those of libraries begin at their package, those of
+    the project (`root`) in its folder, others of this user at `~`. What is published passes through here.
+    """
+    if "/" not in text:
+        return text
+    for pattern, replacement in _PLACES:
+        text = pattern.sub(replacement, text)
+    home = Path(os.path.expanduser("~"))
+    for folder, itself, inside in ((root or project_root(), ".", ""), (home, "~", "~/")):
+        for place in sorted({str(folder), str(folder.resolve())}, key=len, reverse=True):
+            if len(Path(place).parts) > 1:
+                text = re.sub(rf"(?<![\w.]){re.escape(place)}/", inside, text)
+                text = re.sub(rf"(?<![\w.]){re.escape(place)}(?![\w.-])", itself, text)
+    return text
 
 
 def _paired(text: str) -> str:

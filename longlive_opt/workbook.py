@@ -43,7 +43,9 @@ from .config import (
     check_folder_name,
     keys_of,
     notebook_parameters,
+    preset_files,
     unknown_key,
+    unknown_preset,
 )
 from .errors import UserError, short
 from .files import atomic_path, check_texts, load_yaml, project_path, whole_text
@@ -95,6 +97,8 @@ RESULT_FILE = "result.json"
 # What a step after `measure` needs. Tried first: without it, that step would lose the measurement.
 NEEDED = {"av": "av", "torchmetrics.functional.image": "torchmetrics"}
 # Attribute -> the method that sets it. Reading it too early raises an error that names the missing step.
+NOT_YET = {"build": "nothing was built yet", "measure": "nothing was measured yet",
+           "generate_video": "there is no video yet", "compare": "nothing was compared yet"}
 MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "measured": "measure",
            "company": "measure", "clocks": "measure", "chunks": "generate_video",
            "frames": "generate_video", "quality": "compare"}
@@ -128,7 +132,7 @@ class Experiment:
     def __getattr__(self, name: str) -> Any:
         if (verb := MADE_BY.get(name)) is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise UserError(f"{name}: there is none yet; call {verb}() first.")
+        raise UserError(f"{self.config.name}: {NOT_YET[verb]}; call {verb}() first.")
 
     def __repr__(self) -> str:
         done = [verb for verb in dict.fromkeys(MADE_BY.values())
@@ -167,9 +171,9 @@ class Experiment:
             profile, words = environment.fitting_profile()
             print(words)
         path = profile if profile.endswith(".yaml") else f"params/profiles/{profile}.yaml"
-        known = {file.stem: file for file in sorted(project_path("params").glob("*.yaml"))}
+        known = preset_files()
         if name not in known:
-            raise UserError(f"preset: {name!r} is unknown; choose one of {', '.join(known)}.")
+            raise unknown_preset(name, known)
         given = load_yaml(known[name]) | load_yaml(project_path(path)) | keys
         return cls.from_notebook(given | {"campaign": campaign}, compare_with=compare_with)
 
@@ -196,6 +200,7 @@ class Experiment:
                             "of a variable of your own with _, or assign it in a cell without parameters.")
         config = ExperimentConfig.from_mapping(given)
         check_baseline(config)
+        config.check_places()
         check_folder_name("campaign", campaign)
         if not isinstance(output_dir, str):
             raise UserError(f"output_dir: {short(output_dir)} is not a text; name a folder, or leave it "

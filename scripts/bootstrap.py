@@ -246,23 +246,30 @@ def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: b
         options += ["--upgrade", "--upgrade-strategy", "eager"]
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     command += options + ["--constraint", str(constraints), "--editable", ".[%s]" % extras]
-    tail = []  # type: List[str]
+    tail, lost = [], []  # type: List[str], List[str]
     with open(str(STATE / "pip.log"), "w", encoding="utf-8") as log:
         pip = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                encoding="utf-8", errors="replace")
         for line in pip.stdout:
             log.write(line)
             tail = tail[-30:] + [line.strip()]
+            if len(lost) < 30 and any(sign in line for sign in NETWORK_SIGNS):
+                lost.append(line.strip())  # of an index; what pip says at the end is about versions
             if re.match(r"\s*Downloading .* [MG]B\)", line):
                 say(line.strip())
             elif line.startswith("Installing collected"):
                 say("installing %d packages" % (line.count(",") + 1))
     if pip.wait():
-        stop(explain(tail, wheels) + "; all of pip's output is in .bootstrap/pip.log")
+        reason = explain(lost + tail, wheels, cpu and not torch)
+        stop(reason + "; all of pip's output is in .bootstrap/pip.log")
 
 
-def explain(tail: List[str], wheels: Optional[Path]) -> str:
-    """The reason for pip's failure in one sentence, from the last lines of its output."""
+def explain(tail: List[str], wheels: Optional[Path], cpu: bool = False) -> str:
+    """The reason for pip's failure in one sentence, from its last lines and those on lost indexes.
+
+    Args:
+        cpu: torch was to come from the index of CPU-only wheels.
+    """
     text = "\n".join(tail)
     if "No module named pip" in text:
         return "the active environment has no pip: run 'python -m ensurepip' in it"
@@ -272,10 +279,15 @@ def explain(tail: List[str], wheels: Optional[Path]) -> str:
     if wheels:
         return "pip could not install from %s (%s); collect the wheels again for this host's Python, see " \
                "'make wheelhouse'" % (wheels.name, error)
-    if "+cpu" in text or CPU_INDEX in text:
-        return "PyTorch's index of wheels without CUDA has no such wheel or is not reachable (%s); name a " \
-               "mirror of it in LONGLIVE_OPT_CPU_INDEX, or set up with CPU=0" % error
-    if any(sign in text for sign in NETWORK_SIGNS):
+    lost = [line for line in tail if any(sign in line for sign in NETWORK_SIGNS)]
+    place = re.sub(r"^\w+://[^/]*", "", CPU_INDEX).rstrip("/") + "/"
+    on_cpu_index = [line for line in lost if cpu and place in line]
+    if cpu and len(on_cpu_index) == len(lost) and (lost or "+cpu" in text):
+        state = "cannot be reached from here" if lost else "has no torch of this version for this Python"
+        return "PyTorch's index of wheels without CUDA, %s, %s; name a mirror of it in " \
+               "LONGLIVE_OPT_CPU_INDEX, or take torch with CUDA (3 GB) from the usual index: make install " \
+               "CPU=0" % (CPU_INDEX, state)
+    if lost:
         return "no package index reachable; set a proxy (HTTPS_PROXY) or a mirror (PIP_INDEX_URL), or " \
                "copy the wheels here: 'make wheelhouse' on another machine, then 'make install-offline'"
     return "pip failed (%s)" % error

@@ -121,9 +121,19 @@ def test_a_prompt_file_gives_a_video_per_line(micro: None, tmp_path: Path) -> No
     (["a", "--seconds", "1e9"], "at most 86400, a day"),
     (["a", "--seconds", "2", "--blocks", "2"], "--seconds: it and --blocks both give the length"),
     (["a", "--blocks", "0"], "--blocks: 0 is too small"), (["a", "-o", "v.gif"],
-                                                           "--output: v.gif is neither"),
-    (["a", "b", "--blocks", "4", "--switch-at", "60"], "past the end of the video"),
-    (["a", "b", "--switch-at", "1", "2"], "--switch-at: 2 switch frames for 2 prompts"),
+                                                           "--output: 'v.gif' is neither"),
+    (["a", "-o", "README.md"], "neither an mp4"), (["a", "-o", "Makefile"], "is a file; name a folder"),
+    (["a", "-o", "Makefile/v.mp4"], "cannot be written (Not a directory)"), (["a", "-o", ""], "neither"),
+    (["a", "--set", "use_prompt_cache=true", "prompt_cache_dir=Makefile"], "prompt_cache_dir: "),
+    (["a", "b", "--blocks", "4", "--switch-at", "60"], "--switch-at: 60 s takes effect past the end of the "
+                                                        "video (2.8 s); switch earlier"),
+    (["a", "b", "c", "--blocks", "2", "--switch-at", "0.6", "0.7"], "--switch-at: 0.7 s takes effect past"),
+    (["a", "b", "--switch-at", "1", "2"], "--switch-at: 2 times for 2 prompts; 2 prompts need 1"),
+    (["a", "b", "c", "--switch-at", "2", "1"], "--switch-at: 2 1 must be seconds that rise"),
+    (["a", "b", "--switch-at", "nan"], "--switch-at: nan must be seconds"),
+    (["--prompts-file", "p.txt", "--switch-at", "1"], "--switch-at: p.txt has one prompt per video"),
+    (["a", "--set", "seed=0123"], "--set 'seed': YAML reads 0123 as 83: write 83 or 123, or put quotes"),
+    (["a", "--set", "seed=1", "seed=2"], "--set 'seed': it is given twice; leave one out"),
     (["a", "b", "c", "--blocks", "2"], "3 prompts do not fit into 2 blocks"),
     (["a", "--blocks", "999"], "add --set relative_rope=true"), (["a", "--set", "sed=1"],
                                                                  "did you mean 'seed'"),
@@ -271,6 +281,8 @@ def test_campaigns_are_named_or_folders(tmp_path: Path, monkeypatch: pytest.Monk
     assert campaign_diff.campaign_folder("outputs/h100") == ROOT / "outputs" / "h100"
     assert campaign_diff.campaign_folder("mine") == tmp_path / "mine"
     assert campaign_diff.campaign_folder(str(tmp_path / "mine")) == tmp_path / "mine"
+    with pytest.raises(UserError, match="nope: neither a campaign in outputs/ nor a folder; .* has h100, "):
+        campaign_diff.campaign_folder("nope")
 
 
 # ---- outside of a clone

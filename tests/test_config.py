@@ -135,6 +135,20 @@ def test_number_that_is_advised_is_taken(key, text):
     assert getattr(config, key) == float(text.strip("'"))
 
 
+@pytest.mark.parametrize("value", ["6, 12", "6,12", [6, 12], (6, 12)])
+def test_switch_frames_are_written_as_in_a_line_of_jsonl(value):
+    """LongLive's own form, which a prompt file takes, refused in a preset."""
+    assert ExperimentConfig.from_mapping({"switch_frame_indices": value}).switch_frame_indices == (6, 12)
+    one = {"prompts": ["a", "b"], "switch_frame_indices": 6}
+    assert ExperimentConfig.from_mapping(one).switch_frame_indices == (6,)
+
+
+def test_a_list_given_as_text_is_told_how_papermill_takes_one():
+    """`-p prompts '[a, b]'`, which papermill hands on as a text."""
+    with pytest.raises(UserError, match=r"papermill: -y 'prompts: \[a, b\]', or a file with -f"):
+        ExperimentConfig.from_mapping({"prompts": "[a, b]"})
+
+
 def test_integers_are_floats_where_floats_are_meant():
     """`playback_fps: 25` is what people write."""
     assert ExperimentConfig.from_mapping({"playback_fps": 30}).playback_fps == 30.0
@@ -262,7 +276,7 @@ def test_yaml_that_is_no_flat_mapping(tmp_path, text, says):
 @pytest.mark.parametrize("text", ["? [a, b]\n: 1\n", "{a: 1}: 2\n", "? {a: 1}\n: 2\n"])
 def test_yaml_key_that_is_a_list_or_mapping(tmp_path, text):
     """An unhashable key is a TypeError inside the search for repeated keys."""
-    with pytest.raises(UserError, match="not plain YAML"):
+    with pytest.raises(UserError, match="yaml( line 1)?: a key must be a plain word"):
         load_yaml(write(tmp_path / "preset.yaml", text))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import logging
 import shutil
 import subprocess
@@ -67,7 +69,7 @@ def test_layout_is_what_the_loader_reads(hub, tmp_path):
     assert names(tmp_path) == [
         "Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", "Wan2.1-T2V-1.3B/config.json",
         "Wan2.1-T2V-1.3B/google/umt5-xxl/spiece.model", "Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json",
-        "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth", "longlive_base.pt", "lora.pt"]
+        "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth", "fetched.json", "longlive_base.pt", "lora.pt"]
     assert resolve_weights(tmp_path, MODELS["longlive-1.3b"]).kind == "files"
 
 
@@ -122,6 +124,47 @@ def _interrupted(download, after: int):
     return stop
 
 
+@pytest.mark.parametrize("name", ["google/umt5-xxl/../../../../escaped/evil.pth", "google/umt5-xxl/..\\evil",
+                                  "google/umt5-xxl/../x", "google/umt5-xxl/a\0b"])
+def test_a_path_outside_the_folder_is_refused(hub, tmp_path, name, caplog):
+    """A hub, or a mirror of one, that writes where it likes. Nothing is fetched, not even the rest."""
+    hub.contents[WAN_REPO][name] = b"evil"
+    folder = tmp_path / "a" / "b" / "c"
+    assert main([str(folder)], hub) == 1
+    assert "would leave the folder; do not use this hub, and check HF_ENDPOINT" in caplog.text
+    assert names(tmp_path) == [] and not hub.log
+
+
+def test_what_broke_off_is_removed_and_is_no_progress(hub, tmp_path, monkeypatch):
+    """A dead partial file that counts as 17 GB which need no room, or stays for ever. A dry run removes
+    nothing.
+    """
+    dead = tmp_path / ".fetch" / "x" / ".cache" / "huggingface" / "download" / "a.1234.incomplete"
+    dead.parent.mkdir(parents=True)
+    dead.write_bytes(b"x" * 10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    assert main([str(tmp_path), "--what", "vae", "--dry-run"], hub) == 1  # 120 bytes more are needed
+    assert dead.exists()
+    assert main([str(tmp_path), "--what", "vae"], hub) == 1
+    assert not dead.exists()
+
+
+def test_the_revision_of_each_file_is_recorded(hub, tmp_path):
+    """Weights of which nobody can say which version they are: the hub's current one is fetched."""
+    fetch(tmp_path, hub, plan(hub, "dit"))
+    record = json.loads((tmp_path / "fetched.json").read_text())
+    assert record["lora.pt"] == {"repo": LONGLIVE_REPO, "revision": REVISION, "path": "models/lora.pt",
+                                 "bytes": 200, "sha256": hashlib.sha256(b"lora" * 50).hexdigest()}
+    (tmp_path / "lora.pt").unlink()
+    later = [dataclasses.replace(item, revision="later") for item in plan(hub, "dit")]
+    download = hub.download
+    hub.download = lambda repo, revision, path, folder: download(repo, REVISION, path, folder)
+    fetch(tmp_path, hub, later)
+    record = json.loads((tmp_path / "fetched.json").read_text())
+    assert record["lora.pt"]["revision"] == "later"
+    assert record["longlive_base.pt"]["revision"] == REVISION, "it was not fetched again"
+
+
 @pytest.mark.parametrize("arrived, expected", [(b"short", "has 5 bytes instead of the hub's 200"),
                                                (b"x" * 200, "the hub's SHA-256")])
 def test_damaged_download_is_removed(hub, tmp_path, arrived, expected):
@@ -129,7 +172,7 @@ def test_damaged_download_is_removed(hub, tmp_path, arrived, expected):
     hub.sent["models/lora.pt"] = arrived
     with pytest.raises(UserError, match=expected):
         fetch(tmp_path, hub, plan(hub, "dit"))
-    assert names(tmp_path) == ["longlive_base.pt"]
+    assert names(tmp_path) == ["fetched.json", "longlive_base.pt"]
 
 
 def test_a_different_file_of_the_user_is_kept(hub, tmp_path):

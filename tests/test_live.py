@@ -16,11 +16,13 @@ import torch
 from micro import micro_model, micro_pipeline
 from PIL import Image
 
+from longlive_opt.config import STUDIES, TEST_PRESET, preset_files
 from longlive_opt.errors import UserError
 from longlive_opt.live.engine import Engine, Frame
 from longlive_opt.live.opening import live_config, model_names, preset_names
 from longlive_opt.live.recording import Recording, Reel, encode_picture, save
 from longlive_opt.prompts import PromptSchedule
+from longlive_opt.runner.plan import Layout
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import StreamingSession
 
@@ -193,6 +195,8 @@ def test_wrong_order_names_the_missing_step(screen, pipeline):
         assert engine.wait(lambda it: it.state == "ready", SOON)
         with pytest.raises(UserError, match="is empty"):
             engine.play(" ")
+        with pytest.raises(UserError, match="prompt: 5 is not a text"):
+            engine.play(5)
         with pytest.raises(UserError, match="no pace"):
             engine.fps = 0
         with pytest.raises(UserError, match="no seed"):
@@ -434,7 +438,9 @@ def test_comparison_makes_both_clips(micro, monkeypatch):
 def test_presets_that_a_player_opens():
     """A preset in the list that cannot be opened, or a model that a laptop would wait for all day."""
     names = preset_names()
-    assert "static_kv" in names and not {"smoke", "ablation"} & set(names)
+    runner = Layout(Path(__file__).parent.parent).presets()
+    assert {*names, *STUDIES} >= runner.keys() == preset_files().keys()
+    assert "static_kv" in names and not {TEST_PRESET, *STUDIES} & set(names)
     for name in names:
         config = live_config(name, {})
         half = config.attention_backend == "gluon"
@@ -443,5 +449,7 @@ def test_presets_that_a_player_opens():
         assert config.max_blocks is None
     assert live_config("realtime", {"model": "longlive-1.3b", "device": "cuda"}).model_dtype == "bfloat16"
     assert model_names("cpu") == ["tiny"] and "longlive-1.3b" in model_names("cuda:1")
-    with pytest.raises(UserError, match="unknown; choose one of"):
-        live_config("nonsense", {})
+    with pytest.raises(UserError, match="'realtim' is unknown; did you mean 'realtime'. choose one of"):
+        live_config("realtim", {})
+    with pytest.raises(UserError, match="'ablation' is a study, which is measured and not played"):
+        live_config("ablation", {})

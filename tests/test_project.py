@@ -30,6 +30,7 @@ from longlive_opt.report.stylesheet import REPORT
 from longlive_opt.runner import parameters
 from longlive_opt.runner.__main__ import QUICK
 from longlive_opt.runner.plan import Layout, plan, plan_quantization, plan_summary, plan_training
+from longlive_opt.tiny.shapes.captions import strange
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -122,6 +123,8 @@ def test_notebook_is_clean(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.language_info == {"name": "python", "file_extension": ".py",
+                                               "mimetype": "text/x-python", "nbconvert_exporter": "python"}
     named = [cell.id for cell in notebook.cells]
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in named), "ids that say what they are"
     assert not [name for name in named if re.fullmatch(r"[0-9a-f]{8}", name)], "give the cells ids by hand"
@@ -136,6 +139,14 @@ def test_notebook_is_clean(path: Path) -> None:
         assert not re.search(r"sys\.path|chdir|https?://|['\"]/", cell.source), cell.source
     for statement in ast.parse(tagged[0].source).body:
         ast.literal_eval(statement.value)
+
+
+def test_a_notebook_as_a_script_ends_in_py() -> None:
+    """`jupyter nbconvert --to script`, which writes a .txt for a notebook that does not name its suffix."""
+    from nbconvert import ScriptExporter
+
+    _, resources = ScriptExporter().from_notebook_node(nbformat.read(NOTEBOOKS[0], as_version=4))
+    assert resources["output_extension"] == ".py"
 
 
 @pytest.mark.parametrize("preset", Layout(ROOT).presets())
@@ -454,13 +465,30 @@ def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkey
     ("NewConnectionError: [Errno 101] Network is unreachable", "PIP_INDEX_URL"),
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "TMPDIR"),
     ("python: No module named pip", "ensurepip"),
-    ("ERROR: Cannot install torch==2.11.0+cpu because of conflicts", "LONGLIVE_OPT_CPU_INDEX"),
     ("ERROR: No matching distribution found for nonsense", "nonsense"),
 ])
 def test_pip_failures_in_one_sentence(bootstrap: ModuleType, line: str, words: str) -> None:
     """Two screens of pip where one sentence with the remedy would do."""
     assert words in bootstrap.explain(["Collecting torch", line], None)
     assert "\n" not in bootstrap.explain(["Collecting torch", line], None)
+
+
+@pytest.mark.parametrize(("lost", "says"), [
+    (["/whl/cpu/torch/"], "/whl/cpu, cannot be reached from here; name a mirror of it in LONGLIVE_OPT_"),
+    ([], "/whl/cpu, has no torch of this version for this Python; name a mirror"),
+    (["/simple/setuptools/", "/whl/cpu/torch/"], "no package index reachable; set a proxy"),
+    (["/simple/setuptools/"], "no package index reachable"),
+], ids=["index of torch", "wheel", "both", "other index"])
+def test_a_missing_index_is_no_conflict_of_versions(bootstrap: ModuleType, lost: list[str],
+                                                    says: str) -> None:
+    """pip's "conflicting dependencies" for an index that did not answer, many lines before."""
+    retry = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': "
+    lines = [*(retry + path for path in lost),
+             "ERROR: Cannot install torch==2.11.0+cpu because these package versions have conflicting "
+             "dependencies.", "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io"]
+    words = bootstrap.explain(lines, None, cpu=True)
+    assert says in words and "conflicting" not in words and "\n" not in words
+    assert ("make install CPU=0" in words) == ("no package index" not in words)
 
 
 def test_missing_ensurepip_and_full_disk(bootstrap: ModuleType, capsys: pytest.CaptureFixture,
@@ -697,6 +725,13 @@ def test_readme_shows_what_the_checks_of_robustness_found():
         assert {"command", "figure", "n", "seconds", "machine", "torch", "commit"} <= check.keys()
 
 
+def test_readmes_prompts_are_of_the_tiny_models_world():
+    """An example that is copied and answered by a notice that the model knows nothing of it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in readme.splitlines() if line.startswith('{"prompts"')]
+    assert lines and not any(strange(prompt) for line in lines for prompt in line["prompts"])
+
+
 def test_readme_states_what_the_committed_runs_say():
     """A figure that was typed once and outlived its run."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -716,7 +751,7 @@ def test_readme_states_what_the_committed_runs_say():
             ) in readme
     nulls = read_result(ROOT / "outputs/h100/baseline/result.json")["quality"]["nulls"]
     no_sink = next(null["worst_ratio"] for null in nulls if null["name"] == "no_sink")
-    assert f"without\nthe attention sink the ratio is {no_sink:.0f}" in readme
+    assert re.search(rf"without\nthe attention sink \(.*\) the ratio is {no_sink:.0f}\.", readme)
     passed = re.search(r"(\d+) passed", (ROOT / "outputs/h100/gpu_tests.txt").read_text(encoding="utf-8"))[1]
     assert f"(outputs/h100/gpu_tests.txt): {passed} passed" in readme
 

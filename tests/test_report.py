@@ -19,17 +19,21 @@ from PIL import Image
 from longlive_opt import report
 from longlive_opt.config import ExperimentConfig, keys_of
 from longlive_opt.errors import UserError
+from longlive_opt.files import without_places
 from longlive_opt.measurement import decision
-from longlive_opt.measurement.result import na, run_label, write_result
+from longlive_opt.measurement.result import na, read_result, run_label, validate, write_result
 from longlive_opt.report import charts
 from longlive_opt.report.__main__ import main
 from longlive_opt.report.charts.chart import STAGE_COLOURS
 from longlive_opt.report.charts.labels import along, spread
 from longlive_opt.report.conclusion import conclusion_html
+from longlive_opt.report.html_export import export_html
 from longlive_opt.report.log import outside
 from longlive_opt.report.log.markdown import sentence
 from longlive_opt.report.noise_record import read_record
+from longlive_opt.report.trial import try_pages
 from longlive_opt.report.verdicts import write_decisions
+from longlive_opt.runner.execute import write_failure
 
 ROOT = Path(report.__file__).resolve().parents[2]
 TEMPLATE = (ROOT / "longlive_opt" / "report" / "log" / "template.md").read_text(encoding="utf-8")
@@ -388,6 +392,53 @@ def test_one_strange_result_hides_no_other(tmp_path, path, value):
     assert "<img" not in report.write_campaign_log(campaign).read_text()
 
 
+STRANGE = "<img src=x>\n# Heading"
+
+
+def places(value: Any, at: tuple = ()) -> list[tuple]:
+    """The path of every value in `value`; of a list only the first."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) \
+        else ()
+    return [at] * bool(at) + [place for key, item in items for place in places(item, (*at, key))]
+
+
+def with_strange(result: dict[str, Any], place: tuple, as_key: bool) -> dict[str, Any]:
+    result = json.loads(json.dumps(result))
+    holder = result
+    for key in place[:-1]:
+        holder = holder[key]
+    if as_key and isinstance(holder, dict):
+        holder[STRANGE] = holder.pop(place[-1])
+    else:
+        holder[place[-1]] = STRANGE
+    return result
+
+
+def test_no_value_or_name_of_a_result_is_markup_in_the_log():
+    """Would catch raw HTML, or a line of its own, from any field of a stranger's result.json."""
+    shipped = read_result(ROOT / "outputs/h200_early_frames/tiny_vae/result.json")
+    run = make("speed", steady=4, switches=1) | {
+        key: shipped[key] for key in ("interruptions", "adherence", "optimizations") if key in shipped}
+    run["latency"]["ps_by_prompt"] = shipped["latency"]["ps_by_prompt"]
+    rendered = 0
+    for place, as_key in itertools.product(places(run), (False, True)):
+        changed = with_strange(run, place, as_key)
+        try:
+            validate(changed)
+        except UserError:
+            continue
+        if try_pages([changed]):
+            continue
+        rendered += 1
+        text = re.sub(r"(?ms)^```yaml$.*?^```$", "", report.render_log([changed]))
+        assert "<img" not in text and "\n# Heading" not in text, (place, as_key)
+    assert rendered > 200
+    run["parameters"]["compile_mode"] = "a\n```\n<img src=x>"
+    text = re.sub(r"(?ms)^```yaml$.*?^```$", "", report.render_log([make("baseline"), run | {
+        "preset": "other"}]))
+    assert "<img" not in text
+
+
 def test_a_copy_is_no_repetition(tmp_path):
     """`cp -r speed speed.bak`: noise of 0 % among two runs, and verdicts that are decided with it."""
     for folder in ("baseline", "speed", "speed.bak", "speed.repeat2"):
@@ -513,6 +564,43 @@ def test_half_a_character_in_a_failure_does_not_stop_the_log(tmp_path):
     campaign = report.load(folder)
     assert "prompt \\ud83e" in report.runs_table(campaign)["detail"].tolist()
     assert "Failed: Prompt" in report.write_campaign_log(campaign).read_text()
+
+
+def test_nothing_that_is_published_names_a_place_of_this_machine(tmp_path, monkeypatch):
+    """Would catch home folder, environment or user of whoever measured in a result, a log, an index or a
+    report, in whichever message of a library they came. What the run was given must stay as it is.
+    """
+    home = "/".join(("", "home", "somebody"))
+    monkeypatch.setenv("HOME", home)
+    message = f"no {ROOT}/outputs/c/x of {ROOT}, ~ {home}/data ({home}), " \
+              f"{home}/env/lib/python3.12/site-packages/torch/x.py:3, '/opt/lib/python3.12/ast.py', " \
+              "/tmp/ipykernel_12/34.py:1: W, /tmp/torchinductor_somebody/ab/c.py, a/b 1/2 https://x.org/y"
+    clean = "no outputs/c/x of ., ~ ~/data (~), torch/x.py:3, 'ast.py', cell:1: W, torchinductor/ab/c.py, " \
+            "a/b 1/2 https://x.org/y"
+    assert without_places(message) == clean
+    baseline = make("baseline")
+    baseline["quality"]["lpips"] = na(message, "x")
+    baseline["parameters"]["weights"] = f"{ROOT}/weights/tiny"
+    folder = tmp_path / "c"
+    for label in ("baseline", "speed"):
+        (folder / label).mkdir(parents=True)
+    write_result(folder / "baseline" / "result.json", baseline)
+    (folder / "speed" / "failed.json").write_text(json.dumps({"meaning": message}))  # of an older version
+    campaign = report.load(folder)
+    assert campaign.results[0]["quality"]["lpips"]["reason"] == clean
+    assert campaign.results[0]["parameters"]["weights"] == f"{ROOT}/weights/tiny"
+    cell = nbformat.v4.new_code_cell("1", outputs=[
+        nbformat.v4.new_output("stream", name="stderr", text=message),
+        nbformat.v4.new_output("error", ename="E", evalue=message, traceback=[f"\x1b[31m{message}\x1b[0m"])])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
+    export_html(tmp_path / "notebook.ipynb", tmp_path / "report.html", title="x")
+    write_failure(folder / "balanced", {"meaning": message, "stderr_tail": [message], "parameters": {}})
+    published = [report.write_campaign_log(campaign), report.write_index(campaign), tmp_path / "report.html",
+                 folder / "balanced" / "failed.json"]
+    for path in published:
+        text = path.read_text()
+        assert "~/data" in text and "somebody" not in text and "site-packages" not in text, path
+        assert str(ROOT) not in text, path
 
 
 def test_a_kept_preset_that_misses_the_target_is_better_than_the_baseline():

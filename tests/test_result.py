@@ -428,6 +428,15 @@ def test_results_of_version_1_are_read_with_the_names_of_version_2(example, tmp_
     assert upgraded(read) is read and upgraded([1]) == [1]
 
 
+def test_a_checkout_of_another_user_is_named(tmp_path, monkeypatch):
+    """'No git history here', for a container that mounts the clone of its host."""
+    git(tmp_path, "init", "-q")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    commit, _, reason = environment.git_state(tmp_path, {})
+    assert commit is None and "dubious ownership" in reason and "safe.directory" in reason
+    assert str(tmp_path) not in reason
+
+
 def git(folder, *words):
     user = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     command = ["git", "-C", str(folder), *user, *words]

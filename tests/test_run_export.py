@@ -124,7 +124,7 @@ def test_wrong_input_is_one_sentence(campaign: Path, mlflow: type[FakeClient], t
     (tmp_path / "empty").mkdir()
     for arguments, says in (([str(campaign)], "nothing to write"),
                             ([str(tmp_path / "empty"), "--csv", "x.csv"], "no finished run"),
-                            (["no_such", "--csv", "x.csv"], "does not exist"),
+                            (["no_such", "--csv", "x.csv"], "no_such: neither a campaign in outputs/"),
                             ([str(campaign), "--mlflow", "http://nobody"], "refused (no server)")):
         assert run_export.main(arguments) == 2
         assert says in (error := capsys.readouterr().err) and "Traceback" not in error

@@ -68,11 +68,13 @@ def write_reference(folder: Path) -> None:
 
 
 def write_notebook(path: Path, parameters: str, cells: list[str], tags: int = 1) -> None:
-    """A notebook as the repository holds them: stripped, kernel python3, `tags` cells tagged parameters."""
+    """A notebook as the repository holds them: stripped, kernel python3, `tags` cells tagged parameters. The
+    kernel's language is left out, as some editors do.
+    """
     v4 = nbformat.v4
     code = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}) for _ in range(tags)]
     code += [v4.new_code_cell(source) for source in cells]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    kernel = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(v4.new_notebook(cells=code, metadata={"kernelspec": kernel}), path)
 
 
@@ -740,7 +742,8 @@ def test_absent_weights_are_named(project: Path, capsys: pytest.CaptureFixture) 
     ("name: baseline\nseed: 1\nseed: 2\n", "occurs twice"),
     ("name: !!python/object/apply:os.getcwd []\n", "not plain YAML"),
     ("name: baseline\ntimestep_shift: 1e-3\n", "1.0e-3"),
-    ("name: baseline\nsede: 1\n", "did you mean 'seed'"),
+    ("name: baseline\nsede: 1\n", "preset baseline: unknown key 'sede' (did you mean 'seed'"),
+    ("name: baseline\nseed: 0123\n", "baseline.yaml line 2: YAML reads 0123 as 83: write 83 or 123, or "),
     ("name: other\n", "name is 'other'"),
 ])
 def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
@@ -752,7 +755,7 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--presets", "basline"], "did you mean 'baseline'? known: baseline"),
+    (["--presets", "basline"], "did you mean 'baseline'? choose one of baseline."),
     (["--presets", "orphan"], "add notebooks/NN_orphan.ipynb"),
     (["--profile", "missing.yaml"], "No such file"),
     (["--set", "seed"], "not key=value"),
@@ -764,7 +767,7 @@ def test_bad_presets_are_refused(project: Path, capsys: pytest.CaptureFixture,
     (["--campaign", "../escape"], "cannot name a folder"),
     (["--campaign", "c" * 101], "cannot name a folder"),
     (["--skip", "baseline"], "--skip: it leaves out every preset"),
-    (["--log", "outputs"], "--log: "), (["--log", "params/baseline.yaml/x/log.md"], "cannot be written to"),
+    (["--log", "outputs"], "--log: "), (["--log", "params/baseline.yaml/x/log.md"], "cannot be written"),
     (["--set", "seed=0123"], "--set 'seed'"), (["--set", "title=!!int x"], "the tag"),
     (["--set", "prompts=" + "[" * 2000], "too many levels"), (["--set", "name=" + "n" * 300], "name: "),
     (["--set", 'prompts_file="a\\0"'], "a control character"), (["--set", "seed=" + "9" * 5000], "too long"),
@@ -781,6 +784,17 @@ def test_bad_arguments_are_refused(project: Path, capsys: pytest.CaptureFixture,
     """A mistake on the command line found an hour later, or told as a traceback."""
     (project / "params/orphan.yaml").write_text("name: orphan\n")
     assert words in error_of(project, capsys, *arguments)
+
+
+@pytest.mark.parametrize("folder", ["Makefile", "Makefile/prompts"])
+def test_a_prompt_cache_that_cannot_be_written_is_refused(project: Path, capsys: pytest.CaptureFixture,
+                                                          folder: str) -> None:
+    """Found after the model was loaded, once for every preset of a campaign."""
+    write_notebook(project / "notebooks/02_cached.ipynb", PARAMETERS, [FINISH])
+    text = f"name: cached\nuse_prompt_cache: true\nprompt_cache_dir: {folder}\n"
+    (project / "params/cached.yaml").write_text(text)
+    assert "preset cached: prompt_cache_dir: " in error_of(project, capsys, "--presets", "cached")
+    assert not (project / "outputs").exists()
 
 
 @pytest.mark.parametrize("tags", [0, 2])

@@ -276,7 +276,8 @@ def test_both_are_fetched_when_asked_for(tmp_path, caplog):
     for spec in TINY_VAES.values():
         hub.contents.setdefault(spec.source.repo, {})[spec.source.path] = b"\x80 weights"
     fetch(tmp_path, hub, plan(hub, "tiny_vae"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lighttaew2_1.pth", "taew2_1.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fetched.json", "lighttaew2_1.pth",
+                                                                  "taew2_1.pth"]
     assert tiny_vae_file("lighttaew2_1", None, tmp_path) == tmp_path / "lighttaew2_1.pth"
     caplog.set_level(logging.INFO)
     assert main([str(tmp_path), "--what", "tiny_vae", "--dry-run"], hub) == 0 and "present" in caplog.text

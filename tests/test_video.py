@@ -50,6 +50,26 @@ def test_mp4_plays_back_what_was_written(frames, tmp_path):
     assert os.listdir(tmp_path) == ["video.mp4"]
 
 
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (20, 90, 200), (255, 255, 255), (0, 0, 0)])
+def test_colours_come_back_by_the_tags(tmp_path, colour):
+    """Would catch: an mp4 that names no matrix, or another than it was converted by, so that each player
+    shows another red. Decoded here by the formula of BT.709, with no help of a library.
+    """
+    video.write_mp4(tmp_path / "video.mp4", np.full((3, 48, 64, 3), colour, np.uint8), 16, crf=1)
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        coder = container.streams.video[0].codec_context
+        assert (coder.colorspace, coder.color_primaries, coder.color_trc, coder.color_range) == (1, 1, 1, 1)
+        frame = next(container.decode(video=0))
+    y, u, v = (np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[8, 8].astype(float)
+               for plane in frame.planes)
+    y, u, v = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
+    red, blue = y + 2 * (1 - 0.2126) * v, y + 2 * (1 - 0.0722) * u
+    shown = [red, (y - 0.2126 * red - 0.0722 * blue) / 0.7152, blue]
+    assert np.abs(255 * np.clip(shown, 0, 1) - colour).max() <= 3
+    back = frame.to_ndarray(format="rgb24", src_colorspace=1, src_color_range=1)[8, 8].astype(int)
+    assert np.abs(back - colour).max() <= 3
+
+
 def test_the_index_comes_first(frames, tmp_path):
     """Would catch: a file that plays only after the whole of it was loaded."""
     video.write_mp4(tmp_path / "video.mp4", frames, 25.0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +308,129 @@ def test_nan_is_named(folder, dit_state):
     torch.save({"generator": dit_state}, folder / "longlive_base.pt")
     with pytest.raises(UserError, match="NaN or infinity in blocks.1.cross_attn.k.bias, head.head.weight"):
         load_dit(DIT, resolve_weights(folder, LONGLIVE, ("dit",)), "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("base, half, scale, words", [
+    (False, True, 1, ["lora.pt: NaN or infinity in base_model.model.blocks.0.ffn.0.lora_B.weight"]),
+    (True, False, 1, ["base.pt: NaN or infinity in blocks.0.ffn.0.weight; "]),
+    (True, True, 1, ["base.pt: NaN or infinity in blocks.0.ffn.0.weight; ", "lora.pt: NaN or infinity in "]),
+    (False, False, 1e30, ["lora.pt: merged with lora_alpha 8, it makes infinity in ", "smaller lora_alpha"]),
+])
+def test_nan_is_blamed_on_the_file_that_has_it(folder, dit_state, adapter, base, half, scale, words):
+    """The base fetched again, 5.7 GB, for a value that is in the adapter."""
+    dit_state, adapter = ({k: v.clone() for k, v in state.items()} for state in (dit_state, adapter))
+    adapter = {name: scale * tensor for name, tensor in adapter.items()}
+    if base:
+        dit_state["blocks.0.ffn.0.weight"][0, 0] = float("nan")
+    if half:
+        adapter["base_model.model.blocks.0.ffn.0.lora_B.weight"][1, 1] = float("inf")
+    torch.save({"generator": dit_state}, folder / "longlive_base.pt")
+    torch.save({"generator_lora": adapter}, folder / "lora.pt")
+    with pytest.raises(UserError) as error:
+        load_dit(DIT, resolve_weights(folder, LONGLIVE), "cpu", torch.float32, lora_alpha=ALPHA)
+    assert all(part in str(error.value) for part in words)
+    assert ("base.pt" in str(error.value)) == base
+
+
+def test_a_rank_or_an_alpha_that_cannot_be(tmp_path, dit_state, adapter):
+    """ZeroDivisionError and RuntimeError of torch, which name neither file nor key."""
+    module = CausalDiT(DIT)
+    empty = {name: half[:0] if "lora_A" in name else half[:, :0] for name, half in adapter.items()}
+    torch.save(empty, tmp_path / "lora.pt")
+    with pytest.raises(UserError, match="lora.pt: .* 20 of rank 0: blocks.0.self_attn.q.weight"):
+        open_lora(tmp_path / "lora.pt", module, ALPHA)
+    torch.save(adapter, tmp_path / "lora.pt")
+    for alpha in (1e300, float("nan"), 0.0):
+        with pytest.raises(UserError, match="lora_alpha: .* at most 1e"):
+            open_lora(tmp_path / "lora.pt", module, alpha)
+
+
+STRANGE_TENSORS = {
+    "meta": lambda tensor: tensor.to("meta"), "sparse": Tensor.to_sparse, "csr": Tensor.to_sparse_csr,
+    "nested": lambda tensor: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that some of these are prototypes
+@pytest.mark.parametrize("kind", STRANGE_TENSORS)
+@pytest.mark.parametrize("name", ["longlive_base.pt", "lora.pt"])
+def test_tensors_without_plain_values_are_named(folder, dit_state, adapter, kind, name):
+    """NotImplementedError or RuntimeError of torch, for a tensor of the right name and shape."""
+    state = dict(dit_state if name == "longlive_base.pt" else adapter)
+    tensor = next(key for key, value in state.items() if value.dim() == 2)
+    state[tensor] = STRANGE_TENSORS[kind](state[tensor])
+    key = "generator" if name == "longlive_base.pt" else "generator_lora"
+    torch.save({key: state}, folder / name)
+    with pytest.raises(UserError, match=f"{name}: does not fit the model; .*{tensor} "):
+        load_dit(DIT, resolve_weights(folder, LONGLIVE), "cpu", torch.float32, lora_alpha=ALPHA)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["old format", "zip"])
+def test_a_torch_file_cut_or_changed_anywhere_is_refused(tmp_path, dit_state, old):
+    """struct.error of an old file, BadZipFile of a new one, with no file's name."""
+    path, whole = tmp_path / "longlive_base.pt", _saved(dit_state, old)
+    for length in range(1, min(60_000, len(whole)), 499):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="longlive_base.pt"):
+            open_checkpoint(path)
+    end = bytearray(whole)
+    for place in range(len(end) - 22, len(end)):  # the record that ends a zip file
+        changed = bytes(end[:place]) + bytes([end[place] ^ 0x55]) + bytes(end[place + 1:])
+        path.write_bytes(changed)
+        with contextlib.suppress(UserError):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("header", [
+    '{"a": {"dtype": "F32", "shape": 4, "data_offsets": [0, 4]}}',
+    '{"patch_embedding.weight": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": 5, "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}",
+    '{"__metadata__": ' + '{"a":' * 5000 + "1" + "}" * 5000 +
+    ', "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "[1]"],
+    ids=["number", "text", "dtype", "brackets", "metadata", "list"])
+def test_a_strange_header_is_refused(tmp_path, header):
+    """TypeError or RecursionError for a header that is JSON and not safetensors'."""
+    path = tmp_path / "longlive_base.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(UserError, match="longlive_base.safetensors:? .*damaged"):
+        open_checkpoint(path)
+    with pytest.raises(UserError, match=f"{tmp_path}"):
+        check_weights(tmp_path, MODELS["tiny"])
+
+
+def test_a_prefix_too_much_is_named(tmp_path, dit_state):
+    """825 names missing and 825 unexpected, where one word before each is all that is wrong."""
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in dit_state.items()}
+    torch.save(state | {"vae.x": torch.ones(1)}, tmp_path / "base.pt")
+    with pytest.raises(UserError, match="base.pt: its names fit the model but for the prefix "
+                                        "'diffusion_model.'; .* without it"):
+        fill_(CausalDiT(DIT), open_checkpoint(tmp_path / "base.pt"), "cpu", torch.float32)
+    del state["model.diffusion_model.head.modulation"]
+    torch.save(state, tmp_path / "base.pt")
+    with pytest.raises(UserError, match="missing"):
+        fill_(CausalDiT(DIT), open_checkpoint(tmp_path / "base.pt"), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("place", ["", "models"])
+def test_shards_are_told_how_to_join(folder, dit_state, place):
+    """'lacks longlive_base.pt' and 20 GB to fetch, for a folder that holds it in parts."""
+    (folder / "longlive_base.pt").unlink()
+    (folder / place).mkdir(exist_ok=True)
+    names = list(dit_state)
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        save_file({name: dit_state[name] for name in part},
+                  folder / place / f"model-{number:05}-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"lacks longlive_base.pt; it holds shards \(model-00001-of-00002"):
+        resolve_weights(folder, LONGLIVE)
+    (folder / place / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"shards \(model.safetensors.index.json\), .*: join") as error:
+        resolve_weights(folder, LONGLIVE)
+    code = str(error.value).split('python -c "')[1].split('", with')[0].replace("NAME", "longlive_base")
+    subprocess.run([sys.executable, "-c", code], cwd=folder / place, check=True)
+    joined, _ = load_dit(DIT, resolve_weights(folder, LONGLIVE, ("dit",)), "cpu", torch.float32)
+    assert torch.equal(joined.state_dict()["head.modulation"], dit_state["head.modulation"])
 
 
 def test_weights_are_no_view_of_the_file(folder, dit_state):

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..prompts import PromptSchedule
-from ..streaming.session import MAX_SEED, Chunk, StreamingSession
+from ..streaming.session import MAX_SEED, Chunk, StreamingSession, checked_prompt
 from .recording import Recording, Reel, encode_picture
 
 logger = logging.getLogger(__name__)
@@ -204,9 +204,7 @@ class Engine:
                 self._due = 0.0
                 self._turn.notify_all()
             else:
-                if not isinstance(prompt, str) or not prompt.strip():
-                    raise UserError(f"prompt: {prompt!r} is empty; describe the video in words.")
-                self._begin(PromptSchedule((prompt,)), None, seed)
+                self._begin(PromptSchedule((checked_prompt(prompt),)), None, seed)
         self._changed()
 
     def replay(self, recording: Recording) -> None:

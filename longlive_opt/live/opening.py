@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import STUDIES, ExperimentConfig
+from ..config import STUDIES, ExperimentConfig, preset_files, unknown_preset
 from ..errors import UserError
 from ..files import load_yaml, project_path
 from ..models.specs import MODELS
@@ -13,15 +13,13 @@ from ..models.weight_files import TINY_WEIGHTS
 from ..optimizations import build_pipeline
 from ..streaming.session import StreamingSession
 
-NOT_PLAYED = (*STUDIES, "compile_parts", "smoke")
 FETCHED = "checkpoints"
 """The folder into which README fetches the official weights."""
 
 
 def preset_names() -> list[str]:
-    """The presets in `params/` that a player offers: all but those that take others apart."""
-    names = sorted(path.stem for path in project_path("params").glob("*.yaml"))
-    return [name for name in names if name not in NOT_PLAYED]
+    """The presets that a player offers: all but the studies, which take others apart."""
+    return [name for name in preset_files() if name not in STUDIES]
 
 
 def model_names(device: str) -> list[str]:
@@ -43,9 +41,12 @@ def live_config(preset: str, keys: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
         UserError: an unknown preset, or keys that cannot be.
     """
+    if preset in STUDIES:
+        raise UserError(f"preset: {preset!r} is a study, which is measured and not played; choose one of "
+                        f"{', '.join(preset_names())}.")
     if preset not in preset_names():
-        raise UserError(f"preset: {preset!r} is unknown; choose one of {', '.join(preset_names())}.")
-    asked = load_yaml(project_path(f"params/{preset}.yaml"))
+        raise unknown_preset(preset, preset_names())
+    asked = load_yaml(preset_files()[preset])
     model, device = keys.get("model", "tiny"), keys.get("device", "cpu")
     half = device != "cpu" or asked.get("attention_backend", "auto") not in ("auto", "math")
     given = {"model": model, "weights": default_weights(model), "device": device, "relative_rope": True,

@@ -119,7 +119,7 @@ class Player(anywidget.AnyWidget):
 
     def play(self, prompt: str = "", seed: int | None = None) -> None:
         """Go on if paused, else start a video: with `prompt`, or the preset's own first one."""
-        self.engine.play(prompt or self.choices.get("prompt", ""), seed)
+        self.engine.play(self.choices.get("prompt", "") if prompt in ("", None) else prompt, seed)
 
     def ask(self, prompt: str) -> Request:
         """Let `prompt` take over at the next block; what is returned says what became of it."""

@@ -263,7 +263,21 @@ def git_state(folder: Path, variables: "os._Environ[str] | dict[str, str]",
         return commit, None if changes is None else bool(changes), None
     dirty = {"0": False, "false": False, "1": True, "true": True}.get(
         variables.get("LONGLIVE_OPT_GIT_DIRTY", "").lower())
-    return given, dirty, None if given else "no git history here and LONGLIVE_OPT_GIT_COMMIT is not set"
+    if given:
+        return given, dirty, None
+    return None, dirty, _git_trouble(folder)
+
+
+def _git_trouble(folder: Path) -> str:
+    """Why git knows no commit of `folder`."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False,
+                              env={**os.environ, "LC_ALL": "C"})
+        if "dubious ownership" in done.stderr:
+            return ("git refuses the checkout, which belongs to another user (dubious ownership); in the "
+                    "project's folder, run 'git config --global --add safe.directory \"$PWD\"'")
+    return "no git history here and LONGLIVE_OPT_GIT_COMMIT is not set"
 
 
 def code_since(commits: Iterable[str | None]) -> list[str]:

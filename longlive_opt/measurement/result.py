@@ -99,12 +99,12 @@ The meaning of every metric is in `catalogue`.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, short
-from ..files import atomic_path, printable, read_json, whole_text
+from ..files import atomic_path, printable, read_json, whole_text, without_places
 
 SCHEMA_VERSION = 2
 WORKING = (".new", ".replaced")
@@ -259,15 +259,22 @@ def validate(result: Any, source: str = "result") -> dict[str, Any]:
     return result
 
 
+GIVEN = ("parameters", "prompt_schedule")
+"""Sections with the values that a run was given, by which a finished run is recognised."""
+
+
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Validate and write `result` as JSON, atomically: readers see the old file or the complete new one.
 
-    Each top-level key has one line, so a diff of two runs stays readable. Raises UserError (invalid, disk
-    full).
+    Each top-level key has one line, so a diff of two runs stays readable. Messages of libraries lose the
+    paths of this machine (`without_places`); what the run was given, `GIVEN`, stays as it is. Raises
+    UserError (invalid, disk full).
     """
     validate(result, str(path))
+    published = {key: value if key in GIVEN else plain_json(value, without_places)
+                 for key, value in result.items()}
     lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
-             for key, value in result.items())
+             for key, value in published.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -356,16 +363,19 @@ def _in_its_folder(result: dict[str, Any], path: Path) -> dict[str, Any]:
     return result
 
 
-def plain_json(value: Any) -> Any:
+def plain_json(value: Any, text: Callable[[str], str] = printable) -> Any:
     """`value` as it is read back: tuples as lists, and texts that a file can hold. A message of a library
     with half a character in it must not cost the measurement.
+
+    Args:
+        text: applied to every text.
     """
     if isinstance(value, str):
-        return printable(value)
+        return text(value)
     if isinstance(value, Mapping):
-        return {plain_json(key): plain_json(item) for key, item in value.items()}
+        return {plain_json(key, text): plain_json(item, text) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_json(item) for item in value]
+        return [plain_json(item, text) for item in value]
     return value
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import TRACED_BLOCKS, ExperimentConfig, notebook_parameters
+from ..config import TRACED_BLOCKS, ExperimentConfig, notebook_parameters, preset_files, unknown_preset
 from ..errors import UserError
 from ..files import load_yaml, project_path
 from ..models.specs import VAE_TEMPORAL_STRIDE
@@ -132,12 +132,11 @@ class Roofline:
         given = notebook_parameters(namespace)
         preset = given.pop("preset", "baseline")
         campaign_dir = given.pop("campaign_dir", "")
-        path = project_path(f"params/{preset}.yaml")
-        if not path.is_file():
-            known = sorted(one.stem for one in path.parent.glob("*.yaml"))
-            raise UserError(f"preset: {preset!r} is unknown; choose one of {', '.join(known)}.")
+        known = preset_files()
+        if preset not in known:
+            raise unknown_preset(preset, known)
         keys = {key: value for key, value in given.items() if value is not None}
-        return cls(ExperimentConfig.from_mapping({**load_yaml(path), **keys}), campaign_dir)
+        return cls(ExperimentConfig.from_mapping({**load_yaml(known[preset]), **keys}), campaign_dir)
 
     def __getattr__(self, name: str) -> Any:
         if (verb := _MADE_BY.get(name)) is None:

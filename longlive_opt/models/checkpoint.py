@@ -163,8 +163,11 @@ def _select(content: Any, path: Path, containers: tuple[str | None, ...]) -> Map
 
 
 def _header(value: Any) -> Header:
+    if isinstance(value, Tensor) and value.is_nested:
+        return Header((), "a nested tensor")
     if isinstance(value, Tensor) and (value.layout != torch.strided or value.device.type != "cpu"):
-        return Header((), f"a tensor without plain memory ({value.layout}, {value.device})")
+        words = f"a tensor without plain memory, {value.layout} on {value.device}"
+        return Header(tuple(value.shape), words)
     if isinstance(value, Tensor):
         return Header(tuple(value.shape), str(value.dtype).removeprefix("torch."))
     return Header((), type(value).__name__)

@@ -17,6 +17,7 @@ from ..errors import UserError
 VAE_SPATIAL_STRIDE = 8
 VAE_TEMPORAL_STRIDE = 4
 ROPE_POSITIONS = 1024
+MOST_LORA_ALPHA = 1e6
 FETCH_COMMAND = "python -m longlive_opt.fetch"
 WAN_FOLDER = "Wan2.1-T2V-1.3B"
 WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"

@@ -23,6 +23,10 @@ DIGESTS_FILE = "outputs/.sha256.json"
 KEPT_FROM_BYTES = 2**28  # reading a smaller file takes less than a second
 # The project's own layout, a plain copy of the hub's repositories, and the folders from the models' READMEs.
 FOLDERS = ("", "models", "longlive_models/models", "wan_models", "checkpoints", "chunkwise")
+SHARDS = ("*.index.json", "*-00001-of-*")
+JOIN_SHARDS = ("python -c \"import glob; from safetensors.torch import load_file, save_file; "
+               "save_file({name: tensor for file in glob.glob('*-of-*.safetensors') for name, tensor in "
+               "load_file(file).items()}, 'NAME.safetensors')\", with NAME as in the name that is missing")
 _PLACES = tuple(dict.fromkeys(place for spec in MODELS.values() for place in spec.checkpoint.files.values()))
 
 
@@ -114,8 +118,19 @@ def resolve_weights(weights: str | Path, model: ModelSpec, parts: Iterable[str] 
     if names:
         if is_tiny(root) or _is_safetensors(root):
             names = [name.with_suffix(".safetensors") if name.suffix else name for name in names]
-        raise UserError(f"weights: {root} lacks {', '.join(map(str, names))}; {remedy(root, root, model)}.")
+        lacks = f"weights: {root} lacks {', '.join(map(str, names))}"
+        if shard := _shard(root, names):
+            raise UserError(f"{lacks}; it holds shards ({shard.name}), which are not read: join them into "
+                            f"one file, in {shard.parent}: {JOIN_SHARDS}.")
+        raise UserError(f"{lacks}; {remedy(root, root, model)}.")
     return WeightFiles(root, **found, containers=model.checkpoint.containers)
+
+
+def _shard(root: Path, names: Iterable[Path]) -> Path | None:
+    """A file of a model that was saved in several, where one of `names` was looked for; None without any."""
+    places = dict.fromkeys(root / folder / name.parent for name in names for folder in FOLDERS)
+    return next((path for place in places for pattern in SHARDS for path in sorted(place.glob(pattern))),
+                None)
 
 
 def check_weights(weights: str | Path, model: ModelSpec) -> WeightFiles:
@@ -211,8 +226,15 @@ def _problem(path: Path) -> str | None:
     if path.suffix == ".safetensors":
         return None if safetensors_header(path) else "is damaged, cut short or not a safetensors file"
     if start.startswith(b"PK\x03\x04"):
-        return None if zipfile.is_zipfile(path) else "is cut short"
+        return None if _is_zip(path) else "is cut short"
     return None if start.startswith(b"\x80") or path.suffix == ".json" else "is not a torch file"
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # raised for some ends of a file, although it is a question
+        return False
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:
@@ -226,10 +248,11 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
             header = json.loads(file.read(length) if rest >= 0 else b"")
             header.pop("__metadata__", None)
             end = max(tensor["data_offsets"][1] for tensor in header.values())
-            shapes = [tensor["shape"] for tensor in header.values()]
+            is_plain = all(type(size) is int and size >= 0 for tensor in header.values()
+                           for size in tensor["shape"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
-    return header if end == rest and all(isinstance(shape, list) for shape in shapes) else None
+    return header if end == rest and is_plain else None
 
 
 def is_tiny(path: Path) -> bool:

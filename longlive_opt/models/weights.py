@@ -12,6 +12,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, TypedDict
@@ -19,10 +20,10 @@ from typing import Any, Mapping, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_problems
 from .dit import CausalDiT
-from .specs import DiTConfig, TextEncoderConfig, TinyVAESpec, VAEConfig
+from .specs import MOST_LORA_ALPHA, DiTConfig, TextEncoderConfig, TinyVAESpec, VAEConfig
 from .taehv import TAEHV, Grow, encoder_shapes
 from .text import TextEncoder, UMT5Encoder, load_tokenizer
 from .vae import WanVAE
@@ -77,13 +78,15 @@ def open_lora(path: Path, module: nn.Module, alpha: float) -> LoRA:
     """Open a PEFT (parameter-efficient fine-tuning) adapter and match it with the weights of `module`.
 
     Raises:
-        UserError: naming every tensor that is not a LoRA half, lacks its other half or target, or does not
-        fit.
+        UserError: naming every tensor that is not a LoRA half, lacks its other half or target, has rank 0,
+        or does not fit; or `alpha` is out of range.
     """
+    if not 0 < alpha <= MOST_LORA_ALPHA:
+        raise UserError(f"lora_alpha: {alpha} must be greater than 0 and at most {MOST_LORA_ALPHA:g}.")
     checkpoint = open_checkpoint(path, ("generator_lora", None))
     shapes = _shapes(module)
     halves: dict[str, dict[str, str]] = {}
-    strangers, alone, untargeted, misshapen = [], [], [], []
+    strangers, alone, untargeted, empty, misshapen = [], [], [], [], []
     for name, header in checkpoint.headers.items():
         match = LORA_NAME.fullmatch(name)
         if match and header.is_float and len(header.shape) == 2:
@@ -99,10 +102,13 @@ def open_lora(path: Path, module: nn.Module, alpha: float) -> LoRA:
         else:
             a, b = (checkpoint.headers[names[half]].shape for half in "AB")
             targets[target] = (names["A"], names["B"], a[0])
-            if (b[0], a[1]) != shapes[target] or b[1] != a[0]:
+            if not a[0]:
+                empty.append(target)
+            elif (b[0], a[1]) != shapes[target] or b[1] != a[0]:
                 misshapen.append(f"{target} {list(shapes[target])} with A {list(a)} and B {list(b)}")
     raise_problems(path, {"not LoRA tensors": strangers, "without their other half": alone,
-                          "targets that the model lacks": untargeted, "of the wrong shape": misshapen})
+                          "targets that the model lacks": untargeted, "of rank 0": empty,
+                          "of the wrong shape": misshapen})
     return LoRA(checkpoint, targets, alpha)
 
 
@@ -130,8 +136,32 @@ def fill_(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str,
         sums.append(tensor.sum(dtype=torch.float32))  # not finite as soon as one value is not
     bad = [name for name, finite in zip(tensors, torch.stack(sums).isfinite().tolist()) if not finite]
     if bad:
-        raise UserError(f"{checkpoint.path}: NaN or infinity in {listed(bad)}; {remedy(checkpoint.path)}.")
+        raise UserError(_not_finite(bad, checkpoint, lora, dtype))
     _assign(module, tensors, device)
+
+
+def _not_finite(names: list[str], checkpoint: Checkpoint, lora: LoRA | None, dtype: torch.dtype) -> str:
+    """Which file has the NaN or infinity that is in the weights `names`; or neither, and their sum has it."""
+    own, halves, sums = [], [], []
+    for name in names:
+        adapted = lora is not None and name in lora.targets
+        found = [half for half in lora.targets[name][:2] if not _is_finite(lora.checkpoint.read(half))] \
+            if adapted else []
+        halves += found
+        if not adapted or not _is_finite(checkpoint.read(name).to(dtype)):
+            own.append(name)
+        elif not found:
+            sums.append(name)
+    words = [f"{path}: NaN or infinity in {listed(bad)}; {remedy(path)}."
+             for path, bad in ((checkpoint.path, own), (lora and lora.checkpoint.path, halves)) if bad]
+    if sums:
+        words.append(f"{lora.checkpoint.path}: merged with lora_alpha {lora.alpha:g}, it makes infinity in "
+                     f"{listed(sums)}; set a smaller lora_alpha, or use the adapter of this model.")
+    return " ".join(words)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def check_headers(checkpoint: Checkpoint, module: nn.Module, **advice: str) -> None:
@@ -139,6 +169,9 @@ def check_headers(checkpoint: Checkpoint, module: nn.Module, **advice: str) -> N
     `raise_problems`.
     """
     shapes, headers = _shapes(module), checkpoint.headers
+    if prefix := _surplus_prefix(headers, shapes):
+        raise UserError(f"{checkpoint.path}: its names fit the model but for the prefix {short(prefix)}; "
+                        "save its tensors again under names without it.")
     common = [name for name in shapes if name in headers]
     raise_problems(checkpoint.path, {
         "missing": [name for name in shapes if name not in headers],
@@ -147,6 +180,16 @@ def check_headers(checkpoint: Checkpoint, module: nn.Module, **advice: str) -> N
                                for name in common if headers[name].shape != shapes[name]],
         "of an unusable dtype": [f"{name} ({headers[name].dtype})"
                                  for name in common if not headers[name].is_float]}, **advice)
+
+
+def _surplus_prefix(names: Collection[str], wanted: Collection[str]) -> str:
+    """What to remove from the beginning of `names` to have all that are `wanted`; empty if that is nothing,
+    or not enough.
+    """
+    first = next(iter(wanted))
+    prefixes = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    return next((prefix for prefix in sorted(prefixes, key=len)
+                 if all(prefix + name in names for name in wanted)), "")
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -109,12 +109,20 @@ def name_unusable(campaign: Campaign) -> None:
 
 
 def campaign_folder(asked: str) -> Path:
-    """The folder of a campaign: a name in outputs/, or a path from the current or the project's folder."""
+    """The folder of a campaign: a name in outputs/, or a path from the current or the project's folder.
+
+    Raises:
+        UserError: neither exists.
+    """
     named = project_path(f"outputs/{asked}")
     if "/" not in asked and named.is_dir():
         return named
-    own = Path(asked).resolve()
-    return own if own.is_dir() else project_path(asked)
+    for own in (Path(asked).resolve(), project_path(asked)):
+        if own.is_dir():
+            return own
+    there = sorted({path.parent.parent.name for path in project_path("outputs").glob("*/*/result.json")})
+    raise UserError(f"{asked}: neither a campaign in outputs/ nor a folder; outputs/ has "
+                    f"{', '.join(there) or 'none'}.")
 
 
 def compare(before: Campaign, after: Campaign) -> list[Change]:

@@ -20,6 +20,7 @@ import tinycss2
 from tinycss2.ast import Declaration, Node, QualifiedRule
 
 from ..errors import UserError
+from ..files import without_places
 from .stylesheet import REPORT
 
 FIRST = ("looking", "video", "concluding", "conclusion", "difference", "charts-text", "charts")
@@ -105,7 +106,7 @@ def export_html(notebook_path: Path, html_path: Path, *, title: str, hide_code: 
         raise UserError(f"{notebook_path}: the report would load {references[0]} from the network; "
                         "embed it as data or link to it")
     temporary = html_path.with_name(html_path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
+    temporary.write_text(without_places(html), encoding="utf-8")
     os.replace(temporary, html_path)
 
 

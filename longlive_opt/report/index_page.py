@@ -11,7 +11,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import atomic_path
+from ..files import atomic_path, without_places
 from ..measurement.result import lookup, run_label
 from .campaign import SUMMARY, Campaign, Result, by_ladder
 from .conclusion import NOISE_BY_DESIGN, provenance_html
@@ -50,7 +50,7 @@ def write_index(campaign: Campaign) -> Path:
     """
     path = campaign.folder / INDEX_NAME
     with atomic_path(path) as temporary:
-        temporary.write_text(page(campaign), encoding="utf-8")
+        temporary.write_text(without_places(page(campaign)), encoding="utf-8")
     return path
 
 

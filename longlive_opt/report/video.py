@@ -24,6 +24,8 @@ _LABEL_HEIGHT = 14
 SIDE_CRF, SIDE_PIXELS, SIDE_BYTES = 18, 240, 3_000_000
 """Of the comparison of two videos: its quality, the most pixels a side, and the most bytes of the file."""
 AMPLIFIED = 8
+BT709, LIMITED_RANGE = 1, 1
+"""FFmpeg's codes. An mp4 is converted by BT.709 and says so; without it players guess the matrix."""
 
 
 def as_images(frames: "torch.Tensor | np.ndarray") -> "np.ndarray":
@@ -61,7 +63,7 @@ def shrink(frames: "torch.Tensor", width: int | None) -> "torch.Tensor":
 
 def write_mp4(path: str | Path, frames: "torch.Tensor | np.ndarray", fps: float, *,
               crf: int = 20) -> dict[str, Any]:
-    """Write frames (see `as_images`) as H.264 for browsers: yuv420p, index at the front, even sizes.
+    """Write frames (see `as_images`) as H.264 for browsers: yuv420p by BT.709, index in front, even sizes.
 
     4:2:0 needs even sizes. An odd height or width repeats its last row or column, and `padded` records it.
     Returns {frames, fps, width, height, padded, bytes}. Raises UserError without PyAV or if writing fails.
@@ -95,10 +97,14 @@ def write_pictures(path: str | Path, pictures: "Iterable[np.ndarray]", fps: floa
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
             stream.height, stream.width = first.shape[0] + odd[0], first.shape[1] + odd[1]
             stream.pix_fmt = "yuv420p"
+            coder = stream.codec_context
+            coder.colorspace = coder.color_primaries = coder.color_trc = BT709
+            coder.color_range = LIMITED_RANGE
             stream.options = {"crf": str(crf)}
             for picture in itertools.chain([first], pictures):
                 padded = np.pad(picture, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     return {"width": first.shape[1] + odd[1], "height": first.shape[0] + odd[0], "padded": any(odd)}

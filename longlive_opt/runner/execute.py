@@ -23,8 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NotAvailable, UserError
-from ..files import atomic_path, printable
-from ..measurement.result import ASIDE, MEASURED_FILE, REFERENCE_FILE, WORKING, read_result
+from ..files import atomic_path, printable, without_places
+from ..measurement.result import (
+    ASIDE,
+    GIVEN,
+    MEASURED_FILE,
+    REFERENCE_FILE,
+    WORKING,
+    plain_json,
+    read_result,
+)
 from ..models.weight_files import WeightFiles
 from ..report.html_export import MAX_BYTES, export_html
 
@@ -297,7 +305,8 @@ def _execute(root: Path, job: Job, folder: Path, stderr: deque[str]) -> None:
         notebook = job.notebook if installed else job.notebook.relative_to(root)
         with contextlib.chdir(root):
             papermill.execute_notebook(notebook, output / "notebook.ipynb", parameters,
-                                       cwd=".", kernel_name="python3", progress_bar=False, log_output=True,
+                                       cwd=".", kernel_name="python3", language="python",
+                                       progress_bar=False, log_output=True,
                                        stdout_file=_Lines(job.label), stderr_file=_Lines(job.label, stderr),
                                        extra_arguments=["--log-level=50"])
     finally:
@@ -381,16 +390,18 @@ def _failure(root: Path, job: Job, folder: Path, error: BaseException, stderr: S
 
 
 def _publishable(root: Path, text: str) -> str:
-    """`text` without control characters and without the paths of this machine: failures are published."""
-    text = printable(_ANSI.sub("", text)).replace(f"{root}/", "")
-    text = re.sub(r"(?<![\w.])/[^\s'\":]*/(site-packages|dist-packages)/", "", text)
-    return text.replace(f"{Path.home()}/", "~/") if len(Path.home().parts) > 1 else text
+    """`text` without control characters and without the paths of this machine."""
+    return without_places(printable(_ANSI.sub("", text)), root)
 
 
 def write_failure(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write failed.json, whole or not at all. Never raises, because the campaign has to continue."""
+    """Write failed.json, whole or not at all, without the paths of this machine: failures are published.
+    Never raises, because the campaign has to continue.
+    """
     try:
-        text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
+        published = {key: value if key in GIVEN else plain_json(value, without_places)
+                     for key, value in report.items()}
+        text = json.dumps(published, indent=1, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):
         text = json.dumps({key: ascii(value) for key, value in report.items()}, indent=1)
     try:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import ExperimentConfig, check_switches, check_switches_fit
+from ..config import ExperimentConfig, check_switches_fit
 from ..errors import UserError
-from ..files import atomic_path, load_yaml
+from ..files import atomic_path, load_yaml, project_path, require_writable
 from ..live.opening import default_weights, live_config
 from ..measurement.environment import FULL_MODEL_GB
 from ..models.specs import LONGLIVE, VAE_TEMPORAL_STRIDE
@@ -81,8 +81,9 @@ def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | 
     """
     if bool(prompts) == (file is not None):
         raise UserError("prompt: give one or more, or --prompts-file, and not both.")
-    frames = None if switch_at is None else [round(second * config.model_config().fps / VAE_TEMPORAL_STRIDE)
-                                             for second in switch_at]
+    if file is not None and switch_at is not None and file.suffix != ".jsonl":
+        raise UserError(f"--switch-at: {file} has one prompt per video; use a .jsonl file to switch prompts.")
+    frames = None if switch_at is None else _latent_frames(config, switch_at, blocks)
     if file is not None:
         schedules = read_schedules(file, frames, (blocks, config.block_frames))
     elif frames is None:
@@ -91,11 +92,52 @@ def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | 
             raise UserError(f"prompt: {len(prompts)} prompts do not fit into {blocks} blocks; make the video "
                             "longer (--seconds).")
     else:
-        check_switches(tuple(frames), len(prompts), "--switch-at")
+        if len(frames) != len(prompts) - 1:
+            raise UserError(f"--switch-at: {len(frames)} times for {len(prompts)} prompts; {len(prompts)} "
+                            f"prompts need {len(prompts) - 1}.")
         schedules = [PromptSchedule(tuple(prompts), tuple(frames))]
     for schedule in schedules:
         check_switches_fit(schedule.switch_frames, blocks, config.block_frames)
     return schedules
+
+
+def _latent_frames(config: ExperimentConfig, seconds: Sequence[float], blocks: int) -> list[int]:
+    """The first latent frame of the block at which each switch takes effect; a block takes one at most.
+
+    Raises:
+        UserError: the seconds do not rise, or one is past the end of the video.
+    """
+    fps, block = config.model_config().fps, config.block_frames
+    if not all(0 <= second <= MOST_SECONDS for second in seconds) or any(
+            a >= b for a, b in zip(seconds, seconds[1:])):
+        given = " ".join(f"{second:g}" for second in seconds)
+        raise UserError(f"--switch-at: {given} must be seconds that rise, from 0 on.")
+    starts: list[int] = []
+    for second in seconds:
+        asked = -(-round(second * fps / VAE_TEMPORAL_STRIDE) // block)
+        starts.append(max(asked, starts[-1] + 1 if starts else 0))
+        if starts[-1] >= blocks:
+            length = (VAE_TEMPORAL_STRIDE * (blocks * block - 1) + 1) / fps
+            raise UserError(f"--switch-at: {second:g} s takes effect past the end of the video ({length:.1f} "
+                            "s); switch earlier, or make the video longer (--seconds).")
+    return [start * block for start in starts]
+
+
+def outputs_of(asked: Path, videos: int) -> list[Path]:
+    """The output of each video: as asked, or numbered if there are several.
+
+    Raises:
+        UserError: one of them could not be written.
+    """
+    output = project_path(asked) if str(asked).startswith("~") else asked
+    if output.suffix not in ("", ".mp4") or not output.name:
+        raise UserError(f"--output: {str(asked)!r} is neither an mp4 nor a folder; end it in .mp4 or "
+                        "leave the suffix out.")
+    outputs = [output] if videos == 1 else [output.with_name(f"{output.stem}_{number:03}{output.suffix}")
+                                            for number in range(videos)]
+    for path in outputs:
+        require_writable(path, "--output", folder=not path.suffix)
+    return outputs
 
 
 def pictures(session: StreamingSession, schedule: PromptSchedule, blocks: int) -> Iterator[np.ndarray]:
@@ -164,19 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         blocks = blocks_of(config, arguments.seconds, arguments.blocks)
         schedules = schedules_of(config, arguments.prompts, arguments.prompts_file, arguments.switch_at,
                                  blocks)
-        if arguments.output.suffix not in ("", ".mp4"):
-            raise UserError(f"--output: {arguments.output} is neither an mp4 nor a folder; end it in .mp4 or "
-                            "leave the suffix out.")
+        outputs = outputs_of(arguments.output, len(schedules))
+        config.check_places()
         print(words, file=sys.stderr)
         if config.model == "tiny":
             asked = dict.fromkeys(prompt for schedule in schedules for prompt in schedule.prompts)
             for sentence in filter(None, map(strange, asked)):
                 print(f"{sentence} weights/tiny/README.md has its words.", file=sys.stderr)
         session = StreamingSession(build_pipeline(config), host_frames=True)
-        for number, schedule in enumerate(schedules):
-            output = arguments.output
-            if len(schedules) > 1:
-                output = output.with_name(f"{output.stem}_{number:03}{output.suffix}")
+        for schedule, output in zip(schedules, outputs):
             write(output, pictures(session, schedule, blocks), config.model_config().fps)
             session.reset()
             print(output)

@@ -10,7 +10,6 @@ imports neither torch nor papermill, so the command line answers at once.
 from __future__ import annotations
 
 import ast
-import difflib
 import logging
 import os
 import re
@@ -30,9 +29,10 @@ from ..config import (
     check_baseline,
     check_folder_name,
     several_suffix,
+    unknown_preset,
 )
 from ..errors import UserError, short
-from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, whole_text
+from ..files import check_texts, load_yaml, parse_yaml, project_path, read_json, require_writable, whole_text
 from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights, safetensors_header, tiny_vae_file
@@ -93,7 +93,9 @@ class Layout:
         return self.root / "outputs" / name
 
     def presets(self) -> dict[str, Path]:
-        """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset."""
+        """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset. In
+        the project these presets are `config.preset_files`.
+        """
         paths = [path for path in sorted(self.notebooks.glob("*.ipynb")) if path.name not in OTHER_NOTEBOOKS]
         return {path.stem.split("_", 1)[1]: path for path in paths if re.match(r"\d+_.", path.stem)}
 
@@ -115,9 +117,7 @@ def choose_presets(layout: Layout, asked: Sequence[str], skipped: Sequence[str] 
         if preset not in known and parameters.is_file():
             raise UserError(f"preset {preset!r} has no notebook; add notebooks/NN_{preset}.ipynb")
         if preset not in known:
-            close = difflib.get_close_matches(preset, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"preset {preset!r} is unknown; {hint}known: {', '.join(known) or 'none'}")
+            raise unknown_preset(preset, known)
         if not parameters.is_file():
             raise UserError(f"notebooks/{known[preset].name} has no parameters; add params/{preset}.yaml")
     return {preset: known[preset] for preset in chosen}
@@ -127,14 +127,17 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts -> values as YAML reads them.
 
     Raises:
-        UserError: a text has no '=', its value is not plain YAML, or contains what cannot be written.
+        UserError: a text has no '=', its value is not plain YAML, or contains what cannot be written; or a
+            key is given twice.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"--set: {text!r} is not key=value")
         where = f"--set {key!a}"
+        if key in parsed:
+            raise UserError(f"{where}: it is given twice; leave one out")
         parsed[key] = check_texts(parse_yaml(whole_text(value, where), where), where)
     return parsed
 
@@ -295,12 +298,13 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     try:
         config = ExperimentConfig.from_mapping(asked)
         check_baseline(config)
+        config.check_places()
         schedule = schedule_of(config)
         weights = check_weights(config.weights, config.model_config())
         if config.has_tiny_vae:
             tiny_vae_file(config.vae, config.vae_weights, config.weights)
     except UserError as error:
-        raise UserError(f"preset {preset}: {error}") from error
+        raise UserError(f"preset {preset}: {str(error).removeprefix('preset: ')}") from error
     if config.name != (name or preset):
         raise UserError(f"params/{preset}.yaml: name is {config.name!r}; it must be the file's, {preset!r}")
     label = run_label(config.name, number)
@@ -325,18 +329,10 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
     notebook, folder = layout.notebooks / SUMMARY_NOTEBOOK, layout.campaign(campaign)
     campaign_dir = folder.relative_to(layout.root)
     log_path = whole_text((log_path or campaign_dir / "OPTIMIZATION_LOG.md").as_posix(), "--log")
-    _require_writable(layout.root / project_path(log_path), "--log")
+    require_writable(layout.root / project_path(log_path), "--log")
     parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path}
     _require_declared(notebook, declared_parameters(notebook), list(parameters))
     return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)
-
-
-def _require_writable(path: Path, option: str) -> None:
-    """Refuse a file that could not be written after hours of measuring."""
-    folder = next(parent for parent in path.parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if path.is_dir() else f"lies below {folder}, which cannot be written to"
-        raise UserError(f"{option}: {path} {reason}; name a file in a folder that you can write to")
 
 
 def plan_training(layout: Layout, weights: str = TINY_WEIGHTS) -> Job:

@@ -227,7 +227,7 @@ class StreamingSession:
         Raises:
             UserError: the prompt is empty or contains half a character.
         """
-        prompt = _checked_prompt(prompt)
+        prompt = checked_prompt(prompt)
         self._requests.append(prompt)
         self.timeline.mark("switch_request", self._block + len(self._requests) - 1)
 
@@ -261,7 +261,7 @@ class StreamingSession:
             )
         if self._streaming:
             raise UserError("session: it already holds a video; call reset() before starting another.")
-        schedule = PromptSchedule(tuple(map(_checked_prompt, schedule.prompts)), schedule.switch_frames)
+        schedule = PromptSchedule(tuple(map(checked_prompt, schedule.prompts)), schedule.switch_frames)
         self._streaming = True
         return self._stepwise(self._whole(self._stream(schedule, blocks)), self._video)
 
@@ -361,7 +361,8 @@ def whole_blocks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         yield chunk
 
 
-def _checked_prompt(prompt: str) -> str:
+def checked_prompt(prompt: str) -> str:
+    """The prompt, with pairs of surrogates joined. Raises UserError if it is no text, or empty."""
     if not isinstance(prompt, str):
         raise UserError(f"prompt: {short(prompt)} is not a text; describe the video in words.")
     if not prompt.strip():

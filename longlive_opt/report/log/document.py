@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ...config import keys_of
-from ...files import atomic_path, project_path
+from ...files import atomic_path, project_path, without_places
 from ...measurement import decision, environment
 from ...measurement.catalogue import Metric, of_template, recorded, shown_in
 from ...measurement.result import lookup, number
@@ -101,7 +101,7 @@ def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    text = render_log(results, **more)
+    text = without_places(render_log(results, **more))
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
@@ -230,15 +230,15 @@ def _provenance(run: Run) -> list[str]:
     names = {"driver": "driver", "CUDA": "cuda", "torch": "torch", "cuDNN": "cudnn", "Triton": "triton",
              "Python": "python", "attention": "attention_backend"}
     versions = ", ".join(f"{name} {escape(environment.get(key) or 'n/a')}" for name, key in names.items())
-    commit = escape((environment.get("git_commit") or "unknown")[:12])
+    commit = escape(str(environment.get("git_commit") or "unknown")[:12])
     dirty = {True: " with uncommitted changes", False: ""}.get(
         environment.get("git_dirty"), " (state of the tree unknown)")
     width, height = (lookup(result, f"parameters.{side}") or lookup(result, f"model.sizes.{side}") or "?"
                      for side in ("width", "height"))
     return [f"Weights: {weights}", f"Versions: {versions}",
             f"Code: commit {commit}{dirty}, run of {escape(result['created_utc'])}",
-            f"Pictures: {width}x{height} pixels, {result['sizes']['frames_per_block']} video frames per "
-            "block"]
+            f"Pictures: {escape(width)}x{escape(height)} pixels, {result['sizes']['frames_per_block']} video "
+            "frames per block"]
 
 
 def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
@@ -251,7 +251,8 @@ def _extra_section(blank: str, index: int, run: Run, base: Run | None) -> str:
     keys = [key for key in parameters if key in _SHOWN and parameters[key] is not None
             or key not in _WORDS and parameters[key] != reference.get(key, parameters[key])]
     lines = (yaml.safe_dump({key: parameters[key]}, default_flow_style=True, width=1000) for key in keys)
-    block = "\n".join(line.strip("{}\n") for line in lines)
+    # On one line each, since a line of a text could end the block.
+    block = "\n".join(" ".join(line.strip("{}\n").split()) for line in lines)
     column = run.name if len(run.name) <= 24 else escape(run.preset)
     text = re.sub(r"### Experiment 5: .*", lambda _: f"### Experiment {index}: {run.name}", blank)
     text = re.sub(r"(?s)```yaml\n.*?\n```", lambda _: f"```yaml\n{block}\n```", text)

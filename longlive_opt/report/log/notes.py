@@ -63,9 +63,10 @@ def _quality(result: Result) -> str:
     quality, within = result["quality"], psnr_within_blocks(result)
     if of_truth(result):
         switch = lookup(quality, "prompt_schedule.switch_block")
-        where = "without a prompt switch" if switch is None else f"with a prompt switch at block {switch}"
+        where = "without a prompt switch" if switch is None else \
+            f"with a prompt switch at block {escape(switch)}"
         blocks = lookup(quality, "prompt_schedule.blocks")
-        return (f"{ratio_text(result)}. Measured over {blocks} blocks {where}, against "
+        return (f"{ratio_text(result)}. Measured over {escape(blocks)} blocks {where}, against "
                 f"{escape(quality['reference'])}.{decoder_text(quality)}")
     text = (f"One-block protocol: {quality.get('frames_compared')} of {quality.get('frames_total')} frames "
             f"against those of {escape(quality['reference'])}.")
@@ -145,7 +146,7 @@ def _lengths(runs: Sequence[Run], parts: Sequence[Run]) -> list[str]:
 
 def _apart(result: Result, baseline: Result) -> list[str]:
     """A note if the run and its baseline come from different commits."""
-    codes = [str(lookup(r, "environment.git_commit") or "unknown")[:12] for r in (result, baseline)]
+    codes = [escape(str(lookup(r, "environment.git_commit") or "unknown")[:12]) for r in (result, baseline)]
     if codes[0] == codes[1]:
         return []
     days = [escape(r["created_utc"]) for r in (result, baseline)]
@@ -227,7 +228,7 @@ def _switches(result: Result) -> str:
     parts = []
     for outcome, times in sorted(by_prompt.items()):
         means = [digits(found["mean"]) for found in (times, anywhere.get(outcome)) if found]
-        parts.append(f"{escape(outcome)} {' and '.join(means)} ms (n={times['n']})")
+        parts.append(f"{escape(outcome)} {' and '.join(means)} ms (n={escape(times['n'])})")
     return f"PS mean and PS mean at a random moment by prompt cache: {', '.join(parts)}." if parts else ""
 
 
