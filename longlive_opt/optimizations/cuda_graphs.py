@@ -122,6 +122,10 @@ class GraphedForward:
         self.stats.replayed += 1
         return captured.flow
 
+    def forget(self) -> None:
+        """Release all graphs; the next passes are captured again."""
+        self._graphs.clear()
+
     def _at_fixed_addresses(self, text: TextContext) -> TextContext:
         if self._text is None:
             self._text = TextContext(

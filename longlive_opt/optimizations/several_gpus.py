@@ -74,9 +74,7 @@ class Team:
                 groups.append(Group(denoising, rank, device, handles[1]))
         self.passes = groups[-1] if config.vae_ranks == "own" and len(denoising) > 1 else self.all
         if rank in denoising and len(denoising) > 1:
-            devices = [rank_device(config, member) for member in denoising]
-            direct = config.rank_exchange != "collective" and reachable(devices)
-            self.exchange = (PeerExchange if direct else HeadExchange)(self.passes)
+            self.exchange = (PeerExchange if config.rank_exchange == "peer" else HeadExchange)(self.passes)
         height = config.model_config().latent_height
         self.bands = Bands(self.all, height) if config.vae_ranks == "split" else None
         self._groups = groups
@@ -165,8 +163,7 @@ def start_ranks(config: ExperimentConfig) -> Family:
     devices = [rank_device(config, rank) for rank in range(config.gpus)]
     if config.rank_exchange == "peer" and not reachable(devices):
         raise NotAvailable("rank_exchange: peer needs GPUs that can write to each other's memory (NVLink, or "
-                           "PCIe with peer access), and these cannot; leave rank_exchange out or set it to "
-                           "collective.")
+                           "PCIe with peer access), and these cannot; set it to collective or leave it out.")
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // config.gpus))}
     return Family(WORKER, devices, threads if config.device == "cpu" else {})
 
@@ -200,6 +197,8 @@ class SeveralGPUs(Optimization):
         """Return rank 0's pipeline with components that announce their calls."""
         team, model = leader.team, pipeline.model
         make_cache, make_decoder = pipeline.make_cache, pipeline.make_decoder
+        if isinstance(pipeline.sampler.forward, cuda_graphs.GraphedForward):
+            leader.family.at_end(pipeline.sampler.forward.forget)
         ranks = len(team.denoisers)
         heads = model.dit.num_heads // ranks
         how = "" if ranks == 1 else f", exchanged by {team.exchange.how}"

@@ -146,6 +146,13 @@ class PeerExchange(HeadExchange):
         self.memory.arrive()
         return super().tokens(x)
 
+    def whole(self, x: Tensor) -> Tensor:
+        result = self.memory("whole", (self.size, *x.shape), x.dtype)
+        for part in result.parts:
+            part[self.group.rank].copy_(x)
+        self.memory.arrive()
+        return _joined(result.own)
+
     def to_tokens(self, attended: Tensor) -> Tensor:
         batch, tokens, heads, dim = attended.shape
         shape = (batch, tokens // self.size, heads * self.size, dim)

@@ -185,8 +185,8 @@ class Family:
         self.check()
 
     def at_end(self, release: Callable[[], None]) -> None:
-        """Call a method of an object, if it still lives, when the ranks have ended: it must let kernels end
-        that wait for them. Another thread may call it.
+        """Call a method of an object, if it still lives, when the ranks have ended: it lets kernels end that
+        wait for them, or releases graphs of such kernels. Another thread may call it.
         """
         self._state.releases.append(weakref.WeakMethod(release))
 
@@ -326,14 +326,21 @@ class _State:
         if not dist.is_initialized():
             return
         if self.backend == "nccl":
-            # Unlike destroying, this does not wait for the other ranks.
-            dist.distributed_c10d._abort_process_group()
+            # Unlike destroying, this does not wait for the other ranks. But it waits until no CUDA graph with
+            # a collective is left, and after a failure the traceback may hold one.
+            thread = threading.Thread(target=dist.distributed_c10d._abort_process_group, name="abort",
+                                      daemon=True)
+            with contextlib.suppress(RuntimeError):  # Python ends, and all communication with it
+                thread.start()
+                _leaving.append(thread)
+                thread.join(GRACE_SECONDS)
         elif self.ended:
             # While rank 0 may be inside of a collective, only the ranks' end breaks it.
             dist.destroy_process_group()
 
 
 _current: list[weakref.ref[Family]] = []
+_leaving: list[threading.Thread] = []
 
 
 def _claim_process() -> None:
@@ -345,6 +352,8 @@ def _claim_process() -> None:
     if not dist.is_initialized():
         return
     gc.collect()
+    while _leaving:
+        _leaving.pop().join(GRACE_SECONDS)
     if not dist.is_initialized():
         return
     if any((family := ref()) is not None and not family.closed for ref in _current):
