@@ -257,8 +257,8 @@ def test_gitignore() -> None:
         "outputs/h100/baseline/report.html": False, "outputs/h100/summary/waterfall.png": False,
         "outputs/h200/speed/result.json": True,
         "outputs/h100_tiny/speed/result.json": False, "outputs/h100_tiny/speed/frames.png": True,
-        "outputs/h200_long/realtime/result.json": False, "outputs/h200_fused_vae/exact/result.json": False,
-        "outputs/h200_early_frames/record/result.json": False,
+        "outputs/h200_long/realtime/result.json": False, "outputs/h200_fused_vae/faithful/result.json": False,
+        "outputs/h200_two/record_2gpus/result.json": False,
         "outputs/h200_tiny/speed/result.json": False,
         "outputs/h100_tiny/baseline/reference.safetensors": True,
         "outputs/h100_extras/ablation/result.json": False, "outputs/h100/baseline/notebook.ipynb": True,
@@ -741,14 +741,13 @@ def test_readme_states_what_the_committed_runs_say():
     first, last = (sum(part) / fifth for part in (blocks[:fifth], blocks[-fifth:]))
     assert (f"{first:.2f} ms per frame in the first fifth of {len(blocks)} blocks, {last:.2f} in the last, "
             f"worst {max(blocks):.2f}") in readme
-    worst = {preset: read_result(ROOT / f"outputs/h200_fused_vae/{preset}/result.json")["latency"][
-        "ss_ms_per_frame"]["max"] for preset in ("exact", "faithful", "record")}
-    assert ", ".join(f"{preset} {ms:.1f}" for preset, ms in worst.items()) in readme
-    without, early, tiny = (read_result(ROOT / f"outputs/{run}/result.json")["latency"] for run in (
-        "h200_fused_vae/record", "h200_early_frames/record", "h200_early_frames/tiny_vae"))
-    assert (f"record {early['ps_ms']['mean']:.0f} ({without['ps_ms']['mean']:.0f} without early frames); "
-            f"tiny_vae {tiny['ps_ms']['mean']:.0f}, with SS max of {tiny['ss_ms_per_frame']['max']:.1f} ms"
-            ) in readme
+    faithful = read_result(ROOT / "outputs/h200_fused_vae/faithful/result.json")["latency"]
+    assert f"SS max {faithful['ss_ms_per_frame']['max']:.1f} ms per frame" in readme
+    for suffix in ("", "_2gpus"):
+        found = {preset: read_result(ROOT / f"outputs/h200_two/{preset}{suffix}/result.json")["latency"]
+                 for preset in ("exact", "record", "tiny_vae")}
+        assert ", ".join(f"{preset} {latency['ss_ms_per_frame']['max']:.1f} ({latency['ps_ms']['mean']:.0f})"
+                         for preset, latency in found.items()) in readme
     nulls = read_result(ROOT / "outputs/h100/baseline/result.json")["quality"]["nulls"]
     no_sink = next(null["worst_ratio"] for null in nulls if null["name"] == "no_sink")
     assert re.search(rf"without\nthe attention sink \(.*\) the ratio is {no_sink:.0f}\.", readme)
