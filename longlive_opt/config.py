@@ -234,6 +234,8 @@ class ExperimentConfig:
     video_width: int | None = key(None, "pixels of the mp4; None: full size", group="prompts and video",
                                   least=16)
     video_crf: int = key(23, "of the mp4; larger is smaller", group="prompts and video", least=0, most=51)
+    difference_video: bool = key(True, "with the baseline's video and the difference; up to 8 MB of a report",
+                                 group="prompts and video")
 
     fidelity_blocks: int = key(6, "blocks compared with the float32 baseline", group="measurement", least=2)
     warmup_blocks: int | None = key(None, "blocks before the first measured one; None: the window and one "

@@ -438,7 +438,7 @@ class Experiment:
     def difference(self) -> HTML:
         """Show a frame of this video and of the baseline's, and a heat map of their mean absolute difference.
         Returns a player of both videos and their amplified difference, or a sentence if the campaign has no
-        baseline video.
+        baseline video or `difference_video` is off.
         """
         reference = self.reference
         if reference is None:
@@ -450,6 +450,8 @@ class Experiment:
             return HTML("<p>n/a: the baseline's video has another length or size; run both with the same."
                         "</p>")
         display(video.difference_chart(reference.video, self.frames))
+        if not self.config.difference_video:
+            return HTML("<p>No video of the difference: difference_video is off.</p>")
         path = self.folder / "side_by_side.mp4"
         third = video.side_by_side_mp4(path, reference.video, self.frames, self.pipeline.model.fps)
         caption = f"left: baseline, middle: {self.config.title}, right: {third}"
