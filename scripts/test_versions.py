@@ -7,9 +7,9 @@
 Each torch gets its own environment in .bootstrap/versions (5 GB, removed afterwards). The second environment
 is made while the first is tested. Packages that do not depend on torch have the versions of constraints.txt.
 The script runs the tests that use internals of PyTorch and Triton: kernels (also compiled for GPUs), caches,
-optimizations, the session, and the recorded and compiled parts of the training. It skips a torch that the
-package index does not offer and says so. Exit status: 0, 1 if a test failed, 2 if an environment could not be
-made.
+optimizations, and what is compiled or recorded of the session, the VAE and the training. It skips a torch
+that the package index does not offer and says so. Exit status: 0, 1 if a test failed, 2 if an environment
+could not be made.
 """
 
 import argparse
@@ -41,8 +41,9 @@ FOLDER = STATE / "versions"
 TESTS = ("test_compile_kernels.py", "test_compilers.py", "test_kernels.py", "test_fused_kernels.py",
          "test_quantized_linears.py", "test_quantized_kv.py", "test_optimizations.py", "test_session.py",
          "test_vae.py", "test_training.py")
-# From test_training.py, only run the tests of recorded or compiled code.
-TRAINING = "asks_the_host or compiled_"
+# Of these files, only the tests of recorded or compiled code: the rest needs no internals.
+PARTS = {"test_training.py": "asks_the_host or compiled_", "test_session.py": "compiled",
+         "test_vae.py": "compiles"}
 # Leave out combinations of optimizations, which take minutes. Each optimization is also tested by itself.
 LONG = ("every_combination", "early_decode_leaves_out", "compiled_with", "together_with_others",
         "can_be_captured", "exact_optimizations_with_it", "stay_near_those", "under_the_interpreter")
@@ -79,7 +80,9 @@ def make_environment(folder: Path, torch: str) -> Optional[str]:
                                    if pair[0] not in WITH_TORCH), encoding="utf-8")
     project = read_project()["project"]
     wanted = [torch] + project["dependencies"] + project["optional-dependencies"]["test"]
+    # Without --no-compile, pip compiles every module of torch, and the tests import a tenth of them.
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
+               "--no-compile",
                "--constraint", str(constraints)] + wanted
     started = time.time()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
@@ -121,8 +124,9 @@ def describe(python: str) -> str:
 def run_tests(python: str, more: List[str]) -> bool:
     """Run pytest on our own output. Returns whether all tests passed."""
     names = ["tests/" + name for name in TESTS]
-    choose = "not (%s) and (not test_training or %s)" % (" or ".join(LONG), TRAINING)
-    workers = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
+    choose = " and ".join(["not (%s)" % " or ".join(LONG)]
+                          + ["(not %s or %s)" % part for part in PARTS.items()])
+    workers = ["-n", "2", "--dist", "worksteal"] if (os.cpu_count() or 1) > 1 else []
     command = [python, "-m", "pytest", "-q", "-r", "fE", "-k", choose] + workers + names + more
     return subprocess.call(command, cwd=str(ROOT), env=dict(os.environ, PYTHONPATH=str(ROOT))) == 0
 
