@@ -523,6 +523,33 @@ def test_what_becomes_of_a_version(versions: ModuleType, monkeypatch: pytest.Mon
     assert not list(versions.FOLDER.iterdir()), "5 GB are left behind"
 
 
+def test_a_made_environment_is_used(versions: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CI makes the environments while other tests run, and then a second time; or tests what is left of an
+    installation that was interrupted, or of other requirements.
+    """
+    done = []
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        done.append("venv" if "venv" in command else next(part for part in command if "torch" in part))
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        return SimpleNamespace(returncode=0, stdout="")
+
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    monkeypatch.setattr(versions, "run_tests", lambda python, more: True)
+    for arguments in (["2.13", "--make"], ["2.13", "--make"]):
+        monkeypatch.setattr(sys, "argv", ["test_versions.py", *arguments])
+        assert versions.main() == 0
+    assert done == ["venv", "torch==2.13.*"]
+    folder = versions.FOLDER / "2.13"
+    (folder / "made.txt").write_text("other requirements")
+    versions.make_environment(folder, "torch==2.13.*")
+    assert done == ["venv", "torch==2.13.*"] * 2
+    monkeypatch.setattr(sys, "argv", ["test_versions.py", "2.13"])
+    assert versions.main() == 0
+    assert done == ["venv", "torch==2.13.*"] * 2 and not folder.exists()
+
+
 def test_stand_ins_hold_the_versions_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """pip does not accept the stand-in, and the wheelhouse grows by torch and 3 GB of CUDA libraries."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
