@@ -37,7 +37,7 @@ demo: ## run every preset except the studies on the tiny model (CPU, minutes): o
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation compile_parts exact faithful record tiny_vae $(ARGS)
 
 test: ## run the tests
-	@$(SETUP); "$$py" -m pytest -n auto $(ARGS)
+	@$(SETUP); "$$py" -m pytest -n auto --dist worksteal $(ARGS)
 
 test-browser: ## test the live notebook in JupyterLab with a headless Chromium (needs Chromium and playwright)
 	@$(SETUP); "$$py" -m pip install --quiet -c constraints.txt playwright && \

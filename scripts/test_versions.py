@@ -2,14 +2,15 @@
 
     python3 scripts/test_versions.py newest                # one of the two
     python3 scripts/test_versions.py 2.13 --keep           # a release; keep its environment
+    python3 scripts/test_versions.py --make                # only make what the next call will use
     python3 scripts/test_versions.py oldest -- -x -k gelu  # more arguments for pytest
 
-Each torch gets its own environment in .bootstrap/versions (5 GB, removed afterwards). The second environment
-is made while the first is tested. Packages that do not depend on torch have the versions of constraints.txt.
-The script runs the tests that use internals of PyTorch and Triton: kernels (also compiled for GPUs), caches,
-optimizations, the session, and the recorded and compiled parts of the training. It skips a torch that the
-package index does not offer and says so. Exit status: 0, 1 if a test failed, 2 if an environment could not be
-made.
+Each torch gets its own environment in .bootstrap/versions (5 GB, removed after its tests). The second is made
+while the first is tested. An environment that is there and was made by the same command is used. Packages
+that do not depend on torch have the versions of constraints.txt. The script runs the tests that use internals
+of PyTorch and Triton: kernels (also compiled for GPUs), caches, optimizations, and what is compiled or
+recorded of the session, the VAE and the training. It skips a torch that the package index does not offer and
+says so. Exit status: 0, 1 if a test failed, 2 if an environment could not be made.
 """
 
 import argparse
@@ -41,8 +42,9 @@ FOLDER = STATE / "versions"
 TESTS = ("test_compile_kernels.py", "test_compilers.py", "test_kernels.py", "test_fused_kernels.py",
          "test_quantized_linears.py", "test_quantized_kv.py", "test_optimizations.py", "test_session.py",
          "test_vae.py", "test_training.py")
-# From test_training.py, only run the tests of recorded or compiled code.
-TRAINING = "asks_the_host or compiled_"
+# Of these files, only the tests of recorded or compiled code: the rest needs no internals.
+PARTS = {"test_training.py": "asks_the_host or compiled_", "test_session.py": "compiled",
+         "test_vae.py": "compiles"}
 # Leave out combinations of optimizations, which take minutes. Each optimization is also tested by itself.
 LONG = ("every_combination", "early_decode_leaves_out", "compiled_with", "together_with_others",
         "can_be_captured", "exact_optimizations_with_it", "stay_near_those", "under_the_interpreter")
@@ -71,20 +73,26 @@ def make_environment(folder: Path, torch: str) -> Optional[str]:
 
     Prints the reason and returns None if the torch is not available.
     """
-    shutil.rmtree(str(folder), ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    constraints = folder / "constraints.txt"
-    constraints.write_text("".join("%s==%s\n" % pair for pair in tested_versions().items()
-                                   if pair[0] not in WITH_TORCH), encoding="utf-8")
+    constraints, made = folder / "constraints.txt", folder / "made.txt"
+    pins = "".join("%s==%s\n" % pair for pair in tested_versions().items() if pair[0] not in WITH_TORCH)
     project = read_project()["project"]
     wanted = [torch] + project["dependencies"] + project["optional-dependencies"]["test"]
+    # Without --no-compile, pip compiles every module of torch, and the tests import a tenth of them.
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
+               "--no-compile",
                "--constraint", str(constraints)] + wanted
+    how = " ".join([sys.version] + command) + "\n" + pins
+    if made.is_file() and made.read_text(encoding="utf-8") == how:
+        return python
+    shutil.rmtree(str(folder), ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    constraints.write_text(pins, encoding="utf-8")
     started = time.time()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
                           errors="replace")
     if done.returncode == 0:
+        made.write_text(how, encoding="utf-8")
         say("the environment for %s took %.0f s" % (torch, time.time() - started))
         return python
     refused = [line for line in done.stdout.splitlines() if NOT_SERVED.search(line)]
@@ -121,8 +129,9 @@ def describe(python: str) -> str:
 def run_tests(python: str, more: List[str]) -> bool:
     """Run pytest on our own output. Returns whether all tests passed."""
     names = ["tests/" + name for name in TESTS]
-    choose = "not (%s) and (not test_training or %s)" % (" or ".join(LONG), TRAINING)
-    workers = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
+    choose = " and ".join(["not (%s)" % " or ".join(LONG)]
+                          + ["(not %s or %s)" % part for part in PARTS.items()])
+    workers = ["-n", "2", "--dist", "worksteal"] if (os.cpu_count() or 1) > 1 else []
     command = [python, "-m", "pytest", "-q", "-r", "fE", "-k", choose] + workers + names + more
     return subprocess.call(command, cwd=str(ROOT), env=dict(os.environ, PYTHONPATH=str(ROOT))) == 0
 
@@ -135,11 +144,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", help="oldest, newest, or a release such as 2.13")
     parser.add_argument("--keep", action="store_true", help="keep the environments in .bootstrap/versions")
+    parser.add_argument("--make", action="store_true", help="make the environments, test nothing")
     arguments = parser.parse_args(given[:given.index("--")] if "--" in given else given)
     which = arguments.which or ["oldest", "newest"]
     check_disk(NEED_FULL * min(len(which), 2))
     FOLDER.mkdir(parents=True, exist_ok=True)
     failed = []
+    if arguments.make:
+        for one in which:
+            make_environment(FOLDER / one, requirement(one))
+        return 0
     for one, python in environments(which, arguments.keep):
         found, started = describe(python), time.time()
         say("%s is %s" % (one, found))

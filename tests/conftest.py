@@ -1,8 +1,10 @@
-"""Before any test module is imported: no network, no caches of this user, no display, two threads."""
+"""Before any test module is imported: no network, no caches of this user, no display, one thread."""
 
+import gc
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -11,18 +13,28 @@ import pytest
 _HOME = tempfile.TemporaryDirectory(prefix="longlive-tests-")
 os.environ |= {
     "MPLBACKEND": "Agg",
-    "OMP_NUM_THREADS": "2",
-    "MKL_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",  # tensors as small as the tests' only wait for a second thread
+    "MKL_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # workers of pytest share the cores
     "HF_HUB_OFFLINE": "1",
     **{name: os.path.join(_HOME.name, name.lower())
        for name in ("HF_HOME", "TORCH_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")},
 }
+# Where JupyterLab is installed, nbformat takes four seconds to read this grammar of web addresses.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--browser-tests", action="store_true",
                      help="run the tests that drive JupyterLab in Chromium, for minutes")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Modules live as long as the process: without them, the library's own gc.collect() takes no quarter of
+    a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

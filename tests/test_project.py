@@ -513,8 +513,11 @@ def versions(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_tests_of_versions_are_there(versions: ModuleType) -> None:
     """A test file that was renamed, or a name of -k that leaves nothing out any more."""
     sources = [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in versions.TESTS]
-    for part in (*versions.LONG, *versions.TRAINING.split(" or ")):
+    for part in versions.LONG:
         assert any(re.search(rf"def test_\w*{part}", source) for source in sources), part
+    for name, parts in versions.PARTS.items():
+        for part in parts.split(" or "):
+            assert re.search(rf"def test_\w*{part}", sources[versions.TESTS.index(name)]), part
     assert [versions.requirement(which) for which in ("oldest", "newest", "2.13", "2.12.1")] == [
         "torch==2.10.*", "torch>=2.10,<2.15", "torch==2.13.*", "torch==2.12.1"]
 
@@ -546,6 +549,33 @@ def test_what_becomes_of_a_version(versions: ModuleType, monkeypatch: pytest.Mon
     skipped = "is skipped: the package index" in capsys.readouterr().out
     assert skipped == (pip_says is not None and not status)
     assert not list(versions.FOLDER.iterdir()), "5 GB are left behind"
+
+
+def test_a_made_environment_is_used(versions: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CI makes the environments while other tests run, and then a second time; or tests what is left of an
+    installation that was interrupted, or of other requirements.
+    """
+    done = []
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        done.append("venv" if "venv" in command else next(part for part in command if "torch" in part))
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        return SimpleNamespace(returncode=0, stdout="")
+
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    monkeypatch.setattr(versions, "run_tests", lambda python, more: True)
+    for arguments in (["2.13", "--make"], ["2.13", "--make"]):
+        monkeypatch.setattr(sys, "argv", ["test_versions.py", *arguments])
+        assert versions.main() == 0
+    assert done == ["venv", "torch==2.13.*"]
+    folder = versions.FOLDER / "2.13"
+    (folder / "made.txt").write_text("other requirements")
+    versions.make_environment(folder, "torch==2.13.*")
+    assert done == ["venv", "torch==2.13.*"] * 2
+    monkeypatch.setattr(sys, "argv", ["test_versions.py", "2.13"])
+    assert versions.main() == 0
+    assert done == ["venv", "torch==2.13.*"] * 2 and not folder.exists()
 
 
 def test_stand_ins_hold_the_versions_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

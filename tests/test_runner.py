@@ -27,7 +27,7 @@ from longlive_opt.measurement import decision
 from longlive_opt.prompts import schedule_of
 from longlive_opt.report.html_export import network_references
 from longlive_opt.runner import __main__ as runner
-from longlive_opt.runner import execute, plan
+from longlive_opt.runner import execute, on_ray, plan
 
 PARAMETERS = """campaign: str = "x"
 run: int = 1
@@ -834,6 +834,67 @@ def test_order_of_precedence(project: Path) -> None:
     assert plan.plan(layout, "c", profile=profile, settings={"seed": 6})[0].parameters["seed"] == 6
     (project / "params/baseline.yaml").write_text("name: baseline\n")
     assert plan.plan(layout, "c")[0].parameters["seed"] == 0
+
+
+def test_seeds_and_prompt_files_are_campaigns_with_a_baseline_each(
+        project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds in one folder, where the second would be refused, or compared with the first's baseline; a
+    summary over different prompts.
+    """
+    add_preset(project, "other")
+    for name, content in (("foxes.txt", "a fox\n"), ("boats.jsonl", '{"prompts": ["a boat"]}\n')):
+        (project / name).write_text(content)
+    executed = stub_kernel(monkeypatch, write_new)
+    command = ["run", "--campaign", "c", "--seeds", "1", "2", "--prompt-files", str(project / "foxes.txt"),
+               str(project / "boats.jsonl")]
+    assert runner.main(command, project) == 0
+    assert executed == ["baseline", "other", "summary"] * 4
+    for file in ("foxes.txt", "boats.jsonl"):
+        for seed in (1, 2):
+            campaign = project / f"outputs/c.{Path(file).stem}.seed{seed}"
+            assert (campaign / "index.html").exists()
+            for label in ("baseline", "other"):
+                parameters = json.loads((campaign / label / "result.json").read_text())["parameters"]
+                assert parameters["seed"] == seed and parameters["campaign"] == campaign.name
+                assert Path(parameters["prompts_file"]).name == file
+    assert len(list((project / "outputs").iterdir())) == 4
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("--seeds", "1", "2", "1"), "--seeds: one of 1, 2, 1 is there twice"),
+    (("--seeds", "1", "--set", "seed=2"), "--seeds: --set gives seed, too"),
+    (("--prompt-files", "{}/a.txt", "--set", "prompts=[x]"), "--prompt-files: --set gives prompts, too"),
+    (("--prompt-files", "{}/b.txt"), "b.txt is no file; name a .txt or .jsonl file"),
+    (("--prompt-files", "{}/a.txt", "{}/a.jsonl"), "two files are called a, and each names a folder"),
+    (("--prompt-files", "{}/a b.txt"), "a b.txt: 'c.a b' cannot name a folder"),
+    (("--seeds", "1", "2", "--log", "LOG.md"), "--log: each of 2 campaigns would write LOG.md"),
+    (("--seeds", "1", "-2"), "seed: -2"),
+])
+def test_conditions_are_refused_before_anything_runs(project: Path, capsys: pytest.CaptureFixture,
+                                                     arguments: tuple[str, ...], says: str) -> None:
+    """One campaign that overwrites another's results, or a setting that is silently another."""
+    for name in ("a.txt", "a.jsonl", "a b.txt"):
+        (project / name).write_text('{"prompts": ["x"]}\n')
+    assert says in error_of(project, capsys, *(text.format(project) for text in arguments))
+    assert not list(project.glob("outputs/*"))
+
+
+def test_the_driver_of_a_cluster_needs_no_gpu(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture) -> None:
+    """A cluster's head without a GPU that refuses to start anything on the others."""
+    asked = []
+
+    def cluster(root: Path, jobs: list[execute.Job], address: str) -> dict[Path, str]:
+        asked.append(([job.folder.parent.name for job in jobs], address))
+        return {jobs[0].folder: "no luck"}
+
+    monkeypatch.setattr(runner, "has_cuda", lambda: False)
+    monkeypatch.setattr(on_ray, "run_jobs_on_ray", cluster)
+    stub_kernel(monkeypatch, write_new)
+    on_gpu = ("--set", "device=cuda", "--seeds", "1", "2")
+    assert "no CUDA GPU can be used" in error_of(project, capsys, *on_gpu)
+    assert runner.main(["run", "--campaign", "c", *on_gpu, "--ray", "auto"], project) == 1
+    assert asked == [(["c.seed1", "c.seed2"], "auto")]
 
 
 def test_no_gpu_is_noticed_before_anything_runs(project: Path) -> None:

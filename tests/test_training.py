@@ -793,17 +793,25 @@ def test_what_is_recorded_asks_the_host_for_nothing(maker, dit, monkeypatch, nam
     seen: dict = {}
 
     def call(recorder, key, function, *inputs):
-        with NoQuestions() if seen.setdefault(key, 0) else contextlib.nullcontext():  # tables come first
+        # Tables come with the first call; the third is the second again.
+        with NoQuestions() if seen.setdefault(key, 0) == 1 else contextlib.nullcontext():
             found = list(function(*inputs))
         seen[key] += 1
         return found
 
     monkeypatch.setattr(Recorder, "__call__", call)
     stage = stages(maker, dit)[name]()
+    stage.ring = OneBatch(maker)  # making clips is not recorded, and takes longer than the steps
+    stage.ring.clips |= maker.make(maker.plan(1))  # which switches at another block
+    if name == "teacher":
+        stage.openings = OneBatch(maker, 4)
+    kinds = {"teacher": 4, "student": 7}[name]
     for step in range(48):
         stage.step(step, step / 48)
         stage.masters.update(0.0)
-    assert sum(count > 1 for count in seen.values()) >= 4, seen
+        if sum(count > 1 for count in seen.values()) == kinds:
+            return
+    pytest.fail(f"too few kinds of work came twice: {seen}")
 
 
 @pytest.mark.gpu

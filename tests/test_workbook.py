@@ -267,7 +267,7 @@ def test_a_result_holds_the_prompts_of_a_file(tmp_path):
     """Three default prompts in result.json, beside the name of a file that may be another tomorrow."""
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompts": ["a fox \\ud83e\\udd8a", "a whale"], "switch_frame_indices": [3]}\n')
-    result = execute(tmp_path / "baseline", **{**SMALLEST, "prompts_file": str(path)})
+    result = execute(tmp_path / "mine", name="mine", **{**SMALLEST, "prompts_file": str(path)})
     assert result["prompt_schedule"] == {"prompts": ["a fox \U0001f98a", "a whale"], "switch_frames": [3]}
     assert result["parameters"]["prompts"] == [] and result["parameters"]["prompts_file"] == str(path)
     assert result["decision"]["provisional"] is True
@@ -495,7 +495,7 @@ def test_crowded_machine_is_named(tmp_path, monkeypatch, capsys):
     """Latencies of a machine that somebody else used as well, with nothing said."""
     clocks = iter([(0.0, 0.0, 0.0), (10.0, 18.0, 9.0)])
     monkeypatch.setattr(environment, "cpu_seconds", lambda: next(clocks))
-    run = open_run(tmp_path / "run", target_ms_per_frame=0.001)
+    run = open_run(tmp_path / "run", name="mine", target_ms_per_frame=0.001)
     run.build()
     headline = run.measure()
     assert "Warning: other processes kept 0.9 CPU cores busy" in capsys.readouterr().out
@@ -719,13 +719,13 @@ def test_trace_is_recorded_after_the_measurement_and_linked(tmp_path, monkeypatc
         inner = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *arguments, inner=inner, name=name, **keys: (
             order.append(name), inner(*arguments, **keys))[1])
-    result = execute(tmp_path / "traced", trace=True)
+    result = execute(tmp_path / "traced", name="mine", trace=True)
     assert order == ["measurements", "record"]
     assert result["trace"]["blocks"] == [4, 5, 6] and result["trace"]["switch_block"] == 7
     assert not {"denoise_pass", "clean_pass"} & {row[0] for row in result["events"] + result["switch_events"]}
     with gzip.open(tmp_path / "traced" / result["trace"]["file"], "rt", encoding="utf-8") as file:
         trace = json.load(file)
-    assert trace["otherData"]["torch"] == torch.__version__ and trace["otherData"]["preset"] == "baseline"
+    assert trace["otherData"]["torch"] == torch.__version__ and trace["otherData"]["preset"] == "mine"
     link = workbook.trace_link(result)
     assert f'href="{result["trace"]["file"]}"' in link and "://" not in link
     assert workbook.trace_link({}) == ""

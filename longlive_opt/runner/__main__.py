@@ -11,6 +11,10 @@ prompts or weights than requested, the command runs nothing; use `--overwrite` o
 `--overwrite` the old run stays until the new one is done. At the end the summary writes decisions.json, which
 holds the verdicts for the log and the reports.
 
+`--seeds` and `--prompt-files` make one campaign per combination, such as outputs/NAME.prompts.seed1: two runs
+are only compared if their prompts and seed are equal, so each combination needs its own baseline, noise and
+verdicts. `--ray` runs all of them on one cluster.
+
 Exit status: 0 all finished, 1 something failed (see failed.json), 2 wrong input, 130 interrupted.
 """
 
@@ -23,20 +27,22 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import BASELINE
+from ..config import BASELINE, check_folder_name
 from ..errors import UserError
-from ..files import load_yaml, project_root
+from ..files import load_yaml, project_path, project_root
 from ..measurement.environment import fitting_profile
 from ..models.weight_files import TINY_WEIGHTS
-from .execute import export_report, export_reports, locked, run_jobs
+from .execute import Job, export_report, export_reports, locked, run_jobs
 from .parameters import refresh
 from .plan import (
     Layout,
     check_machine,
+    has_cuda,
     is_finished,
     parse_settings,
     plan,
@@ -52,32 +58,101 @@ log = logging.getLogger(__name__)
 QUICK = {"measure_blocks": 2, "num_switches": 1}
 
 
-def run_campaign(layout: Layout, arguments: argparse.Namespace) -> int:
-    """The command `run`: run presets, then the summary, then export the reports."""
-    settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
-    campaign = layout.campaign(arguments.campaign)
-    jobs = plan(layout, arguments.campaign, arguments.presets, _profile(layout, arguments.profile), settings,
-                _repeats(arguments), arguments.skip, arguments.gpus)
-    summary = plan_summary(layout, arguments.campaign, arguments.log)
-    check_machine(campaign, jobs)
-    with locked([*jobs, summary]):
-        finished = [] if arguments.overwrite else [job for job in jobs if is_finished(job)]
-        todo = [job for job in jobs if job not in finished]
-        require_reference(campaign, todo)
-        for job in finished:
-            log.info("[%s] already finished, skipped (--overwrite runs it again)", job.label)
-        if arguments.ray:
-            from .on_ray import run_jobs_on_ray
+@dataclass(frozen=True)
+class Campaign:
+    """The checked jobs of one campaign, and its summary."""
 
-            failed = run_jobs_on_ray(layout.root, todo, arguments.ray) if todo else {}
-            failed |= run_jobs(layout.root, [summary])
-        else:
-            failed = run_jobs(layout.root, [*todo, summary])
-        failed |= _settle(layout, campaign, arguments.record_noise)
+    folder: Path
+    jobs: list[Job]
+    summary: Job
+
+
+def run_campaigns(layout: Layout, arguments: argparse.Namespace) -> int:
+    """The command `run`: of each campaign run presets, then the summary, then export the reports."""
+    settings = {**(QUICK if arguments.quick else {}), **parse_settings(arguments.set)}
+    asked = conditions(arguments.campaign, arguments.seeds, arguments.prompt_files, settings)
+    if len(asked) > 1 and arguments.log:
+        raise UserError(f"--log: each of {len(asked)} campaigns would write {arguments.log}; leave it out, "
+                        "and each writes its own")
+    profile, repeats = _profile(layout, arguments.profile), _repeats(arguments)
+    campaigns = [Campaign(layout.campaign(name),
+                          plan(layout, name, arguments.presets, profile, {**settings, **keys}, repeats,
+                               arguments.skip, arguments.gpus),
+                          plan_summary(layout, name, arguments.log)) for name, keys in asked.items()]
+    for campaign in campaigns:
+        # The driver of a cluster needs no GPU. What the cluster has is checked there.
+        check_machine(campaign.folder, campaign.jobs, (lambda: True) if arguments.ray else has_cuda)
+    with locked([job for campaign in campaigns for job in (*campaign.jobs, campaign.summary)]):
+        todo = [_unfinished(campaign, arguments.overwrite) for campaign in campaigns]
+        failed = _run(layout, campaigns, todo, arguments)
     if failed:
         reasons = "; ".join(f"{label} ({reason})" for label, reason in failed.items())
-        log.error("%d of %d failed: %s", len(failed), len(todo) + 1, reasons)
+        log.error("%d of %d failed: %s", len(failed), sum(map(len, todo)) + len(campaigns), reasons)
     return 1 if failed else 0
+
+
+def conditions(campaign: str, seeds: Sequence[int], prompt_files: Sequence[Path], settings: Mapping[str, Any]
+               ) -> dict[str, dict[str, Any]]:
+    """The keys that each campaign sets, by its name: `campaign` itself, or one for each combination of the
+    seeds and prompt files, named after both.
+
+    Raises:
+        UserError: a seed or file is given twice, `settings` have the same key, a file is absent, or its name
+            cannot be part of a folder's.
+    """
+    for option, values, keys in (("--seeds", seeds, ("seed",)),
+                                 ("--prompt-files", prompt_files, ("prompts_file", "prompts"))):
+        if both := [key for key in keys if values and key in settings]:
+            raise UserError(f"{option}: --set gives {both[0]}, too; leave one of the two out")
+        if len(values) != len(set(values)):
+            raise UserError(f"{option}: one of {', '.join(map(str, values))} is there twice; leave it out")
+    found: dict[str, dict[str, Any]] = {} if prompt_files else {campaign: {}}
+    for given in prompt_files:
+        path, name = project_path(given), f"{campaign}.{given.stem}"
+        if not path.is_file():
+            raise UserError(f"--prompt-files: {given} is no file; name a .txt or .jsonl file")
+        check_folder_name(f"--prompt-files: {given}", name)
+        if name in found:
+            raise UserError(f"--prompt-files: two files are called {given.stem}, and each names a folder; "
+                            "rename one")
+        # Relative, so that it is found in a copy of the project.
+        root, path = project_root().resolve(), path.resolve()
+        own = path.relative_to(root) if path.is_relative_to(root) else path
+        found[name] = {"prompts_file": own.as_posix()}
+    if seeds:
+        found = {f"{name}.seed{seed}": {**keys, "seed": seed} for name, keys in found.items()
+                 for seed in seeds}
+    return found
+
+
+def _unfinished(campaign: Campaign, overwrite: bool) -> list[Job]:
+    """The jobs that are to run."""
+    finished = [] if overwrite else [job for job in campaign.jobs if is_finished(job)]
+    todo = [job for job in campaign.jobs if job not in finished]
+    require_reference(campaign.folder, todo)
+    for job in finished:
+        log.info("[%s] already finished, skipped (--overwrite runs it again)", job.label)
+    return todo
+
+
+def _run(layout: Layout, campaigns: Sequence[Campaign], todo: Sequence[list[Job]],
+         arguments: argparse.Namespace) -> dict[str, str]:
+    """Run `todo`, the jobs of each campaign, and return the labels of the failed ones with short reasons."""
+    on_cluster: dict[Path, str] = {}
+    if arguments.ray and any(todo):
+        from .on_ray import run_jobs_on_ray
+
+        on_cluster = run_jobs_on_ray(layout.root, [job for jobs in todo for job in jobs], arguments.ray)
+    failed = {}
+    for campaign, jobs in zip(campaigns, todo):
+        if len(campaigns) > 1:
+            log.info("campaign %s", campaign.folder.name)
+        here = {job.label: on_cluster[job.folder] for job in jobs if job.folder in on_cluster}
+        here |= run_jobs(layout.root, [*([] if arguments.ray else jobs), campaign.summary])
+        here |= _settle(layout, campaign.folder, arguments.record_noise)
+        failed |= {f"{campaign.folder.name}/{label}" if len(campaigns) > 1 else label: reason
+                   for label, reason in here.items()}
+    return failed
 
 
 def _profile(layout: Layout, asked: Path | None) -> Path | None:
@@ -188,13 +263,19 @@ def _parser() -> argparse.ArgumentParser:
                      "with --repeat baseline --repeats N")
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                      help="overrides preset and profile")
+    run.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="a campaign per seed, "
+                     "outputs/NAME.seedN, each with its own baseline")
+    run.add_argument("--prompt-files", nargs="+", type=Path, default=[], metavar="FILE", help="a campaign "
+                     "per file, outputs/NAME.FILE, each with its own baseline (a run takes the file's first "
+                     "video)")
     run.add_argument("--gpus", nargs="+", type=int, default=[], metavar="N", help="run each preset but the "
                      "baseline on N GPUs as well")
-    run.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="run presets side by side on "
-                     "a Ray cluster, one per GPU: auto, or HOST:PORT (default: this machine)")
+    run.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="run presets, seeds and "
+                     "prompt files side by side on a Ray cluster, one run per GPU: auto, or HOST:PORT "
+                     "(default: this machine)")
     run.add_argument("--overwrite", action="store_true", help="run finished presets again")
     run.add_argument("--quick", action="store_true", help="measure as few blocks as possible, as a test")
-    run.set_defaults(command=run_campaign)
+    run.set_defaults(command=run_campaigns)
     summary = commands.add_parser("summary", help="compare the finished runs of a campaign")
     summary.add_argument("--campaign", required=True, metavar="NAME", help="the results in outputs/NAME")
     summary.set_defaults(command=run_summary)

@@ -4,12 +4,13 @@
     python -m longlive_opt.runner run --campaign NAME --ray auto        # the cluster that this machine is in
     python -m longlive_opt.runner run --campaign NAME --ray HOST:6379   # another one
 
-The driver is the process that types this. The baseline runs first, because the others compare themselves with
-its frames; then all others run at the same time, as far as there are GPUs. Ray copies the project (without
+The driver is the process that types this. A campaign's baseline runs first, because its others compare
+themselves with its frames. The others start when it is there, as far as there are GPUs, next to those of
+other campaigns (`--seeds`, `--prompt-files`). Ray copies the project (without
 results, weights and environments) to every host and the baseline's results to every job. Each job brings back
 its folder, and the driver puts it where a run without Ray leaves it. Hosts need the same environment, and
 weights at the path that `weights` names. Weights inside the project, as those of the tiny model, are copied
-too.
+too, and so are prompt files.
 
 A job whose worker or host is lost runs again, at most `RETRIES` times. A job that fails is recorded as failed
 and not repeated. Jobs that shared a host are marked in their results (`environment.co_scheduled`,
@@ -27,7 +28,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +47,27 @@ _LEFT_HERE = ("outputs", ".git", ".venv", ".bootstrap", "wheelhouse", "checkpoin
 _OF_BASELINE = ("result.json", REFERENCE_FILE)
 
 
-def run_jobs_on_ray(root: Path, jobs: Sequence[Job], address: str) -> dict[str, str]:
-    """As `execute.run_jobs`, on the cluster at `address`.
+def run_jobs_on_ray(root: Path, jobs: Sequence[Job], address: str) -> dict[Path, str]:
+    """Run the jobs of one or more campaigns on the cluster at `address`.
+
+    Returns:
+        The folders of the failed jobs with short reasons.
 
     Raises:
         NotAvailable: Ray is not installed.
-        UserError: there is no cluster, or it is too small for a job.
+        UserError: there is no cluster, it is too small for a job, or would lack a job's prompt file.
     """
+    if address != LOCAL:
+        _check_prompt_files(root, jobs)
     try:
         import ray
     except ImportError as error:
         raise NotAvailable("--ray: Ray is not installed here; run pip install 'longlive_opt[ray]', or leave "
                            "--ray out.") from error
-    failed: dict[str, str] = {}
-    spans: list[dict[str, Any]] = []
     with _connected(ray, root, address):
         _check_resources(ray.cluster_resources(), jobs)
-        first = [job for job in jobs if job.label == BASELINE]
-        for batch in (first, [job for job in jobs if job not in first]):
-            failed |= _run_batch(ray, root, batch, spans)
-    mark_neighbours({job.label: job.folder for job in jobs}, spans)
+        failed, spans = _run_all(ray, root, jobs)
+    mark_neighbours(root, spans)
     return failed
 
 
@@ -105,15 +107,38 @@ def _check_resources(found: Mapping[str, float], jobs: Sequence[Job]) -> None:
                                 f"cluster has {there:.0f}; leave the preset out or add hosts.")
 
 
-def _run_batch(ray: Any, root: Path, jobs: Sequence[Job], spans: list[dict[str, Any]]) -> dict[str, str]:
-    """Run jobs at the same time, keep what they bring, and return the failed ones with short reasons."""
-    if not jobs:
-        return {}
-    baseline = ray.put(packed(jobs[0].folder.with_name(BASELINE), _OF_BASELINE))
+def _check_prompt_files(root: Path, jobs: Sequence[Job]) -> None:
+    """Refuse a prompt file that other hosts would not have."""
+    for given in filter(None, (job.configuration.get("prompts_file") for job in jobs)):
+        path = (root / given).resolve()
+        inside = path.is_relative_to(root.resolve()) and not Path(given).is_absolute()
+        if not inside or given.startswith("~") or path.relative_to(root.resolve()).parts[0] in _LEFT_HERE:
+            raise UserError(f"--ray: prompts_file {given} is not copied to other hosts; move it into the "
+                            f"project, outside of {', '.join(_LEFT_HERE[:-1])}, and name its relative path.")
+
+
+def _run_all(ray: Any, root: Path, jobs: Sequence[Job]) -> tuple[dict[Path, str], list[dict[str, Any]]]:
+    """Run each campaign's baseline, then its other jobs, at the same time as those of other campaigns, and
+    keep what they bring. Return the failed ones with short reasons, and the spans of the others.
+    """
     task = ray.remote(max_retries=RETRIES, retry_exceptions=False)(run_here)
-    pending = {task.options(**needs(job), name=job.label).remote(relative(job, root), baseline): job
-               for job in jobs}
-    failed: dict[str, str] = {}
+    pending: dict[Any, Job] = {}
+    failed: dict[Path, str] = {}
+    spans: list[dict[str, Any]] = []
+
+    def start(started: Iterable[Job], baseline: bytes) -> None:
+        shared = ray.put(baseline)
+        for job in started:
+            options = task.options(**needs(job), name=_name(job))
+            pending[options.remote(relative(job, root), shared)] = job
+
+    waiting: dict[Path, list[Job]] = {}
+    for job in jobs:
+        waiting.setdefault(job.folder.parent, []).append(job)
+    for campaign, its in waiting.items():
+        first = [job for job in its if job.label == BASELINE]
+        waiting[campaign] = [job for job in its if job not in first] if first else []
+        start(first or its, b"" if first else packed(campaign / BASELINE, _OF_BASELINE))
     while pending:
         (ready,), _ = ray.wait(list(pending), num_returns=1)
         job = pending.pop(ready)
@@ -123,16 +148,23 @@ def _run_batch(ray: Any, root: Path, jobs: Sequence[Job], spans: list[dict[str, 
             outcome = {"report": lost(job, error), "archive": b""}
         report = outcome["report"]
         keep(job, outcome["archive"], report)
+        if job.label == BASELINE and (its := waiting[job.folder.parent]):
+            start(its, packed(job.folder, _OF_BASELINE))
         if report is None:
             spans.append(outcome["span"])
-            log.info("[%s] finished on %s in %.1f s", job.label, outcome["span"]["node"],
+            log.info("[%s] finished on %s in %.1f s", _name(job), outcome["span"]["node"],
                      outcome["span"]["end_s"] - outcome["span"]["start_s"])
         elif report["status"] == "not available":
-            log.warning("[%s] n/a: %s", job.label, report["meaning"])
+            log.warning("[%s] n/a: %s", _name(job), report["meaning"])
         else:
-            failed[job.label] = short_reason(report)
-            log.error("[%s] FAILED: %s (%s)", job.label, report["meaning"], report["hint"])
-    return failed
+            failed[job.folder] = short_reason(report)
+            log.error("[%s] FAILED: %s (%s)", _name(job), report["meaning"], report["hint"])
+    return failed, spans
+
+
+def _name(job: Job) -> str:
+    """The job among those of several campaigns."""
+    return f"{job.folder.parent.name}/{job.label}"
 
 
 def run_here(job: Job, baseline: bytes) -> dict[str, Any]:
@@ -143,12 +175,12 @@ def run_here(job: Job, baseline: bytes) -> dict[str, Any]:
         baseline: the results of the campaign's baseline, packed; empty if there are none.
 
     Returns:
-        `archive`, the job's folder, packed; `report`, the content of failed.json or None; `span` {label,
-        node, start_s, end_s}.
+        `archive`, the job's folder, packed; `report`, the content of failed.json or None; `span` {folder,
+        node, start_s, end_s}, with the folder relative to the project.
     """
     import ray
 
-    root = Path.cwd()
+    root, name = Path.cwd(), job.folder.as_posix()
     job = dataclasses.replace(job, folder=root / job.folder, notebook=root / job.notebook)
     if baseline and job.label != BASELINE:
         _put_baseline(job.folder.with_name(BASELINE), baseline)
@@ -159,7 +191,7 @@ def run_here(job: Job, baseline: bytes) -> dict[str, Any]:
         report = error.report
     failed = job.folder.with_name(f"{job.label}.failed")
     folder = failed if report is not None and failed.exists() else job.folder
-    span = {"label": job.label, "node": ray.get_runtime_context().get_node_id()[:8], "start_s": start,
+    span = {"folder": name, "node": ray.get_runtime_context().get_node_id()[:8], "start_s": start,
             "end_s": time.time()}
     return {"archive": packed(folder), "report": report, "span": span}
 
@@ -224,13 +256,18 @@ def lost(job: Job, error: Exception) -> dict[str, Any]:
             "stderr_tail": str(error).splitlines()[-20:], "parameters": job.configuration}
 
 
-def mark_neighbours(folders: Mapping[str, Path], spans: Sequence[Mapping[str, Any]]) -> None:
-    """Mark the results of jobs that ran at the same time on one host."""
+def mark_neighbours(root: Path, spans: Sequence[Mapping[str, Any]]) -> None:
+    """Mark the results of jobs that ran at the same time on one host. A neighbour of another campaign is
+    named with its campaign.
+    """
     for span in spans:
-        neighbours = sorted(
-            other["label"] for other in spans if other is not span and other["node"] == span["node"]
-            and other["start_s"] < span["end_s"] and span["start_s"] < other["end_s"])
-        path = folders[span["label"]] / "result.json"
+        folder = root / span["folder"]
+        others = [root / other["folder"] for other in spans
+                  if other is not span and other["node"] == span["node"]
+                  and other["start_s"] < span["end_s"] and span["start_s"] < other["end_s"]]
+        neighbours = sorted(other.name if other.parent == folder.parent
+                            else f"{other.parent.name}/{other.name}" for other in others)
+        path = folder / "result.json"
         if neighbours and path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
             result["environment"] |= {"co_scheduled": True, "neighbours": neighbours}
