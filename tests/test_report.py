@@ -416,7 +416,7 @@ def with_strange(result: dict[str, Any], place: tuple, as_key: bool) -> dict[str
 
 def test_no_value_or_name_of_a_result_is_markup_in_the_log():
     """Would catch raw HTML, or a line of its own, from any field of a stranger's result.json."""
-    shipped = read_result(ROOT / "outputs/h200_early_frames/tiny_vae/result.json")
+    shipped = read_result(ROOT / "outputs/h200_two/tiny_vae/result.json")
     run = make("speed", steady=4, switches=1) | {
         key: shipped[key] for key in ("interruptions", "adherence", "optimizations") if key in shipped}
     run["latency"]["ps_by_prompt"] = shipped["latency"]["ps_by_prompt"]
