@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,6 +318,11 @@ class ExperimentConfig:
         return self.gpus - (self.gpus > 1 and self.vae_ranks == "own")
 
     @property
+    def head_groups(self) -> int:
+        """Parts into which these ranks split the attention heads."""
+        return math.gcd(self.denoising_ranks, self.model_config().dit.num_heads)
+
+    @property
     def overlaps_decoding(self) -> bool:
         """Whether a block is decoded while the next one is denoised."""
         return self.use_async_vae or (self.gpus > 1 and self.vae_ranks == "own")
@@ -489,9 +495,11 @@ class ExperimentConfig:
             return
         model, ranks = self.model_config(), self.denoising_ranks
         heads, tokens, more = model.dit.num_heads, model.tokens_per_frame, self.gpus - ranks
-        allowed = [n for n in range(1, heads + 1) if not heads % n and not tokens % n and n + more > 1]
+        # With twice as many ranks as groups of heads, two of them halve the queries.
+        shared = [n for n in range(1, 2 * heads + 1) if n <= 2 * math.gcd(n, heads) and n + more > 1]
+        allowed = [n for n in shared if not tokens % n]
         if ranks not in allowed:
-            what = (f"{heads} attention heads" if heads % ranks else
+            what = (f"{heads} attention heads" if ranks not in shared else
                     f"{tokens} tokens per latent frame of {model.width}x{model.height}")
             share = "" if not more else f" (with vae_ranks: own, {ranks} of them)"
             raise UserError(f"gpus: {self.gpus} do not divide{share} the {what} of model {self.model}; use "

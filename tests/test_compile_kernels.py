@@ -114,7 +114,7 @@ def exchange(ranks: int) -> None:
     """Pack, scatter and wait."""
     parts = [meta(1, TOKENS // ranks, 3 * CHANNELS // ranks)] * ranks
     fused_exchange_triton.qk_norm_pack(meta(1, TOKENS // ranks, 3 * CHANNELS), meta(CHANNELS), meta(CHANNELS),
-                                       parts, 1e-6)
+                                       parts, ranks, 1e-6)
     fused_exchange_triton.scatter_tokens(meta(1, TOKENS, HEADS // ranks, DIM), [
         meta(1, TOKENS // ranks, HEADS, DIM)[:, :, :HEADS // ranks]] * ranks)
     flags = meta(ranks, dtype=torch.int64)

@@ -411,10 +411,11 @@ def test_gluon_attention_keeps_nan(mode):
 
 
 def packed(pack, qkv: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """`qk_norm_pack` for three ranks, into memory full of NaN: [3, B, L, C]."""
+    """`qk_norm_pack` for three groups of two ranks, into memory full of NaN: [6, B, L, C]."""
     batch, tokens, width = qkv.shape
-    out = torch.full((3, batch, tokens, width // 3), torch.nan, dtype=qkv.dtype, device=qkv.device)
-    pack(qkv, inputs["weight"].to(qkv.device), inputs["bias"].to(qkv.device), out.unbind(), 1e-6)
+    out = torch.full((6, batch, tokens, width // 3), torch.nan, dtype=qkv.dtype, device=qkv.device)
+    pack(qkv, inputs["weight"].to(qkv.device), inputs["bias"].to(qkv.device), out.unbind(), 3, 1e-6)
+    assert torch.equal(out[:3], out[3:])
     return out
 
 
@@ -459,9 +460,11 @@ def test_halves_refuse_what_they_would_misread():
     i = block_inputs()
     memory = torch.zeros(2, 64, 1, 32, device=DEVICE)
     with pytest.raises(ValueError, match="3 \\* 5 equal parts"):
-        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 5)
+        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 5, 5)
     with pytest.raises(ValueError, match="parts .* must be contiguous"):
-        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 3)
+        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 3, 3)
+    with pytest.raises(ValueError, match="for a multiple of 3 ranks, not 4"):
+        fused_exchange.qk_norm_pack(i["qkv"], i["weight"], i["bias"], [i["qkv"]] * 4, 3)
     x = torch.zeros(1, 6, 2, 4, device=DEVICE)
     for parts, message in (([x, x], "tokens in order"), ([x[:, ::2]] * 3, "with strides"),
                            ([torch.zeros(1, 1, 2, 4)] * 4, "4 equal parts")):

@@ -39,9 +39,13 @@ from longlive_opt.streaming.session import StreamingSession
 MODEL: ModelSpec = dataclasses.replace(
     micro.MICRO, name="micro12", height=64, width=48,
     dit=dataclasses.replace(micro.MICRO.dit, dim=96, num_heads=12))
+# On four ranks, two of them share heads.
+FEW_HEADS = dataclasses.replace(MODEL, name="micro6", dit=dataclasses.replace(MODEL.dit, num_heads=6))
 # Two passes and a clean one per block of two latent frames; the window holds the sink and two more blocks.
 SHORT = {"block_frames": 2, "local_attn_size": 6, "sink_size": 2, "denoising_steps": [1000, 500],
          "vae_chunk_latents": 2}
+# 32 tokens per latent frame and 16 rows of latents, which 8 ranks can share.
+EIGHT_PARTS = {"height": 128, "width": 64}
 FUSED = {"use_static_kv": True, "use_fused_kernels": True}
 REALTIME = {"use_quantized_kv": True, "kv_quantization": "fp8", "use_fused_kernels": True,
             "use_quantized_linears": True, "use_early_decode": True, "use_prompt_cache": True,
@@ -52,18 +56,19 @@ REALTIME = {"use_quantized_kv": True, "kv_quantization": "fp8", "use_fused_kerne
 def model() -> Iterator[None]:
     """Also lets torch.compile run what it is given on the other ranks, without compiling it."""
     with micro.micro_model(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "MODELS", MappingProxyType({**config.MODELS, MODEL.name: MODEL}))
+        patch.setattr(config, "MODELS", MappingProxyType(
+            {**config.MODELS, MODEL.name: MODEL, FEW_HEADS.name: FEW_HEADS}))
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         yield
 
 
 def preset(**keys: Any) -> ExperimentConfig:
-    return micro.micro_config(model=MODEL.name, **{**SHORT, **keys})
+    return micro.micro_config(**{"model": MODEL.name, **SHORT, **keys})
 
 
 @contextlib.contextmanager
 def ranks(count: int) -> Iterator[Family]:
-    family = start_ranks(preset(gpus=count))
+    family = start_ranks(preset(gpus=count, **(EIGHT_PARTS if count == 8 else {})))
     pids = list(family.pids.values())
     try:
         yield family
@@ -246,6 +251,13 @@ class TestFourRanks:
         session = check_equal(family, **FUSED)
         assert "exchanged by collectives" in session.pipeline.optimizations[-1]["report"]["done"]
 
+    @pytest.mark.parametrize("keys", [{}, FUSED, {**FUSED, "rank_exchange": "peer"}])
+    def test_two_ranks_share_heads(self, family: Family, keys: dict[str, Any]) -> None:
+        """Attention for the wrong half of the queries, a half that is sent to the ranks of the other."""
+        session = check_equal(family, model="micro6", **keys)
+        assert ("with 3 heads and 1/4 of the tokens each and 1/2 of the queries"
+                in session.pipeline.optimizations[-1]["report"]["done"])
+
     def test_a_rank_that_fails_ends_all_and_is_named(self, family: Family) -> None:
         """An error on another rank: its traceback would be lost with its process."""
         session = StreamingSession(build_pipeline(preset(gpus=4, **FUSED), family))
@@ -255,6 +267,19 @@ class TestFourRanks:
             for _ in session.stream("a fox"):
                 pass
         assert not any(map(alive, pids.values())) and time.monotonic() - started < 10
+
+
+class TestEightRanks:
+    RANKS = 8
+
+    @pytest.mark.parametrize("keys, tolerance", [
+        (FUSED, 1e-5), ({**REALTIME, "rank_exchange": "peer"}, 0.02)], ids=["fused", "realtime, peer"])
+    def test_eight_ranks_share_twelve_heads(self, family: Family, keys: dict[str, Any],
+                                            tolerance: float) -> None:
+        """A count that does not divide the heads: half of the queries lost, or computed twice and added."""
+        session = check_equal(family, tolerance, **EIGHT_PARTS, **keys)
+        assert "8 denoise, with 3 heads and 1/8 of the tokens each and 1/2 of the queries" in (
+            session.pipeline.optimizations[-1]["report"]["done"])
 
 
 def delayed(session: StreamingSession) -> tuple[Tensor, Tensor]:
@@ -296,7 +321,8 @@ with these.micro.micro_model():
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"gpus": 8}, r"gpus: 8 do not divide the 12 attention heads of model micro12; use 2, 3, 4, 6, 12\."),
+    ({"gpus": 5}, r"gpus: 5 do not divide the 12 attention heads of model micro12; use 2, 3, 4, 6, 12\."),
+    ({"gpus": 8}, r"gpus: 8 do not divide the 12 tokens per latent frame of 48x64 .* use 2, 3, 4, 6, 12\."),
     ({"gpus": 6, "vae_ranks": "own"}, r"gpus: 6 do not divide \(with vae_ranks: own, 5 of them\) the 12 .* "
                                       r"use 2, 3, 4, 5, 7, 13\."),
     ({"gpus": 3, "width": 16}, r"gpus: 3 do not divide the 4 tokens per latent frame of 16x64 .* use 2, 4\."),

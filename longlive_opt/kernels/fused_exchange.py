@@ -18,34 +18,35 @@ from .quantize import QuantizedKV, write_kv
 
 
 def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, parts: Sequence[Tensor],
-                 eps: float = 1e-6) -> None:
+                 head_groups: int, eps: float = 1e-6) -> None:
     """RMS norm of q and k, packed by heads.
 
     Args:
         qkv: q, k and v of this rank's tokens, concatenated: [B,L,3C], contiguous.
         q_weight, k_weight: [C].
-        parts: where to write, one [B,L,3C/ranks] per rank, contiguous: q, k and v of its heads. They may be
-            on other GPUs that this one can write to.
+        parts: where to write, one [B,L,3C/head_groups] per rank, contiguous: q, k and v of its heads, which
+            are group `rank % head_groups`. They may be on other GPUs that this one can write to.
 
     Raises:
         ValueError: shapes do not fit.
     """
     batch, tokens, width = qkv.shape
-    ranks = len(parts)
-    if width % (3 * ranks) or not qkv.is_contiguous():
-        raise ValueError(f"qkv {tuple(qkv.shape)} must be contiguous, 3 * {ranks} equal parts wide")
-    wanted = (batch, tokens, width // ranks)
+    if width % (3 * head_groups) or len(parts) % head_groups or not qkv.is_contiguous():
+        raise ValueError(f"qkv {tuple(qkv.shape)} must be contiguous, 3 * {head_groups} equal parts wide, "
+                         f"for a multiple of {head_groups} ranks, not {len(parts)}")
+    wanted = (batch, tokens, width // head_groups)
     if any(part.shape != wanted or not part.is_contiguous() for part in parts):
         raise ValueError(f"parts {[tuple(part.shape) for part in parts]} must be contiguous, {wanted} each")
     if qkv.is_cuda:
         from . import fused_exchange_triton
 
-        fused_exchange_triton.qk_norm_pack(qkv, q_weight, k_weight, parts, eps)
+        fused_exchange_triton.qk_norm_pack(qkv, q_weight, k_weight, parts, head_groups, eps)
         return
     q, k, v = qkv.chunk(3, -1)
     roles = (rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps), v)
-    for part, *own in zip(parts, *(role.chunk(ranks, -1) for role in roles), strict=True):
-        part.copy_(torch.cat(own, -1))
+    packed = [torch.cat(own, -1) for own in zip(*(role.chunk(head_groups, -1) for role in roles))]
+    for rank, part in enumerate(parts):
+        part.copy_(packed[rank % head_groups])
 
 
 def scatter_tokens(x: Tensor, parts: Sequence[Tensor]) -> None:

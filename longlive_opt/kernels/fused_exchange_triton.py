@@ -15,9 +15,9 @@ from .quantize import FP8
 
 @triton.jit
 def qk_norm_pack_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, parts, channels, eps, PART: tl.constexpr,
-                        RANKS: tl.constexpr, BLOCK: tl.constexpr):
+                        GROUPS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     """Program (token of any batch, role). Roles 0 and 1 normalise q and k, 2 copies v. Channel c of a role
-    goes to part c // PART, [tokens, 3, PART] each.
+    goes to the parts of group c // PART, [tokens, 3, PART] each.
     """
     row = tl.program_id(0)
     role = tl.program_id(1)
@@ -32,8 +32,8 @@ def qk_norm_pack_kernel(qkv_ptr, q_weight_ptr, k_weight_ptr, parts, channels, ep
         normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / channels + eps)).to(dtype).to(tl.float32)
         x = (normed * weight).to(dtype)
     for part in tl.static_range(RANKS):
-        target = parts[part] + (row * 3 + role) * PART + cols - part * PART
-        tl.store(target, x, mask=mask & (cols // PART == part))
+        target = parts[part] + (row * 3 + role) * PART + cols - part % GROUPS * PART
+        tl.store(target, x, mask=mask & (cols // PART == part % GROUPS))
 
 
 @triton.jit
@@ -95,13 +95,14 @@ def rope_write_kernel(qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr,
 
 
 def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, parts: Sequence[Tensor],
-                 eps: float) -> None:
-    """Launch `qk_norm_pack_kernel` on a contiguous qkv [B,L,3C]; fill parts [B,L,3C/ranks]."""
+                 head_groups: int, eps: float) -> None:
+    """Launch `qk_norm_pack_kernel` on a contiguous qkv [B,L,3C]; fill parts [B,L,3C/head_groups]."""
     batch, tokens, width = qkv.shape
     channels = width // 3
     qk_norm_pack_kernel[(batch * tokens, 3)](
-        qkv, q_weight, k_weight, tuple(parts), channels, eps, PART=channels // len(parts), RANKS=len(parts),
-        BLOCK=triton.next_power_of_2(channels), num_warps=4, enable_fp_fusion=False)
+        qkv, q_weight, k_weight, tuple(parts), channels, eps, PART=channels // head_groups,
+        GROUPS=head_groups, RANKS=len(parts), BLOCK=triton.next_power_of_2(channels), num_warps=4,
+        enable_fp_fusion=False)
 
 
 def scatter_tokens(x: Tensor, parts: Sequence[Tensor]) -> None:

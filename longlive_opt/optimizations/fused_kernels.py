@@ -257,7 +257,7 @@ class ExchangedBlock(FusedBlock):
         return q
 
     def read(self, q: Tensor, layer: RingLayer) -> Tensor:
-        return self._exchange.to_tokens(layer.read(q))
+        return self._exchange.to_tokens(layer.read(self._exchange.queries(q)))
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ class Team:
                 groups.append(Group(denoising, rank, device, handles[1]))
         self.passes = groups[-1] if config.vae_ranks == "own" and len(denoising) > 1 else self.all
         if rank in denoising and len(denoising) > 1:
-            self.exchange = (PeerExchange if config.rank_exchange == "peer" else HeadExchange)(self.passes)
+            kind = PeerExchange if config.rank_exchange == "peer" else HeadExchange
+            self.exchange = kind(self.passes, config.head_groups)
         height = config.model_config().latent_height
         self.bands = Bands(self.all, height) if config.vae_ranks == "split" else None
         self._groups = groups
@@ -200,8 +201,10 @@ class SeveralGPUs(Optimization):
         if isinstance(pipeline.sampler.forward, cuda_graphs.GraphedForward):
             leader.family.at_end(pipeline.sampler.forward.forget)
         ranks = len(team.denoisers)
-        heads = model.dit.num_heads // ranks
+        heads = model.dit.num_heads // pipeline.config.head_groups
         how = "" if ranks == 1 else f", exchanged by {team.exchange.how}"
+        if pipeline.config.head_groups < ranks:
+            how = f" and 1/{ranks // pipeline.config.head_groups} of the queries" + how
         done = (f"{self.gpus} ranks; {ranks} denoise, with {heads} heads and 1/{ranks} of the tokens each"
                 f"{how}; ")
         if team.bands is not None:

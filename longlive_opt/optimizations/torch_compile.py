@@ -195,7 +195,7 @@ class ExchangedForward(CompiledForward):
         return self._store(layer, *self._exchange.to_heads(*self._project(block, x, time)))
 
     def _read(self, q: Tensor, layer: RingLayer) -> Tensor:
-        return self._exchange.to_tokens(layer.read(q))
+        return self._exchange.to_tokens(layer.read(self._exchange.queries(q)))
 
 
 def project_part(block: DiTBlock, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,12 @@ class Alone:
 
 
 class HeadExchange:
-    """Moves activations between tokens and heads. N heads of D channels, M = N / size of them here.
+    """Moves activations between tokens and heads. N heads of D channels, M of them here.
+
+    The ranks form groups of equal heads: with one rank each, M = N / size. With two, M = 2 N / size, and each
+    computes attention for half of the queries; keys and values of its heads are in the caches of both. So 8
+    ranks can share 12 heads. The ranks of the first halves come first, so the tokens that a rank has
+    outside of attention are among its queries.
 
     Results of `to_heads`, `norm_to_heads`, `to_tokens` and `whole` stay valid until the next call of the
     same method with the same shape.
@@ -63,15 +68,23 @@ class HeadExchange:
 
     how = "collectives"
 
-    def __init__(self, group: Group):
+    def __init__(self, group: Group, head_groups: int | None = None):
+        """Args: head_groups: M = N / head_groups; None: one for each rank."""
         self.group = group
         self.size = group.size
+        self.head_groups = head_groups or group.size
+        self._half, self._heads = divmod(group.rank, self.head_groups)
         self._kept = Kept(group.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory for messages."""
         return self._kept.nbytes
+
+    @property
+    def same_queries(self) -> range:
+        """The ranks that compute attention for the same queries, in the order of their heads."""
+        return range(self._half * self.head_groups, (self._half + 1) * self.head_groups)
 
     def tokens(self, x: Tensor) -> Tensor:
         return x.chunk(self.size, dim=1)[self.group.rank]
@@ -89,10 +102,12 @@ class HeadExchange:
         batch, tokens, heads, dim = q.shape
 
         def pack(parts: Sequence[Tensor]) -> None:
-            for part, *own in zip(parts, *(x.chunk(self.size, 2) for x in (q, k, v)), strict=True):
+            for rank, part in enumerate(parts):
+                own = [x.chunk(self.head_groups, 2)[rank % self.head_groups] for x in (q, k, v)]
                 torch.stack(own, 2, out=part.view(batch, tokens, 3, -1, dim))
 
-        packed = self._exchanged("heads", (batch, tokens, 3 * heads // self.size * dim), q.dtype, pack)
+        shape = (batch, tokens, 3 * heads // self.head_groups * dim)
+        packed = self._exchanged("heads", shape, q.dtype, pack)
         return _joined(packed).unflatten(-1, (3, -1, dim)).unbind(2)
 
     def norm_to_heads(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> Tensor:
@@ -102,18 +117,24 @@ class HeadExchange:
         batch, tokens, width = qkv.shape
 
         def pack(parts: Sequence[Tensor]) -> None:
-            fused_exchange.qk_norm_pack(qkv, q_weight, k_weight, parts, eps)
+            fused_exchange.qk_norm_pack(qkv, q_weight, k_weight, parts, self.head_groups, eps)
 
-        return _joined(self._exchanged("heads", (batch, tokens, width // self.size), qkv.dtype, pack))
+        return _joined(self._exchanged("heads", (batch, tokens, width // self.head_groups), qkv.dtype, pack))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The part of x [B, L, M, D] whose attention this rank computes: all tokens, or half of them."""
+        halves = self.size // self.head_groups
+        return x if halves == 1 else x.chunk(halves, 1)[self._half].contiguous()
 
     def to_tokens(self, attended: Tensor) -> Tensor:
-        """[B, L, M, D] of all tokens -> [B, L / size, N, D] of this rank's."""
+        """[B, L, M, D] of all `queries` -> [B, L / size, N, D] of this rank's tokens."""
         batch, tokens, heads, dim = attended.shape
-        parts = attended.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
+        parts = attended.unflatten(1, (self.head_groups, -1)).movedim(1, 0).contiguous()
         received = self._kept("tokens", parts.shape, attended.dtype)
-        self.group.all_to_all(received, parts)
+        counts = [int(rank in self.same_queries) for rank in range(self.size)]
+        self.group.all_to_all(received, parts, counts, counts)
         # [heads' rank, B, tokens, M, D] -> [B, tokens, N, D]
-        return received.movedim(0, 2).reshape(batch, tokens // self.size, heads * self.size, dim)
+        return received.movedim(0, 2).reshape(batch, tokens // self.head_groups, -1, dim)
 
     def _exchanged(self, role: str, shape: tuple[int, ...], dtype: torch.dtype,
                    pack: Callable[[Sequence[Tensor]], None]) -> Tensor:
@@ -134,8 +155,8 @@ class PeerExchange(HeadExchange):
 
     how = "peer memory"
 
-    def __init__(self, group: Group):
-        super().__init__(group)
+    def __init__(self, group: Group, head_groups: int | None = None):
+        super().__init__(group, head_groups)
         self.memory = PeerMemory(group)
 
     @property
@@ -155,9 +176,10 @@ class PeerExchange(HeadExchange):
 
     def to_tokens(self, attended: Tensor) -> Tensor:
         batch, tokens, heads, dim = attended.shape
-        shape = (batch, tokens // self.size, heads * self.size, dim)
-        result, first = self.memory("tokens", shape, attended.dtype), self.group.rank * heads
-        fused_exchange.scatter_tokens(attended, [part[:, :, first:first + heads] for part in result.parts])
+        shape = (batch, tokens // self.head_groups, heads * self.head_groups, dim)
+        result, first = self.memory("tokens", shape, attended.dtype), self._heads * heads
+        fused_exchange.scatter_tokens(attended, [
+            result.parts[rank][:, :, first:first + heads] for rank in self.same_queries])
         self.memory.arrive()
         return result.own
 
@@ -182,4 +204,5 @@ class ExchangedLayer:
         self._exchange = exchange
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._exchange.to_tokens(self._layer.attend(*self._exchange.to_heads(q, k, v)))
+        exchange = self._exchange
+        return exchange.to_tokens(exchange.queries(self._layer.attend(*exchange.to_heads(q, k, v))))

@@ -108,7 +108,7 @@ def sampling_plan(config: ExperimentConfig) -> SamplingPlan:
 def cache_geometry(config: ExperimentConfig, model: ModelSpec) -> CacheGeometry:
     """The sizes of a cache on one rank, which holds its share of the heads."""
     _, patch_height, patch_width = model.dit.patch_size
-    heads = model.dit.num_heads // config.denoising_ranks
+    heads = model.dit.num_heads // config.head_groups
     return CacheGeometry(model.dit.num_layers, heads, model.dit.head_dim,
                          model.latent_height // patch_height, model.latent_width // patch_width,
                          config.local_attn_size, config.sink_size, config.relative_rope)
