@@ -24,7 +24,7 @@ SETUP = py="$$($(PYTHON) scripts/bootstrap.py $(MODE))" || exit 1
 RUNNER = $(SETUP); "$$py" -m longlive_opt.runner
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-browser test-versions test-gpu lint lab summary training-report quantization parameters readme wheelhouse install-offline campaign-h100 extras-h100 campaign-h100-tiny clean
+.PHONY: help install demo test test-browser test-versions test-gpu lint lab summary training-report quantization parameters readme wheelhouse install-offline campaign-h100 extras-h100 equal-terms-h100 campaign-h100-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,11 @@ extras-h100: CAMPAIGN ?= h100_extras
 extras-h100: ## run realtime in 8 GB, low memory and the studies on an H100: outputs/h100_extras
 	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --repeat-baseline 1 \
 		--presets baseline $(EXTRAS) low_memory $(NOISE) $(ARGS)
+
+equal-terms-h100: CAMPAIGN ?= h100_equal_terms
+equal-terms-h100: ## run the work of the strongest public engine, a window of 21 without a sink: outputs/h100_equal_terms
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100_window21.yaml \
+		--presets baseline exact tiny_vae $(ARGS)
 
 campaign-h100-tiny: CAMPAIGN ?= h100_tiny
 campaign-h100-tiny: ## run the trained tiny model on an H100 for adherence, drift and fidelity: outputs/h100_tiny

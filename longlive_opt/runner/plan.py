@@ -313,9 +313,9 @@ def _plan_run(layout: Layout, campaign: str, preset: str, number: int, notebook:
     declared = declared_parameters(notebook)
     _require_declared(notebook, declared, list(RUN_KEYS))
     # Overwrite every value that the notebook's cell states. All other keys have the config's default in the
-    # notebook, so they are passed only if they differ from it.
+    # notebook, or what follows from other keys, so they are passed only if they were asked for and differ.
     values = {key: value for key, value in config.to_dict().items()
-              if key in declared or value != _DEFAULTS[key]}
+              if key in declared or key in asked and value != _DEFAULTS[key]}
     return Job(label, notebook, folder, {**values, **run}, f"{config.title} ({campaign})",
                known=decision.planned(config, schedule), weights=weights)
 
