@@ -275,7 +275,9 @@ def test_a_machine_without_nvidia_smi_loses_no_run(monkeypatch):
 
 
 class FakeNvml:
-    """NVML's bindings for two GPUs; the second one draws 500 W, which its counter adds up."""
+    """NVML's bindings for two GPUs; the second one draws 500 W, which its counter adds up, and the first one
+    100 W.
+    """
 
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
 
@@ -283,11 +285,12 @@ class FakeNvml:
         pass
 
     def __init__(self, refused: tuple[str, ...] = ()):
-        self.refused, self.now_ms = refused, 0.0
+        self.refused, self.now_ms, self.used = refused, 0.0, {1}
         self.answers = {"ClockInfo": lambda handle, kind: 1755, "Temperature": lambda handle, kind: 64,
                         "PowerUsage": lambda handle: 500_000,
                         "CurrentClocksEventReasons": lambda handle: 0x4 if self.now_ms > 50 else 0x1,
-                        "TotalEnergyConsumption": lambda handle: int(7e6 + 500 * self.now_ms)}
+                        "TotalEnergyConsumption": lambda handle: int(
+                            7e6 + (500 if handle else 100) * self.now_ms)}
 
     def nvmlInit(self):
         if "Init" in self.refused:
@@ -302,7 +305,7 @@ class FakeNvml:
             raise AttributeError(name)
 
         def answer(handle, *kind):
-            assert handle == 1, "another GPU than torch's"
+            assert handle in self.used, "another GPU than torch's"
             if asked in self.refused:
                 raise self.NVMLError("Not Supported")
             return self.answers[asked](handle, *kind)
@@ -330,7 +333,7 @@ def until(come: Callable[[], object]) -> None:
 
 def recorded(fake: FakeNvml, period_s: float = 3600.0) -> telemetry.Samples:
     """A stream of 100 ms of which both ends are read."""
-    watch = telemetry.Telemetry(torch.device("cuda"), period_s)
+    watch = telemetry.Telemetry([torch.device("cuda")], period_s)
     assert watch.missing is None
     with watch.recording(lambda: fake.now_ms) as samples:
         until(lambda: samples.section().get("t_s"))
@@ -351,10 +354,23 @@ def test_energy_and_clocks_are_those_of_torchs_gpu(nvml):
     json.dumps([section, energy], allow_nan=False)
 
 
+def test_energy_is_that_of_all_gpus_of_a_stream(nvml, monkeypatch):
+    """Would catch: half of the joules, or the power of another GPU than the one that is watched."""
+    fake = nvml()
+    fake.used = {0, 1}
+    monkeypatch.setattr(telemetry, "gpu_uuid", lambda device: "GPU-a" if device.index else "GPU-b")
+    with telemetry.Telemetry([torch.device("cuda", i) for i in (0, 1)], 3600.0).recording(
+            lambda: fake.now_ms) as samples:
+        until(lambda: samples.section().get("t_s"))
+        fake.now_ms = 100.0
+    assert samples.energy(20.0, 80.0, 12)["joules"] == pytest.approx(36.0)
+    assert samples.section()["power_w"] == [500.0, 500.0]
+
+
 def test_readings_come_every_period_and_end_with_the_stream(nvml):
     """Would catch: one reading per stream, and a thread that goes on reading after it or after an error."""
     nvml()
-    watch = telemetry.Telemetry(torch.device("cuda"), 0.001)
+    watch = telemetry.Telemetry([torch.device("cuda")], 0.001)
     with pytest.raises(KeyError), watch.recording(lambda: 0.0) as samples:
         until(lambda: len(samples.section().get("t_s", ())) >= 5)
         raise KeyError
@@ -382,7 +398,7 @@ def test_without_readings_both_sections_say_why(nvml, monkeypatch, kind, says):
         monkeypatch.setitem(sys.modules, "pynvml", None)
     if kind == "no uuid":
         monkeypatch.setattr(telemetry, "gpu_uuid", lambda device: None)
-    watch = telemetry.Telemetry(torch.device("cpu" if kind == "cpu" else "cuda"))
+    watch = telemetry.Telemetry([torch.device("cpu" if kind == "cpu" else "cuda")])
     with watch.recording(lambda: 0.0) as samples:
         pass
     energy = samples.energy(0.0, 10.0, 12)

@@ -175,7 +175,6 @@ class TestTwoRanks:
         assert [rank["kv_cache"] for rank in section["memory_gb"]] == pytest.approx([cache, cache])
         assert set(section["exposed_ms"]) == {"denoise", "decode", "recache"}
         assert all(isinstance(value, float) for value in section["exposed_ms"].values())
-        assert "one of 2 GPUs" in measurement._energy([], None)["joules_per_frame"]["reason"]
         assert "the run was on cpu" in section["peak_allocated_gb"]["reason"]
         latents, _ = stream(measurement.session, 2)
         torch.testing.assert_close(latents, alone(**FUSED)[0][:4], rtol=0, atol=1e-4)

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..kernels.torch_internals import compile_seconds, compiled_graphs
 from ..models.specs import VAE_TEMPORAL_STRIDE
 from ..optimizations.prompt_cache import CachedPrompts
-from ..optimizations.several_gpus import Leader, rank_memory
+from ..optimizations.several_gpus import Leader, rank_device, rank_memory
 from ..prompts import PromptSchedule
 from ..streaming.pipeline import Pipeline
 from ..streaming.session import Chunk, StreamingSession
@@ -53,7 +53,8 @@ class Measurement:
         self.config = pipeline.config
         self.timeline = Timeline(pipeline.device)
         self.session = StreamingSession(pipeline, timeline=self.timeline)
-        self._telemetry = Telemetry(pipeline.device)
+        ranks = self.config.gpus if pipeline.device.type == "cuda" else 1
+        self._telemetry = Telemetry([rank_device(self.config, rank) for rank in range(ranks)])
         self._prompts = schedule.prompts
         self._variations = itertools.count(1)
 
@@ -211,9 +212,6 @@ class Measurement:
 
     def _energy(self, events: list[Event], samples: Samples) -> dict[str, Any]:
         """The `energy` section of one stream."""
-        if self.config.gpus > 1:
-            why = na(f"the counter of one of {self.config.gpus} GPUs was read", "measure on one GPU")
-            return dict.fromkeys(("joules_per_frame", "mean_power_w", "joules"), why)
         first = self.config.warmup_blocks
         counted = sum(block >= first for block in metrics.marks(events, metrics.CHUNK_READY))
         frames = counted * self.config.block_frames * VAE_TEMPORAL_STRIDE

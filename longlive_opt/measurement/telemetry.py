@@ -1,7 +1,7 @@
 """The GPU's clock, power, temperature, throttling and energy during a stream, read from NVML (NVIDIA's
 management library).
 
-    telemetry = Telemetry(device)
+    telemetry = Telemetry([device])
     with telemetry.recording(timeline.now_ms) as samples:
         ...                                   # the stream
     section, energy = samples.section(), samples.energy(begin_ms, end_ms, video_frames)
@@ -31,15 +31,17 @@ FIELDS = ("sm_mhz", "power_w", "temperature_c", "throttle", "energy_j")
 
 
 class Telemetry:
-    """Reads one GPU. If that is impossible, `missing` is the n/a of both sections, else None."""
+    """Reads the first of some GPUs, and the energy of all. If that is impossible, `missing` is the n/a of
+    both sections, else None.
+    """
 
-    def __init__(self, device: torch.device, period_s: float = PERIOD_S):
+    def __init__(self, devices: Sequence[torch.device], period_s: float = PERIOD_S):
         self.period_s = period_s
         self.missing: dict[str, Any] | None = None
         self._nvml: Any = None
-        self._handle: Any = None
-        if device.type != "cuda":
-            self.missing = na(f"the run was on {device.type}", "run on an NVIDIA GPU")
+        self._handles: list[Any] = []
+        if devices[0].type != "cuda":
+            self.missing = na(f"the run was on {devices[0].type}", "run on an NVIDIA GPU")
             return
         try:
             import pynvml
@@ -47,13 +49,13 @@ class Telemetry:
             self.missing = na("the package nvidia-ml-py is not installed", "pip install nvidia-ml-py")
             return
         # NVML ignores CUDA_VISIBLE_DEVICES, so its indices differ from torch's.
-        uuid = gpu_uuid(device)
-        if uuid is None:
+        uuids = [gpu_uuid(device) for device in devices]
+        if None in uuids:
             self.missing = na("torch does not report the GPU's UUID", "update PyTorch")
             return
         try:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
             self._nvml = pynvml
         except pynvml.NVMLError as error:
             self.missing = na(f"NVML cannot access this GPU: {error}", "check whether nvidia-smi works")
@@ -92,15 +94,18 @@ class Telemetry:
         # NVML renamed this query; old drivers and old bindings know only one name.
         masks = (self._ask(getattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", None))
                  for name in ("Event", "Throttle"))
+        energies = [self._ask(nvml.nvmlDeviceGetTotalEnergyConsumption, of=handle)
+                    for handle in self._handles]
         return {"sm_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
                 "power_w": _scaled(self._ask(nvml.nvmlDeviceGetPowerUsage)),
                 "temperature_c": self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
                 "throttle": next((mask for mask in masks if mask is not None), None),
-                "energy_j": _scaled(self._ask(nvml.nvmlDeviceGetTotalEnergyConsumption))}
+                "energy_j": None if None in energies else _scaled(sum(energies))}
 
-    def _ask(self, question: Callable[..., int] | None, *arguments: int) -> int | None:
+    def _ask(self, question: Callable[..., int] | None, *arguments: int, of: Any = None) -> int | None:
+        """Args: of: a GPU's handle; None: the first."""
         try:
-            return question(self._handle, *arguments) if question else None
+            return question(self._handles[0] if of is None else of, *arguments) if question else None
         except self._nvml.NVMLError:
             return None
 
