@@ -259,7 +259,14 @@ def test_the_gate_is_the_error_ratio(gate, ratio, kept):
 def test_what_fails_its_gate_is_dropped_before_anything_else_is_asked(noise):
     """Would catch: a preset that breaks the picture left undecided, and so not ruled out."""
     assert decide(0.5, LOSSY, noise=noise, change=with_ratio(11.0))["keep"] is False
-    assert decide(0.5, LOSSY, noise=noise)["keep"] is None
+    assert decide(0.99, LOSSY, noise=noise)["keep"] is None
+
+
+def test_halving_the_time_needs_no_second_baseline():
+    """Would catch: no recommendation from a campaign of one run per preset, whatever the gain."""
+    kept = decide(0.5, LOSSY, noise=None)
+    assert kept["keep"] is True and "threshold 25.0%" in kept["rationale"]
+    assert decide(1.5, LOSSY, noise=None)["keep"] is False
 
 
 def test_the_worse_of_both_protocols_and_the_worst_block_count():
@@ -310,7 +317,10 @@ def test_what_was_not_measured_is_undecided():
     no_error = na("the baseline runs in float32", "use bf16")
     undivided = decide(0.5, LOSSY, change=with_ratio(1.3, worst_ratio=no_error))
     assert undivided["keep"] is None and "float32" in undivided["rationale"]
-    assert decide(0.5, EXACT, exact=True, noise=None)["keep"] is None
+    alone = decide(0.8, EXACT, exact=True, noise=None)
+    assert alone["keep"] is None and "run the baseline twice" in alone["rationale"]
+    assert "25%, since nothing was run twice" in alone["rule"]
+    assert decide(1.2, EXACT, exact=True, noise=None)["keep"] is None
     result = example_result("variant", 0.5, steady=30, switches=2)
     assert decision.decide(result, None, NOISE, EXACT)["keep"] is None
     other = decision.decide(result, example_result(gpu="another", steady=30, switches=2), NOISE, EXACT)

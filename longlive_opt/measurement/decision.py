@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 CROWDED = "Something else ran on the machine in the meantime: not fit for comparison."
 NOISE_FLOOR = 0.02  # a few runs can agree by luck: no gain below this counts
+UNREPEATED_NOISE = 0.25
+"""Assumed where nothing was run twice: ten times the largest of outputs/noise.json, which has GPUs only."""
 # Preset keys that metrics depend on and that no optimization may change. Older results have the default.
 _SAME_KEYS = ("seed", "model_dtype", "block_frames", "denoising_steps", "timestep_shift", "context_noise",
               "local_attn_size", "sink_size", "global_sink", "relative_rope")
@@ -309,7 +311,8 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
     during which something else ran on the machine, and those whose change is within a noise of more than
     `NOISE_FLOOR`, because on such a machine any change may be noise. A study gets no verdict.
 
-    `noise`: from `noise_of_preset`; None, and then undecided, if nothing was run twice. `gate`: from
+    `noise`: from `noise_of_preset`; None if nothing was run twice, and then a change of up to
+    `UNREPEATED_NOISE` is undecided. `gate`: from
     `gate_of`, {"exactness": "bitwise", "rounding" or "lossy", "max_error_ratio": number, optionally
     "objective": "latency" (the default), "switch" or "memory"}. Gates of results from before protocol 2 are
     readable; runs that pass them are undecided unless the frames are identical.
@@ -321,8 +324,9 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
             f"at most {limit:g} times as far from the baseline in float32 as the baseline's own")
     same = "the same bits as the baseline, or " if exactness == "bitwise" else ""
     quality = f"the latents are {same}{near}"
+    least = f"at least {NOISE_FLOOR:.0%}" if noise else f"{UNREPEATED_NOISE:.0%}, since nothing was run twice"
     rule = (f"keep if {words} improves on the baseline by more than the A/A noise "
-            f"(at least {NOISE_FLOOR:.0%}) and {quality}; undecided if the change is within a larger noise")
+            f"({least}) and {quality}; undecided if the change is within a larger noise")
 
     def verdict(keep: bool | None, rationale: str) -> dict[str, Any]:
         return {"keep": keep, "rule": rule, "rationale": rationale}
@@ -343,13 +347,16 @@ def decide(result: Mapping[str, Any], baseline: Mapping[str, Any] | None, noise:
         return verdict(None, f"undecided: something else ran on the machine during {' and '.join(crowded)}; "
                              "repeat the campaign when nothing else runs on it")
     ours, reference = (lookup(run, metric.path) for run in matched(result, baseline))
-    spread = noise[metric.key] if noise else na("no A/A noise", "run the baseline twice in the campaign")
+    spread = noise[metric.key] if noise else UNREPEATED_NOISE
     for value in (ours, reference, spread):
         if is_na(value):
             return verdict(None, f"undecided: {value['reason']}; {value['how_to_fix']}")
     gain, threshold = (reference - ours) / reference, max(spread, NOISE_FLOOR)
     compared = (f"{words} {ours:.4g} {unit} against {reference:.4g}: {'gain' if gain >= 0 else 'loss'} "
                 f"{abs(gain):.1%}, threshold {threshold:.1%}")
+    if abs(gain) <= spread and not noise:
+        return verdict(None, f"undecided: {compared}, and there is no A/A noise; run the baseline twice in "
+                             "the campaign")
     if abs(gain) <= spread and spread > NOISE_FLOOR:
         return verdict(None, f"undecided: {compared}, within the noise of this machine; repeat the campaign "
                              "when nothing else runs on it")
