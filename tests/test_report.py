@@ -665,6 +665,19 @@ def test_outcome_tells_where_the_time_went():
     assert "GPU clock: 1980 MHz at 120 W before the streams, 1755 MHz at 120 W after, throttled by " in part
 
 
+def test_softer_frames_are_not_recommended_for_the_error_of_their_latents():
+    """Would catch a decoder that the gate does not see recommended, or said to dominate its own latents."""
+    runs = [make("baseline", steady=30), make("record", 0.4, exact=False, steady=30),
+            make("tiny_vae", 0.3, exact=False, steady=30)]
+    runs[2]["parameters"]["vae"] = "taew2_1"
+    for run in runs[1:]:
+        run["decision"] |= {"keep": True}
+    text = report.render_log(runs)
+    assert "**Result**: Record is recommended" in text
+    assert "- Not Tiny vae" in text and "judge them by eye" in text
+    assert "dominated by Tiny" not in text and "- Tiny vae: where latency counts more" in text
+
+
 def test_the_small_model_recommends_nothing_for_the_large():
     """Would catch a laptop's figures evaluated by what was expected of an H100."""
     runs = [make("baseline"), make("speed", 0.01)]
@@ -679,7 +692,7 @@ def test_the_small_model_recommends_nothing_for_the_large():
 
 def test_decision_is_made_anew_once_the_noise_is_known():
     """Would catch verdicts that stay undecided because the baseline's repeat ran after the preset."""
-    baseline, again, speed = make("baseline"), make("baseline", run=2), make("speed")
+    baseline, again, speed = make("baseline"), make("baseline", run=2), make("speed", 0.9)
     speed["decision"] = {"keep": None, "rule": "r", "rationale": "undecided",
                          "gate": {"exactness": "lossy", "max_error_ratio": 2.0}}
     assert report.decided([baseline, speed])[1]["decision"]["keep"] is None
@@ -1045,6 +1058,16 @@ def test_colours_differ_for_every_eye(palette, sight):
     near = {(a, b): round(float(np.linalg.norm(seen[a] - seen[b])), 1)
             for a, b in itertools.combinations(seen, 2)}
     assert {pair: distance for pair, distance in near.items() if distance < 12} == {}
+
+
+def test_a_preset_on_several_gpus_is_a_darker_one_of_its_own():
+    """Would catch two presets on two GPUs in one colour."""
+    colours = {name: charts.colour_of(name) for preset in charts.PRESET_COLOURS
+               for name in (preset, f"{preset}_2gpus", f"{preset}_4gpus")}
+    assert len(set(colours.values())) == len(colours)
+    for preset in charts.PRESET_COLOURS:
+        one, two, four = (cielab(colours[preset + end], "normal")[0] for end in ("", "_2gpus", "_4gpus"))
+        assert four < two < one
 
 
 def test_presets_names_can_be_read_on_white():

@@ -18,6 +18,7 @@ from ..files import project_path, read_json
 from ..measurement import decision
 from ..measurement.catalogue import Metric, metric_of
 from ..measurement.result import is_na, is_plain_mapping, lookup, read_campaign, run_label
+from ..models.specs import TINY_VAES
 from .charts import target_of
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ class Campaign:
         rest = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         return (f"<b>{html.escape(f'Campaign {self.folder.name}')}</b>"
                 f"{numbers_table(self.results).to_html(index=False, border=0)}{rest}")
+
+
+def has_tiny_vae(result: Result) -> bool:
+    """Whether the frames are those of another decoder than the baseline's."""
+    return lookup(result, "parameters.vae") in TINY_VAES
 
 
 def gpus_of(result: Result) -> int:

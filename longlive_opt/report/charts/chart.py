@@ -4,6 +4,7 @@ and readers for the values of a result. A missing value reads as None or empty.
 
 import io
 import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,14 @@ _ON_LIGHT = ("recache", "clean_pass", "other")  # stages whose colour is too lig
 
 
 def colour_of(preset: str) -> str:
-    """The preset's colour. A preset outside the table gets a colour that depends only on its name."""
+    """The preset's colour, darker on several GPUs. A preset outside the table gets a colour that depends only
+    on its name.
+    """
+    several = re.fullmatch(r"(.+)_(\d+)gpus", preset)
+    if several and several[1] in PRESET_COLOURS:
+        share = 0.65 ** math.log2(int(several[2]))
+        red, green, blue = (int(value * share) for value in bytes.fromhex(PRESET_COLOURS[several[1]][1:]))
+        return f"#{red:02x}{green:02x}{blue:02x}"
     spare = _MORE_COLOURS[zlib.crc32(preset.encode()) % len(_MORE_COLOURS)]
     return PRESET_COLOURS.get(preset, spare)
 
