@@ -19,7 +19,7 @@ from longlive_opt.measurement.catalogue import (
     shown_for,
     shown_in,
 )
-from longlive_opt.measurement.result import _SCHEMA, lookup
+from longlive_opt.measurement.result import _SCHEMA, lookup, na
 from longlive_opt.report.conclusion import card_html, definitions_html, measured
 from longlive_opt.report.tables import ablations_table, headline_table, numbers_table, summary_table
 
@@ -138,3 +138,15 @@ def test_a_cpu_run_shows_its_own_memory() -> None:
     assert "peak_resident_gb" not in summary_table([on_gpu]).columns
     del on_cpu["memory_gb"]["peak_resident"]  # a result from before
     assert "peak_allocated" in [metric.key for metric in shown_for("card", on_cpu)]
+
+
+def test_jitter_is_above_the_median_and_never_understated():
+    """Would catch: a calm stream made of a few samples whose slowest is left out."""
+    jitter = metric_of("ss_jitter")
+
+    def of(**values):
+        return jitter.value({"latency": {"ss_ms_per_frame": {"p50": 20.0, "max": 22.0, **values}}})
+
+    assert of(p99=20.5) == pytest.approx(2.5)
+    assert of(p99=na("n too small", "measure more")) == pytest.approx(10.0)
+    assert of(p50=na("gone", "run it")) is None and jitter.value({"latency": {}}) is None

@@ -6,7 +6,7 @@ metric needs its computation, one row here and its test.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Metric:
         template: its name in the log's template; empty if the template does not use it.
         scale: the shown value is `scale` times the stored one.
         instead: the key of the metric that a table shows where no run has a value of this one.
+        derived: makes the stored number of what lies at `path`, which is no number then.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Metric:
     template: str = ""
     scale: float = 1.0
     instead: str = ""
+    derived: Callable[[Any], float | None] | None = None
 
     @property
     def heading(self) -> str:
@@ -71,7 +73,7 @@ class Metric:
 
     def value(self, result: Mapping[str, Any]) -> float | None:
         """The number in its unit; None if it is missing or n/a."""
-        found = number(result, self.path)
+        found = self.derived(lookup(result, self.path)) if self.derived else number(result, self.path)
         return None if found is None else found if self.scale == 1 else self.scale * found
 
     def text(self, value: float | None, sign: str = "") -> str:
@@ -107,6 +109,8 @@ _SS = ("Steady-state (SS) latency per video frame. One sample is one block: the 
        "Host clock, synchronised at the block edge. Stream without prompt switches, blocks after warm-up: "
        "the window is full and compilation is over. With asynchronous decoding the last block does not "
        "count, since no block competes with it.")
+_JITTER = ("How far the 99th percentile of the steady-state latency lies above its median, in percent of the "
+           f"median; with fewer than {P99_SAMPLES} samples, how far the maximum does, which is no less.")
 _TARGET = ("Share of the steady-state blocks that took longer per video frame than the run's "
            "`target_ms_per_frame`.")
 _STAGE = ("Mean time of the stage per steady-state block, summed over its spans: CUDA events on a GPU, else "
@@ -163,6 +167,14 @@ _ADHERENCE = ("Read from the frames of the video by geometry, only for prompts o
               "change of "
               "adherence from the first to the last third of a long prompt.")
 
+
+
+def _jitter(distribution: Any) -> float | None:
+    found = {name: number({"of": distribution}, f"of.{name}") for name in ("p50", "p99", "max")}
+    above = found["max"] if found["p99"] is None else found["p99"]
+    return None if above is None or not found["p50"] else above / found["p50"] - 1
+
+
 METRICS: tuple[Metric, ...] = (
     Metric("ss_mean", "SS mean", "ms per frame", "latency.ss_ms_per_frame.mean", "lower", 2,
            "noise record csv summary headline comparison card ablation", _SS, "ss_mean_ms", "SS Mean"),
@@ -174,6 +186,8 @@ METRICS: tuple[Metric, ...] = (
            _SS, "ss_p99_ms", "SS P99"),
     Metric("ss_max", "SS max", "ms per frame", "latency.ss_ms_per_frame.max", "lower", 2,
            "noise record csv summary headline comparison card ablation", _SS, "ss_max_ms", "SS Max"),
+    Metric("ss_jitter", "SS jitter", "% of p50", "latency.ss_ms_per_frame", "lower", 1, "csv headline log",
+           _JITTER, "ss_jitter_percent", scale=100, derived=_jitter),
     Metric("ss_over_target", "SS blocks over the target", "%", "latency.ss_over_target.share", "lower", 1,
            "headline log", _TARGET, scale=100),
     Metric("stage_denoise", "denoise", "ms per block", "latency.stages_ms.denoise.mean", "lower", 1,
