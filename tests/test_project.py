@@ -8,20 +8,24 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
 import longlive_opt
 from longlive_opt.config import KEYS, RUN_KEYS, ExperimentConfig, notebook_parameters
-from longlive_opt.errors import UserError
+from longlive_opt.errors import NotAvailable, UserError
 from longlive_opt.files import load_yaml, read_json
+from longlive_opt.kernels import attention_bf16
 from longlive_opt.measurement.result import read_result
+from longlive_opt.optimizations import fused_vae, quantized_kv_cache, quantized_linears
 from longlive_opt.report.campaign import load
 from longlive_opt.report.conclusion import provenance_html
 from longlive_opt.report.html_export import drop_unused_styles, export_html, network_references
@@ -783,6 +787,41 @@ def test_readme_states_what_the_committed_runs_say():
     assert re.search(rf"without\nthe attention sink \(.*\) the ratio is {no_sink:.0f}\.", readme)
     passed = re.search(r"(\d+) passed", (ROOT / "outputs/h100/gpu_tests.txt").read_text(encoding="utf-8"))[1]
     assert f"(outputs/h100/gpu_tests.txt): {passed} passed" in readme
+
+
+def test_readme_says_what_other_gpus_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that was right for older presets: a B200 that is promised all and refuses the fastest."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*\(\d+\.\d\)[^|]*) \| (.*) \| (.*) \|$", readme, re.MULTILINE)
+    presets = {path.stem: load_yaml(path) for path in (ROOT / "params").glob("*.yaml")}
+    seen = set()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "another GPU")
+    for cards, keys, names in rows:
+        for major, minor in re.findall(r"\((\d+)\.(\d)\)", cards):
+            capability = int(major), int(minor)
+            seen.add(capability)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+            refused = {key: value for key, value, check in (
+                ("attention_backend", "gluon",
+                 lambda: attention_bf16.check_gpu(torch.device("cuda"), torch.bfloat16, 128)),
+                ("use_fused_vae", True, lambda: fused_vae.check_device(torch.device("cuda"))),
+                ("use_quantized_kv", True, lambda: quantized_kv_cache.check_kernels(128, capability)),
+                ("use_quantized_linears", True,
+                 lambda: quantized_linears.check_linears("int8", 1536, 8960, capability)))
+                if refuses(check)}
+            assert {words.partition(":")[0] for words in re.findall(r"`([^`]*)`", keys)} == refused.keys()
+            assert names.split(", ") == sorted(
+                name for name, preset in presets.items()
+                if any(preset.get(key) == value for key, value in refused.items()))
+    assert seen == {(8, 0), (8, 9), (10, 0), (12, 0)}
+
+
+def refuses(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except NotAvailable:
+        return True
+    return False
 
 
 def test_readme_is_in_the_order_of_a_visitor() -> None:
