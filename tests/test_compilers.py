@@ -79,7 +79,8 @@ def test_campaign_goes_on_without_a_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["_scaled_mm", "_addmm_activation", "cuda.memory._set_allocator_settings",
                                   "_dynamo.utils.counters", "_dynamo.utils.compilation_time_metrics",
-                                  "_dynamo.config.recompile_limit", "_dynamo.maybe_mark_dynamic",
+                                  "_dynamo.convert_frame.compile_lock", "_dynamo.config.recompile_limit",
+                                  "_dynamo.maybe_mark_dynamic",
                                   "_C._distributed_c10d._SymmetricMemory.empty_strided_p2p",
                                   "_C._distributed_c10d._SymmetricMemory.rendezvous"])
 def test_private_names_are_there(path: str) -> None:

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from longlive_opt.config import NEEDS, ExperimentConfig
 from longlive_opt.errors import NotAvailable, UserError
+from longlive_opt.kernels import torch_internals
 from longlive_opt.measurement.metrics import marks
 from longlive_opt.models.attention import make_attention
 from longlive_opt.models.dit import TextContext
@@ -580,6 +581,20 @@ def test_async_decoder_works_while_the_next_block_is_denoised(asynchronous):
     sampler = session.pipeline.sampler.with_forward(denoise)
     session.pipeline = dataclasses.replace(session.pipeline, sampler=sampler)
     assert [chunk.block for chunk in session.stream("a", 3)] == [0, 1, 2]
+
+
+def test_async_decoder_waits_while_something_is_compiled(cheap_compile, monkeypatch):
+    """PyTorch refuses compiled functions while another thread traces: `make demo` on two busy cores."""
+    pipeline = micro_pipeline(use_static_kv=True, use_torch_compile=True, use_async_vae=True)
+    session = StreamingSession(pipeline)
+    latents = torch.randn(1, 3, *pipeline.latent_shape)
+    with monkeypatch.context() as patch, torch_internals.compile_lock():
+        patch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)
+        assert session._decoder.push(latents) == []
+        with pytest.raises(TimeoutError):
+            session._decoder._pending[0].result(timeout=0.3)
+    (frames,) = session._decoder.flush()
+    assert frames.shape[1] == 9
 
 
 def test_async_error_surfaces_in_the_stream(asynchronous):

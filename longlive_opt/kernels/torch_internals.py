@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -104,6 +105,13 @@ def expand_segments() -> None:
         # The function that the warning recommends instead is as private as this one.
         warnings.filterwarnings("ignore", message=".*_set_allocator_settings is deprecated")
         change("expandable_segments:True")
+
+
+def compile_lock() -> AbstractContextManager[Any]:
+    """The lock that torch.compile holds while it compiles. A thread that calls compiled functions holds it as
+    well: PyTorch's flag for symbolic tracing is that of all threads, and the call would be refused.
+    """
+    return private("_dynamo.convert_frame.compile_lock", "Decoding in another thread (use_async_vae)")
 
 
 def compiled_graphs() -> int:

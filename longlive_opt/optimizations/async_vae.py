@@ -12,15 +12,18 @@ numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Callable, ClassVar
+from typing import Any, Callable, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..kernels import torch_internals
 from ..models.vae import StreamingDecoder
 from ..streaming.decoder import Decoder, Delivery, InlineDecoder
 from ..streaming.pipeline import Pipeline
@@ -39,7 +42,10 @@ class AsyncVAE(Optimization):
         def make_decoder(vae: StreamingDecoder, timeline: Timeline | NullTimeline,
                          delivery: Delivery) -> Decoder:
             inner = make_inline(vae, timeline, delivery)
-            return StreamDecoder(inner, device) if device.type == "cuda" else ThreadDecoder(inner)
+            if device.type == "cuda":
+                return StreamDecoder(inner, device)
+            compiles = pipeline.config.use_torch_compile
+            return ThreadDecoder(inner, *[torch_internals.compile_lock()] if compiles else [])
 
         pipeline = dataclasses.replace(pipeline, make_decoder=make_decoder)
         return self.report(
@@ -54,14 +60,20 @@ IN_FLIGHT = 1
 class ThreadDecoder:
     """Decodes in one worker thread, in order. An error in the worker is raised by the next call."""
 
-    def __init__(self, inner: InlineDecoder):
+    def __init__(self, inner: InlineDecoder, lock: AbstractContextManager[Any] = contextlib.nullcontext()):
+        """Args: lock: held while the worker decodes."""
         self._inner = inner
+        self._lock = lock
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._pending: deque[Future[list[Tensor]]] = deque()
 
     def push(self, latents: Tensor, urgent: bool = False) -> list[Tensor]:
-        self._pending.append(self._worker.submit(lambda: list(self._inner.push(latents, urgent))))
+        self._pending.append(self._worker.submit(self._decode, latents, urgent))
         return self._collect(lambda: len(self._pending) > IN_FLIGHT or self._pending[0].done())
+
+    def _decode(self, latents: Tensor, urgent: bool) -> list[Tensor]:
+        with self._lock:
+            return list(self._inner.push(latents, urgent))
 
     def flush(self) -> list[Tensor]:
         return self._collect(lambda: True)
