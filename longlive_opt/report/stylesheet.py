@@ -2,10 +2,10 @@
 
 PAGE = """
 :root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 1.5em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 1.5em auto; padding: 0 1em }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
-td, th { text-align: right; padding: .25em .7em; border-bottom: 1px solid #8884; white-space: nowrap }
+td, th { text-align: right; padding: .25em .45em; border-bottom: 1px solid #8884; white-space: nowrap }
 th { white-space: normal; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left }
 figure { margin: 0 } video, img { max-width: 100% } img { background: #fff }
