@@ -107,7 +107,7 @@ MADE_BY = {"pipeline": "build", "measurement": "build", "session": "build", "mea
 def _require_import(module: str, package: str) -> None:
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:
         raise UserError(f"{package}: this package cannot be imported ({error}), and a run needs it after its "
                         f"measurement; run 'make install', or 'pip install {package}'.") from error
 

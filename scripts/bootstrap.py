@@ -235,12 +235,13 @@ def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: b
         torch: version of the environment's own torch, which stays.
         cpu: install a new torch without CUDA.
     """
+    without_cuda = torch.endswith("+cpu") if torch else cpu  # then torchvision has to be without it, too
     constraints = STATE / "constraints.txt"
     write_constraints(constraints, brought_packages(python), torch, newest, cpu)
     # An offline host runs and tests the project. JupyterLab and ruff would add half the size again.
     extras = "test" if wheels else "lab,test,lint"
     options = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    if cpu and not torch:
+    if without_cuda and not wheels:
         options += ["--extra-index-url", CPU_INDEX]
     if newest and not torch:
         options += ["--upgrade", "--upgrade-strategy", "eager"]
@@ -262,6 +263,18 @@ def install(python: str, torch: Optional[str], wheels: Optional[Path], newest: b
     if pip.wait():
         reason = explain(lost + tail, wheels, cpu and not torch)
         stop(reason + "; all of pip's output is in .bootstrap/pip.log")
+
+
+def check_torchvision(python: str) -> None:
+    """Stop if torchvision cannot be imported. It must be of the same build as torch, which pip does not know,
+    and metrics, reports and the tiny model's training fail without it.
+    """
+    done = subprocess.run([python, "-c", "import torch, torchvision"], cwd=str(STATE), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or ["no message"]
+        stop("torchvision does not work with the torch of this environment (%s): install the one of the same "
+             "build, or deactivate the environment, so that 'make install' makes .venv" % lines[-1][:200])
 
 
 def explain(tail: List[str], wheels: Optional[Path], cpu: bool = False) -> str:
@@ -331,6 +344,7 @@ def main() -> int:
                 "leaves the CUDA libraries out)")
         STATE.mkdir(exist_ok=True)
         install(python, torch, wheels.resolve() if wheels else None, newest, cpu)
+        check_torchvision(python)
         stamp = json.dumps({"digest": digest, "root": str(ROOT), "python": python, "cpu": cpu})
         (STATE / "stamp.json").write_text(stamp, encoding="utf-8")
         say("done")

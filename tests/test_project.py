@@ -438,6 +438,7 @@ def test_without_cuda_torch_comes_from_its_own_index(bootstrap: ModuleType, monk
     monkeypatch.setattr(bootstrap, "brought_packages", lambda python: {})
     monkeypatch.setattr(bootstrap, "brought_torch", lambda python: None)
     monkeypatch.setattr(bootstrap, "choose_environment", lambda offline: sys.executable)
+    monkeypatch.setattr(bootstrap, "check_torchvision", lambda python: None)
     monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
     assert bootstrap.main() == 0
     assert calls[0][calls[0].index("--extra-index-url") + 1] == bootstrap.CPU_INDEX
@@ -448,11 +449,22 @@ def test_without_cuda_torch_comes_from_its_own_index(bootstrap: ModuleType, monk
     monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--no-cpu"])
     assert bootstrap.main() == 0 and len(calls) == 2 and "--extra-index-url" not in calls[1]
     assert f"torch=={pins['torch']}\n" in (bootstrap.STATE / "constraints.txt").read_text()
-    # A torch of the environment stays as it is.
-    monkeypatch.setattr(bootstrap, "brought_torch", lambda python: "2.11.0")
-    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
-    assert bootstrap.main() == 0 and "--extra-index-url" not in calls[2]
-    assert "torch 2.11.0 stays" in capsys.readouterr().err
+    # A torch of the environment stays as it is, and torchvision is of its build.
+    for torch_, has_index in (("2.11.0", False), ("2.11.0+cpu", True)):
+        (bootstrap.STATE / "stamp.json").unlink()
+        monkeypatch.setattr(bootstrap, "brought_torch", lambda python: torch_)
+        monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--cpu"])
+        assert bootstrap.main() == 0 and ("--extra-index-url" in calls[-1]) == has_index
+        assert f"torch {torch_} stays" in capsys.readouterr().err
+
+
+def test_torchvision_of_another_build_ends_the_set_up(bootstrap: ModuleType, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture) -> None:
+    """"done", and then `operator torchvision::nms does not exist` in the middle of a notebook."""
+    bootstrap.STATE.mkdir(exist_ok=True)
+    (bootstrap.STATE / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist')")
+    says = stopped(capsys, bootstrap.check_torchvision, sys.executable)
+    assert "(RuntimeError: operator nms does not exist): install the one" in says
 
 
 def test_constraints_and_mode_make_the_set_up_anew(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch,

@@ -312,3 +312,16 @@ def test_pictures_show_where_clips_differ(clip):
     assert (pair[:, 25:, 104:] == 128).all() and pair[:, 10:20, 114:124].std() > 50
     with pytest.raises(UserError, match="differ"):
         video.side_by_side(clip, clip[:3])
+
+
+def test_a_package_that_cannot_be_loaded_is_not_available(monkeypatch):
+    """Would catch: a run or the doctor ended by a torchvision of another build than torch."""
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "stlpips_pytorch":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.delitem(sys.modules, "stlpips_pytorch", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    found = quality.perceptual_metrics()["ST-LPIPS"]
+    assert "cannot be loaded" in found and "nms" in found and "belongs to this PyTorch" in found

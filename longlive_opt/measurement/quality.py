@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .result import is_na, na
 
 if TYPE_CHECKING:
@@ -192,6 +192,16 @@ def perceptual_metrics() -> dict[str, str]:
             for name, one in loaded.items()}
 
 
+def _not_loaded(package: str, wanted: str, error: Exception) -> dict[str, Any]:
+    """n/a because importing a package failed, whatever it raised: a torchvision of another build than torch
+    raises RuntimeError.
+    """
+    if isinstance(error, ImportError):
+        return na(f"the package {package} is not installed", f"pip install {wanted}")
+    return na(f"the package {package} cannot be loaded ({short(str(error))})",
+              "install the torchvision that belongs to this PyTorch, or run make install")
+
+
 def _load_lpips(folder: str | Path | None,
                 device: "torch.device") -> "Callable[..., torch.Tensor] | dict[str, Any]":
     """Return a scorer (variant, reference) -> LPIPS per frame, or n/a if no trunk has the right hash."""
@@ -207,8 +217,8 @@ def _load_lpips(folder: str | Path | None,
                   f"delete it, then {_FETCH_TRUNK}")
     try:
         import lpips
-    except ImportError:
-        return na("the package lpips is not installed", "pip install lpips==0.1.4")
+    except Exception as error:
+        return _not_loaded("lpips", "lpips==0.1.4", error)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision with a deprecated keyword
         # A random trunk first: otherwise lpips would download a trunk, or load an unchecked one.
@@ -236,8 +246,8 @@ def _load_st_lpips(device: "torch.device") -> "Callable[..., torch.Tensor] | dic
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from stlpips_pytorch import invariant_networks
-    except ImportError:
-        return na("the package stlpips_pytorch is not installed", "pip install stlpips_pytorch==0.0.2")
+    except Exception as error:
+        return _not_loaded("stlpips_pytorch", "stlpips_pytorch==0.0.2", error)
     path = Path(invariant_networks.__file__).parent / ST_LPIPS_WEIGHTS
     stored = torch.load(path, map_location="cpu", weights_only=True)
     network = invariant_networks.alexnet(variant="shift_tolerant", filter_size=3)
@@ -289,11 +299,11 @@ def _load_clip(name: str, device: "torch.device") -> Any:
 
         model = CLIPModel.from_pretrained(name, local_files_only=True).to(device).eval()
         return model, CLIPProcessor.from_pretrained(name, local_files_only=True)
-    except ImportError:
-        return na("the package transformers is not installed", "pip install transformers")
     except (OSError, ValueError) as error:
         reason = "is not on this machine" if isinstance(error, OSError) else "cannot be read"
         return na(f"the CLIP model {name} {reason}", f"fetch it once: hf download {name}")
+    except Exception as error:
+        return _not_loaded("transformers", "transformers", error)
 
 
 def _clip_score(loaded: tuple[Any, Any], frames: "torch.Tensor", texts: list[str]) -> float:
