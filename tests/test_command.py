@@ -233,6 +233,17 @@ def test_other_prompts_are_not_compared(tmp_path: Path) -> None:
     assert first.verdict == "n/a" and "prompts[1] is 'a whale' against 'a wolf'" in first.reason
 
 
+def test_disturbed_runs_get_no_verdict(tmp_path: Path) -> None:
+    """A regression reported, and a job failed, because something else ran on the machine."""
+    run = example_result("baseline", 1.0, steady=40, switches=4)
+    slow = scaled(run, 1.5)
+    slow["environment"]["co_scheduled"] = True
+    before, after = campaign(tmp_path / "a", run), campaign(tmp_path / "b", slow)
+    first, *_ = campaign_diff.compare(before, after)
+    assert first.verdict == "undecided" and first.change > 0.4 and "something else ran" in first.reason
+    assert campaign_diff.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+
+
 def test_compare_ends_with_a_status_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A job that goes on after a regression; a page that cannot be opened alone."""
     run = example_result("baseline", 1.0, steady=40, switches=4)

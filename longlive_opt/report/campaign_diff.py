@@ -36,7 +36,8 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class Change:
     """One metric of one preset in two campaigns: the means, the relative change of the mean with its interval
-    of confidence, and what that says. `reason` says why there is no comparison; then the rest is None.
+    of confidence, and what that says. `reason` says why there is no verdict; the rest is None if there is no
+    comparison either.
     """
 
     preset: str
@@ -50,9 +51,13 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """faster, slower or noise: a change counts where its interval leaves out 0 and it exceeds 2 %."""
+        """faster, slower or noise: a change counts where its interval leaves out 0 and it exceeds 2 %. Of runs
+        that were disturbed undecided: the interval does not contain that.
+        """
         if self.change is None:
             return "n/a"
+        if self.reason:
+            return "undecided"
         if self.low <= 0 <= self.high or abs(self.change) < NOISE_FLOOR:
             return "noise"
         return "faster" if self.change < 0 else "slower"
@@ -143,6 +148,8 @@ def _changes(preset: str, before: Sequence[Result], after: Sequence[Result]) -> 
     # Two machines, commits or versions are what is compared; all else has to agree.
     if reason := unfair(*({**runs[0], "environment": {}} for runs in (before, after))):
         return [Change(preset, metric, reason=reason) for metric in SAMPLES]
+    disturbed = sum(bool(lookup(run, "environment.co_scheduled")) for run in (*before, *after))
+    reason = f"something else ran on the machine during {disturbed} of the runs" if disturbed else ""
     changes = []
     for metric, (path, per_frame) in SAMPLES.items():
         samples = [[np.asarray(numbers(run, path)) / (lookup(run, "sizes.frames_per_block") if per_frame
@@ -153,7 +160,7 @@ def _changes(preset: str, before: Sequence[Result], after: Sequence[Result]) -> 
             continue
         theirs, ours = (float(np.mean([run.mean() for run in runs])) for runs in samples)
         low, high = _interval(*samples)
-        changes.append(Change(preset, metric, theirs, ours, ours / theirs - 1, low, high))
+        changes.append(Change(preset, metric, theirs, ours, ours / theirs - 1, low, high, reason))
     return changes
 
 
@@ -212,7 +219,7 @@ def summary(changes: Sequence[Change]) -> str:
     """The result in one sentence."""
     found = [one.verdict for one in changes]
     return (f"{found.count('faster')} faster, {found.count('slower')} slower, {found.count('noise')} within "
-            f"the noise, {found.count('n/a')} not comparable")
+            f"the noise, {found.count('undecided')} undecided, {found.count('n/a')} not comparable")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

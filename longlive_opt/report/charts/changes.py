@@ -7,7 +7,7 @@ from typing import Protocol
 
 from .chart import DARK, GREY, Chart, described, name_rows, new_axes, not_drawn, note, plain
 
-COLOURS = {"faster": "#0072b2", "slower": "#d55e00", "noise": GREY}
+COLOURS = {"faster": "#0072b2", "slower": "#d55e00", "noise": GREY, "undecided": GREY}
 
 
 class Interval(Protocol):
