@@ -920,3 +920,22 @@ def test_start_is_cheap() -> None:
     code = "import sys, longlive_opt.runner; print({'torch', 'papermill', 'nbconvert'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_damaged_result_ends_a_summary_before_it_begins(project, capsys):
+    """Twelve seconds of a summary, another run's report rewritten, and then the error."""
+    folder = project / "outputs" / "house"
+    for label, text in (("baseline", "{"), ("static_kv", "{}")):
+        (folder / label).mkdir(parents=True)
+        (folder / label / "result.json").write_text(text)
+    assert runner.main(["summary", "--campaign", "house"], project) == 2
+    assert "baseline/result.json: is not JSON" in capsys.readouterr().err
+    assert not (folder / "summary").exists()
+
+
+def test_a_campaign_that_is_a_file_is_named_as_such(project, capsys):
+    """A complaint about --log, which nobody gave."""
+    (project / "outputs").mkdir(exist_ok=True)
+    (project / "outputs" / "afile").write_text("")
+    assert runner.main(["run", "--campaign", "afile", "--presets", "baseline"], project) == 2
+    assert "--campaign: outputs/afile is a file" in capsys.readouterr().err

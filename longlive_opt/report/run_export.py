@@ -130,7 +130,8 @@ def _milliseconds(created_utc: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns 0, or 2 for wrong input."""
+    """Command line; returns 0, 1 where a result was left out because it cannot be used, or 2 for wrong input.
+    """
     parser = argparse.ArgumentParser(prog="longlive export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a name in outputs/, or a folder")
@@ -154,4 +155,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 1 if campaign.problems else 0

@@ -36,6 +36,7 @@ from ..config import BASELINE, check_folder_name
 from ..errors import UserError
 from ..files import load_yaml, project_path, project_root
 from ..measurement.environment import fitting_profile
+from ..measurement.result import read_result
 from ..models.weight_files import TINY_WEIGHTS
 from .execute import Job, export_report, export_reports, locked, run_jobs
 from .parameters import refresh
@@ -203,6 +204,8 @@ def run_summary(layout: Layout, arguments: argparse.Namespace) -> int:
     campaign = layout.campaign(arguments.campaign)
     if not any(campaign.glob("*/result.json")):
         raise UserError(f"--campaign: {arguments.campaign!r} has no finished run; start one with 'run'")
+    for path in sorted(campaign.glob("*/result.json")):
+        read_result(path)  # the reports need all; better now than after the summary
     with locked([summary]):
         failed = run_jobs(layout.root, [summary])
         failed |= _settle(layout, campaign, arguments.record_noise)

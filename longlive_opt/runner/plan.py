@@ -90,7 +90,11 @@ class Layout:
         if name == QUANTIZATION:
             raise UserError(f"--campaign: outputs/{QUANTIZATION} holds the study of 8-bit formats; choose "
                             "another name")
-        return self.root / "outputs" / name
+        folder = self.root / "outputs" / name
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--campaign: outputs/{name} is a file, and results need a folder; choose another "
+                            "name or move it away")
+        return folder
 
     def presets(self) -> dict[str, Path]:
         """Preset -> notebook, in the order of the notebooks' numbers, for all notebooks that run a preset. In
