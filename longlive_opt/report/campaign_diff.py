@@ -51,8 +51,8 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """faster, slower or noise: a change counts where its interval leaves out 0 and it exceeds 2 %. Of runs
-        that were disturbed undecided: the interval does not contain that.
+        """faster, slower or noise: a change counts where its interval leaves out 0 and it exceeds 2 %. It is
+        undecided where runs were disturbed, of which the interval knows nothing.
         """
         if self.change is None:
             return "n/a"

@@ -37,6 +37,12 @@ class Page(str):
         return str(self)
 
 
+def expected_of(result: Result) -> str:
+    """What a hypothesis is about, where the run is something else; else empty."""
+    model = result["model"]["name"]
+    return "" if model == LONGLIVE else f" (of LongLive-1.3B on an H100; this run used the model {model})"
+
+
 def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any], campaign: str, *,
               recommended: bool = False) -> str:
     """The card at the top of a report, as escaped HTML: the verdict, and the main metrics against the
@@ -50,7 +56,7 @@ def card_html(result: Result, baseline: Result | None, entry: Mapping[str, Any],
     verdict = entry["verdict"]
     words = [f"{entry['rationale'][:1].upper()}{entry['rationale'][1:]}."]
     if result["hypothesis"]:
-        words.insert(0, f"Expected: {result['hypothesis']}")
+        words.insert(0, f"Expected{expected_of(result)}: {result['hypothesis']}")
     if recommended:
         words.append("The log recommends this preset.")
     if verdict in ("keep", "drop", "undecided"):

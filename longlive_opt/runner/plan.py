@@ -92,8 +92,8 @@ class Layout:
                             "another name")
         folder = self.root / "outputs" / name
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--campaign: outputs/{name} is a file, and results need a folder; choose another "
-                            "name or move it away")
+            raise UserError(f"--campaign: outputs/{name} is a file, and results need a folder; choose "
+                            "another name or move it away")
         return folder
 
     def presets(self) -> dict[str, Path]:
