@@ -197,6 +197,15 @@ class TestTwoRanks:
             session.reset()
 
 
+class Held:
+    """What has to be told when the ranks have ended."""
+
+    released = 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
 class TestThreeRanks:
     RANKS = 3
 
@@ -232,12 +241,17 @@ class TestThreeRanks:
         session = StreamingSession(build_pipeline(preset(gpus=3, **FUSED), family))
         chunks = session.stream("a fox")
         next(chunks)
+        held, gone = Held(), Held()
+        family.at_end(held.release)
+        family.at_end(gone.release)
+        del gone
         pids, started = family.pids, time.monotonic()
         os.kill(pids[2], signal.SIGKILL)
         with pytest.raises(RankFailed, match=r"rank 2 of 3 was killed by SIGKILL .* All ranks were ended"):
             for _ in chunks:
                 pass
         assert not any(map(alive, pids.values())) and time.monotonic() - started < 10
+        assert held.released == 1, "a kernel that waits for the dead rank would wait for ever"
         with pytest.raises(RankFailed, match="rank 2 of 3"):
             session.reset()
 
