@@ -224,6 +224,7 @@ class _State:
         self.members: list[_Member] = []
         self.failure = ""
         self.ended = False
+        self._aborting = False
         self.releases: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._lock = threading.RLock()
         self._settled = threading.Event()
@@ -320,12 +321,16 @@ class _State:
         os.close(self._wake_write)
 
     def _leave(self) -> None:
-        """Take rank 0 out of the communication, so that nothing of this process waits for it."""
-        for release in filter(None, (reference() for reference in self.releases)):
-            release()
+        """Take rank 0 out of the communication, so that nothing of this process waits for it. Called again
+        when the job ends after a failure.
+        """
+        while self.releases:
+            if release := self.releases.pop()():
+                release()
         if not dist.is_initialized():
             return
-        if self.backend == "nccl":
+        if self.backend == "nccl" and not self._aborting:
+            self._aborting = True
             # Unlike destroying, this does not wait for the other ranks. But it waits until no CUDA graph with
             # a collective is left, and after a failure the traceback may hold one.
             thread = threading.Thread(target=dist.distributed_c10d._abort_process_group, name="abort",
@@ -334,7 +339,7 @@ class _State:
                 thread.start()
                 _leaving.append(thread)
                 thread.join(GRACE_SECONDS)
-        elif self.ended:
+        elif self.backend != "nccl" and self.ended:
             # While rank 0 may be inside of a collective, only the ranks' end breaks it.
             dist.destroy_process_group()
 
