@@ -16,11 +16,11 @@ import torch
 from micro import micro_model, micro_pipeline
 from PIL import Image
 
-from longlive_opt.config import STUDIES, TEST_PRESET, preset_files
+from longlive_opt.config import STUDIES, TEST_PRESET, ExperimentConfig, preset_files
 from longlive_opt.errors import UserError
 from longlive_opt.live.engine import Engine, Frame
 from longlive_opt.live.opening import live_config, model_names, preset_names
-from longlive_opt.live.recording import Recording, Reel, encode_picture, save
+from longlive_opt.live.recording import SAME, Recording, Reel, encode_picture, parameters_of, save
 from longlive_opt.prompts import PromptSchedule
 from longlive_opt.runner.plan import Layout
 from longlive_opt.streaming.pipeline import Pipeline
@@ -113,6 +113,22 @@ def test_a_script_plays_again(engine, screen, tmp_path):
     assert engine.wait(lambda it: it.state == "ended", SOON)
     assert [frame.picture for frame in screen.frames[:len(first)]] == first
     assert engine.recording().script == recording.script and engine.recording().seed == 5
+
+
+def test_a_take_fits_the_player_that_made_it(pipeline):
+    """A value that the preset leaves to the model, saved as the model's and compared with the preset's None:
+    every take refused. Keys that say None to `ExperimentConfig` are the ones to look at.
+    """
+    parameters = {"model": "micro", "weights": "random", "model_dtype": "float32", "warmup_blocks": 16}
+    left_open = dataclasses.replace(pipeline, config=ExperimentConfig.from_mapping(parameters))
+    left_open = dataclasses.replace(left_open, model=left_open.config.model_config())
+    saved = json.loads(json.dumps(parameters_of(left_open)))
+    assert None not in [saved[key] for key in SAME]
+    take = Recording(PromptSchedule(("a fox",)), 1, 9, 0, 16.0, saved, left_open.weights["sha256"])
+    take.check_fits(left_open)
+    for key in ("height", "width", "local_attn_size"):
+        with pytest.raises(UserError, match=f"played with {key}: 160"):
+            dataclasses.replace(take, parameters=saved | {key: 160}).check_fits(left_open)
 
 
 def test_what_becomes_of_a_request(engine, screen):

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..prompts import PromptSchedule
 from ..streaming.session import MAX_SEED, Chunk, StreamingSession, checked_prompt
-from .recording import Recording, Reel, encode_picture
+from .recording import Recording, Reel, encode_picture, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -329,10 +329,9 @@ class Engine:
             switches = [block for block in self._switch_blocks if block <= self._shown_block]
             script = PromptSchedule(tuple(self._prompts[:len(switches) + 1]),
                             tuple(block * plan.block_frames for block in switches))
-            parameters = pipeline.config.to_dict() | {"height": pipeline.model.height,
-                                                      "width": pipeline.model.width}
             return Recording(script, self._shown_block + 1, self._shown, self._session.seed,
-                             float(self._fps or pipeline.model.fps), parameters, pipeline.weights["sha256"])
+                             float(self._fps or pipeline.model.fps), parameters_of(pipeline),
+                             pipeline.weights["sha256"])
 
     # ---- states; the lock is held
 

@@ -34,6 +34,11 @@ SAME = ("model", "height", "width", "block_frames", "local_attn_size", "sink_siz
         "relative_rope", "denoising_steps", "timestep_shift", "context_noise")
 
 
+def parameters_of(pipeline: Pipeline) -> dict[str, Any]:
+    """The keys of a pipeline's preset, JSON-ready, with the model's own size where the preset gives none."""
+    return pipeline.config.to_dict() | {"height": pipeline.model.height, "width": pipeline.model.width}
+
+
 def encode_picture(frame: Tensor) -> bytes:
     """One frame, uint8 [3, H, W] in host memory, as a JPEG with its full colour resolution."""
     data = io.BytesIO()
@@ -163,7 +168,7 @@ class Recording:
         Raises:
             UserError: the first difference.
         """
-        here = pipeline.config.to_dict()
+        here = parameters_of(pipeline)
         for key in SAME:
             if self.parameters.get(key) != here[key]:
                 raise UserError(f"script: it was played with {key}: {self.parameters.get(key)!r}, and this "
