@@ -26,6 +26,7 @@ from longlive_opt.runner.plan import Layout
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import StreamingSession
 
+ROOT = Path(__file__).parent.parent
 POINT = {"height": 16, "width": 16}  # one token a frame
 SOON = 60.0
 
@@ -223,6 +224,41 @@ def test_wrong_order_names_the_missing_step(screen, pipeline):
         engine.play("a fox")
 
 
+EXIT = """
+import atexit, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from types import SimpleNamespace
+from longlive_opt.errors import UserError
+from longlive_opt.live.engine import Engine
+
+started = threading.Event()
+
+def make_session():
+    pool = ThreadPoolExecutor(1)
+    started.set()
+    time.sleep(0.5)
+    print("compiled", pool.submit(int).result(), flush=True)
+    return SimpleNamespace()
+
+engine = Engine(print)
+engine.load(make_session)
+started.wait()
+atexit.register(lambda: print(engine.state, [it.name for it in threading.enumerate() if "live" in it.name]))
+raise UserError("a mistake")
+"""
+
+
+def test_a_script_that_raises_ends_while_the_player_works():
+    """A process that ends with "terminate called" and 134, or a compiler whose pool is gone: the interpreter
+    ended before the player's threads.
+    """
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=120,
+                          cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["compiled 0", "closed []"]
+    assert done.stderr.strip().endswith("UserError: a mistake")
+
+
 @pytest.mark.parametrize(("error", "words"), [
     (RuntimeError("out of luck\nand more"), "RuntimeError: out of luck"),
     (UserError("absolute positions ended"), "absolute positions ended")])
@@ -307,7 +343,7 @@ def test_engine_needs_no_widgets():
     """An engine that cannot be tested, or used on a server, without Jupyter."""
     blocked = "import sys; sys.modules |= dict.fromkeys(['ipywidgets', 'anywidget', 'IPython'])"
     subprocess.run([sys.executable, "-c", f"{blocked}; import longlive_opt.live.engine"], check=True,
-                   cwd=Path(__file__).parent.parent)
+                   cwd=ROOT)
 
 
 def test_picture_keeps_its_colours():
@@ -454,7 +490,7 @@ def test_comparison_makes_both_clips(micro, monkeypatch):
 def test_presets_that_a_player_opens():
     """A preset in the list that cannot be opened, or a model that a laptop would wait for all day."""
     names = preset_names()
-    runner = Layout(Path(__file__).parent.parent).presets()
+    runner = Layout(ROOT).presets()
     assert {*names, *STUDIES} >= runner.keys() == preset_files().keys()
     assert "static_kv" in names and not {TEST_PRESET, *STUDIES} & set(names)
     for name in names:

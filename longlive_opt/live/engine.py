@@ -13,13 +13,11 @@ and a new prompt waits until the frames in it were shown.
 
 from __future__ import annotations
 
-import atexit
 import contextvars
 import logging
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..prompts import PromptSchedule
 from ..streaming.session import MAX_SEED, Chunk, StreamingSession, checked_prompt
+from .at_exit import end_at_exit
 from .recording import Recording, Reel, encode_picture, parameters_of
 
 logger = logging.getLogger(__name__)
@@ -128,13 +127,10 @@ class Engine:
         self._asked = 0
         self._forget()
         context = contextvars.copy_context()  # settings of torch's compiler belong to a context
-        self._threads = [threading.Thread(target=context.run, args=(self._work,), name="live-session",
-                                          daemon=True),
-                         threading.Thread(target=self._present, name="live-frames", daemon=True)]
-        for thread in self._threads:
-            thread.start()
-        # A thread inside torch while the interpreter shuts down can end the process with an error.
-        atexit.register(_close, weakref.ref(self))
+        self._threads: list[threading.Thread] = []
+        end_at_exit(self)
+        self.start_thread("live-session", partial(context.run, self._work))
+        self.start_thread("live-frames", self._present)
 
     def _forget(self) -> None:
         """Nothing is made, waits or was shown; the lock is held, but for the first time."""
@@ -153,6 +149,12 @@ class Engine:
         self._shown = self._stalls = 0
         self._shown_block = -1
         self._due = self._paused_at = 0.0
+
+    def start_thread(self, name: str, work: Callable[[], None]) -> None:
+        """Start a thread that `close` waits for; `work` returns after a change of the state to closed."""
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     # ---- what is asked of it
 
@@ -273,11 +275,14 @@ class Engine:
             if self._state != "closed":
                 self._leave("closed")
             self._turn.notify_all()
+        self._changed()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         self._session = None
         self._changed()
+
+    end_threads = close
 
     def wait(self, done: Callable[[Engine], bool] = lambda engine: engine.state in IDLE,
              timeout: float | None = None) -> bool:
@@ -390,7 +395,7 @@ class Engine:
             except _Abandoned:
                 pass
             except Exception as error:
-                if not isinstance(error, UserError):
+                if not isinstance(error, UserError) and self._state != "closed":
                     logger.exception("the player's stream failed")
                 self._fail(error, video)
             del command  # it may hold a session
@@ -579,8 +584,3 @@ def _checked_seed(seed: Any) -> int:
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed: {seed!r} is no seed; write a whole number from 0 to {MAX_SEED}.")
     return seed
-
-
-def _close(engine: weakref.ref[Engine]) -> None:
-    if (alive := engine()) is not None:
-        alive.close()

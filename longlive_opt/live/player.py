@@ -70,7 +70,7 @@ class Player(anywidget.AnyWidget):
             self._offer(session.pipeline.config, [session.pipeline.config.name],
                         [session.pipeline.config.model])
             self.engine.load(lambda: session)
-        threading.Thread(target=self._publish, name="live-status", daemon=True).start()
+        self.engine.start_thread("live-status", self._publish)
 
     @classmethod
     def preset(cls, preset: str = "static_kv", *, fps: float | None = None, buffer_blocks: int = 1,
