@@ -586,6 +586,34 @@ def test_readme_plays_as_it_is_written(micro, monkeypatch, tmp_path):
             names["player"].close()
 
 
+def test_a_player_says_at_once_what_cannot_be(micro, monkeypatch):
+    """A player that seems to load, fails seconds later and does not say why; the one before it is gone."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Player
+    from longlive_opt.live import player as module
+
+    Browser(monkeypatch, Player)
+    monkeypatch.setattr(module, "open_session", lambda config: micro_pipeline(model="nonsense"))
+    player = Player.preset("static_kv")
+    try:
+        for keys, words in (({"device": "cuda:99"}, "device: 'cuda:99' was requested"),
+                            ({"weights": "nowhere"}, "weights: "), ({"height": 7}, "height")):
+            with pytest.raises(UserError, match=words):
+                Player.preset("static_kv", **keys)
+        with pytest.raises(UserError, match="use_cuda_graphs: CUDA graphs need device: cuda"):
+            Player.preset("cuda_graphs")
+        with pytest.raises(UserError, match="the player failed: model: 'nonsense' is unknown"):
+            player.wait()
+        assert repr(player).startswith("Player(failed: model: 'nonsense' is unknown")
+        assert player.engine.status()["message"].startswith("model: 'nonsense'")
+        with pytest.raises(UserError, match="save: the player failed: model"):
+            player.save()
+    finally:
+        player.close()
+    with pytest.raises(UserError, match="closed"):
+        player.wait()
+
+
 def test_nobody_watches(pipeline, monkeypatch, tmp_path):
     """A GPU that works for ever for a tab that was closed."""
     pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")

@@ -34,7 +34,7 @@ from ..prompts import schedule_of
 from ..streaming.session import StreamingSession
 from ..tiny.shapes.captions import strange
 from .engine import Engine, Frame, Request
-from .opening import default_weights, live_config, model_names, open_session, preset_names
+from .opening import default_weights, live_config, model_names, open_session, preset_names, require_here
 from .recording import Recording, save
 
 UNSEEN_FRAMES = 400
@@ -83,9 +83,9 @@ class Player(anywidget.AnyWidget):
             keys: of a preset, such as `model`, `weights`, `device`, `seed` or `height` (`live_config`).
 
         Raises:
-            UserError: an unknown preset, or keys that cannot be.
+            UserError: an unknown preset, keys that cannot be, or a device or weights that are not here.
         """
-        live_config(preset, keys)
+        require_here(live_config(preset, keys))
         if Player._opened is not None:
             Player._opened.close()
         player = cls(fps=fps, buffer_blocks=buffer_blocks)
@@ -99,7 +99,8 @@ class Player(anywidget.AnyWidget):
             return "Player()"
         status = self.engine.status()
         at = "" if status["block"] is None else f", block {status['block']}"
-        return f"Player({status['state']}{at}, {status['about'] or 'no session'})"
+        why = f": {status['message']}" if status["message"] else ""
+        return f"Player({status['state']}{why}{at}, {status['about'] or 'no session'})"
 
     # ---- verbs
 
@@ -113,6 +114,7 @@ class Player(anywidget.AnyWidget):
         if model is not None and model != keys.get("model", "tiny"):
             keys |= {"model": model, "weights": default_weights(model)}
         config = live_config(preset, keys)
+        require_here(config)
         self._keys = keys
         models = model_names(config.device)
         self._offer(config, preset_names(), models if config.model in models else [*models, config.model])
