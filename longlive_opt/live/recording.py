@@ -141,7 +141,8 @@ class Recording:
         block_frames = entry["parameters"].get("block_frames")
         if type(block_frames) is not int or block_frames < 1:
             raise UserError(f"{where}, parameters: block_frames is missing; save the video again.")
-        check_switches_fit(script.switch_frames, entry["blocks"], block_frames)
+        check_switches_fit(script.switch_frames, entry["blocks"], block_frames,
+                           f"{where}, switch_frame_indices", "blocks")
         return cls(script, entry["blocks"], entry["frames"], entry["seed"], float(entry["fps"]),
                    entry["parameters"], entry["weights_sha256"])
 
