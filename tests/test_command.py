@@ -115,6 +115,23 @@ def test_a_prompt_file_gives_a_video_per_line(micro: None, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["v_000.mp4", "v_001.mp4"]
 
 
+def test_an_earlier_video_is_kept(micro: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture) -> None:
+    """The video of an hour written over by the next one, since neither was given a name."""
+    monkeypatch.chdir(tmp_path)
+    for name, said in (("video.mp4", False), ("video-2.mp4", True), ("video-3.mp4", True)):
+        assert generate.main(["a fox", "--blocks", "1"]) == 0
+        shown = capsys.readouterr()
+        assert shown.out.strip() == name and (f"already; the output is {name}" in shown.err) is said
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "p.txt").write_text("a fox\na whale\n")
+    for number in ("", "-2"):
+        (tmp_path / f"video{number}_001.mp4").touch()
+    assert generate.main(["--prompts-file", "p.txt", "--blocks", "1"]) == 0
+    assert capsys.readouterr().out.split() == ["video-3_000.mp4", "video-3_001.mp4"]
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
 @pytest.mark.parametrize("line, arguments, says", [
     ({"switch_frame_indices": [3]}, ["--switch-at", "1"],
      "--switch-at: p.jsonl line 2 has switch_frame_indices of its own; leave one of the two out."),

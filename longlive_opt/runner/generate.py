@@ -7,9 +7,11 @@ to an mp4, or to a folder as PNG files if the output has no suffix.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +131,28 @@ def _latent_frames(config: ExperimentConfig, seconds: Sequence[float], blocks: i
     return [start * block for start in starts]
 
 
-def outputs_of(asked: Path, videos: int) -> list[Path]:
-    """The output of each video: as asked, or numbered if there are several.
+def numbered(output: Path, videos: int) -> list[Path]:
+    """`output` for one video, and as many names with a number for several."""
+    if videos == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}_{number:03}{output.suffix}") for number in range(videos)]
+
+
+def outputs_of(asked: Path | None, videos: int) -> list[Path]:
+    """The output of each video: as asked, or numbered if there are several. None takes the first of
+    video.mp4, video-2.mp4 and so on that is free.
 
     Raises:
         UserError: one of them could not be written.
     """
+    if asked is None:
+        names = (Path(f"video-{number}.mp4" if number > 1 else "video.mp4") for number in count(1))
+        asked = next(name for name in names if not any(map(os.path.lexists, numbered(name, videos))))
     output = project_path(asked) if str(asked).startswith("~") else asked
     if output.suffix not in ("", ".mp4") or not output.name:
         raise UserError(f"--output: {str(asked)!r} is neither an mp4 nor a folder; end it in .mp4 or "
                         "leave the suffix out.")
-    outputs = [output] if videos == 1 else [output.with_name(f"{output.stem}_{number:03}{output.suffix}")
-                                            for number in range(videos)]
+    outputs = numbered(output, videos)
     for path in outputs:
         require_writable(path, "--output", folder=not path.suffix)
     return outputs
@@ -198,8 +210,9 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show, one after the other")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=".txt or .jsonl, a video per line")
-    parser.add_argument("-o", "--output", type=Path, default=Path("video.mp4"), metavar="FILE",
-                        help="an mp4, or a folder for frames (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE",
+                        help="an mp4, or a folder for frames; what is there is written over (default: the "
+                             "first of video.mp4, video-2.mp4 and so on that is free)")
     parser.add_argument("--seconds", type=float, metavar="N", help="length of the video")
     parser.add_argument("--blocks", type=int, metavar="N", help="length in blocks of 12 frames")
     parser.add_argument("--switch-at", type=float, nargs="+", metavar="SECOND",
@@ -231,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.check_places()
         require_here(config)
         print(words, file=sys.stderr)
+        if arguments.output is None and outputs[0].stem.startswith("video-"):
+            print(f"video.mp4 is there already; the output is {outputs[0]}", file=sys.stderr)
         if config.model == "tiny":
             asked = dict.fromkeys(prompt for schedule in schedules for prompt in schedule.prompts)
             for sentence in filter(None, map(strange, asked)):
