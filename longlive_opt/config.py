@@ -693,9 +693,14 @@ def check_switches(indices: tuple[int, ...], prompts: int, where: str) -> None:
         raise UserError(f"{where}: {short(list(indices))} must be strictly increasing and not negative.")
 
 
-def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -> None:
+def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int,
+                       where: str = "switch_frame_indices", longer: str = "video_latent_frames") -> None:
     """Check that every switch takes effect within a video of `blocks` blocks. Each switch takes effect at the
     next block boundary, at most one per boundary.
+
+    Args:
+        where: what gave the switches.
+        longer: what makes the video longer.
 
     Raises:
         UserError: naming the first latent frame that is too late.
@@ -705,9 +710,9 @@ def check_switches_fit(indices: Sequence[int], blocks: int, block_frames: int) -
         boundary = max(boundary + 1, -(-frame // block_frames))
         if boundary >= blocks:
             raise UserError(
-                f"switch_frame_indices: {frame} takes effect at latent frame {boundary * block_frames}, past "
-                f"the end of the video ({blocks * block_frames} latent frames); switch earlier or make the "
-                "video longer (video_latent_frames)."
+                f"{where}: {frame} takes effect at latent frame {boundary * block_frames}, past the end of "
+                f"the video ({blocks * block_frames} latent frames); switch earlier or make the video longer "
+                f"({longer})."
             )
 
 

@@ -5,7 +5,7 @@ one list of prompts per line, where each list is one video.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -21,14 +21,27 @@ LINE_KEYS = ("prompts", "switch_frame_indices")
 
 @dataclass(frozen=True)
 class PromptSchedule:
-    """One video: its prompts in order, and the latent frame at which each later prompt takes over."""
+    """One video: its prompts in order, and the latent frame at which each later prompt takes over. `source`
+    is the file and line that gave it, if one did.
+    """
 
     prompts: tuple[str, ...]
     switch_frames: tuple[int, ...] = ()
+    source: str = field(default="", compare=False, repr=False)
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Return plain JSON-ready values: the `prompt_schedule` section of a result."""
         return {"prompts": list(self.prompts), "switch_frames": list(self.switch_frames)}
+
+    def check_fits(self, blocks: int, block_frames: int, longer: str = "video_latent_frames") -> None:
+        """Check that every switch takes effect within `blocks` blocks; `longer` is what makes a video longer.
+
+        Raises:
+            UserError: naming the source and the first latent frame that is too late.
+        """
+        check_switches_fit(self.switch_frames, blocks, block_frames,
+                           f"{self.source}, switch_frame_indices" if self.source else "switch_frame_indices",
+                           longer)
 
 
 def read_schedules(
@@ -74,7 +87,8 @@ def read_schedules(
         )
     if path.suffix != ".txt":
         raise UserError(f"prompts_file: {path} ends in {path.suffix or 'nothing'!r}; use .txt or .jsonl.")
-    return [PromptSchedule((whole_text(line, f"prompts_file: {where}"),)) for where, line in numbered]
+    return [PromptSchedule((whole_text(line, f"prompts_file: {where}"),), source=where)
+            for where, line in numbered]
 
 
 def _schedule(where: str, line: str, shared: tuple[int, ...] | None, video: tuple[int, int] | None
@@ -101,9 +115,9 @@ def _schedule(where: str, line: str, shared: tuple[int, ...] | None, video: tupl
                 f"prompts_file: {where} has {len(prompts)} prompts and no switch_frame_indices; add "
                 f"{len(prompts) - 1} of them, in latent frames, to the line or the preset."
             )
-        return spread_evenly(prompts, *video)
+        return replace(spread_evenly(prompts, *video), source=where)
     check_switches(switches or (), len(prompts), f"{where}, switch_frame_indices")
-    return PromptSchedule(tuple(prompts), switches or ())
+    return PromptSchedule(tuple(prompts), switches or (), where)
 
 
 def schedule_of(config: ExperimentConfig) -> PromptSchedule:
@@ -117,7 +131,7 @@ def schedule_of(config: ExperimentConfig) -> PromptSchedule:
                                            (config.video_blocks, config.block_frames))
         if others:
             logger.warning("prompts_file: %d videos; this run uses the first", len(others) + 1)
-        check_switches_fit(schedule.switch_frames, config.video_blocks, config.block_frames)
+        schedule.check_fits(config.video_blocks, config.block_frames)
         return schedule
     if config.switch_frame_indices is not None:
         return PromptSchedule(config.prompts, config.switch_frame_indices)

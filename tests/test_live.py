@@ -5,27 +5,31 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from micro import micro_model, micro_pipeline
+from micro import micro_config, micro_model, micro_pipeline
 from PIL import Image
 
-from longlive_opt.config import STUDIES, TEST_PRESET, preset_files
+from longlive_opt.config import STUDIES, TEST_PRESET, ExperimentConfig, preset_files
 from longlive_opt.errors import UserError
 from longlive_opt.live.engine import Engine, Frame
 from longlive_opt.live.opening import live_config, model_names, preset_names
-from longlive_opt.live.recording import Recording, Reel, encode_picture, save
+from longlive_opt.live.recording import SAME, Recording, Reel, encode_picture, parameters_of, save
+from longlive_opt.optimizations import build_pipeline
 from longlive_opt.prompts import PromptSchedule
 from longlive_opt.runner.plan import Layout
 from longlive_opt.streaming.pipeline import Pipeline
 from longlive_opt.streaming.session import StreamingSession
 
+ROOT = Path(__file__).parent.parent
 POINT = {"height": 16, "width": 16}  # one token a frame
 SOON = 60.0
 
@@ -113,6 +117,22 @@ def test_a_script_plays_again(engine, screen, tmp_path):
     assert engine.wait(lambda it: it.state == "ended", SOON)
     assert [frame.picture for frame in screen.frames[:len(first)]] == first
     assert engine.recording().script == recording.script and engine.recording().seed == 5
+
+
+def test_a_take_fits_the_player_that_made_it(pipeline):
+    """A value that the preset leaves to the model, saved as the model's and compared with the preset's None:
+    every take refused. Keys that say None to `ExperimentConfig` are the ones to look at.
+    """
+    parameters = {"model": "micro", "weights": "random", "model_dtype": "float32", "warmup_blocks": 16}
+    left_open = dataclasses.replace(pipeline, config=ExperimentConfig.from_mapping(parameters))
+    left_open = dataclasses.replace(left_open, model=left_open.config.model_config())
+    saved = json.loads(json.dumps(parameters_of(left_open)))
+    assert None not in [saved[key] for key in SAME]
+    take = Recording(PromptSchedule(("a fox",)), 1, 9, 0, 16.0, saved, left_open.weights["sha256"])
+    take.check_fits(left_open)
+    for key in ("height", "width", "local_attn_size"):
+        with pytest.raises(UserError, match=f"played with {key}: 160"):
+            dataclasses.replace(take, parameters=saved | {key: 160}).check_fits(left_open)
 
 
 def test_what_becomes_of_a_request(engine, screen):
@@ -207,6 +227,152 @@ def test_wrong_order_names_the_missing_step(screen, pipeline):
         engine.play("a fox")
 
 
+class Door:
+    """A session that loads when it is let in."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline, self.opens = pipeline, threading.Event()
+
+    def __call__(self) -> StreamingSession:
+        assert self.opens.wait(SOON)
+        return StreamingSession(self.pipeline)
+
+
+def test_calls_wait_for_the_model_and_its_warm_up(pipeline, screen):
+    """A script that calls one verb after the other, told that there is no session or that no video plays; a
+    prompt that is lost, or that takes the place of the first one before anybody saw it.
+    """
+    engine, door = Engine(screen), Door(pipeline)
+    try:
+        engine.load(door)
+        with pytest.raises(UserError, match=r"no video plays.*loading"):
+            engine.ask("a whale")
+        engine.play("a fox", seed=5)
+        assert engine.state == "loading" and engine.next_seed == 5 and not engine.is_settled()
+        with pytest.raises(UserError, match="plays already"):
+            engine.play("a bear")
+        with pytest.raises(UserError, match="is empty"):
+            engine.ask(" ")
+        early = engine.ask("a whale")
+        assert not engine.wait(Engine.is_settled, 0.05)
+        door.opens.set()
+        assert engine.wait(lambda it: it.state == "warming up", SOON)
+        late = engine.ask("a bear")
+        assert engine.wait(Engine.is_settled, SOON)
+        engine.require_carried_out()
+        engine.stop()
+        assert [screen.frames[0].prompt, early.block, late.block] == ["a fox", 1, 2]
+        assert [entry["prompt"] for entry in engine.status()["requests"]] == ["a whale", "a bear"]
+        assert engine.recording().seed == 5
+    finally:
+        door.opens.set()
+        engine.close()
+
+
+def test_a_script_waits_for_the_model_too(engine, pipeline, tmp_path):
+    """A replay that is refused while the model loads, that is played although it does not fit, or that
+    nothing says so of.
+    """
+    take = play_some(engine)
+    other = dataclasses.replace(take, parameters=dict(take.parameters) | {"block_frames": 4})
+    for recording, words in ((take, None), (other, "script: it was played with block_frames: 4")):
+        door = Door(pipeline)
+        engine.load(door)
+        engine.play("a bear")
+        engine.ask("a wolf")
+        engine.replay(recording)
+        door.opens.set()
+        if words is None:
+            assert engine.wait(lambda it: it.state == "ended", SOON)
+            assert engine.recording().script == take.script and not engine.status()["requests"]
+        else:
+            assert engine.wait(Engine.is_settled, SOON)
+            with pytest.raises(UserError, match=words):
+                engine.require_carried_out()
+
+
+def test_calls_that_wait_can_be_taken_back(engine, pipeline, screen):
+    """A video that plays after it was stopped, or with another model than the one that it was for."""
+    for take_back in (engine.stop, engine.reset, lambda: engine.load(lambda: StreamingSession(pipeline))):
+        door = Door(pipeline)
+        engine.load(door)
+        engine.play("a bear")
+        engine.ask("a wolf")
+        take_back()
+        assert not engine.status()["requests"] and engine.status()["message"] == ""
+        door.opens.set()
+        assert engine.wait(Engine.is_settled, SOON)
+        assert engine.state == "ready" and not screen.frames
+
+
+def test_why_the_model_did_not_load_is_said_to_every_call(pipeline, screen):
+    """A wait without an end, or "load() comes first" to someone who did."""
+    engine, door = Engine(screen), Door(pipeline)
+    try:
+        engine.load(lambda: (door(), micro_pipeline(model="nonsense")))
+        engine.play("a fox")
+        door.opens.set()
+        assert engine.wait(Engine.is_settled, SOON)
+        recording = Recording(PromptSchedule(("a",)), 1, 9, 0, 16.0, {}, {})
+        for call in (engine.require_carried_out, lambda: engine.play("a fox"), lambda: engine.ask("a fox"),
+                     lambda: engine.replay(recording), engine.recording):
+            with pytest.raises(UserError, match="the player failed: model: 'nonsense' is unknown"):
+                call()
+        assert engine.status()["message"].startswith("model: 'nonsense'")
+        engine.load(lambda: StreamingSession(pipeline))
+        assert engine.wait(lambda it: it.state == "ready", SOON)
+    finally:
+        door.opens.set()
+        engine.close()
+
+
+def test_a_pause_that_holds_a_prompt_back_is_said(engine):
+    """A wait without an end for what comes only after Play."""
+    engine.play("a fox")
+    assert engine.wait(blocks_shown(1), SOON)
+    engine.pause()
+    engine.require_carried_out()
+    engine.ask("a whale")
+    assert engine.wait(Engine.is_settled, SOON)
+    with pytest.raises(UserError, match="is paused"):
+        engine.require_carried_out()
+
+
+EXIT = """
+import atexit, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from types import SimpleNamespace
+from longlive_opt.errors import UserError
+from longlive_opt.live.engine import Engine
+
+started = threading.Event()
+
+def make_session():
+    pool = ThreadPoolExecutor(1)
+    started.set()
+    time.sleep(0.5)
+    print("compiled", pool.submit(int).result(), flush=True)
+    return SimpleNamespace()
+
+engine = Engine(print)
+engine.load(make_session)
+started.wait()
+atexit.register(lambda: print(engine.state, [it.name for it in threading.enumerate() if "live" in it.name]))
+raise UserError("a mistake")
+"""
+
+
+def test_a_script_that_raises_ends_while_the_player_works():
+    """A process that ends with "terminate called" and 134, or a compiler whose pool is gone: the interpreter
+    ended before the player's threads.
+    """
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=120,
+                          cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["compiled 0", "closed []"]
+    assert done.stderr.strip().endswith("UserError: a mistake")
+
+
 @pytest.mark.parametrize(("error", "words"), [
     (RuntimeError("out of luck\nand more"), "RuntimeError: out of luck"),
     (UserError("absolute positions ended"), "absolute positions ended")])
@@ -291,7 +457,7 @@ def test_engine_needs_no_widgets():
     """An engine that cannot be tested, or used on a server, without Jupyter."""
     blocked = "import sys; sys.modules |= dict.fromkeys(['ipywidgets', 'anywidget', 'IPython'])"
     subprocess.run([sys.executable, "-c", f"{blocked}; import longlive_opt.live.engine"], check=True,
-                   cwd=Path(__file__).parent.parent)
+                   cwd=ROOT)
 
 
 def test_picture_keeps_its_colours():
@@ -388,7 +554,67 @@ def test_another_preset_takes_the_place_of_the_first(micro, monkeypatch):
         Player.preset("nonsense")
 
 
-def test_nobody_watches(pipeline, monkeypatch):
+def readme_block(mark: str) -> str:
+    """The block of Python in README that has `mark`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return next(block for block in blocks if mark in block)
+
+
+def test_readme_plays_as_it_is_written(micro, monkeypatch, tmp_path):
+    """A newcomer's first lines, in one cell or as a script, that end with a refusal."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Player
+    from longlive_opt.live import player as module
+
+    browser = Browser(monkeypatch, Player)
+    monkeypatch.setattr(module, "project_path", lambda path: tmp_path / path)
+    monkeypatch.setattr(module, "open_session", lambda config: StreamingSession(build_pipeline(
+        micro_config(use_static_kv=True))))
+    names: dict = {}
+    try:
+        exec(readme_block("Player.preset"), names)
+        player = names["player"]
+        take = Recording.read(tmp_path / "outputs/live/take.json")
+        assert ["left" in prompt for prompt in take.script.prompts] == [True, False]
+        assert player.engine.wait(lambda it: it.state == "ended", SOON)
+        assert player.engine.recording().script == take.script
+        shown = [(content["number"], buffers[0]) for content, buffers in browser.kinds("frame")]
+        begin = [number for number, _ in shown].index(0, 1)
+        assert shown[begin:][:take.frames] == shown[:take.frames]
+    finally:
+        if "player" in names:
+            names["player"].close()
+
+
+def test_a_player_says_at_once_what_cannot_be(micro, monkeypatch):
+    """A player that seems to load, fails seconds later and does not say why; the one before it is gone."""
+    pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
+    from longlive_opt.live import Player
+    from longlive_opt.live import player as module
+
+    Browser(monkeypatch, Player)
+    monkeypatch.setattr(module, "open_session", lambda config: micro_pipeline(model="nonsense"))
+    player = Player.preset("static_kv")
+    try:
+        for keys, words in (({"device": "cuda:99"}, "device: 'cuda:99' was requested"),
+                            ({"weights": "nowhere"}, "weights: "), ({"height": 7}, "height")):
+            with pytest.raises(UserError, match=words):
+                Player.preset("static_kv", **keys)
+        with pytest.raises(UserError, match="use_cuda_graphs: CUDA graphs need device: cuda"):
+            Player.preset("cuda_graphs")
+        with pytest.raises(UserError, match="the player failed: model: 'nonsense' is unknown"):
+            player.wait()
+        assert repr(player).startswith("Player(failed: model: 'nonsense' is unknown")
+        assert player.engine.status()["message"].startswith("model: 'nonsense'")
+        with pytest.raises(UserError, match="save: the player failed: model"):
+            player.save()
+    finally:
+        player.close()
+    with pytest.raises(UserError, match="closed"):
+        player.wait()
+
+
+def test_nobody_watches(pipeline, monkeypatch, tmp_path):
     """A GPU that works for ever for a tab that was closed."""
     pytest.importorskip("anywidget", reason="the widget needs anywidget: make install brings it")
     from longlive_opt.live import Player
@@ -403,6 +629,10 @@ def test_nobody_watches(pipeline, monkeypatch):
         player.play("a fox")
         assert player.engine.wait(lambda it: it.state == "paused", SOON)
         assert "no browser" in player._notice
+        player.ask("a whale")
+        with pytest.raises(UserError, match="is paused"):
+            player.wait()
+        assert player.save(tmp_path / "take")[0].is_file()
     finally:
         player.close()
 
@@ -438,7 +668,7 @@ def test_comparison_makes_both_clips(micro, monkeypatch):
 def test_presets_that_a_player_opens():
     """A preset in the list that cannot be opened, or a model that a laptop would wait for all day."""
     names = preset_names()
-    runner = Layout(Path(__file__).parent.parent).presets()
+    runner = Layout(ROOT).presets()
     assert {*names, *STUDIES} >= runner.keys() == preset_files().keys()
     assert "static_kv" in names and not {TEST_PRESET, *STUDIES} & set(names)
     for name in names:

@@ -118,6 +118,18 @@ def test_switch_frames_that_are_no_list_of_frames(value):
         parse_switch_frames(value, "setting")
 
 
+def test_a_late_switch_names_its_file_and_line(tmp_path):
+    """A frame number, and a search through a hundred lines for it."""
+    path = write(tmp_path / "p.jsonl", line("a", "b", switch_frame_indices=3) * 2 +
+                 line("a", "b", switch_frame_indices=90))
+    for schedule in read_schedules(path)[:2]:
+        schedule.check_fits(6, 3)
+    with pytest.raises(UserError, match=r"p.jsonl line 3, switch_frame_indices: 90 .*\(video_latent"):
+        read_schedules(path)[2].check_fits(6, 3)
+    even, = read_schedules(write(tmp_path / "q.jsonl", line("a", "b")), None, (6, 3))
+    assert even == PromptSchedule(("a", "b"), (9,)) and even.source.endswith("q.jsonl line 1")
+
+
 def test_files_that_cannot_be_read(tmp_path):
     """A path typed wrong, a folder, a format that is not ours."""
     assert "cannot read" in refusal(tmp_path / "absent.txt")

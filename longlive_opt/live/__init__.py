@@ -1,7 +1,7 @@
 """Playing a stream in a notebook: an engine that runs the session, and the widget that shows it.
 
     from longlive_opt.live import Player
-    player = Player.open("static_kv")      # or Player(session)
+    player = Player.preset("static_kv")    # or Player(session)
     player                                 # shows it; its buttons are also methods
 
 The widgets come when they are asked for: the engine and the recordings need neither ipywidgets nor Jupyter.

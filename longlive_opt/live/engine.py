@@ -7,19 +7,19 @@ notebook; what it shows goes to a callable.
     engine.ask("a blue whale")               # asked, applied at block n, first pixels after x ms
     engine.stop()
 
+A call that comes while the session loads or warms up is kept, and carried out as soon as that is done.
+
 The worker stays at most `buffer_blocks` blocks ahead of what is shown: a deeper buffer hides a slow block,
 and a new prompt waits until the frames in it were shown.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextvars
 import logging
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..prompts import PromptSchedule
 from ..streaming.session import MAX_SEED, Chunk, StreamingSession, checked_prompt
-from .recording import Recording, Reel, encode_picture
+from .at_exit import end_at_exit
+from .recording import Recording, Reel, encode_picture, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Frame:
 @dataclass
 class Request:
     """A new prompt while a video plays. `block` is that at which it took over, `latency_ms` the time from the
-    request to its first frame being shown, what was still in the buffer included; None: not yet.
+    request to its first frame being shown, what was still in the buffer included; None: not yet. A request
+    that came before the video's first block counts from that block.
     """
 
     number: int
@@ -128,13 +130,10 @@ class Engine:
         self._asked = 0
         self._forget()
         context = contextvars.copy_context()  # settings of torch's compiler belong to a context
-        self._threads = [threading.Thread(target=context.run, args=(self._work,), name="live-session",
-                                          daemon=True),
-                         threading.Thread(target=self._present, name="live-frames", daemon=True)]
-        for thread in self._threads:
-            thread.start()
-        # A thread inside torch while the interpreter shuts down can end the process with an error.
-        atexit.register(_close, weakref.ref(self))
+        self._threads: list[threading.Thread] = []
+        end_at_exit(self)
+        self.start_thread("live-session", partial(context.run, self._work))
+        self.start_thread("live-frames", self._present)
 
     def _forget(self) -> None:
         """Nothing is made, waits or was shown; the lock is held, but for the first time."""
@@ -146,6 +145,8 @@ class Engine:
         self._block: _Made | None = None
         self._made: deque[_Made] = deque(maxlen=PACE_BLOCKS)
         self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self._next: Callable[[], None] | None = None  # until the session is loaded
+        self._early: deque[Request] = deque()  # until the first block is made
         self._pending: deque[Request] = deque()
         self._requests: deque[Request] = deque(maxlen=HISTORY)
         self._prompts: list[str] = []
@@ -153,6 +154,12 @@ class Engine:
         self._shown = self._stalls = 0
         self._shown_block = -1
         self._due = self._paused_at = 0.0
+
+    def start_thread(self, name: str, work: Callable[[], None]) -> None:
+        """Start a thread that `close` waits for; `work` returns after a change of the state to closed."""
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     # ---- what is asked of it
 
@@ -189,7 +196,8 @@ class Engine:
         self._changed()
 
     def play(self, prompt: str = "", seed: int | None = None) -> None:
-        """Go on if paused, else start a video with `prompt`, after a warm-up the first time.
+        """Go on if paused, else start a video with `prompt`, after a warm-up the first time. While a session
+        loads, the video waits for it.
 
         Raises:
             UserError: no session, an empty prompt, no such seed, or a video that plays already.
@@ -204,36 +212,51 @@ class Engine:
                 self._due = 0.0
                 self._turn.notify_all()
             else:
-                self._begin(PromptSchedule((checked_prompt(prompt),)), None, seed)
+                self._require_session("play")
+                if self._next or self._state in ("playing", "warming up"):
+                    raise UserError("play: a video plays already; stop() comes first, or ask() for a new "
+                                    "prompt.")
+                script = PromptSchedule((checked_prompt(prompt),))
+                self._seed = self._seed if seed is None else _checked_seed(seed)
+                self._begin_when_loaded(partial(self._begin, script, None))
         self._changed()
 
     def replay(self, recording: Recording) -> None:
-        """Play a script that was played before, with its seed and its switches.
+        """Play a script that was played before, with its seed and its switches. A video that plays ends.
+        While a session loads, the script waits for it, and is refused then if that would show another video.
 
         Raises:
-            UserError: no session, one that would show another video, or a video that plays already.
+            UserError: no session, or one that would show another video.
         """
+        def begin() -> None:
+            recording.check_fits(self._session.pipeline)
+            self._seed = _checked_seed(recording.seed)
+            self._begin(recording.script, recording.blocks)
+
         with self._turn:
-            if self._session is not None:
-                recording.check_fits(self._session.pipeline)
-            self._begin(recording.script, recording.blocks, recording.seed)
+            self._require_session("replay")
+            self._drop_what_waits()
+            self._begin_when_loaded(begin)
         self._changed()
 
     def ask(self, prompt: str) -> Request:
-        """Let `prompt` take over at the next block boundary.
+        """Let `prompt` take over at the next block boundary; the first block of a video keeps its own prompt.
 
         Raises:
-            UserError: no video plays, or an empty prompt.
+            UserError: no video plays or waits to be played, or an empty prompt.
         """
         with self._turn:
-            if self._state not in ("playing", "paused") or self._session is None:
+            self._require_no_failure("switch")
+            if not self._next and self._state not in ("playing", "paused", "warming up"):
                 raise UserError(f"switch: no video plays (the player is {self._state}); play() comes first.")
             if self._exhausted:
                 raise UserError("switch: the script is at its end; play() starts a video that goes on.")
-            request = Request(self._asked, prompt, time.perf_counter())
-            self._session.switch_prompt(prompt)
+            request = Request(self._asked, checked_prompt(prompt), time.perf_counter())
+            if self._made:
+                self._hand_on(request)
+            else:
+                self._early.append(request)
             self._asked += 1
-            self._pending.append(request)
             self._requests.append(request)
         self._changed()
         return request
@@ -250,6 +273,7 @@ class Engine:
     def stop(self) -> None:
         """End the video. What was shown can be saved until the next one begins."""
         with self._turn:
+            self._drop_what_waits()
             if self._state in ("playing", "paused", "warming up"):
                 self._end("stopped")
         self._changed()
@@ -263,6 +287,7 @@ class Engine:
         with self._turn:
             if seed is not None:
                 self._seed = _checked_seed(seed)
+            self._drop_what_waits()
             if self._state not in ("empty", "loading", "closed"):
                 self._leave("ready")
         self._changed()
@@ -273,17 +298,42 @@ class Engine:
             if self._state != "closed":
                 self._leave("closed")
             self._turn.notify_all()
+        self._changed()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         self._session = None
         self._changed()
 
+    end_threads = close
+
     def wait(self, done: Callable[[Engine], bool] = lambda engine: engine.state in IDLE,
              timeout: float | None = None) -> bool:
         """Wait until `done` holds, by default until the engine is idle; False after `timeout` seconds."""
         with self._turn:
             return self._turn.wait_for(lambda: done(self), timeout)
+
+    def is_settled(self) -> bool:
+        """Whether nothing that was asked for is still to come: no session that loads, no warm-up, no video or
+        prompt without a frame on the screen. Nothing comes while the player is paused.
+        """
+        with self._turn:
+            if self._state != "playing":
+                return self._state not in ("loading", "warming up")
+            return bool(self._shown) and all(request.latency_ms is not None for request in self._requests)
+
+    def require_carried_out(self) -> None:
+        """Refuse to go on after what failed, or while a pause holds back a request.
+
+        Raises:
+            UserError: with the reason.
+        """
+        with self._turn:
+            self._require_open()
+            if self._state == "failed":
+                raise self._failure("wait")
+            if self._state == "paused" and any(request.latency_ms is None for request in self._requests):
+                raise UserError("wait: the player is paused, and holds a prompt back; play() goes on.")
 
     def status(self) -> dict[str, Any]:
         """Everything that a player displays, JSON-ready. Times are in ms, memory in 1e9 bytes, None is
@@ -324,15 +374,16 @@ class Engine:
         """
         with self._turn:
             if self._session is None or not self._shown:
+                if self._state == "failed":
+                    raise self._failure("save")
                 raise UserError("save: nothing was shown yet; play() comes first.")
             pipeline, plan = self._session.pipeline, self._session.plan
             switches = [block for block in self._switch_blocks if block <= self._shown_block]
             script = PromptSchedule(tuple(self._prompts[:len(switches) + 1]),
                             tuple(block * plan.block_frames for block in switches))
-            parameters = pipeline.config.to_dict() | {"height": pipeline.model.height,
-                                                      "width": pipeline.model.width}
             return Recording(script, self._shown_block + 1, self._shown, self._session.seed,
-                             float(self._fps or pipeline.model.fps), parameters, pipeline.weights["sha256"])
+                             float(self._fps or pipeline.model.fps), parameters_of(pipeline),
+                             pipeline.weights["sha256"])
 
     # ---- states; the lock is held
 
@@ -343,15 +394,51 @@ class Engine:
     def _set(self, state: str, message: str = "") -> None:
         self._state, self._message = state, message
 
-    def _begin(self, script: PromptSchedule, blocks: int | None, seed: int | None) -> None:
+    def _require_session(self, verb: str) -> None:
+        """Refuse a call for which no session is there or on its way."""
+        self._require_no_failure(verb)
+        if self._state == "empty":
+            raise UserError(f"{verb}: the player has no session; load() comes first.")
+
+    def _require_no_failure(self, verb: str) -> None:
+        """Refuse a call after a session could not be loaded."""
         self._require_open()
-        if self._session is None:
-            raise UserError(f"play: there is no session (the player is {self._state}"
-                            f"{': ' + self._message if self._message else ''}); load() comes first.")
-        if self._state in ("playing", "paused", "warming up"):
-            raise UserError("play: a video plays already; stop() comes first, or ask() for a new prompt.")
-        if seed is not None:
-            self._seed = _checked_seed(seed)
+        if self._session is None and self._state == "failed":
+            raise self._failure(verb)
+
+    def _failure(self, verb: str) -> UserError:
+        return UserError(f"{verb}: the player failed: {self._message}")
+
+    def _begin_when_loaded(self, begin: Callable[[], None]) -> None:
+        if self._state == "loading":
+            self._next = begin
+            self._set("loading", "a video follows")
+        else:
+            begin()
+
+    def _drop_what_waits(self) -> None:
+        """Forget the calls that came while the session loads."""
+        if self._next:
+            self._next = None
+            self._early.clear()
+            self._requests.clear()
+            self._set("loading")
+
+    def _begin_what_waited(self) -> None:
+        """Carry out the calls that came while the session was loaded."""
+        begin, early = self._next, self._early
+        self._next = None
+        if begin is None:
+            return
+        try:
+            begin()
+        except UserError as error:  # a script of something else; nobody is there to catch it
+            self._end("failed", str(error))
+            return
+        self._early = early
+        self._requests.extend(early)
+
+    def _begin(self, script: PromptSchedule, blocks: int | None) -> None:
         self._forget()
         self.reel.clear()
         self._set("warming up")
@@ -359,12 +446,18 @@ class Engine:
         self._commands.append(partial(self._start, script, blocks, self._video))
         self._turn.notify_all()
 
+    def _hand_on(self, request: Request) -> None:
+        self._session.switch_prompt(request.prompt)
+        self._pending.append(request)
+
     def _end(self, state: str, message: str = "") -> None:
         """Make and show no more; what was shown stays."""
         self._video += 1
         self._chunks = None
         self._waiting.clear()
         self._showing.clear()
+        self._next = None
+        self._early.clear()
         self._pending.clear()
         self._set(state, message)
         self._turn.notify_all()
@@ -391,7 +484,7 @@ class Engine:
             except _Abandoned:
                 pass
             except Exception as error:
-                if not isinstance(error, UserError):
+                if not isinstance(error, UserError) and self._state != "closed":
                     logger.exception("the player's stream failed")
                 self._fail(error, video)
             del command  # it may hold a session
@@ -423,6 +516,7 @@ class Engine:
                 return  # another one is asked for
             self._session = session
             self._set("ready")
+            self._begin_what_waited()
             self._turn.notify_all()
 
     def _start(self, script: PromptSchedule, blocks: int | None, video: int) -> None:
@@ -481,6 +575,9 @@ class Engine:
             self._made.append(made)
             self._history.append({"block": chunk.block, "ms": ms, "frames": len(frames),
                                   "switched": chunk.switched})
+            while self._early:
+                self._early[0].asked_at = time.perf_counter()
+                self._hand_on(self._early.popleft())
             self._turn.notify_all()
 
     # ---- the thread that shows
@@ -580,8 +677,3 @@ def _checked_seed(seed: Any) -> int:
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed: {seed!r} is no seed; write a whole number from 0 to {MAX_SEED}.")
     return seed
-
-
-def _close(engine: weakref.ref[Engine]) -> None:
-    if (alive := engine()) is not None:
-        alive.close()

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..config import STUDIES, ExperimentConfig, preset_files, unknown_preset
 from ..errors import UserError
 from ..files import load_yaml, project_path
+from ..kernels.attention_bf16 import check_gpu
 from ..models.specs import MODELS
-from ..models.weight_files import TINY_WEIGHTS
-from ..optimizations import build_pipeline
+from ..models.weight_files import TINY_WEIGHTS, check_weights, tiny_vae_file
+from ..optimizations import build_pipeline, cuda_graphs
+from ..streaming.pipeline import check_device
 from ..streaming.session import StreamingSession
 
 FETCHED = "checkpoints"
@@ -52,6 +56,23 @@ def live_config(preset: str, keys: Mapping[str, Any]) -> ExperimentConfig:
     given = {"model": model, "weights": default_weights(model), "device": device, "relative_rope": True,
              "model_dtype": "bfloat16" if half else "float32"}
     return ExperimentConfig.from_mapping(asked | given | keys)
+
+
+def require_here(config: ExperimentConfig) -> None:
+    """Refuse what this machine lacks for `config`, as far as that takes no time to say.
+
+    Raises:
+        UserError: no such device, one without what the preset needs, or weights that are missing or of
+            another model.
+    """
+    device, model = check_device(config.device), config.model_config()
+    check_weights(config.weights, model)
+    if config.use_cuda_graphs:
+        cuda_graphs.check_device(device)
+    if config.attention_backend == "gluon" and device.type == "cuda":
+        check_gpu(device, getattr(torch, config.model_dtype), model.dit.head_dim)
+    if config.has_tiny_vae:
+        tiny_vae_file(config.vae, config.vae_weights, config.weights)
 
 
 def open_session(config: ExperimentConfig) -> StreamingSession:

@@ -5,6 +5,7 @@ be called from any cell while the video plays.
     player                                                # shows it
     player.play("a small red circle moves left, on a dotted grey ground")
     player.ask("a small red circle moves right, on a dotted grey ground")
+    player.wait()                                         # until both are on the screen
     player.stop()
     player.save("outputs/live/take")                      # take.mp4 and take.json
     player.replay("outputs/live/take.json")
@@ -33,7 +34,7 @@ from ..prompts import schedule_of
 from ..streaming.session import StreamingSession
 from ..tiny.shapes.captions import strange
 from .engine import Engine, Frame, Request
-from .opening import default_weights, live_config, model_names, open_session, preset_names
+from .opening import default_weights, live_config, model_names, open_session, preset_names, require_here
 from .recording import Recording, save
 
 UNSEEN_FRAMES = 400
@@ -70,7 +71,7 @@ class Player(anywidget.AnyWidget):
             self._offer(session.pipeline.config, [session.pipeline.config.name],
                         [session.pipeline.config.model])
             self.engine.load(lambda: session)
-        threading.Thread(target=self._publish, name="live-status", daemon=True).start()
+        self.engine.start_thread("live-status", self._publish)
 
     @classmethod
     def preset(cls, preset: str = "static_kv", *, fps: float | None = None, buffer_blocks: int = 1,
@@ -82,9 +83,9 @@ class Player(anywidget.AnyWidget):
             keys: of a preset, such as `model`, `weights`, `device`, `seed` or `height` (`live_config`).
 
         Raises:
-            UserError: an unknown preset, or keys that cannot be.
+            UserError: an unknown preset, keys that cannot be, or a device or weights that are not here.
         """
-        live_config(preset, keys)
+        require_here(live_config(preset, keys))
         if Player._opened is not None:
             Player._opened.close()
         player = cls(fps=fps, buffer_blocks=buffer_blocks)
@@ -98,7 +99,8 @@ class Player(anywidget.AnyWidget):
             return "Player()"
         status = self.engine.status()
         at = "" if status["block"] is None else f", block {status['block']}"
-        return f"Player({status['state']}{at}, {status['about'] or 'no session'})"
+        why = f": {status['message']}" if status["message"] else ""
+        return f"Player({status['state']}{why}{at}, {status['about'] or 'no session'})"
 
     # ---- verbs
 
@@ -112,18 +114,43 @@ class Player(anywidget.AnyWidget):
         if model is not None and model != keys.get("model", "tiny"):
             keys |= {"model": model, "weights": default_weights(model)}
         config = live_config(preset, keys)
+        require_here(config)
         self._keys = keys
         models = model_names(config.device)
         self._offer(config, preset_names(), models if config.model in models else [*models, config.model])
         self.engine.load(functools.partial(open_session, config))
 
     def play(self, prompt: str = "", seed: int | None = None) -> None:
-        """Go on if paused, else start a video: with `prompt`, or the preset's own first one."""
+        """Go on if paused, else start a video: with `prompt`, or the preset's own first one. It begins as
+        soon as the model is loaded and warm.
+
+        Raises:
+            UserError: an empty prompt, no such seed, a video that plays already, or a model that could not be
+                loaded.
+        """
         self.engine.play(self.choices.get("prompt", "") if prompt in ("", None) else prompt, seed)
 
     def ask(self, prompt: str) -> Request:
-        """Let `prompt` take over at the next block; what is returned says what became of it."""
+        """Let `prompt` take over at the next block; what is returned says what became of it. The first block
+        of a video keeps the prompt that it began with.
+
+        Raises:
+            UserError: an empty prompt, no video that plays or is about to, or a model that could not be
+                loaded.
+        """
         return self.engine.ask(prompt)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until what was asked for is on the screen: the model is loaded, a video that was to play shows
+        its first frame, and each new prompt too. False after `timeout` seconds.
+
+        Raises:
+            UserError: with the reason why it will not come: loading or playing failed, the player is paused
+                and holds a prompt back, or it is closed.
+        """
+        settled = self.engine.wait(Engine.is_settled, timeout)
+        self.engine.require_carried_out()
+        return settled
 
     def pause(self) -> None:
         """Hold the video; `play` goes on."""
@@ -149,20 +176,27 @@ class Player(anywidget.AnyWidget):
         self._news.set()
 
     def save(self, path: str | Path | None = None) -> tuple[Path, Path]:
-        """Write what was shown as mp4 and its script as JSON; returns both paths. Relative paths begin at the
-        project's folder; None takes the time as the name.
+        """Write what was shown as mp4 and its script as JSON; returns both paths. What was asked for before
+        comes first, as in `wait`. Relative paths begin at the project's folder; None takes the time as the
+        name.
 
         Raises:
             UserError: nothing was shown yet, or a file cannot be written.
         """
+        self.engine.wait(Engine.is_settled)
+        return self._save(path)
+
+    def _save(self, path: str | Path | None = None) -> tuple[Path, Path]:
         name = path if path is not None else f"{TAKES}/{time.strftime('%Y%m%d-%H%M%S')}"
         return save(project_path(name), self.engine.recording(), self.engine.reel)
 
     def replay(self, path: str | Path) -> None:
-        """Play a script that `save` wrote: with the same seed and switches come the same frames.
+        """Play a script that `save` wrote: with the same seed and switches come the same frames. A video that
+        plays ends. While the model loads, the script waits for it, and what does not fit is said then.
 
         Raises:
-            UserError: no such script, or one that was played with other weights or another window.
+            UserError: no such script, one that was played with other weights or another window, or a model
+                that could not be loaded.
         """
         self.engine.replay(Recording.read(project_path(path)))
 
@@ -241,7 +275,7 @@ class Player(anywidget.AnyWidget):
         self.fps = float(content["fps"]) if content["fps"] else None
 
     def _on_save(self, _: dict[str, Any]) -> None:
-        video, script = self.save()
+        video, script = self._save()
         self._notice = f"Saved {video.name} and {script.name} in {TAKES}."
 
     def _warn(self, prompt: str) -> None:

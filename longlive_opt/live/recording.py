@@ -34,6 +34,11 @@ SAME = ("model", "height", "width", "block_frames", "local_attn_size", "sink_siz
         "relative_rope", "denoising_steps", "timestep_shift", "context_noise")
 
 
+def parameters_of(pipeline: Pipeline) -> dict[str, Any]:
+    """The keys of a pipeline's preset, JSON-ready, with the model's own size where the preset gives none."""
+    return pipeline.config.to_dict() | {"height": pipeline.model.height, "width": pipeline.model.width}
+
+
 def encode_picture(frame: Tensor) -> bytes:
     """One frame, uint8 [3, H, W] in host memory, as a JPEG with its full colour resolution."""
     data = io.BytesIO()
@@ -136,7 +141,8 @@ class Recording:
         block_frames = entry["parameters"].get("block_frames")
         if type(block_frames) is not int or block_frames < 1:
             raise UserError(f"{where}, parameters: block_frames is missing; save the video again.")
-        check_switches_fit(script.switch_frames, entry["blocks"], block_frames)
+        check_switches_fit(script.switch_frames, entry["blocks"], block_frames,
+                           f"{where}, switch_frame_indices", "blocks")
         return cls(script, entry["blocks"], entry["frames"], entry["seed"], float(entry["fps"]),
                    entry["parameters"], entry["weights_sha256"])
 
@@ -163,7 +169,7 @@ class Recording:
         Raises:
             UserError: the first difference.
         """
-        here = pipeline.config.to_dict()
+        here = parameters_of(pipeline)
         for key in SAME:
             if self.parameters.get(key) != here[key]:
                 raise UserError(f"script: it was played with {key}: {self.parameters.get(key)!r}, and this "

@@ -25,6 +25,7 @@ from ..config import ExperimentConfig
 from ..errors import UserError
 from ..prompts import schedule_of
 from ..streaming.session import StreamingSession, whole_blocks
+from .at_exit import end_at_exit
 from .opening import live_config, open_session
 from .recording import encode_picture
 
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 MAX_BLOCKS = 120
 """The browser keeps the pictures of both clips: at 832x480 some 60 KB each."""
+
+
+class _Unwanted(Exception):
+    """The clips were stopped."""
 
 
 class Comparison(anywidget.AnyWidget):
@@ -64,6 +69,7 @@ class Comparison(anywidget.AnyWidget):
                                  "ms_per_frame": [None, None],
                                  "fps": self._configs[0].model_config().fps})
         self.on_msg(self._on_message)
+        end_at_exit(self)
 
     def __repr__(self) -> str:
         return f"Comparison({' against '.join(self.status['titles'])}, {self.status['state']})"
@@ -96,6 +102,11 @@ class Comparison(anywidget.AnyWidget):
         self.stop()
         super().close()
 
+    def end_threads(self) -> None:
+        """Stop, and wait for it."""
+        self.stop()
+        self.wait()
+
     def _make(self) -> None:
         try:
             sides = self._in_turn() if self._together else self._one_after_the_other()
@@ -103,6 +114,8 @@ class Comparison(anywidget.AnyWidget):
                 if self._unwanted.is_set():
                     break
             self._tell("stopped" if self._unwanted.is_set() else "done")
+        except _Unwanted:
+            self._tell("stopped")
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("the comparison failed")
@@ -127,8 +140,12 @@ class Comparison(anywidget.AnyWidget):
         self._tell("working", f"opening {config.title}")
         session = open_session(config)
         self._tell("working", f"{config.title}: warming up")
-        session.warm_up()
+        session.warm_up(self._go_on)
         return session
+
+    def _go_on(self, done: int, count: int) -> None:
+        if self._unwanted.is_set():
+            raise _Unwanted
 
     def _clip(self, side: int, session: StreamingSession) -> Iterator[None]:
         """Send the frames of one clip, a block per step."""

@@ -7,25 +7,27 @@ to an mp4, or to a folder as PNG files if the output has no suffix.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..config import ExperimentConfig, check_switches_fit
+from ..config import KEYS, ExperimentConfig, unknown_key
 from ..errors import UserError
 from ..files import atomic_path, load_yaml, project_path, require_writable
-from ..live.opening import default_weights, live_config
+from ..live.opening import default_weights, live_config, require_here
 from ..measurement.environment import FULL_MODEL_GB
 from ..models.specs import LONGLIVE, VAE_TEMPORAL_STRIDE
 from ..optimizations import build_pipeline
 from ..prompts import PromptSchedule, read_schedules, spread_evenly
 from ..report.video import write_pictures
-from ..streaming.session import StreamingSession
+from ..streaming.session import StreamingSession, checked_prompt
 from ..tiny.shapes.captions import strange
 from .plan import parse_settings
 
@@ -77,15 +79,21 @@ def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | 
     seconds into the video, rounded up to a block's edge; without them prompts are spread evenly.
 
     Raises:
-        UserError: no prompt or two sources of them, or switches that do not rise or do not fit.
+        UserError: no prompt, an empty one, or two sources of them; switches that do not rise or do not fit,
+            or come from two sources.
     """
     if bool(prompts) == (file is not None):
         raise UserError("prompt: give one or more, or --prompts-file, and not both.")
     if file is not None and switch_at is not None and file.suffix != ".jsonl":
         raise UserError(f"--switch-at: {file} has one prompt per video; use a .jsonl file to switch prompts.")
+    prompts = [checked_prompt(prompt) for prompt in prompts]
     frames = None if switch_at is None else _latent_frames(config, switch_at, blocks)
     if file is not None:
         schedules = read_schedules(file, frames, (blocks, config.block_frames))
+        for schedule in schedules:
+            if frames is not None and schedule.switch_frames != tuple(frames):
+                raise UserError(f"--switch-at: {schedule.source} has switch_frame_indices of its own; leave "
+                                "one of the two out.")
     elif frames is None:
         schedules = [spread_evenly(prompts, blocks, config.block_frames)]
         if len(schedules[0].prompts) < len(prompts):
@@ -97,7 +105,7 @@ def schedules_of(config: ExperimentConfig, prompts: Sequence[str], file: Path | 
                             f"prompts need {len(prompts) - 1}.")
         schedules = [PromptSchedule(tuple(prompts), tuple(frames))]
     for schedule in schedules:
-        check_switches_fit(schedule.switch_frames, blocks, config.block_frames)
+        schedule.check_fits(blocks, config.block_frames, "--seconds or --blocks")
     return schedules
 
 
@@ -123,18 +131,28 @@ def _latent_frames(config: ExperimentConfig, seconds: Sequence[float], blocks: i
     return [start * block for start in starts]
 
 
-def outputs_of(asked: Path, videos: int) -> list[Path]:
-    """The output of each video: as asked, or numbered if there are several.
+def numbered(output: Path, videos: int) -> list[Path]:
+    """`output` for one video, and as many names with a number for several."""
+    if videos == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}_{number:03}{output.suffix}") for number in range(videos)]
+
+
+def outputs_of(asked: Path | None, videos: int) -> list[Path]:
+    """The output of each video: as asked, or numbered if there are several. None takes the first of
+    video.mp4, video-2.mp4 and so on that is free.
 
     Raises:
         UserError: one of them could not be written.
     """
+    if asked is None:
+        names = (Path(f"video-{number}.mp4" if number > 1 else "video.mp4") for number in count(1))
+        asked = next(name for name in names if not any(map(os.path.lexists, numbered(name, videos))))
     output = project_path(asked) if str(asked).startswith("~") else asked
     if output.suffix not in ("", ".mp4") or not output.name:
         raise UserError(f"--output: {str(asked)!r} is neither an mp4 nor a folder; end it in .mp4 or "
                         "leave the suffix out.")
-    outputs = [output] if videos == 1 else [output.with_name(f"{output.stem}_{number:03}{output.suffix}")
-                                            for number in range(videos)]
+    outputs = numbered(output, videos)
     for path in outputs:
         require_writable(path, "--output", folder=not path.suffix)
     return outputs
@@ -167,10 +185,22 @@ def write(output: Path, frames: Iterator[np.ndarray], fps: int) -> None:
             Image.fromarray(frame).save(temporary)
 
 
+def require_known(keys: Iterable[str], where: str) -> None:
+    """Refuse a key that no preset has.
+
+    Raises:
+        UserError: naming `where` and the key.
+    """
+    if unknown := [key for key in keys if key not in KEYS]:
+        raise UserError(f"{where}: {unknown_key(str(unknown[0]), list(KEYS))}.")
+
+
 def config_of(preset: str, profile: Path | None, given: Mapping[str, Any]) -> tuple[ExperimentConfig, str]:
     """The preset on the profile, or on what fits this machine, and a sentence about that choice."""
     if profile is not None:
-        return live_config(preset, load_yaml(profile) | given), f"profile {profile.name}"
+        machine = load_yaml(profile)
+        require_known(machine, f"--profile {profile}")
+        return live_config(preset, machine | given), f"profile {profile.name}"
     keys, words = machine_keys()
     return live_config(preset, keys | given), words
 
@@ -180,16 +210,19 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show, one after the other")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=".txt or .jsonl, a video per line")
-    parser.add_argument("-o", "--output", type=Path, default=Path("video.mp4"), metavar="FILE",
-                        help="an mp4, or a folder for frames (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE",
+                        help="an mp4, or a folder for frames; what is there is written over (default: the "
+                             "first of video.mp4, video-2.mp4 and so on that is free)")
     parser.add_argument("--seconds", type=float, metavar="N", help="length of the video")
     parser.add_argument("--blocks", type=int, metavar="N", help="length in blocks of 12 frames")
     parser.add_argument("--switch-at", type=float, nargs="+", metavar="SECOND",
-                        help="when each prompt but the first takes over (default: evenly spread)")
-    parser.add_argument("--preset", default="static_kv", metavar="NAME", help="default: %(default)s")
+                        help="when each prompt but the first takes over (default: what the file says, or "
+                             "evenly spread)")
+    parser.add_argument("--preset", default="static_kv", metavar="NAME",
+                        help="any but the studies and the test preset (default: %(default)s)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="model and machine (default: what fits)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="over both")
+                        help="keys of a preset, over both")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     return parser
 
@@ -199,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         given = {"seed": arguments.seed, **parse_settings(arguments.set)}
+        require_known(given, "--set")
         if twice := sorted({"prompts", "prompts_file", "switch_frame_indices"} & given.keys()):
             raise UserError(f"--set {twice[0]}: prompts and switches are arguments here; use PROMPT, "
                             "--prompts-file and --switch-at.")
@@ -208,7 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                                  blocks)
         outputs = outputs_of(arguments.output, len(schedules))
         config.check_places()
+        require_here(config)
         print(words, file=sys.stderr)
+        if arguments.output is None and outputs[0].stem.startswith("video-"):
+            print(f"video.mp4 is there already; the output is {outputs[0]}", file=sys.stderr)
         if config.model == "tiny":
             asked = dict.fromkeys(prompt for schedule in schedules for prompt in schedule.prompts)
             for sentence in filter(None, map(strange, asked)):

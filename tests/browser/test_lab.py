@@ -148,12 +148,14 @@ class Lab:
         field.press("Enter")
 
     def frames_change(self) -> None:
-        """Wait until later frames are on the canvas, with another picture."""
-        number, picture = self.frame(), self.picture()
+        """Wait until later frames are on the canvas, with another picture; for a few frames of so small a
+        picture nothing may move.
+        """
         self.page.wait_for_function(
-            "([selector, number]) => +(document.querySelector(selector).dataset.frame ?? -1) > number + 2",
-            arg=[f"{PLAYER} .ll-screen", number], timeout=STEP_MS)
-        assert self.picture() != picture
+            """([selector, number, picture]) => {
+                const canvas = document.querySelector(selector);
+                return +(canvas.dataset.frame ?? -1) > number + 2 && canvas.toDataURL() !== picture }""",
+            arg=[f"{PLAYER} .ll-screen", self.frame(), self.picture()], timeout=STEP_MS)
 
 
 @pytest.fixture
