@@ -76,8 +76,8 @@ extras-h100: ## run realtime in 8 GB, low memory and the studies on an H100: out
 
 equal-terms-h100: CAMPAIGN ?= h100_equal_terms
 equal-terms-h100: ## run the work of the strongest public engine, a window of 21 without a sink: outputs/h100_equal_terms
-	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100_window21.yaml \
-		--presets baseline exact tiny_vae $(ARGS)
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/h100.yaml --presets baseline exact tiny_vae \
+		--set local_attn_size=21 sink_size=0 $(ARGS)
 
 campaign-h100-tiny: CAMPAIGN ?= h100_tiny
 campaign-h100-tiny: ## run the trained tiny model on an H100 for adherence, drift and fidelity: outputs/h100_tiny
