@@ -97,6 +97,12 @@ def rms_norm() -> None:
     fused_triton.rms_norm(meta(1, TOKENS, CHANNELS), meta(CHANNELS), 1e-6)
 
 
+def cross_attend(dtype: torch.dtype = torch.bfloat16, tokens: int = TOKENS) -> None:
+    text = meta(1, 512, HEADS, DIM, dtype=dtype)
+    fused_triton.cross_attention(meta(1, tokens, HEADS, DIM, dtype=dtype), text, text,
+                                 meta(1, dtype=torch.int32))
+
+
 def write(kv: SimpleNamespace | QuantizedKV, dtype: torch.dtype = torch.bfloat16) -> None:
     """Norm, rotation and write of a block's queries, keys and values."""
     weight, table = meta(CHANNELS, dtype=dtype), meta(TOKENS, DIM // 2, dtype=torch.float32)
@@ -213,6 +219,8 @@ CASES = {
     "norms, int8": Case(partial(norms, linear8_triton, "int8"), ALL, 3),
     "norms, fp8": Case(partial(norms, linear8_triton, "fp8"), HAS_FP8, 3),
     "RMS norm": Case(rms_norm, ALL),
+    "cross-attention": Case(cross_attend, ALL),
+    "cross-attention, float32": Case(partial(cross_attend, torch.float32), HOPPER),
     "write": Case(write_plain, ALL),
     "write, float32": Case(partial(write_plain, torch.float32), HOPPER),
     **{f"write, {mode}": Case(lambda mode=mode: write(cache(mode)), QUANTIZED, 2 if mode[-3:] == "fp8" else 1)

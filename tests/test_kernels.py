@@ -497,6 +497,63 @@ def test_triton_halves_equal_plain_pytorch(mode, exact_interpreter):
             assert_agrees(getattr(caches[0], name), getattr(caches[1], name), 0.02)
 
 
+def prompt(own: int, tokens: int, total: int, heads: int, dim: int,
+           dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, key, value and own rows of two prompts: rows after the own ones are equal. The second has no row
+    of its own, only padding.
+    """
+    generator = torch.Generator().manual_seed(own)
+    q = torch.randn(2, tokens, heads, dim, generator=generator) * 2
+    key, value = torch.randn(2, 2, total, heads, dim, generator=generator)
+    for x in (key, value):
+        x[0, own:] = x[0, -1].clone()
+        x[1, :] = x[1, -1].clone()
+    counts = torch.tensor([min(own, total - 1), 0], dtype=torch.int32, device=DEVICE)
+    return (*(x.to(DEVICE, dtype) for x in (q, key, value)), counts)
+
+
+def attend_float64(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, key, value = (x.double().transpose(1, 2) for x in (q, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(q, key, value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("own", [1, 7, 15, 16])
+def test_a_prompts_padding_counts_as_one_weighted_row(own):
+    """Padding left out, counted once, or a count that is off by one."""
+    q, key, value, counts = prompt(own, 9, 16, 3, 8, torch.float32)
+    assert torch.equal(fused.prompt_rows(key), counts)
+    found = fused.cross_attention(q, key, value, counts)
+    torch.testing.assert_close(found.double(), attend_float64(q, key, value), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_without_padding_keeps_its_rows():
+    """The last row is taken for padding and counted twice."""
+    key = torch.randn(1, 6, 2, 4)
+    assert fused.prompt_rows(key).tolist() == [5]
+    key[0, 2] = key[0, 5]  # an equal row before the end is none
+    assert fused.prompt_rows(key).tolist() == [5]
+    assert fused.prompt_rows(torch.full((1, 6, 2, 4), torch.nan)).tolist() == [6]
+
+
+@pytest.mark.parametrize("misfit", ["key", "value", "own_rows"])
+def test_cross_attention_refuses_misfits(misfit):
+    arguments = dict(zip(("q", "key", "value", "own_rows"), prompt(3, 5, 8, 2, 4, torch.float32)))
+    with pytest.raises(ValueError, match="the same batch, heads and channels"):
+        fused.cross_attention(**arguments | {misfit: arguments[misfit][:1]})
+
+
+@runs_kernels
+@pytest.mark.parametrize("own, tokens, total", [(1, 16, 64), (63, 70, 512), (64, 65, 512), (200, 33, 512),
+                                                (511, 20, 512), (40, 30, 40)])
+def test_triton_cross_attention_equals_float64(own, tokens, total, exact_interpreter):
+    """A tail of tokens or rows, the weight of the padding in another tile, a prompt that fills its rows."""
+    from longlive_opt.kernels import fused_triton
+
+    q, key, value, counts = prompt(own, tokens, total, 3, 32, torch.bfloat16)
+    found = fused_triton.cross_attention(q, key, value, counts)
+    assert relative_error(found, attend_float64(q, key, value)) < 5e-3
+
+
 @runs_kernels
 def test_triton_scatter_returns_tokens_to_their_ranks(exact_interpreter):
     """A token in the memory of another rank, heads beside their place, a second video over the first."""

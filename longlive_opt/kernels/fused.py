@@ -72,6 +72,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return rms_norm_reference(x, weight, eps)
 
 
+def prompt_rows(key: Tensor) -> Tensor:
+    """Number of rows of keys [B,T,N,D] before those that equal the last row, int32 [B]: a prompt's own rows,
+    where the others come from its zero padding.
+    """
+    differs = (key != key[:, -1:]).flatten(2).any(2)
+    places = torch.arange(1, key.shape[1] + 1, device=key.device, dtype=torch.int32)
+    return (differs * places).amax(1)
+
+
+@torch.library.custom_op("longlive::cross_attention", mutates_args=())
+def cross_attention(q: Tensor, key: Tensor, value: Tensor, own_rows: Tensor) -> Tensor:
+    """Attend with q [B,L,N,D] to a prompt's keys and values [B,T,N,D], whose rows from `own_rows` [B] on are
+    equal -> [B,L,N,D]. So one of them is enough, with its score raised by the logarithm of their number.
+    Raises ValueError when shapes do not fit.
+    """
+    batch, _, heads, dim = q.shape
+    rows = (batch, key.shape[1], heads, dim)
+    if tuple(key.shape) != rows or tuple(value.shape) != rows or tuple(own_rows.shape) != (batch,):
+        raise ValueError(f"q {tuple(q.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, own_rows "
+                         f"{tuple(own_rows.shape)}; they need the same batch, heads and channels")
+    if q.is_cuda:
+        from . import fused_triton
+
+        return fused_triton.cross_attention(q.contiguous(), key.contiguous(), value.contiguous(), own_rows)
+    return cross_attention_reference(q, key, value, own_rows)
+
+
 def check_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
                 frame_tokens: int) -> None:
     """Raise ValueError unless the arguments of `qk_norm_rope_write` fit each other."""
@@ -164,6 +191,17 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def cross_attention_reference(q: Tensor, key: Tensor, value: Tensor, own_rows: Tensor) -> Tensor:
+    """Plain form of `cross_attention`."""
+    number = key.shape[1]
+    places, own = torch.arange(number, device=q.device), own_rows[:, None]
+    bias = torch.zeros(len(q), number, device=q.device)
+    bias = torch.where(places == own, (number - own).clamp_min(1).log(), bias)
+    bias = bias.masked_fill(places > own, -torch.inf).to(q.dtype)[:, None, None]
+    q, key, value = (x.transpose(1, 2) for x in (q, key, value))
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=bias).transpose(1, 2)
+
+
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the interleaved channel pairs of x [B,L,N,D] by the tables [L,D/2], in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -196,6 +234,7 @@ def _two_like_x(x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Ten
 
 layernorm_modulate.register_fake(_one_like_x)
 rms_norm.register_fake(_one_like_x)
+cross_attention.register_fake(_one_like_x)
 gate_residual_layernorm_modulate.register_fake(_two_like_x)
 gate_residual_layernorm_affine.register_fake(_two_like_x)
 

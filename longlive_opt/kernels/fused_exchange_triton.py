@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_triton import KINDS, _store_row, _store_transposed
+from .fused_triton import (
+    KINDS,
+    WRITE_WARPS,
+    _spots,
+    _store_row,
+    _store_transposed,
+    parts_of,
+    rotated,
+)
 from .quantize import FP8
 
 
@@ -66,32 +74,28 @@ def arrive_kernel(flags, own_ptr, epoch_ptr, RANK: tl.constexpr, RANKS: tl.const
 
 @triton.jit
 def rope_write_kernel(qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-                      tokens, slots, frame_tokens, N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-                      K_KIND: tl.constexpr, V_KIND: tl.constexpr):
-    """Program (token, role). Role 0 rotates q; 1 rotates k and stores it; 2 stores v."""
+                      tokens, slots, frame_tokens, N: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+                      HEADS: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr):
+    """Program (token, role). Role 0 rotates q; 1 rotates k and stores it; 2 stores v. A part has HEADS heads.
+    """
     row = tl.program_id(0)
     role = tl.program_id(1)
     batch = row // tokens
     token = row % tokens
     first = tl.load(slots_ptr + token // frame_tokens)
     slot = tl.where(first < 0, -1, first + token % frame_tokens)
-    heads = tl.arange(0, HEADS)
-    mask = (heads < N)[:, None]
-    offsets = heads[:, None] * D + tl.arange(0, D)[None, :]
-    x = tl.load(qkv_ptr + (row * 3 + role) * N * D + offsets, mask=mask, other=0.0)
-    if role == 2:
-        _store_row(v_ptr, v_scale_ptr, x, batch, slot, slots, heads, N, D, V_KIND)
-    else:
-        dtype = x.dtype
-        even, odd = tl.split(tl.reshape(x.to(tl.float32), [HEADS, D // 2, 2]))
-        pairs = token * (D // 2) + tl.arange(0, D // 2)[None, :]
-        cos = tl.load(cos_ptr + pairs)
-        sin = tl.load(sin_ptr + pairs)
-        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, D]).to(dtype)
-        if role == 0:
-            tl.store(q_ptr + row * N * D + offsets, x, mask=mask)
+    for i in tl.static_range(PARTS):
+        heads = i * HEADS + tl.arange(0, HEADS)
+        mask = (heads < N)[:, None]
+        x = tl.load(qkv_ptr + (row * 3 + role) * N * D + _spots(heads, D), mask=mask, other=0.0)
+        if role == 2:
+            _store_row(v_ptr, v_scale_ptr, x, batch, slot, slots, heads, N, D, V_KIND)
         else:
-            _store_row(k_ptr, k_scale_ptr, x, batch, slot, slots, heads, N, D, K_KIND)
+            turned = rotated(x.to(tl.float32), cos_ptr, sin_ptr, token, HEADS, D).to(x.dtype)
+            if role == 0:
+                tl.store(q_ptr + row * N * D + _spots(heads, D), turned, mask=mask)
+            else:
+                _store_row(k_ptr, k_scale_ptr, turned, batch, slot, slots, heads, N, D, K_KIND)
 
 
 def qk_norm_pack(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, parts: Sequence[Tensor],
@@ -125,11 +129,12 @@ def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k: Tensor, 
     _, capacity, heads, dim = k.shape
     transposed = v.dtype == FP8
     q = torch.empty(batch, tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    parts, part = parts_of(heads)
     rope_write_kernel[(batch * tokens, 2 if transposed else 3)](
         qkv, cos, sin, slots, q, k, v, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
-        tokens, capacity, frame_tokens, N=heads, D=dim, HEADS=triton.next_power_of_2(heads),
+        tokens, capacity, frame_tokens, N=heads, D=dim, PARTS=parts, HEADS=part,
         K_KIND=KINDS.get(k.dtype, "plain"), V_KIND="plain" if transposed else KINDS.get(v.dtype, "plain"),
-        num_warps=4, enable_fp_fusion=False)
+        num_warps=WRITE_WARPS, enable_fp_fusion=False)
     if transposed:
         _store_transposed(qkv[:, :, 2 * heads * dim:], slots, v, v_scale, frame_tokens)
     return q

@@ -161,14 +161,14 @@ class FusedForward:
         dit, time = self.dit, self._time_table(timestep, latents)
         x = dit.patchify(latents.transpose(1, 2))
         frame_tokens = x.shape[1] // latents.shape[1]
-        first = time.blocks[0]
+        first, text_rows = time.blocks[0], fused.prompt_rows(text.keys[0])
         h = self._enter(x, first.shift_a, first.scale_a, frame_tokens, dit.config.eps)
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             q = block.write(h, layer)
             if keys_only and layer is cache.layers[-1]:
                 return latents
             x, h = block.finish(x, block.read(q, layer), time.blocks[i], time.following[i], text.keys[i],
-                                text.values[i], frame_tokens)
+                                text.values[i], text_rows, frame_tokens)
         height, width = latents.shape[-2:]
         return dit.unpatchify(dit.head.head(h), height, width).transpose(1, 2)
 
@@ -215,13 +215,15 @@ class FusedBlock:
             -1, (-1, attention.head_dim))
 
     def finish(self, x: Tensor, attended: Tensor, vectors: Modulation, following: tuple[Tensor, Tensor],
-               text_key: Tensor, text_value: Tensor, frame_tokens: int) -> tuple[Tensor, Operand]:
+               text_key: Tensor, text_value: Tensor, text_rows: Tensor,
+               frame_tokens: int) -> tuple[Tensor, Operand]:
         """Run the rest of the block after self-attention.
 
         Args:
             x: the residual stream [B, L, dim].
             attended: self-attention's result [B, L, N, D].
             following: shift and scale [B, F, dim] of the norm after this block.
+            text_rows: the prompt's own rows, [B] (`fused.prompt_rows`).
 
         Returns:
             The new residual stream [B, L, dim], and the same normed and modulated by `following`.
@@ -232,7 +234,7 @@ class FusedBlock:
                                        frame_tokens, eps)
         q = fused.rms_norm(products.query(h), cross.norm_q.weight, cross.norm_q.eps)
         q = q.unflatten(-1, (-1, cross.head_dim))
-        y = cross.output(block.attention(q, text_key, text_value))
+        y = cross.output(fused.cross_attention(q, text_key, text_value, text_rows))
         x, h = products.add_norm_up(x, y, None, vectors.shift_f, vectors.scale_f, frame_tokens, eps)
         y = products.feed_forward(h)
         return self._end(x, y, vectors.gate_f, *following, frame_tokens, eps)
