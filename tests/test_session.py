@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -11,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampl
 from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.decoder import HOST_BUFFERS, Delivery
 from longlive_opt.streaming.pipeline import Pipeline
+from longlive_opt.streaming.prompt_queue import PromptQueue
 from longlive_opt.streaming.sampler import EagerForward, Sampler, StreamNoise
 from longlive_opt.streaming.session import Chunk, StreamingSession
 from longlive_opt.streaming.timeline import Timeline
@@ -593,6 +596,48 @@ def test_which_pipelines_encode_ahead(point):
     assert not point.encode_ahead
     ahead = dataclasses.replace(point, encode_ahead=True)
     assert not TextOffload().apply(ahead).encode_ahead
+
+
+def test_streams_wait_for_each_other(monkeypatch):
+    """A prompt that one stream reads before the other has made it, or whose memory is free too early."""
+    happened = []
+
+    class Stream:
+        def __init__(self, *_, **options):
+            self.name = "own" if options else "main"
+
+        def wait_stream(self, other):
+            happened.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            happened.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            happened.append("recorded")
+            return "the event"
+
+    main = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    part = SimpleNamespace(record_stream=lambda stream: happened.append(f"{stream.name} reads"))
+    text = SimpleNamespace(keys=(part,), values=(part,))
+
+    def encode(prompt: str):
+        happened.append(f"encodes {prompt}")
+        return text
+
+    queue = PromptQueue(SimpleNamespace(encode_prompt=encode, encode_ahead=True, device=torch.device("cuda"),
+                                        config=SimpleNamespace(use_torch_compile=True)))
+    assert queue.encode("a") is text
+    queue.ask("b", happened.append)
+    assert queue.text(queue.take(0)) is text and queue.take(1) is None
+    queue.ask("c", happened.append)
+    assert happened[:4] == ["own waits for main", "main waits for own", "encodes a", "own waits for main"]
+    assert happened[4:10] == [0, "encodes b", "recorded", "main waits for the event", *["main reads"] * 2]
+    assert happened[10] == 2
+    queue.clear()
 
 
 @pytest.mark.gpu
