@@ -28,6 +28,7 @@ from longlive_opt.optimizations.prompt_cache import EmbeddingStore
 from longlive_opt.parity.directory import check_directory
 from longlive_opt.prompts import read_schedules
 from longlive_opt.report.campaign import load
+from longlive_opt.report.log.steps import read_steps
 from longlive_opt.report.noise_record import over_campaigns, read_record
 from longlive_opt.report.verdicts import read_decisions
 from longlive_opt.runner.execute import _Lines, finished_result
@@ -55,6 +56,8 @@ _ROW = {"campaign": "c", "preset": "baseline", "machine": "m", "torch": "t", "mo
 _DECISIONS = {"schema_version": 1, "campaign": "c", "baseline": None, "noise": {}, "decisions": {"speed": {
     "preset": "speed", "run": 1, "created_utc": "x", "verdict": "keep", "keep": True, "rule": "r",
     "rationale": "w", "gate": None, "not_comparable": ""}}, "recommended": {"preset": None, "reasons": ["a"]}}
+_STEP = {"date": "2026-01-31", "before": "h100/baseline", "after": "h100/speed[key=1]", "metric": "ss_mean",
+         "prediction": "x", "predicted_change": [-3, 1.5], "why": "y"}
 _CELL = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["seed = 3"]}
 
 
@@ -239,6 +242,8 @@ READERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[Path, bytes], Any]]
                                "parameters": {"seed": 0}}), _failed),
     "decisions.json": (json_like(_DECISIONS), _decisions),
     "noise.json": (json_like({"schema_version": 1, "rows": [_ROW, _ROW]}), _noise),
+    "steps.yaml": (json_like({"graphs": _STEP}), lambda folder, content:
+                   read_steps(_write(folder, "steps.yaml", content))),
     "recording": (json_like(_RECORDING), lambda folder, content:
                   Recording.read(_write(folder, "take.json", content))),
     "notebook": (json_like({"cells": [_CELL]}), lambda folder, content:

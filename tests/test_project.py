@@ -251,7 +251,7 @@ def test_gitignore() -> None:
     candidates = {
         ".venv/bin/python": True, "wheelhouse/a.whl": True, ".bootstrap/stamp.json": True,
         "outputs/demo/baseline/result.json": True, "outputs/.sha256.json": True,
-        "outputs/noise.json": False, "outputs/robustness.json": False,
+        "outputs/noise.json": False, "outputs/robustness.json": False, "outputs/steps.yaml": False,
         "outputs/h100/baseline.aside/notes.md": True, "outputs/h100/baseline.replaced/result.json": True,
         "outputs/h100/decisions.json": False,
         "longlive_opt/__pycache__/a.pyc": True,

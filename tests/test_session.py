@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -9,7 +10,9 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +23,13 @@ from torch import Tensor
 from longlive_opt.errors import UserError
 from longlive_opt.kernels.torch_internals import compiled_graphs
 from longlive_opt.models.vae import StreamingDecoder, frames_to_uint8
+from longlive_opt.optimizations.text_offload import TextOffload
 from longlive_opt.parity.comparison import TARGET
 from longlive_opt.parity.transformer import build_dit, make_rolling_cache, sampling_plan
 from longlive_opt.prompts import PromptSchedule
 from longlive_opt.streaming.decoder import HOST_BUFFERS, Delivery
 from longlive_opt.streaming.pipeline import Pipeline
+from longlive_opt.streaming.prompt_queue import PromptQueue
 from longlive_opt.streaming.sampler import EagerForward, Sampler, StreamNoise
 from longlive_opt.streaming.session import Chunk, StreamingSession
 from longlive_opt.streaming.timeline import Timeline
@@ -429,7 +434,8 @@ def test_gpu_host_frames_are_the_frames(keys):
         assert [event.block for event in copies] == list(range(9))
 
 
-def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):
+@pytest.mark.parametrize("encode_ahead", [False, True])
+def test_error_while_streaming_leaves_a_session_that_can_be_reset(point, encode_ahead):
     """A failed block must not poison the next video."""
     fail = [False]
 
@@ -438,7 +444,7 @@ def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):
             raise RuntimeError("encoder gone")
         return point.encode_prompt(prompt)
 
-    session = StreamingSession(dataclasses.replace(point, encode_prompt=encode))
+    session = StreamingSession(dataclasses.replace(point, encode_prompt=encode, encode_ahead=encode_ahead))
     with pytest.raises(RuntimeError, match="encoder gone"):
         for _ in session.stream("a"):
             fail[0] = True
@@ -449,9 +455,11 @@ def test_error_while_streaming_leaves_a_session_that_can_be_reset(point):
 
 
 @pytest.mark.parametrize("use_async_vae", [False, True])
-def test_every_finished_block_comes_before_an_error(point, use_async_vae):
+@pytest.mark.parametrize("encode_ahead", [False, True])
+def test_every_finished_block_comes_before_an_error(point, use_async_vae, encode_ahead):
     """The last block of a stream that ends by an error, lost in the decoder that works one block behind."""
-    pipeline = micro_pipeline(use_async_vae=use_async_vae, **POINT)
+    pipeline = dataclasses.replace(micro_pipeline(use_async_vae=use_async_vae, **POINT),
+                                   encode_ahead=encode_ahead)
 
     def encode(prompt: str):
         if prompt == "b":
@@ -480,6 +488,190 @@ def test_prompt_may_be_switched_from_another_thread(point):
     assert [chunk.prompt for chunk in chunks] == ["a", "a", "b", "b", "b"]
     session.reset()
     assert same_video(chunks, list(session.play(PromptSchedule(("a", "b"), (6,)), 5)))
+
+
+def in_the_middle_of_block(session: StreamingSession, block: int, act: Callable[[], None]) -> None:
+    """Let `act` run once, while `block` is decoded."""
+    decode = session._decoder.push
+
+    def push(latents: Tensor, urgent: bool = False) -> list[Tensor]:
+        if session.next_block == block + 1:
+            act()
+        return decode(latents, urgent)
+
+    session._decoder.push = push
+
+
+def test_a_prompt_is_encoded_while_a_block_is_made(point):
+    """A request in the middle of a block that is only encoded after it, on the stream's thread, or with
+    another result."""
+    begun, seen = threading.Event(), []
+
+    def encode(prompt: str):
+        seen.append((prompt, threading.current_thread().name.startswith("encode"), torch.is_grad_enabled()))
+        text = point.encode_prompt(prompt)
+        begun.set() if prompt == "b" else None
+        return text
+
+    session = StreamingSession(dataclasses.replace(point, encode_prompt=encode, encode_ahead=True))
+    encoded_in_time = []
+
+    def ask() -> None:
+        other = threading.Thread(target=session.switch_prompt, args=("b",))
+        other.start()
+        other.join()
+        encoded_in_time.append(begun.wait(60))
+
+    in_the_middle_of_block(session, 1, ask)
+    chunks = list(session.stream("a", 5))
+    assert encoded_in_time == [True] and [chunk.prompt for chunk in chunks] == list("aabbb")
+    assert seen == [("a", False, False), ("b", True, False)]
+    assert same_video(chunks, list(StreamingSession(point).play(PromptSchedule(("a", "b"), (6,)), 5)))
+
+
+def test_requests_that_are_encoded_ahead_keep_their_order(point):
+    """Two encodings that overtake each other; a cache whose outcomes are those of other switches."""
+    cached = micro_pipeline(use_prompt_cache=True, **POINT)
+    pipeline = dataclasses.replace(cached, encode_ahead=True)
+    session = StreamingSession(pipeline)
+    assert repr(session).endswith("holds no video)")
+    in_the_middle_of_block(session, 1, lambda: [session.switch_prompt(prompt) for prompt in "bab"])
+    chunks = list(session.stream("a", 6))
+    assert [chunk.prompt for chunk in chunks] == list("aababb")
+    assert all(map(torch.equal, (c.latents for c in chunks), expected_latents(point, list("aababb"))))
+    assert cached.encode_prompt.stats.outcomes == ["miss", "miss", "hit", "hit"]
+
+
+@pytest.mark.parametrize("encode_ahead", [False, True])
+def test_a_request_is_marked_at_the_block_that_it_changes(point, encode_ahead):
+    """A request in the middle of a block counted as a switch of that block: a latency that is too short."""
+    timeline = Timeline("cpu")
+    session = StreamingSession(dataclasses.replace(point, encode_ahead=encode_ahead), timeline=timeline)
+    sampler, asked = session.pipeline.sampler, []
+
+    def in_denoising() -> None:
+        asked.append(session.next_block)
+        session.switch_prompt("b")
+
+    class Asking(Sampler):
+        def denoise_block(self, *arguments):
+            if session.next_block == 1 and not asked:
+                in_denoising()
+            return sampler.denoise_block(*arguments)
+
+    fields = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    session.pipeline = dataclasses.replace(session.pipeline, sampler=Asking(**fields))
+    chunks = list(session.stream("a", 4))
+    assert asked == [1] and [chunk.switched for chunk in chunks] == [False, False, True, False]
+    assert [event.block for event in timeline.resolve() if event.name == "switch_request"] == [2]
+
+
+def test_reset_while_a_prompt_is_encoded(point):
+    """A prompt of the video before in the next one, an encoding that nobody waits for and that goes on next
+    to another, or a reset that hangs."""
+    going, release, encoded = threading.Event(), threading.Event(), []
+
+    def encode(prompt: str):
+        if prompt == "slow":
+            going.set()
+            assert release.wait(60)
+        encoded.append(prompt)
+        return point.encode_prompt(prompt)
+
+    session = StreamingSession(dataclasses.replace(point, encode_prompt=encode, encode_ahead=True))
+    next(stream := session.stream("a", 4))
+    for prompt in ("slow", "never"):
+        session.switch_prompt(prompt)
+    assert going.wait(60)
+    threading.Timer(0.2, release.set).start()
+    session.reset()
+    assert encoded == ["a", "slow"] and len(session._requests) == 0 and list(stream) == []
+    assert same_video(list(session.stream("a", 3)), list(StreamingSession(point).stream("a", 3)))
+    session.close()
+    assert encoded == ["a", "slow", "a"]
+
+
+def test_which_pipelines_encode_ahead(point):
+    """Offloaded weights that visit the GPU next to a block that needs its memory; a CPU that both want."""
+    assert not point.encode_ahead
+    ahead = dataclasses.replace(point, encode_ahead=True)
+    assert not TextOffload().apply(ahead).encode_ahead
+
+
+def test_streams_wait_for_each_other(monkeypatch):
+    """A prompt that one stream reads before the other has made it, or whose memory is free too early."""
+    happened = []
+
+    class Stream:
+        def __init__(self, *_, **options):
+            self.name = "own" if options else "main"
+
+        def wait_stream(self, other):
+            happened.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            happened.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            happened.append("recorded")
+            return "the event"
+
+    main = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    part = SimpleNamespace(record_stream=lambda stream: happened.append(f"{stream.name} reads"))
+    text = SimpleNamespace(keys=(part,), values=(part,))
+
+    def encode(prompt: str):
+        happened.append(f"encodes {prompt}")
+        return text
+
+    queue = PromptQueue(SimpleNamespace(encode_prompt=encode, encode_ahead=True, device=torch.device("cuda"),
+                                        config=SimpleNamespace(use_torch_compile=True)))
+    assert queue.encode("a") is text
+    queue.ask("b", happened.append)
+    assert queue.text(queue.take(0)) is text and queue.take(1) is None
+    queue.ask("c", happened.append)
+    assert happened[:4] == ["own waits for main", "main waits for own", "encodes a", "own waits for main"]
+    assert happened[4:10] == [0, "encodes b", "recorded", "main waits for the event", *["main reads"] * 2]
+    assert happened[10] == 2
+    queue.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{}, {"use_async_vae": True}, {"use_torch_compile": True},
+                                  {"use_cuda_graphs": True}], ids=str)
+def test_gpu_prompts_encoded_ahead_are_the_same(keys):
+    """A prompt read before its stream has made it, memory of an evicted prompt that is used again while it is
+    read, or a capture that another thread breaks."""
+    from test_optimizations import gpu_pipeline
+
+    torch._dynamo.reset()
+    pipeline = gpu_pipeline(use_static_kv=True, use_prompt_cache=True, **keys)
+    assert pipeline.encode_ahead
+    pipeline.encode_prompt._limit = 2 * pipeline.encode_prompt("a").nbytes
+    prompts = [f"prompt {i % 5}" for i in range(12)]
+    schedule = PromptSchedule(("a", *prompts), tuple(3 * (i + 1) for i in range(len(prompts))))
+    at_edges = StreamingSession(dataclasses.replace(pipeline, encode_ahead=False))
+    expected = [chunk.latents.cpu() for chunk in at_edges.play(schedule, len(prompts) + 1)]
+    session = StreamingSession(pipeline, host_frames=True)
+    decode = session._decoder.push
+    for _ in range(2):  # at first, passes are compiled and captured meanwhile
+        waiting = iter(prompts)
+
+        def push(latents: Tensor, urgent: bool = False) -> list[Tensor]:
+            if prompt := next(waiting, None):
+                other = threading.Thread(target=session.switch_prompt, args=(prompt,))
+                other.start()
+                other.join()
+            return decode(latents, urgent)
+
+        session._decoder.push = push
+        found = [chunk.latents.cpu() for chunk in session.stream("a", len(prompts) + 1)]
+        session.reset()
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def test_second_thread_is_refused_in_the_middle_of_a_step(point, monkeypatch):

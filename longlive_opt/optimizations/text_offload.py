@@ -3,7 +3,8 @@
 Idea: UMT5-XXL takes 11.4 GB, four times the transformer, and works only when the prompt changes. The same
 holds for the transformer's projections of the prompt to keys and values, 0.3 GB. Their weights are in
 page-locked host memory. While one block runs, another stream copies the next block into one of two
-alternating buffers, which are freed afterwards. The embedding table is looked up on the host.
+alternating buffers, which are freed afterwards. The embedding table is looked up on the host. A prompt is
+encoded between two blocks of video, when their activations need no memory, and never ahead.
 
 Replaces: `encode_prompt`, `embed_text`. Costs: a prompt takes as long as all weights need over the bus (0.4 s
 at 25 GB/s), unless a prompt cache has it, and the host needs the memory that the GPU saves. Bit-exact: the
@@ -41,7 +42,7 @@ class TextOffload(Optimization):
         embed_text = projections.embed_text
         pipeline = dataclasses.replace(
             pipeline, text_encoder=encoder, embed_text=embed_text,
-            encode_prompt=prompt_encoder(encoder, embed_text),
+            encode_prompt=prompt_encoder(encoder, embed_text), encode_ahead=False,
             weights=pipeline.weights | {"text_encoder": encoder.report})
         done = (f"the weights of the text encoder and of the transformer's {len(projections.weights)} "
                 f"projections of the prompt stay on the host, {BUFFERS} blocks at a time on {device.type}")

@@ -13,11 +13,18 @@ from .conclusion import definitions_html
 from .index_page import INDEX_NAME, write_index
 from .log.document import LOG_NAME, render_log, save_figures, write_campaign_log, write_log
 from .noise_record import NOISE_FILE, record_noise
-from .tables import adherence_table, noise_table, numbers_table, runs_table, summary_table, to_csv
+from .tables import (
+    adherence_table,
+    noise_table,
+    numbers_table,
+    runs_table,
+    steps_table,
+    summary_table,
+    to_csv,
+)
 from .verdicts import DECISIONS_FILE, cards, read_decisions, recommendation
 
-__all__ = ["DECISIONS_FILE", "INDEX_NAME", "LOG_NAME", "NOISE_FILE", "Campaign", "Failure", "cards",
-           "decided",
-           "definitions_html", "load", "noise_table", "numbers_table", "read_decisions", "recommendation",
-           "record_noise", "render_log", "runs_table", "save_figures", "summary_table", "to_csv",
-           "adherence_table", "write_campaign_log", "write_index", "write_log"]
+__all__ = ["DECISIONS_FILE", "INDEX_NAME", "LOG_NAME", "NOISE_FILE", "Campaign", "Failure",
+           "adherence_table", "cards", "decided", "definitions_html", "load", "noise_table", "numbers_table",
+           "read_decisions", "recommendation", "record_noise", "render_log", "runs_table", "save_figures",
+           "steps_table", "summary_table", "to_csv", "write_campaign_log", "write_index", "write_log"]

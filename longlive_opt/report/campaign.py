@@ -106,7 +106,7 @@ def load(campaign_dir: str | Path) -> Campaign:
     shown = [(path.relative_to(folder).as_posix(), reason.removeprefix(f"{path}: ").replace(f"{folder}/", ""))
             for path, reason in problems if path.with_name("failed.json") not in failed]
     usable, strange = _usable(results)
-    return Campaign(folder, decided(usable), [_read_failure(path) for path in failed], [*shown, *strange])
+    return Campaign(folder, decided(usable), [read_failure(path) for path in failed], [*shown, *strange])
 
 
 def _usable(results: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
@@ -131,7 +131,8 @@ def _usable(results: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], li
     return usable, strange
 
 
-def _read_failure(path: Path) -> Failure:
+def read_failure(path: Path) -> Failure:
+    """What a run without a result left in its failed.json."""
     label = path.parent.name.removesuffix(".failed")
     try:
         report = read_json(path, "run the preset again", mend=True)

@@ -159,12 +159,12 @@ def _changes(preset: str, before: Sequence[Result], after: Sequence[Result]) -> 
             changes.append(Change(preset, metric, reason="one of the two has no samples"))
             continue
         theirs, ours = (float(np.mean([run.mean() for run in runs])) for runs in samples)
-        low, high = _interval(*samples)
+        low, high = interval(*samples)
         changes.append(Change(preset, metric, theirs, ours, ours / theirs - 1, low, high, reason))
     return changes
 
 
-def _interval(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:
+def interval(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:
     """The interval of confidence of mean(after) / mean(before) - 1."""
     generator = np.random.default_rng(0)
     theirs, ours = (_means(runs, generator) for runs in (before, after))

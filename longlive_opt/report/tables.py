@@ -28,6 +28,7 @@ from .campaign import (
     verdict_of,
     within_target,
 )
+from .log import steps
 from .log.markdown import percent, share_text
 
 _ADHERENCE = "adherence."
@@ -164,6 +165,16 @@ def adherence_table(results: Sequence[Result]) -> pd.DataFrame | None:
                  "not evaluated": ", ".join(adherence.get("not_evaluated", ()))}
         rows.append({"preset": result["preset"], "run": result.get("run", 1)} | cells)
     return pd.DataFrame(rows)
+
+
+def steps_table(campaign: Campaign) -> pd.DataFrame | None:
+    """The steps of outputs/steps.yaml with a run of this campaign, as in the log. None if there is none.
+
+    Raises:
+        UserError: the file is wrong.
+    """
+    found = steps.rows(steps.outcomes(campaign, whole=False))
+    return pd.DataFrame(found, columns=list(steps.COLUMNS)).set_index(steps.COLUMNS[0]) if found else None
 
 
 def parameters_table(config: ExperimentConfig) -> pd.DataFrame:

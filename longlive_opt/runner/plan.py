@@ -37,6 +37,7 @@ from ..measurement import decision
 from ..measurement.result import REFERENCE_FILE, run_label
 from ..models.weight_files import TINY_WEIGHTS, check_weights, safetensors_header, tiny_vae_file
 from ..prompts import schedule_of
+from ..report.log.steps import require_steps
 from .execute import SUMMARY, Job, finished_result
 
 log = logging.getLogger(__name__)
@@ -328,12 +329,13 @@ def plan_summary(layout: Layout, campaign: str, log_path: Path | None = None) ->
     """The summary of a campaign. It writes the optimization log to `log_path` (default: into the campaign).
 
     Raises:
-        UserError: the notebook does not declare its two parameters.
+        UserError: the notebook does not declare its two parameters, or the log's steps cannot be read.
     """
     notebook, folder = layout.notebooks / SUMMARY_NOTEBOOK, layout.campaign(campaign)
     campaign_dir = folder.relative_to(layout.root)
     log_path = whole_text((log_path or campaign_dir / "OPTIMIZATION_LOG.md").as_posix(), "--log")
     require_writable(layout.root / project_path(log_path), "--log")
+    require_steps(folder)
     parameters = {"campaign_dir": campaign_dir.as_posix(), "log_path": log_path}
     _require_declared(notebook, declared_parameters(notebook), list(parameters))
     return Job(SUMMARY, notebook, folder / SUMMARY, parameters, f"Summary ({campaign})", needs_result=False)

@@ -44,7 +44,8 @@ class Pipeline:
     The components are `encode_prompt` (with its `embed_text`), `sampler` (with its `forward`), `make_cache`,
     `make_vae_decoder` (the network calls that make frames) and `make_decoder` (when these calls run). The
     session cannot see which ones are replaced. The result includes `weights`, `setup_s` (seconds) and
-    `optimizations`, the report of each optimization. `ranks` are the other ranks, None on one GPU.
+    `optimizations`, the report of each optimization. `ranks` are the other ranks, None on one GPU. With
+    `encode_ahead` a prompt is encoded while a block is made (`prompt_queue`).
     """
 
     config: ExperimentConfig
@@ -65,6 +66,7 @@ class Pipeline:
     setup_s: dict[str, float]
     optimizations: tuple[dict[str, Any], ...] = ()
     ranks: Ranks | None = None
+    encode_ahead: bool = False
 
     def __repr__(self) -> str:
         size = f"{self.model.width}x{self.model.height}"
@@ -202,6 +204,7 @@ def build_reference(config: ExperimentConfig, exchange: Exchange = Alone()) -> P
             "tokenizer": text_encoder.description,
         },
         setup_s={"load": time.perf_counter() - started},
+        encode_ahead=device.type == "cuda",
     )
 
 

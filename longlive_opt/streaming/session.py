@@ -32,6 +32,7 @@ from ..prompts import PromptSchedule
 from .decoder import Delivery
 from .pipeline import Pipeline
 from .preview import clip_html, facts_html
+from .prompt_queue import PromptQueue
 from .sampler import NoiseSource, StreamNoise
 from .timeline import NullTimeline, Timeline
 
@@ -90,6 +91,7 @@ class StreamingSession:
         self._noise = noise or self._noise_of(self._seed)
         self._step = threading.Lock()
         self._video = 0
+        self._requests = PromptQueue(pipeline)
         self.cache = pipeline.make_cache()
         model, frames = pipeline.model, self.plan.block_frames * VAE_TEMPORAL_STRIDE
         self._delivery = Delivery(pipeline.device, (1, frames, IMAGE_CHANNELS, model.height, model.width))
@@ -197,7 +199,7 @@ class StreamingSession:
         self._video += 1
         self._prompt = ""
         self._block = 0
-        self._requests: deque[str] = deque()
+        self._requests.clear()
         self._history: deque[Tensor] = deque(maxlen=-(-self.plan.window // self.plan.block_frames))
         self._undelivered: deque[Chunk] = deque()
         self._streaming = False
@@ -222,14 +224,13 @@ class StreamingSession:
 
     def switch_prompt(self, prompt: str) -> None:
         """Let `prompt` take over at the next block boundary. Requests queue up; as in LongLive, each block
-        boundary serves one. Any thread may call this.
+        boundary serves one. Any thread may call this. On a GPU, encoding begins at once, in a thread of its
+        own (`prompt_queue`); what it raises, the stream raises at that boundary.
 
         Raises:
             UserError: the prompt is empty or contains half a character.
         """
-        prompt = checked_prompt(prompt)
-        self._requests.append(prompt)
-        self.timeline.mark("switch_request", self._block + len(self._requests) - 1)
+        self._requests.ask(checked_prompt(prompt), partial(self.timeline.mark, "switch_request"))
 
     def stream(self, prompt: str, blocks: int | None = None) -> Iterator[Chunk]:
         """Start a video with `prompt` and yield its chunks; without end if `blocks` is None.
@@ -297,7 +298,7 @@ class StreamingSession:
             prompts.popleft()
         self._prompt = prompt = prompts.popleft()
         with timeline.span("text_encode", 0):
-            text = self.pipeline.encode_prompt(prompt)
+            text = self._requests.encode(prompt)
         clean_pass: Callable[[], None] | None = None
         while blocks is None or self._block < blocks:
             block, start = self._block, self._block * self.plan.block_frames
@@ -305,15 +306,16 @@ class StreamingSession:
                 switch_frames.popleft()
                 self.switch_prompt(prompts.popleft())
             timeline.mark("block_start", block)
-            switched = bool(self._requests)
+            asked = self._requests.take(block)
+            switched = asked is not None
             if clean_pass and not switched:
                 with timeline.span("denoise", block):
                     clean_pass()
             clean_pass = None
-            if switched:
-                self._prompt = prompt = self._requests.popleft()
+            if asked is not None:
+                self._prompt = prompt = asked.prompt
                 with timeline.span("text_encode", block):
-                    text = self.pipeline.encode_prompt(prompt)
+                    text = self._requests.text(asked)
                 if start:
                     with timeline.span("recache", block):
                         past = torch.cat(tuple(self._history), dim=1)[:, -self.plan.window:]

@@ -49,6 +49,7 @@ from .recommendation import (
     troubles,
 )
 from .scaling import ABSENT, scaling
+from .steps import outcomes, steps_section
 
 EXPERIMENTS = LADDER[1:]  # 1 to 6 in the log
 LOG_NAME = "OPTIMIZATION_LOG.md"
@@ -69,7 +70,7 @@ def save_figures(campaign: Campaign) -> dict[str, charts.Chart]:
 
 def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
     """Write decisions.json, summary/summary.csv and the log (default: into the campaign's folder), and return
-    the log's path.
+    the log's path. A log elsewhere shows all steps, and one in the campaign's folder those with its runs.
     """
     best, reasons = recommend(_runs(campaign.results, campaign.failures))
     write_decisions(campaign.folder, decisions_of(campaign, best.preset if best else None, reasons))
@@ -78,7 +79,8 @@ def write_campaign_log(campaign: Campaign, log_path: str | Path = "") -> Path:
     source = _shown(campaign.folder)
     if path != campaign.folder / LOG_NAME:
         source += f" --log {_shown(path)}"
-    return write_log(campaign.results, path,
+    steps = outcomes(campaign, whole=path.parent != campaign.folder)
+    return write_log(campaign.results, path, steps=steps_section(steps),
                      failures=campaign.failures, problems=campaign.problems, source=source,
                      record=read_record(campaign.folder.with_name(Path(NOISE_FILE).name)),
                      code=environment.code_since([lookup(run, "environment.git_commit")
@@ -109,7 +111,7 @@ def write_log(results: Sequence[Result], path: str | Path, **more: Any) -> Path:
 
 def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
                problems: Sequence[tuple[str, str]] = (), source: str = "",
-               record: Sequence[Mapping[str, Any]] = (), code: Sequence[str] = ()) -> str:
+               record: Sequence[Mapping[str, Any]] = (), code: Sequence[str] = (), steps: str = "") -> str:
     """The text of OPTIMIZATION_LOG.md.
 
     Args:
@@ -119,6 +121,7 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
         source: the arguments of the command that made the log, as the log names them.
         record: rows of the noise record (`noise_record`).
         code: sentences on the differences between the current code and that of the runs.
+        steps: the section on steps, which follows the recommendation; empty for none.
     """
     results = decided(results)
     runs, noise = _runs(results, failures), noise_of(results)
@@ -145,7 +148,8 @@ def render_log(results: Sequence[Result], *, failures: Sequence[Failure] = (),
     notes = f"{notes.rstrip()}\n\n{bullets(observed)}\n\n{definitions(results)}".rstrip() + "\n"
     head = head.replace("\n\n## ", f"\n\n{result}\n\n## ", 1) if (result := headline(runs)) else head
     more = ["\n" + several] if several else []
-    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), notes, *more])
+    listed = [steps] if steps else []
+    return "\n---\n".join([head, baseline, *sections, fill_summary(summary, runs), *listed, notes, *more])
 
 
 def _runs(results: Sequence[Result], failures: Sequence[Failure]) -> dict[str, Run]:
