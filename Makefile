@@ -34,7 +34,7 @@ install: ## set up the environment (.venv, or the active one if it has torch)
 
 demo summary: CAMPAIGN ?= demo
 demo: ## run every preset except the studies on the tiny model (CPU, minutes): outputs/demo
-	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation compile_parts exact faithful record tiny_vae $(ARGS)
+	@$(RUNNER) run --campaign $(CAMPAIGN) --profile params/profiles/laptop.yaml --repeat-baseline 1 --skip ablation compile_parts exact faithful record tiny_vae fp8_vae $(ARGS)
 
 test: ## run the tests
 	@$(SETUP); "$$py" -m pytest -n auto --dist worksteal $(ARGS)

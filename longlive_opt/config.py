@@ -48,6 +48,7 @@ NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType({
     "use_fused_kernels": (_FIXED_CACHES, "its kernels write into a cache of fixed memory, and the reference "
                                          "cache has none"),
     "use_quantized_linears": (("use_fused_kernels",), "the fused norms round its activations to 8 bit"),
+    "use_quantized_vae": (("use_fused_vae",), "its norms and convolutions are those of the fused VAE"),
     "vae_offload_ahead": (("use_vae_offload",), "it only changes how the offloaded history moves"),
     "use_torch_compile": (_FIXED_CACHES, "the reference cache changes its shapes in Python"),
 })
@@ -191,6 +192,8 @@ class ExperimentConfig:
                                   "quantized cache", group="optimizations")
     use_fused_vae: bool = key(False, "our own kernels for the VAE's convolutions and norms; of GPUs Hopper "
                               "only", group="optimizations")
+    use_quantized_vae: bool = key(False, "the VAE's largest convolutions in 8 bit; needs the fused VAE",
+                                  group="optimizations")
     vae: str = key(WAN_VAE, "decoder of the latents; the tiny ones are lossy", group="optimizations",
                    choices=(WAN_VAE, *TINY_VAES))
     vae_weights: str | None = key(None, "the tiny VAE's file, or random; None: in `weights`, or random "
@@ -451,6 +454,9 @@ class ExperimentConfig:
 
     def _validate_combinations(self) -> None:
         """Refuse values that are valid alone but not together, on any machine."""
+        if self.use_quantized_vae and self.has_tiny_vae:
+            raise UserError(f"use_quantized_vae: it rounds the Wan VAE's convolutions, and vae: {self.vae!r} "
+                            f"decodes instead; switch it off or set vae: {WAN_VAE}.")
         for key, (others, reason) in NEEDS.items():
             if getattr(self, key) and not any(getattr(self, other) for other in others):
                 raise UserError(f"{key}: {reason}; switch on {' or '.join(others)} as well.")

@@ -168,13 +168,16 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return x[0].permute(1, 2, 3, 0)
 
 
-def convolve(inputs: int, outputs: int, *size: int, residual: bool = False, shortcut: bool = False) -> None:
+def convolve(inputs: int, outputs: int, *size: int, residual: bool = False, shortcut: bool = False,
+             unit: float | None = None) -> None:
     with torch.device("meta"):
         plan = conv3d.causal_plan(torch.zeros(outputs, inputs, 3, 3, 3), torch.zeros(outputs), residual,
-                                  torch.zeros(outputs, inputs) if shortcut else None)
+                                  torch.zeros(outputs, inputs) if shortcut else None, unit=unit)
     x, past, out = (rows_of(frames(channels, count, *size[1:])) for channels, count in
                     ((inputs, size[0]), (inputs, 2), (outputs, size[0])))
     other = out if residual else x if shortcut else None
+    if unit is not None:
+        x, past = x.to(conv3d.E4M3), past.to(conv3d.E4M3)
     conv3d_gluon.launch(plan, x, past, other, [out])
 
 
@@ -199,8 +202,9 @@ def convolve_head() -> None:
     conv3d_head_gluon.launch(plan, x, past, meta(12, 3, 480, 832))
 
 
-def norm_silu(channels: int, count: int) -> None:
-    conv3d_triton.norm_silu(frames(channels, count, 120, 208), meta(channels), frames(channels, 2, 120, 208))
+def norm_silu(channels: int, count: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    conv3d_triton.norm_silu(frames(channels, count, 120, 208), meta(channels),
+                            frames(channels, 2, 120, 208).to(dtype), 16.0)
 
 
 ALL, HAS_FP8, QUANTIZED, HOPPER = (80, 89, 90, 100, 120), (89, 90, 100, 120), (90, 100, 120), (90,)
@@ -241,6 +245,14 @@ CASES = {
     "convolution, 96, residual": Case(partial(convolve, 96, 96, 12, 480, 832, residual=True), HOPPER),
     "convolution, 192, residual": Case(partial(convolve, 192, 192, 12, 240, 416, residual=True), HOPPER),
     "convolution, shortcut": Case(partial(convolve, 192, 384, 6, 120, 208, shortcut=True), HOPPER),
+    **{f"convolution, e4m3, {name}": Case(partial(convolve, *sizes, unit=16.0, **added), HOPPER)
+       for name, sizes, added in (
+           ("96", (96, 96, 12, 480, 832), {}), ("96, residual", (96, 96, 12, 480, 832), {"residual": True}),
+           ("192", (192, 192, 12, 240, 416), {}),
+           ("192, residual", (192, 192, 12, 240, 416), {"residual": True}),
+           ("192 to 384", (192, 384, 6, 120, 208), {}),
+           ("384, residual", (384, 384, 6, 120, 208), {"residual": True}),
+           ("384, shortcut", (384, 384, 6, 120, 208), {"shortcut": True}))},
     "convolution, frames": Case(convolve_frames, HOPPER),
     "convolution, picture, 384 to 192": Case(partial(convolve_picture, 384, 192, 120, 208), HOPPER),
     "convolution, picture, 192 to 96": Case(partial(convolve_picture, 192, 96, 240, 416), HOPPER),
@@ -248,6 +260,8 @@ CASES = {
     **{f"norm and SiLU, {channels}": Case(partial(norm_silu, channels, 6), ALL)
        for channels in (96, 192, 384)},
     "norm and SiLU, one frame": Case(partial(norm_silu, 384, 1), ALL),
+    **{f"norm and SiLU, {channels}, e4m3": Case(partial(norm_silu, channels, 6, conv3d.E4M3), HAS_FP8)
+       for channels in (96, 192, 384)},
     "product, int8, other GPUs": Case(partial(multiply, gemm8.PLAIN), (80, 89, 120), 2),
 }
 
@@ -278,7 +292,9 @@ def test_convolutions_are_asynchronous_and_keep_sums_in_registers(monkeypatch: p
     notes = done.stdout + done.stderr
     assert not re.search(r"C75\d\d|serializ", notes), notes
     assert "0 bytes spill stores, 0 bytes spill loads" in notes, notes
-    assert "wgmma.mma_async.sync.aligned.m64n128k16" in kernels[0].asm["ptx"]
+    bf16, e4m3 = (f"wgmma.mma_async.sync.aligned.m64n128k{kind}" in kernels[0].asm["ptx"]
+                  for kind in ("16.f32.bf16.bf16", "32.f32.e4m3.e4m3"))
+    assert e4m3 == ("e4m3" in name) and bf16 == (not e4m3 or "residual" in name or "shortcut" in name)
 
 
 def test_every_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

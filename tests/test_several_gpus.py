@@ -144,6 +144,17 @@ class TestTwoRanks:
         one = StreamingSession(build_pipeline(preset(**REALTIME)))
         assert session.cache.nbytes == one.cache.nbytes // 2
 
+    def test_a_quantized_vae_in_bands(self, family: Family) -> None:
+        """History of a band in bf16, or without its halo. Another order of sums tips 8-bit numbers over."""
+        eight = {**FUSED, "use_fused_vae": True, "use_quantized_vae": True}
+        pipeline = build_pipeline(preset(gpus=2, **eight), family)
+        ours, twin, plain = (made.make_vae_decoder() for made in (
+            pipeline, build_pipeline(preset(**eight)), build_pipeline(preset(**FUSED, use_fused_vae=True))))
+        for _ in range(3):
+            latents = torch.randn(1, 2, *pipeline.latent_shape)
+            found, expected, exact = (decoder.push(latents)[0] for decoder in (ours, twin, plain))
+            assert (found - expected).norm() < 0.4 * (expected - exact).norm()
+
     def test_a_second_job_is_refused(self, family: Family) -> None:
         """A second pipeline would take over the ranks of the first, which then computes with its weights."""
         with pytest.raises(UserError, match=r"another pipeline .* \(session\.close\(\)\)"):

@@ -17,6 +17,12 @@ Two frames (or pixels) of 96 channels share some taps and not others. A consumer
 rows needs. The middle consumer has rows of both and multiplies the unneeded half by zeros, so two frames cost
 10 units of work instead of 9.
 
+In 8 bit (`EIGHT`), a step multiplies 96 channels of e4m3. In shared memory they lie 128 bytes apart: the last
+32 are outside the tensor, so the TMA unit fills them with zeros, and nothing multiplies them. A step of 64
+channels of bf16 has the same bytes, so residual and shortcut use the same slots. They come last, because the
+sums of 8-bit products are cut to some 14 bits (`max_num_imprecise_acc` stays at Triton's default for Hopper,
+which adds no float32 sums between), and what is added in bf16 after them is not.
+
 There is one persistent program per multiprocessor. While consumers store their results, the producer loads
 the next tile's steps, as many as fit. Each consumer transposes its results to [pixels, channels] in shared
 memory, and the TMA unit writes them and omits pixels outside the image.
@@ -31,7 +37,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .conv3d import BOX, Plan, tiles
+from .conv3d import BOX, STEP8, TAIL, Plan, tiles
 from .gluon_api import (
     TensorDescriptor,
     barrier,
@@ -49,7 +55,9 @@ CONSUMERS = 3
 CONSUMER_ROWS = 64
 BOX_HEIGHT, BOX_WIDTH = BOX
 PIECE_ROWS = 32
-STAGES = {64: 3, 32: 6}
+ROW_BYTES = 128
+"""Per pixel or weight's row and 8-bit step, in shared memory."""
+STAGES = {STEP8: 3, 64: 3, 32: 6}
 """By channels per step; 168 KB of shared memory."""
 
 
@@ -72,14 +80,23 @@ def _skip(first, last, at, ready, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX: gl.constexpr, STAGES: gl.constexpr):
-    """acc + the products of steps first ... last - 1, at least one."""
+def _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX: gl.constexpr, EIGHT: gl.constexpr,
+              STAGES: gl.constexpr):
+    """acc + the products of steps first ... last - 1, at least one. EIGHT: 96 of 128 channels."""
     for k in range(first, last):
         slot = (at + k) % STAGES
         mbarrier.wait(ready.index(slot), (at + k) // STAGES & 1)
-        acc = warpgroup_mma(w_smem.index(slot * 3 + INDEX), x_smem.index(slot).permute((1, 0)), acc,
-                            is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
+        weights = w_smem.index(slot * 3 + INDEX)
+        pixels = x_smem.index(slot)
+        if EIGHT:
+            acc = warpgroup_mma(weights.slice(0, 64, 1), pixels.slice(0, 64, 1).permute((1, 0)), acc,
+                                is_async=True)
+            acc = warpgroup_mma(weights.slice(64, 32, 1), pixels.slice(64, 32, 1).permute((1, 0)), acc,
+                                is_async=True)
+            acc = warpgroup_mma_wait(2, deps=[acc])
+        else:
+            acc = warpgroup_mma(weights, pixels.permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((at + k + STAGES - 1) % STAGES), count=1, pred=k > first)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index((at + last + STAGES - 1) % STAGES), count=1)
@@ -122,10 +139,12 @@ def _store(sums, out_a, out_b, out_c, out_d, low, high, turned, boxes, PLACE: gl
 
 @gluon.jit
 def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames,
-             boxes_across, steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty,
-             TIME: gl.constexpr, OWN: gl.constexpr, OUTPUTS: gl.constexpr, STAGES: gl.constexpr):
+             boxes_across, steps, dense, apart, w_smem, x_smem, w_tail, x_tail, turned, boxes, ready,
+             empty, EIGHT: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr, SHIFT: gl.constexpr,
+             OUTPUTS: gl.constexpr, STAGES: gl.constexpr):
     """One warpgroup: 64 rows of every tile of this program."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    plain: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32 if EIGHT else 16])
     at = 0
     for tile in range(gl.program_id(0), blocks * pairs, gl.num_programs(0)):
         block = tile % blocks
@@ -140,14 +159,19 @@ def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_p
         if INDEX == 0:
             last = dense - apart
         _skip(0, first, at, ready, empty, STAGES)
-        acc = _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX, STAGES)
+        acc = _multiply(acc, first, last, at, w_smem, x_smem, ready, empty, INDEX, EIGHT, STAGES)
+        if EIGHT:
+            acc = gl.convert_layout(acc, plain, assert_trivial=True)
         if OWN > 0:
-            own = dense + INDEX * OWN
+            own = dense + INDEX * SHIFT
             _skip(last, own, at, ready, empty, STAGES)
-            acc = _multiply(acc, own, own + OWN, at, w_smem, x_smem, ready, empty, INDEX, STAGES)
+            acc = _multiply(acc, own, own + OWN, at, w_tail, x_tail, ready, empty, INDEX, False, STAGES)
             _skip(own + OWN, steps, at, ready, empty, STAGES)
         else:
             _skip(last, steps, at, ready, empty, STAGES)
+        if EIGHT:
+            scales = ((blocks + block) * 3 + INDEX) * 64 + gl.arange(0, 64, gl.SliceLayout(1, plain))
+            acc = acc * gl.load(bias_ptr + scales)[:, None]
         at += steps
         low = gl.load(pieces_ptr + (block * 3 + INDEX) * 2)
         high = gl.load(pieces_ptr + (block * 3 + INDEX) * 2 + 1)
@@ -168,10 +192,12 @@ def _consume(INDEX: gl.constexpr, out_a, out_b, out_c, out_d, bias_ptr, pieces_p
 
 
 @gluon.jit
-def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, target, PAST: gl.constexpr,
-           OTHER: gl.constexpr, STEP: gl.constexpr):
+def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, target, target_other,
+           EIGHT: gl.constexpr, PAST: gl.constexpr, OTHER: gl.constexpr, STEP: gl.constexpr,
+           STEP_OTHER: gl.constexpr):
     """Load one box from the tensor, shift and channel of `step`."""
-    channel = (step & 0xFF) * STEP
+    chunk = step & 0xFF
+    channel = chunk * STEP
     column += (step >> 8 & 3) - 1
     row += (step >> 10 & 3) - 1
     frame += (step >> 12 & 15) - 2
@@ -179,18 +205,39 @@ def _fetch(x_desc, past_desc, other_desc, step, frame, row, column, ready, targe
     from_past = frame < 0
     if OTHER:
         if from_other:
-            tma.async_copy_global_to_shared(other_desc, [frame, row, column, channel], ready, target)
-    if PAST:
+            tma.async_copy_global_to_shared(other_desc, [frame, row, column, chunk * STEP_OTHER], ready,
+                                            target_other)
+    if EIGHT:
         if from_past:
-            tma.async_copy_global_to_shared(past_desc, [frame + 2, row, column, channel], ready, target)
-    tma.async_copy_global_to_shared(x_desc, [frame, row, column, channel], ready, target,
-                                    pred=(from_other | from_past) == 0)
+            tma.async_copy_global_to_shared(past_desc, [frame + 2, row, column, chunk, 0], ready, target)
+        tma.async_copy_global_to_shared(x_desc, [frame, row, column, chunk, 0], ready, target,
+                                        pred=(from_other | from_past) == 0)
+    else:
+        if PAST:
+            if from_past:
+                tma.async_copy_global_to_shared(past_desc, [frame + 2, row, column, channel], ready, target)
+        tma.async_copy_global_to_shared(x_desc, [frame, row, column, channel], ready, target,
+                                        pred=(from_other | from_past) == 0)
 
 
 @gluon.jit
-def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across, steps,
-             stop, apart, w_smem, x_boxes, ready, empty, PAST: gl.constexpr, OTHER: gl.constexpr,
-             TIME: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
+def _fetch_weights(w_desc, w_tail_desc, row, k, dense, ready, target, target_tail, pred, EIGHT: gl.constexpr,
+                   OTHER: gl.constexpr, STEP: gl.constexpr, STEP_OTHER: gl.constexpr):
+    """Load the weights of step k for the 64 rows from `row` on."""
+    if EIGHT:
+        tma.async_copy_global_to_shared(w_desc, [row, k, 0], ready, target, pred=pred & (k < dense))
+        if OTHER:
+            tma.async_copy_global_to_shared(w_tail_desc, [row, (k - dense) * STEP_OTHER], ready, target_tail,
+                                            pred=pred & (k >= dense))
+    else:
+        tma.async_copy_global_to_shared(w_desc, [row, k * STEP], ready, target, pred=pred)
+
+
+@gluon.jit
+def _produce(x_desc, past_desc, other_desc, w_desc, w_tail_desc, steps_ptr, blocks, pairs, frames,
+             boxes_across, steps, dense, stop, apart, w_boxes, x_boxes, w_tail, other_boxes, ready, empty,
+             EIGHT: gl.constexpr, PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr,
+             STEP: gl.constexpr, STEP_OTHER: gl.constexpr, STAGES: gl.constexpr):
     """One warp: load pixels and weights step by step, into slots that all consumers have released."""
     at = 0
     for tile in range(gl.program_id(0), blocks * pairs, gl.num_programs(0)):
@@ -204,6 +251,8 @@ def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, fr
             slot = (at + k) % STAGES
             mbarrier.wait(empty.index(slot), (at + k) // STAGES & 1 ^ 1)
             for_first = k < stop
+            if EIGHT:
+                for_first |= k >= dense
             for_last = k >= apart
             for_all = for_first & for_last
             mbarrier.expect(ready.index(slot), 2 * x_desc.block_type.nbytes + 3 * w_desc.block_type.nbytes,
@@ -211,34 +260,50 @@ def _produce(x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, fr
             mbarrier.expect(ready.index(slot), 2 * x_desc.block_type.nbytes + 2 * w_desc.block_type.nbytes,
                             pred=for_all == 0)
             row = block * 192
-            tma.async_copy_global_to_shared(w_desc, [row, k * STEP], ready.index(slot),
-                                            w_smem.index(slot * 3), pred=for_first)
-            tma.async_copy_global_to_shared(w_desc, [row + 64, k * STEP], ready.index(slot),
-                                            w_smem.index(slot * 3 + 1))
-            tma.async_copy_global_to_shared(w_desc, [row + 128, k * STEP], ready.index(slot),
-                                            w_smem.index(slot * 3 + 2), pred=for_last)
+            _fetch_weights(w_desc, w_tail_desc, row, k, dense, ready.index(slot), w_boxes.index(slot * 3),
+                           w_tail.index(slot * 3), for_first, EIGHT, OTHER, STEP, STEP_OTHER)
+            _fetch_weights(w_desc, w_tail_desc, row + 64, k, dense, ready.index(slot),
+                           w_boxes.index(slot * 3 + 1), w_tail.index(slot * 3 + 1), k >= 0, EIGHT, OTHER,
+                           STEP, STEP_OTHER)
+            _fetch_weights(w_desc, w_tail_desc, row + 128, k, dense, ready.index(slot),
+                           w_boxes.index(slot * 3 + 2), w_tail.index(slot * 3 + 2), for_last, EIGHT, OTHER,
+                           STEP, STEP_OTHER)
             _fetch(x_desc, past_desc, other_desc, step, frame_a, row_a, column_a, ready.index(slot),
-                   x_boxes.index(slot * 2), PAST, OTHER, STEP)
+                   x_boxes.index(slot * 2), other_boxes.index(slot * 2), EIGHT, PAST, OTHER, STEP, STEP_OTHER)
             _fetch(x_desc, past_desc, other_desc, step, frame_b, row_b, column_b, ready.index(slot),
-                   x_boxes.index(slot * 2 + 1), PAST, OTHER, STEP)
+                   x_boxes.index(slot * 2 + 1), other_boxes.index(slot * 2 + 1), EIGHT, PAST, OTHER, STEP,
+                   STEP_OTHER)
             step = following
         at += steps
 
 
 @gluon.jit(do_not_specialize=["pairs", "frames", "boxes_across"])
-def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_d, bias_ptr, steps_ptr,
-                pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, stop,
-                PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr, OWN: gl.constexpr,
-                OUTPUTS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
+def conv_kernel(x_desc, past_desc, other_desc, w_desc, w_tail_desc, out_a, out_b, out_c, out_d, bias_ptr,
+                steps_ptr, pieces_ptr, blocks, pairs, frames, boxes_across, steps, dense, apart, stop,
+                EIGHT: gl.constexpr, PAST: gl.constexpr, OTHER: gl.constexpr, TIME: gl.constexpr,
+                OWN: gl.constexpr, SHIFT: gl.constexpr, OUTPUTS: gl.constexpr, STEP: gl.constexpr,
+                STEP_OTHER: gl.constexpr, STAGES: gl.constexpr):
     """`ready` completes when its stage is loaded, `empty` when the third consumer arrives."""
-    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * STEP, element_bitwidth=16, rank=2)
     pieces: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3)
-    x_boxes = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES] + x_desc.block_shape, x_desc.layout)
-    w_smem = gl.allocate_shared_memory(gl.bfloat16, [3 * STAGES] + w_desc.block_shape, w_desc.layout)
+    x_boxes = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES] + x_desc.block_shape, x_desc.layout)
+    w_boxes = gl.allocate_shared_memory(w_desc.dtype, [3 * STAGES] + w_desc.block_shape, w_desc.layout)
     boxes = gl.allocate_shared_memory(gl.bfloat16, [12] + out_a.block_shape, out_a.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    x_smem = x_boxes._reinterpret(gl.bfloat16, [STAGES, 256, STEP], flat)
+    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * STEP_OTHER, element_bitwidth=16, rank=2)
+    x_tail = x_boxes._reinterpret(gl.bfloat16, [STAGES, 256, STEP_OTHER], flat)
+    if EIGHT:
+        flat8: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+        deep: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+        x_smem = x_boxes._reinterpret(x_desc.dtype, [STAGES, 256, 128], flat8)
+        w_smem = w_boxes._reinterpret(w_desc.dtype, [3 * STAGES, 64, 128], flat8)
+        w_tail = w_boxes._reinterpret(gl.bfloat16, [3 * STAGES, 64, STEP_OTHER], flat)
+        other_boxes = x_boxes._reinterpret(gl.bfloat16, [2 * STAGES, 1, 8, 16, STEP_OTHER], deep)
+    else:
+        x_smem = x_tail
+        w_smem = w_boxes
+        w_tail = w_boxes
+        other_boxes = x_boxes
     turned = boxes._reinterpret(gl.bfloat16, [6, 2, 64, 32], pieces)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
@@ -247,18 +312,18 @@ def conv_kernel(x_desc, past_desc, other_desc, w_desc, out_a, out_b, out_c, out_
     # The tuples are written out: one bound to a name would lose its compile-time constants.
     gl.warp_specialize(
         [(_consume, (0, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames, boxes_across,
-                     steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
-                     STAGES)),
+                     steps, dense, apart, w_smem, x_smem, w_tail, x_tail, turned, boxes, ready,
+                     empty, EIGHT, TIME, OWN, SHIFT, OUTPUTS, STAGES)),
          (_consume, (1, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames, boxes_across,
-                     steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
-                     STAGES)),
+                     steps, dense, apart, w_smem, x_smem, w_tail, x_tail, turned, boxes, ready,
+                     empty, EIGHT, TIME, OWN, SHIFT, OUTPUTS, STAGES)),
          (_consume, (2, out_a, out_b, out_c, out_d, bias_ptr, pieces_ptr, blocks, pairs, frames, boxes_across,
-                     steps, dense, apart, w_smem, x_smem, turned, boxes, ready, empty, TIME, OWN, OUTPUTS,
-                     STAGES)),
-         (_produce, (x_desc, past_desc, other_desc, w_desc, steps_ptr, blocks, pairs, frames, boxes_across,
-                     steps, stop, apart, w_smem, x_boxes, ready, empty, PAST, OTHER, TIME, STEP,
-                     STAGES))],
-        [4, 4, 1], [160, 160, 24])
+                     steps, dense, apart, w_smem, x_smem, w_tail, x_tail, turned, boxes, ready,
+                     empty, EIGHT, TIME, OWN, SHIFT, OUTPUTS, STAGES)),
+         (_produce, (x_desc, past_desc, other_desc, w_desc, w_tail_desc, steps_ptr, blocks, pairs, frames,
+                     boxes_across, steps, dense, stop, apart, w_boxes, x_boxes, w_tail, other_boxes, ready,
+                     empty, EIGHT, PAST, OTHER, TIME, STEP, STEP_OTHER, STAGES))],
+        [4, 4, 1], [160, 160, 32 if EIGHT else 24])
 
 
 def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None,
@@ -274,23 +339,40 @@ def launch(plan: Plan, x: Tensor, past: Tensor | None, other: Tensor | None,
     across = triton.cdiv(width, BOX_WIDTH)
     total = tiles(plan, frames, height, width)
     programs = min(total, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    step = plan.step
-    sources = [None if t is None else _boxes(t, [1, BOX_HEIGHT, BOX_WIDTH, step]) for t in (x, past, other)]
-    weight = TensorDescriptor.from_tensor(plan.weight, [CONSUMER_ROWS, step], _layout(2 * step, 2))
+    step, eight = plan.step, plan.eight_bit
+    step_other = TAIL if eight else step
+    tail = None
+    if eight:
+        sources = [_boxes8(x), _boxes8(past)]
+        weight = TensorDescriptor.from_tensor(
+            plan.weight.unflatten(1, (-1, step)), [CONSUMER_ROWS, 1, ROW_BYTES], _layout(ROW_BYTES, 3, 8))
+        if plan.tail is not None:
+            tail = TensorDescriptor.from_tensor(plan.tail, [CONSUMER_ROWS, TAIL], _layout(2 * TAIL, 2))
+    else:
+        sources = [None if t is None else _boxes(t, [1, BOX_HEIGHT, BOX_WIDTH, step]) for t in (x, past)]
+        weight = TensorDescriptor.from_tensor(plan.weight, [CONSUMER_ROWS, step], _layout(2 * step, 2))
+    added = None if other is None else _boxes(other, [1, BOX_HEIGHT, BOX_WIDTH, step_other])
     targets = [_boxes(out, [1, BOX_HEIGHT // 2, BOX_WIDTH, PIECE_ROWS]) for out in outputs]
     targets += [None] * (4 - len(targets))
     conv_kernel[(programs,)](
-        *sources, weight, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks, total // plan.blocks,
-        units, across, plan.steps.shape[1], plan.dense, plan.apart, plan.stop, PAST=past is not None,
-        OTHER=other is not None, TIME=plan.frames, OWN=plan.own, OUTPUTS=len(outputs), STEP=step,
-        STAGES=STAGES[step], num_warps=4, maxnreg=128)
+        *sources, added, weight, tail, *targets, plan.bias, plan.steps, plan.pieces, plan.blocks,
+        total // plan.blocks, units, across, plan.steps.shape[1], plan.dense, plan.apart, plan.stop,
+        EIGHT=eight, PAST=past is not None, OTHER=other is not None, TIME=plan.frames, OWN=plan.own,
+        SHIFT=plan.shift, OUTPUTS=len(outputs), STEP=step, STEP_OTHER=step_other, STAGES=STAGES[step],
+        num_warps=4, maxnreg=128)
 
 
 @functools.cache
-def _layout(width: int, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=rank)
+def _layout(width: int, rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
 def _boxes(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """TMA descriptor of [T, H, W, C] in boxes, in the layout that the matrix product reads."""
     return TensorDescriptor.from_tensor(tensor, block, _layout(2 * block[-1], 4))
+
+
+def _boxes8(tensor: Tensor) -> TensorDescriptor:
+    """As `_boxes`, of e4m3 in boxes of `STEP8` channels, each filled up with zeros to `ROW_BYTES`."""
+    return TensorDescriptor.from_tensor(tensor.unflatten(3, (-1, STEP8)), [1, BOX_HEIGHT, BOX_WIDTH, 1,
+                                        ROW_BYTES], _layout(ROW_BYTES, 5, 8))

@@ -20,6 +20,7 @@ from .fused_vae import FusedVAE
 from .prompt_cache import PromptCache
 from .quantized_kv_cache import QuantizedKV
 from .quantized_linears import QuantizedLinears
+from .quantized_vae import QuantizedVAE
 from .several_gpus import Leader, SeveralGPUs, start_ranks
 from .static_kv_cache import StaticKV
 from .text_offload import TextOffload
@@ -44,6 +45,7 @@ def optimizations_of(config: ExperimentConfig) -> list[Optimization]:
         ("vae_channels_last" in switches, VAEChannelsLast(config.vae_is_channels_last)),
         ("vae_chunk_latents" in switches, VAEChunk(config.latents_per_vae_call)),
         (config.use_fused_vae, FusedVAE()),
+        (config.use_quantized_vae, QuantizedVAE()),
         (config.has_tiny_vae, TinyVAE(config.vae)),
         (config.use_torch_compile, TorchCompile(config.compile_mode)),
         ("cudnn_benchmark" in switches, CudnnBenchmark()),

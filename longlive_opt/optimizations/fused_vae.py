@@ -43,6 +43,7 @@ from ..models.vae import (
     StageHistory,
     StreamingDecoder,
     Upsample,
+    WanVAE,
 )
 from ..streaming.pipeline import Pipeline
 from .base import Exactness, Optimization
@@ -67,10 +68,10 @@ class FusedVAE(Optimization):
         stages = fused_stages(vae.decoder, planned=cuda)
         latents = config.latents_per_vae_call
         pipeline = dataclasses.replace(
-            pipeline, make_vae_decoder=lambda: FusedDecoder(stages, vae, 1, height, width, latents))
+            pipeline, make_vae_decoder=FusedDecoders(stages, vae, height, width, latents))
         kernels = "Gluon kernels" if cuda else "plain PyTorch, one operator a kernel (CPU)"
         plans = [part.plan for stage in stages for part in stage.modules() if isinstance(part, Convolution)]
-        packed = sum(plan.weight.nbytes for plan in plans if plan is not None)
+        packed = sum(plan.nbytes for plan in plans if plan is not None)
         return self.report(pipeline, f"{len(plans)} convolutions of the VAE's decoder and their norms on "
                                      f"{kernels}, {latents} latents per call", packed_weight_bytes=packed)
 
@@ -126,6 +127,26 @@ class FusedDecoder(StreamingDecoder):
     def decode(self, z: Tensor, history: StageHistory, first: bool) -> tuple[Tensor, History]:
         return self.vae.decode(z, history, first, self._stages)
 
+    def _keep(self, history: History) -> None:
+        """As `StreamingDecoder._keep`, each part in the dtype that its stage returns."""
+        dtypes = [getattr(stage, "history_dtype", None) or self.dtype
+                  for stage in self._stages for _ in stage.history_channels]
+        super()._keep(tuple(part.to(dtype) for part, dtype in zip(history, dtypes, strict=True)))
+
+
+@dataclass(frozen=True)
+class FusedDecoders:
+    """Makes `FusedDecoder`s, `make_vae_decoder` of a pipeline, for latents of this size."""
+
+    stages: Sequence[nn.Module]
+    vae: WanVAE
+    height: int
+    width: int
+    latents: int
+
+    def __call__(self) -> FusedDecoder:
+        return FusedDecoder(self.stages, self.vae, 1, self.height, self.width, self.latents)
+
 
 class Convolution(nn.Module):
     """A convolution plus an optional other tensor, by plan or, if that would leave multiprocessors idle, by
@@ -169,21 +190,31 @@ class FusedResidual(nn.Module):
         norm1, conv1, norm2, conv2 = stage.residual.values()
         self.history_channels = stage.history_channels
         self._norms = (norm1, norm2)
+        units = self.units = (self.unit(norm1), self.unit(norm2))
         shortcut = stage.shortcut if isinstance(stage.shortcut, nn.Conv3d) else None
         plans: list[conv3d.Plan | None] = [None, None]
         if planned:
             added = {"residual": True} if shortcut is None else {
                 "shortcut": shortcut.weight.flatten(1), "shortcut_bias": shortcut.bias}
-            plans = [conv3d.causal_plan(conv1.weight, conv1.bias),
-                     conv3d.causal_plan(conv2.weight, conv2.bias, **added)]
-        self.first = Convolution(conv1, plans[0])
-        self.second = Convolution(conv2, plans[1], stage.shortcut)
+            plans = [conv3d.causal_plan(conv1.weight, conv1.bias, unit=units[0]),
+                     conv3d.causal_plan(conv2.weight, conv2.bias, unit=units[1], **added)]
+        self.first = self.convolution(conv1, plans[0], units[0])
+        self.second = self.convolution(conv2, plans[1], units[1], stage.shortcut)
+
+    def unit(self, norm: RMSNorm) -> float | None:
+        """What results of `norm` are multiplied by before they are rounded to 8 bit; None: they are not."""
+        return None
+
+    def convolution(self, layer: nn.Conv3d, plan: conv3d.Plan | None, unit: float | None,
+                    shortcut: nn.Module | None = None) -> Convolution:
+        """The convolution of results of `unit`'s norm."""
+        return Convolution(layer, plan, shortcut)
 
     def forward(self, x: Tensor, history: History, first: bool) -> tuple[Tensor, History]:
         x = _channels_last(x)
-        y, history1 = _norm(self._norms[0], x, history[0])
+        y, history1 = _norm(self._norms[0], x, history[0], self.units[0])
         y = self.first(y, history[0])
-        y, history2 = _norm(self._norms[1], y, history[1])
+        y, history2 = _norm(self._norms[1], y, history[1], self.units[1])
         return self.second(y, history[1], x), (history1, history2)
 
 
@@ -250,5 +281,5 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _norm(norm: RMSNorm, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    return conv3d.norm_silu(x, norm.gamma.view(-1), past)
+def _norm(norm: RMSNorm, x: Tensor, past: Tensor, unit: float | None = None) -> tuple[Tensor, Tensor]:
+    return conv3d.norm_silu(x, norm.gamma.view(-1), past, 1.0 if unit is None else unit)

@@ -130,7 +130,7 @@ PRESET_COLOURS = {  # distinguishable in pairs, also with red-green colour blind
     "quality": "#7c32a3", "balanced": "#4a6e77", "speed": "#c35301", "low_memory": "#7a1413",
     "realtime": "#2c1bf1", "ablation": "#9856ff", "realtime_8gb": "#b32313",
     "compile_parts": "#34a598", "exact": "#08a47d", "faithful": "#3d983c", "record": "#437a5b",
-    "tiny_vae": "#6403b9"}
+    "tiny_vae": "#6403b9", "fp8_vae": "#300e5d"}
 DARK, GREY, RED = "#222222", "#8a8a8a", "#c21f1f"
 _MORE_COLOURS = ("#e7298a", "#455a8f", "#a6761d", "#2f6b3a", "#9c6ade", "#b3562b")
 _ON_LIGHT = ("recache", "clean_pass", "other")  # stages whose colour is too light for white digits
