@@ -150,7 +150,7 @@ class ExperimentConfig:
     gpus: int = key(1, "GPUs for one stream; with device: cpu, processes", group="model and machine", least=1)
     vae_ranks: str = key("split", "who decodes on several GPUs: each a band of rows, or the last one alone",
                          group="model and machine", choices=("split", "own"))
-    rank_exchange: str = key("collective", "send activations, or write them to the other GPU's memory",
+    rank_exchange: str = key("peer", "send activations, or write them to the other GPU's memory",
                              group="model and machine", choices=("collective", "peer"))
     gpu_memory_limit_gb: float | None = key(None, "GB for PyTorch on the GPU; None: all",
                                             group="model and machine", least=0.1)

@@ -18,7 +18,7 @@ from .quantize import FP8, V_GROUP
 
 ROUND = tl.constexpr(12582912.0)
 V_TOKENS = 64
-CROSS_ROWS, CROSS_COLUMNS, CROSS_WARPS = 64, 64, 4
+CROSS_ROWS, CROSS_COLUMNS, CROSS_WARPS = 64, 32, 4
 LOG2_E = math.log2(math.e)
 NORM_WARPS = 2
 WRITE_WARPS = 2
@@ -289,13 +289,13 @@ def write_rows_kernel(x_ptr, slots_ptr, out_ptr, scale_ptr, tokens, slots, frame
 @triton.jit
 def write_v_transposed_kernel(x_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, token_stride, capacity,
                               frame_tokens, blocks, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (block of columns of a frame, batch and head): V as e4m3 [B,N,D,T'], slots permuted.
+    """Program (batch and head, block of columns of a frame): V as e4m3 [B,N,D,T'], slots permuted.
 
     It iterates over the cache's columns and loads each column's token, so stores are contiguous.
     """
-    frame = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(0)
+    frame = tl.program_id(1) // blocks
+    block = tl.program_id(1) % blocks
     batch = batch_head // N
     head = batch_head % N
     first = tl.load(slots_ptr + frame)
@@ -305,24 +305,37 @@ def write_v_transposed_kernel(x_ptr, slots_ptr, v_ptr, v_scale_ptr, tokens, toke
     source = x_ptr + (batch * tokens + frame * frame_tokens - first) * token_stride + head * D
     target = v_ptr + batch_head * D * capacity
     channels = tl.arange(0, D)
-    if start >= first and start + BLOCK <= end:
-        # Four neighbouring columns are one 32-bit number, and their slots are 0, 1, 8 and 9 from its first.
-        words = tl.arange(0, BLOCK // 4)
-        slot_0 = start + words // 4 * 16 + words % 4 * 2
-        rows = source + slot_0[:, None] * token_stride + channels[None, :]
-        packed = _code(tl.load(rows), scale) | _code(tl.load(rows + token_stride), scale) << 8
-        packed |= _code(tl.load(rows + 8 * token_stride), scale) << 16
-        packed |= _code(tl.load(rows + 9 * token_stride), scale) << 24
-        at = target + channels[:, None] * capacity + start + 4 * words[None, :]
-        tl.store(at.to(tl.pointer_type(tl.int32)), tl.trans(packed))
-    else:
-        column = start + tl.arange(0, BLOCK)
-        low = column % 16
-        slot = column - low + low % 4 // 2 * 8 + low // 4 * 2 + low % 2
-        inside = (slot >= first) & (slot < end)
-        x = tl.load(source + slot[:, None] * token_stride + channels[None, :], mask=inside[:, None], other=0.0)
-        stored = tl.trans(_saturated(x.to(tl.float32) * scale))
-        tl.store(target + channels[:, None] * capacity + column[None, :], stored, mask=inside[None, :])
+    # Four neighbouring columns are one 32-bit number, and their slots are 0, 1, 8 and 9 from its first.
+    words = tl.arange(0, BLOCK // 4)
+    group = start + words // 4 * 16
+    whole = tl.max_constancy((group >= first) & (group + 16 <= end), 4)
+    rows = source + (group + words % 4 * 2)[:, None] * token_stride + channels[None, :]
+    mask = whole[:, None]
+    packed = _code(tl.load(rows, mask=mask, other=0.0), scale)
+    packed |= _code(tl.load(rows + token_stride, mask=mask, other=0.0), scale) << 8
+    packed |= _code(tl.load(rows + 8 * token_stride, mask=mask, other=0.0), scale) << 16
+    packed |= _code(tl.load(rows + 9 * token_stride, mask=mask, other=0.0), scale) << 24
+    at = target.to(tl.pointer_type(tl.int32)) + channels[:, None] * tl.multiple_of(capacity // 4, 4)
+    at += tl.multiple_of(start // 4, 4) + words[None, :]
+    tl.store(at, tl.trans(packed), mask=whole[None, :])
+    # A frame may begin and end inside a group.
+    last = end // 16 * 16
+    if (block == 0) & (start < first):
+        _write_group(source, target, start, first, end, token_stride, capacity, scale, D)
+    if (last >= tl.maximum(start, first)) & (last < start + BLOCK) & (last < end):
+        _write_group(source, target, last, first, end, token_stride, capacity, scale, D)
+
+
+@triton.jit
+def _write_group(source, target, start, first, end, token_stride, capacity, scale, D: tl.constexpr):
+    """Write those of the 16 columns from `start` whose slots are in first ... end - 1."""
+    low = tl.arange(0, 16)
+    slot = start + low % 4 // 2 * 8 + low // 4 * 2 + low % 2
+    inside = (slot >= first) & (slot < end)
+    channels = tl.arange(0, D)
+    x = tl.load(source + slot[:, None] * token_stride + channels[None, :], mask=inside[:, None], other=0.0)
+    stored = tl.trans(_saturated(x.to(tl.float32) * scale))
+    tl.store(target + channels[:, None] * capacity + start + low[None, :], stored, mask=inside[None, :])
 
 
 @triton.jit
@@ -424,6 +437,6 @@ def _store_transposed(x: Tensor, slots: Tensor, v: Tensor, v_scale: Tensor, fram
     batch, tokens, _ = x.shape
     heads, dim, capacity = v.shape[1:]
     blocks = triton.cdiv(frame_tokens + V_GROUP, V_TOKENS)
-    write_v_transposed_kernel[(slots.shape[0] * blocks, batch * heads)](
+    write_v_transposed_kernel[(batch * heads, slots.shape[0] * blocks)](
         x, slots, v, v_scale, tokens, x.stride(1), capacity, frame_tokens, blocks, N=heads, D=dim,
         BLOCK=V_TOKENS, num_warps=8, enable_fp_fusion=False)
