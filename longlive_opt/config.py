@@ -312,6 +312,13 @@ class ExperimentConfig:
         return self.vae != WAN_VAE
 
     @property
+    def other_decoder(self) -> str:
+        """What makes the frames, if it is not the Wan VAE within rounding; else empty."""
+        if self.has_tiny_vae:
+            return self.vae
+        return "the Wan VAE in 8 bit" if self.use_quantized_vae else ""
+
+    @property
     def _vae_is_fast(self) -> bool:
         return self.use_torch_compile or self.use_fused_vae or self.has_tiny_vae
 

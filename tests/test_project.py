@@ -794,6 +794,8 @@ def test_readme_states_what_the_committed_runs_say():
                  for preset in ("exact", "record", "tiny_vae")}
         assert ", ".join(f"{preset} {latency['ss_ms_per_frame']['max']:.1f} ({latency['ps_ms']['mean']:.0f})"
                          for preset, latency in found.items()) in readme
+    eight_bit = read_result(ROOT / "outputs/h200_two/fp8_vae/result.json")["latency"]
+    assert (f"fp8_vae {eight_bit['ss_ms_per_frame']['max']:.1f} ({eight_bit['ps_ms']['mean']:.0f})" in readme)
     nulls = read_result(ROOT / "outputs/h100/baseline/result.json")["quality"]["nulls"]
     no_sink = next(null["worst_ratio"] for null in nulls if null["name"] == "no_sink")
     assert re.search(rf"without\nthe attention sink \(.*\) the ratio is {no_sink:.0f}\.", readme)

@@ -18,10 +18,14 @@ from torch import Tensor
 from longlive_opt.errors import UserError
 from longlive_opt.files import load_yaml
 from longlive_opt.kernels import conv3d
+from longlive_opt.measurement import fidelity
+from longlive_opt.measurement.fidelity import FidelitySchedule
 from longlive_opt.models.specs import VAEConfig
 from longlive_opt.models.vae import ResidualBlock, StreamingDecoder, WanVAE
 from longlive_opt.optimizations.fused_vae import FusedDecoder, FusedDecoders, FusedResidual, fused_stages
 from longlive_opt.optimizations.quantized_vae import QuantizedResidual, quantized_stages
+from longlive_opt.prompts import schedule_of
+from longlive_opt.streaming.session import StreamingSession
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -231,6 +235,22 @@ def test_a_pipeline_with_it(keys):
     entry, = (entry for entry in pipeline.optimizations if entry["name"] == "quantized_vae")
     assert entry["exactness"] == "lossy" and "12 convolutions" in entry["report"]["done"]
     assert "fused_vae" in [entry["name"] for entry in pipeline.optimizations]
+
+
+def test_its_frames_have_an_error_of_their_own(monkeypatch):
+    """A gate on latents that seems to speak of the frames, which are another decoder's."""
+    monkeypatch.setattr(fidelity.quality, "METRICS", ("psnr_db",))
+    monkeypatch.setattr(fidelity, "FREE_METRICS", ("psnr_db",))
+    keys = {"fidelity_blocks": 2, "height": 16, "width": 16}
+    baseline = micro_pipeline(**keys)
+    schedule = FidelitySchedule.of(baseline.config, schedule_of(baseline.config))
+    shown = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    truth, section = fidelity.establish(baseline, schedule, shown)
+    eight_bit = micro_pipeline(**keys, use_fused_vae=True, use_quantized_vae=True)
+    found = fidelity.measure(eight_bit, StreamingSession(eight_bit), schedule, truth)
+    assert found["latent_error"] == section["latent_error"]
+    assert found["decoder"]["name"] == "the Wan VAE in 8 bit"
+    assert 15 < found["decoder"]["psnr_db"]["mean"] < 60
 
 
 # ---- what is refused

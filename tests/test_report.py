@@ -665,11 +665,12 @@ def test_outcome_tells_where_the_time_went():
     assert "GPU clock: 1980 MHz at 120 W before the streams, 1755 MHz at 120 W after, throttled by " in part
 
 
-def test_softer_frames_are_not_recommended_for_the_error_of_their_latents():
+@pytest.mark.parametrize("changed", [{"vae": "taew2_1"}, {"use_quantized_vae": True}])
+def test_other_frames_are_not_recommended_for_the_error_of_their_latents(changed: dict[str, Any]):
     """Would catch a decoder that the gate does not see recommended, or said to dominate its own latents."""
     runs = [make("baseline", steady=30), make("record", 0.4, exact=False, steady=30),
             make("tiny_vae", 0.3, exact=False, steady=30)]
-    runs[2]["parameters"]["vae"] = "taew2_1"
+    runs[2]["parameters"] |= changed
     for run in runs[1:]:
         run["decision"] |= {"keep": True}
     text = report.render_log(runs)

@@ -130,7 +130,7 @@ class TestTwoRanks:
 
     def test_reference_cache(self, family: Family) -> None:
         """Heads or tokens in the wrong order, a recache with other frames, a stale prompt."""
-        session = check_equal(family, rank_exchange="peer")
+        session = check_equal(family)
         assert "exchanged by peer memory" in session.pipeline.optimizations[-1]["report"]["done"]
 
     def test_compiled_halves(self, family: Family, cheap_compile: None) -> None:
@@ -140,7 +140,7 @@ class TestTwoRanks:
 
     def test_everything_of_realtime_and_record(self, family: Family) -> None:
         """Scales of other heads, a norm over part of the heads, a clean pass that only rank 0 skips."""
-        session = check_equal(family, 0.02, rank_exchange="peer", **REALTIME)
+        session = check_equal(family, 0.02, **REALTIME)
         one = StreamingSession(build_pipeline(preset(**REALTIME)))
         assert session.cache.nbytes == one.cache.nbytes // 2
 
@@ -272,10 +272,11 @@ class TestFourRanks:
 
     def test_fused_kernels_over_a_ring(self, family: Family) -> None:
         """Slots, tables or scales of a part of the tokens where those of all belong."""
-        session = check_equal(family, **FUSED)
+        session = check_equal(family, rank_exchange="collective", **FUSED)
         assert "exchanged by collectives" in session.pipeline.optimizations[-1]["report"]["done"]
 
-    @pytest.mark.parametrize("keys", [{}, FUSED, {**FUSED, "rank_exchange": "peer"}])
+    @pytest.mark.parametrize("keys", [
+        {"rank_exchange": "collective"}, {**FUSED, "rank_exchange": "collective"}, FUSED])
     def test_two_ranks_share_heads(self, family: Family, keys: dict[str, Any]) -> None:
         """Attention for the wrong half of the queries, a half that is sent to the ranks of the other."""
         session = check_equal(family, model="micro6", **keys)
@@ -297,7 +298,7 @@ class TestEightRanks:
     RANKS = 8
 
     @pytest.mark.parametrize("keys, tolerance", [
-        (FUSED, 1e-5), ({**REALTIME, "rank_exchange": "peer"}, 0.02)], ids=["fused", "realtime, peer"])
+        ({**FUSED, "rank_exchange": "collective"}, 1e-5), (REALTIME, 0.02)], ids=["fused", "realtime, peer"])
     def test_eight_ranks_share_twelve_heads(self, family: Family, keys: dict[str, Any],
                                             tolerance: float) -> None:
         """A count that does not divide the heads: half of the queries lost, or computed twice and added."""
@@ -396,7 +397,8 @@ def two_gpus() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [
     {"use_static_kv": True, "use_fused_kernels": True, "use_cuda_graphs": True, "use_early_decode": True},
-    {"use_static_kv": True, "use_fused_kernels": True, "use_cuda_graphs": True, "rank_exchange": "peer"},
+    {"use_static_kv": True, "use_fused_kernels": True, "use_cuda_graphs": True,
+     "rank_exchange": "collective"},
     {"use_quantized_kv": True, "kv_quantization": "fp8", "use_fused_kernels": True, "use_cuda_graphs": True},
     {"use_static_kv": True, "use_fused_kernels": True, "use_cuda_graphs": True, "vae_ranks": "own"},
 ])

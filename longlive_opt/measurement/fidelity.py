@@ -24,8 +24,8 @@ The *null rows* show what a ratio is worth. They are streams of the baseline wit
 a smaller window, no recache or no switch), and one with the noise of another seed. A gate must be below the
 mildest of them (`decision`).
 
-A preset with a tiny VAE makes other frames from the same latents. Errors of latents are measured as ever;
-errors of frames then contain the difference of the decoders. `decoder` in the result names both and has the
+A preset with a tiny VAE, or with the Wan VAE in 8 bit, makes other frames from the same latents. Errors of
+latents are measured as ever; errors of frames then contain the difference of the decoders. `decoder` in the result names both and has the
 errors of the decoder alone: the run's decoder on the truth's latents against the truth's frames.
 
 The campaign's first baseline run makes the truth, its own rows and the null rows once, and stores the data
@@ -533,9 +533,9 @@ def _frames_section(pipeline: Pipeline, truth: Truth, made: Stream, metrics: Seq
 @torch.no_grad()
 def _decoder_alone(pipeline: Pipeline, truth: Truth) -> dict[str, Any]:
     """The entry `decoder` of a run whose decoder is not the truth's; empty for every other run."""
-    if not pipeline.config.has_tiny_vae:
+    decoder, own = pipeline.make_vae_decoder(), pipeline.config.other_decoder
+    if not own:
         return {}
-    decoder, own = pipeline.make_vae_decoder(), pipeline.config.vae
     frames = torch.cat([_decoded(decoder, latents)
                         for latents in truth.latents.to(pipeline.device, pipeline.dtype)])
     section = quality.compare(truth.frames, frames, weights_kind=pipeline.weights["kind"],

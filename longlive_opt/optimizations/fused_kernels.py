@@ -8,6 +8,10 @@ modulation, rotation, cache writes and gates. One kernel per gap reads and write
     | residual + norm 2 + modulation | layer with GELU | layer
     | gate + residual + norm 1 and modulation of the next block, or the head's
 
+Cross-attention reads a prompt's own rows and one row of its padding. All rows of padding have the same keys
+and values, so one of them stands for all, its score raised by the logarithm of their number: with 60 of 512
+rows, 15 instead of 35 us on an H200, and with 500 of them 51.
+
 Keys and values go directly to their slots of the ring, in bf16 or in 8 bit. The weights of q, k and v are
 joined and multiplied once. The embedding and all modulation vectors depend only on the timestep and are
 computed once. The clean pass ends with the last block's keys and values.

@@ -18,7 +18,7 @@ compiled and the VAE is not. On the CPU each kernel is plain PyTorch. Costs: pac
 the decoder's own. Equal within rounding: norm, SiLU and residual keep float32 where eager PyTorch rounds
 between operations; the summed weights of upsampling are rounded to bf16 again.
 
-Measured on an H200 at 480x832 with random weights: the decode stage takes 62 to 64 ms per block in the runs
+Measured on an H200 at 480x832 with random weights: the decode stage takes 61 to 64 ms per block in the runs
 of outputs/h200_two, where the compiled decoder of outputs/h200_long takes 97.
 """
 

@@ -19,6 +19,9 @@ several. On the CPU it is emulated: the same rounding, slower than without.
 Costs: precision of the frames. e4m3 keeps three bits of mantissa, an error of about 2.6 % RMS (root mean
 square) of a value, so 3.7 % of a convolution's result. Latents do not change. It saves memory: half of these
 layers' packed weights and history, 0.8 of 1.9 GB at 480x832.
+
+Measured on an H200 at 480x832 with random weights: the decode stage takes 46 instead of 61 ms per block
+(outputs/h200_two, fp8_vae and record).
 """
 
 from __future__ import annotations

@@ -77,9 +77,10 @@ class Campaign:
                 f"{numbers_table(self.results).to_html(index=False, border=0)}{rest}")
 
 
-def has_tiny_vae(result: Result) -> bool:
-    """Whether the frames are those of another decoder than the baseline's."""
-    return lookup(result, "parameters.vae") in TINY_VAES
+def has_other_decoder(result: Result) -> bool:
+    """Whether the frames are not the Wan VAE's within rounding (`ExperimentConfig.other_decoder`)."""
+    return (lookup(result, "parameters.vae") in TINY_VAES
+            or lookup(result, "parameters.use_quantized_vae") is True)
 
 
 def gpus_of(result: Result) -> int:

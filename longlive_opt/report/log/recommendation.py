@@ -15,7 +15,7 @@ from ..campaign import (
     Result,
     change_of,
     gpus_of,
-    has_tiny_vae,
+    has_other_decoder,
     verdict_of,
     within_target,
 )
@@ -85,14 +85,14 @@ def headline(runs: Mapping[str, Run]) -> str:
 
 def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
     """The recommended run or None, and the reasons. Studies, dropped and undecided presets do not qualify,
-    nor do runs on several GPUs, since not everybody has them, nor those with a tiny VAE, since their gate
-    does not see its frames.
+    nor do runs on several GPUs, since not everybody has them, nor those with a tiny VAE or a VAE in 8 bit,
+    since their gate does not see the frames.
     """
     measured = [run for run in runs.values() if not run.failure and gpus_of(run.result) == 1]
     blocks = min((run.result["sizes"]["blocks_measured"] for run in measured), default=0)
     measured.sort(key=lambda run: worst_ms(run, blocks))
     best = next((run for run in measured if within_target(run.result) and is_kept(run)
-                 and not has_tiny_vae(run.result)), None)
+                 and not has_other_decoder(run.result)), None)
     faster = measured[:measured.index(best)] if best else measured[:3]
     small = sorted({model_name(run.result) for run in measured if not is_large(run.result)})
     reasons = [f"These are runs of the model {', '.join(small)}. They recommend nothing for LongLive-1.3B."] \
@@ -111,14 +111,15 @@ def recommend(runs: Mapping[str, Run]) -> tuple[Run | None, list[str]]:
         reasons.append("No measured preset meets the rule below.")
     rule = (f"Rule: the lowest SS max over the first {blocks} blocks of each, among the presets that stay "
             f"within {_targets(measured)} ms per video frame in all blocks and whose decision is Keep. The "
-            "baseline needs no decision; a study or a preset with a tiny VAE is never recommended.")
+            "baseline needs no decision; a study or a preset with a tiny VAE or a VAE in 8 bit is never "
+            "recommended.")
     return best, [*reasons, *(f"Not {run.name}, SS max {run.value('ss_max')} ms: {_why_not(run)}"
                               for run in faster), rule]
 
 
 def _why_not(run: Run) -> str:
-    if is_kept(run) and has_tiny_vae(run.result):
-        return "its gate is that of the latents, and its frames are a tiny VAE's: softer, judge them by eye."
+    if is_kept(run) and has_other_decoder(run.result):
+        return "its gate is that of the latents, and another decoder makes its frames: judge them by eye."
     if is_kept(run):
         return f"it misses the {target_of(run.result):g} ms target."
     return sentence(run.result["decision"]["rationale"])
@@ -145,7 +146,7 @@ def _beaten_by(run: Run, runs: Mapping[str, Run]) -> Run | None:
         return metric_of("ss_max").value(of.result), -fidelity_of(of)
 
     ours = costs(run)
-    better = [other for other in _kept(runs) if costs(other) != ours and not has_tiny_vae(other.result)
+    better = [other for other in _kept(runs) if costs(other) != ours and not has_other_decoder(other.result)
               and all(theirs <= own for theirs, own in zip(costs(other), ours))]
     return min(better, key=costs, default=None)
 
