@@ -260,7 +260,8 @@ def cross_attention_kernel(q_ptr, k_ptr, v_ptr, own_rows_ptr, out_ptr, tokens, k
         places = ((batch * keys + columns)[:, None] * N + head) * D + channels[None, :]
         k = tl.load(k_ptr + places, mask=inside, other=0.0)
         v = tl.load(v_ptr + places, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + tl.where(columns == own, extra, 0.0)[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores += tl.where(columns == own, extra, 0.0)[None, :]
         scores = tl.where((columns < used)[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])

@@ -25,8 +25,9 @@ a smaller window, no recache or no switch), and one with the noise of another se
 mildest of them (`decision`).
 
 A preset with a tiny VAE, or with the Wan VAE in 8 bit, makes other frames from the same latents. Errors of
-latents are measured as ever; errors of frames then contain the difference of the decoders. `decoder` in the result names both and has the
-errors of the decoder alone: the run's decoder on the truth's latents against the truth's frames.
+latents are measured as ever; errors of frames then contain the difference of the decoders. `decoder` in the
+result names both and has the errors of the decoder alone: the run's decoder on the truth's latents against
+the truth's frames.
 
 The campaign's first baseline run makes the truth, its own rows and the null rows once, and stores the data
 that other presets need in `reference.safetensors`. All of this happens after the measurement.
